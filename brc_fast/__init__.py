@@ -1,0 +1,33 @@
+"""BRC (Bigger, Regularized, Categorical) value learning, made fast. arXiv 2505.23150.
+
+Importing this package loads torch, but neither JAX nor Triton: `brc_fast.envs` brings those when asked.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .agent import BRC, Noise
+from .batch import Batch
+from .config import ActorConfig, CriticConfig, LearningConfig, TrainConfig
+from .errors import InputError, MissingExtraError
+from .normalizer import RewardNormalizer
+from .replay import ReplayBuffer
+
+try:
+    __version__ = version("brc-fast")
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "BRC",
+    "ActorConfig",
+    "Batch",
+    "CriticConfig",
+    "InputError",
+    "LearningConfig",
+    "MissingExtraError",
+    "Noise",
+    "ReplayBuffer",
+    "RewardNormalizer",
+    "TrainConfig",
+    "__version__",
+]

@@ -1,0 +1,217 @@
+"""Run folders and checkpoints: safetensors for arrays, JSON for the rest, never pickle.
+
+    RUN/config.json                  the settings, written once
+    RUN/metrics.jsonl                a row per report and per evaluation, each with `step`
+    RUN/learning_curve.png
+    RUN/checkpoints/000000400000/    named by environment steps per task
+        agent.safetensors  environments.safetensors  replay.safetensors  progress.safetensors
+        manifest.json                format, step, and size and checksum of every file; written last
+
+A checkpoint is written under another name and renamed when it is complete, so a save that fails or is
+killed leaves the previous one as it was. The newest two are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from .config import TrainConfig, from_dict
+from .errors import InputError
+
+FORMAT = 1
+KEPT = 2
+Arrays = dict[str, NDArray[Any]]
+
+
+class RunFolder:
+    """One run on disk. Making the object touches nothing."""
+
+    OWN = (
+        "config.json",
+        "metrics.jsonl",
+        "learning_curve.png",
+        "evaluation.json",
+        "checkpoints",
+        "tensorboard",
+    )
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+
+    def refuse_existing(self, overwrite: bool) -> None:
+        """InputError if the folder holds a run and may not be overwritten, or is no folder."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file: name another folder with --run")
+        if not overwrite and any((self.path / name).exists() for name in self.OWN):
+            raise InputError(
+                f"{self.path} already holds a run: go on with --resume {self.path}, replace it with --overwrite, "
+                "or name another folder with --run"
+            )
+
+    def create(self, config: TrainConfig) -> None:
+        """Make the folder, clear it of an earlier run (of nothing else), and write config.json."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in self.OWN:
+            old = self.path / name
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        self.write_config(config)
+
+    def write_config(self, config: TrainConfig) -> None:
+        write_text(self.path / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+    def config(self) -> TrainConfig:
+        """The settings of the run in this folder."""
+        file = self.path / "config.json"
+        if not file.exists():
+            raise InputError(f"{self.path} holds no run: {file.name} is missing")
+        try:
+            config = from_dict(TrainConfig, json.loads(file.read_text()))
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            raise InputError(f"{file} cannot be read: {error}") from error
+        assert isinstance(config, TrainConfig)
+        return config
+
+    def steps(self) -> list[int]:
+        """Environment steps per task of the complete checkpoints, oldest first."""
+        if not self.checkpoints.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.checkpoints.iterdir() if entry.name.isdigit())
+
+    def save(self, step: int, parts: Mapping[str, Mapping[str, NDArray[Any]]]) -> Path:
+        """Write the checkpoint of `step` from named groups of arrays; OSError leaves the others as they were."""
+        final = self.checkpoints / f"{step:012d}"
+        partial = self.checkpoints / f"partial-{step}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            files = {}
+            for name, arrays in parts.items():
+                file = partial / f"{name}.safetensors"
+                contiguous = {
+                    key: np.ascontiguousarray(value).reshape(value.shape) for key, value in arrays.items()
+                }
+                save_file(contiguous, file)
+                _sync(file)
+                files[file.name] = {"bytes": file.stat().st_size, "crc32": _checksum(file)}
+            write_text(
+                partial / "manifest.json",
+                json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2) + "\n",
+            )
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = (
+                f"checkpoint {self.steps()[-1]} is still there" if self.steps() else "there is no earlier one"
+            )
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {final}: {error}; {kept}"
+            ) from error
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(self.checkpoints)
+        for old in self.steps()[:-KEPT]:
+            shutil.rmtree(self.checkpoints / f"{old:012d}")
+        return final
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Turn what refuses the newest checkpoint's contents into an InputError that names the folder."""
+        try:
+            yield
+        except (ValueError, TypeError, KeyError) as error:
+            folder = self.checkpoints / f"{self.steps()[-1]:012d}"
+            raise InputError(f"{folder} does not fit this run: {error}") from error
+
+    def load(self, *names: str) -> tuple[int, dict[str, Arrays]]:
+        """The newest checkpoint's step and the named groups of arrays, checked against its manifest."""
+        steps = self.steps()
+        if not steps:
+            raise InputError(f"{self.path} holds no complete checkpoint")
+        folder = self.checkpoints / f"{steps[-1]:012d}"
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            version, files, step = manifest["format"], manifest["files"], manifest["step"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{folder / 'manifest.json'} is damaged ({error}); {_remedy(folder, steps)}"
+            ) from error
+        if version != FORMAT:
+            raise InputError(
+                f"{folder} has format {version}, this version of brc-fast reads format {FORMAT}: "
+                + ("upgrade brc-fast" if version > FORMAT else "use the version that wrote it")
+            )
+        groups = {}
+        for name in names:
+            file = folder / f"{name}.safetensors"
+            wanted = files.get(file.name)
+            if wanted is None or not file.exists():
+                raise InputError(f"{file} is missing; {_remedy(folder, steps)}")
+            if file.stat().st_size != wanted["bytes"]:
+                raise InputError(
+                    f"{file} is truncated: {file.stat().st_size} of {wanted['bytes']} bytes; {_remedy(folder, steps)}"
+                )
+            if _checksum(file) != wanted["crc32"]:
+                raise InputError(f"{file} is damaged: its checksum differs; {_remedy(folder, steps)}")
+            try:
+                groups[name] = load_file(file)
+            except SafetensorError as error:
+                raise InputError(f"{file} is damaged: {error}; {_remedy(folder, steps)}") from error
+        return int(step), groups
+
+
+def prefixed(**groups: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Several groups of arrays as one, under `group/name`."""
+    return {f"{group}/{name}": value for group, arrays in groups.items() for name, value in arrays.items()}
+
+
+def grouped(arrays: Mapping[str, NDArray[Any]], group: str) -> Arrays:
+    """One group of `prefixed`."""
+    prefix = f"{group}/"
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _remedy(folder: Path, steps: list[int]) -> str:
+    if len(steps) > 1:
+        return f"delete {folder} to go on from the checkpoint of step {steps[-2]}"
+    return "there is no earlier checkpoint to go on from"
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value

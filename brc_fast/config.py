@@ -1,0 +1,166 @@
+"""Every setting, with its unit, its source and the rule it must meet.
+
+"BRC" in a comment means the value of the authors' published code (arXiv 2505.23150). Presets are
+functions that return a configuration; there is nothing to subclass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from .errors import InputError
+
+
+def _require(config: object, rule: str, holds: bool, name: str) -> None:
+    if not holds:
+        raise InputError(f"{name} must be {rule}, got {getattr(config, name)}")
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        _require(config, "positive", getattr(config, name) > 0, name)
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """Ensemble of BroNets that predict the return's distribution."""
+
+    width: int = 4096  # H. BRC: 4096 on one GPU
+    depth: int = 2  # residual blocks. BRC
+    members: int = 2  # E, networks with their own weights. BRC
+    num_atoms: int = 101  # K, atoms of the return distribution. BRC
+    v_max: float = 10.0  # the support is [-v_max, v_max], in units of the scaled return. BRC
+    embedding_size: int = 32  # D, task embedding, only with several tasks. BRC
+    embedding_norm: Literal["l2", "l1"] = "l2"  # l2: BRC's code; l1: reported of its paper
+
+    def __post_init__(self) -> None:
+        _positive(self, "width", "members", "v_max", "embedding_size")
+        _require(self, "0 or more", self.depth >= 0, "depth")
+        _require(self, "at least 2", self.num_atoms >= 2, "num_atoms")
+
+
+@dataclass(frozen=True)
+class ActorConfig:
+    """BroNet with a tanh-Gaussian head."""
+
+    width: int = 256  # BRC
+    depth: int = 1  # residual blocks. BRC
+
+    def __post_init__(self) -> None:
+        _positive(self, "width")
+        _require(self, "0 or more", self.depth >= 0, "depth")
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """What the four updates use."""
+
+    learning_rate: float = 3e-4  # of critic, actor and temperature. BRC
+    beta1: float = 0.9  # BRC
+    beta2: float = 0.999  # BRC
+    eps: float = 1e-8  # BRC
+    weight_decay: float = 1e-4  # decoupled, on every parameter of actor and critic. BRC
+    temperature_beta1: float = 0.5  # BRC
+    initial_temperature: float = 0.1  # alpha. BRC
+    target_entropy_per_action: float = -0.5  # nats per (padded) action dimension. BRC: -A / 2
+    discount: float = 0.99  # per environment step. BRC
+    tau: float = 0.005  # share of the online critic in the target after an update. BRC
+    return_bootstrap: Literal["mean_reward", "critic"] = "mean_reward"  # see RewardNormalizer
+    return_entropy: Literal["target", "measured"] = "target"  # see RewardNormalizer
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "eps", "initial_temperature")
+        _require(self, "0 or more", self.weight_decay >= 0, "weight_decay")
+        for name in ("beta1", "beta2", "temperature_beta1", "discount"):
+            _require(self, "in [0, 1)", 0 <= getattr(self, name) < 1, name)
+        _require(self, "in (0, 1]", 0 < self.tau <= 1, "tau")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: `brc-fast train TASK... [settings]`."""
+
+    tasks: tuple[str, ...] = ()
+    """Environment names such as mjx/CartpoleSwingup; several train one agent."""
+    run: str | None = None
+    """Folder of the run; runs/<tasks>-seed<seed> when not given."""
+    seed: int = 0
+    """Of networks, exploration, environments and replay."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the learner runs."""
+    threads: int | None = None
+    """Torch threads on a CPU; 1 when not given: small networks lose more to joining threads than they gain."""
+    num_envs: int = 16
+    """Environments per task, stepped together."""
+    steps: int = 1_000_000
+    """Length of the run in environment steps per task, summed over its environments."""
+    random_steps: int = 5_000
+    """Environment steps per task with uniform random actions before learning starts. BRC: 5000."""
+    updates_per_step: int = 2
+    """Updates after each step of the vector (that is, per num_envs transitions of every task). BRC: 2, with one environment."""
+    batch_size: int | None = None
+    """Transitions per update, over all tasks; 256 for one task and 1024 for several when not given. BRC."""
+    replay_capacity: int = 1_000_000
+    """Transitions kept per task. BRC."""
+    eval_every: int = 25_000
+    """Environment steps per task between evaluations."""
+    eval_episodes: int = 10
+    """Episodes per task and evaluation, with the policy's mean action."""
+    report_every: int = 2_000
+    """Environment steps per task between rows of training metrics."""
+    checkpoint_every: int = 100_000
+    """Environment steps per task between checkpoints; one is always written at the end and on Ctrl-C."""
+    overwrite: bool = False
+    """Replace the run that the folder holds."""
+    critic: CriticConfig = CriticConfig()
+    actor: ActorConfig = ActorConfig()
+    learning: LearningConfig = LearningConfig()
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_envs", "steps", "updates_per_step", "replay_capacity", "eval_every")
+        _positive(self, "eval_episodes", "report_every", "checkpoint_every")
+        _require(self, "0 or more", self.random_steps >= 0, "random_steps")
+        _require(self, "0 or more", self.seed >= 0, "seed")
+        for name in ("batch_size", "threads"):
+            _require(self, "positive", getattr(self, name) is None or getattr(self, name) > 0, name)
+
+
+def gpu_preset() -> TrainConfig:
+    """The published sizes."""
+    return TrainConfig()
+
+
+def cpu_preset() -> TrainConfig:
+    """Sizes that learn a small task within minutes on two CPU cores (measured; see README)."""
+    return TrainConfig(
+        num_envs=10,
+        steps=400_000,
+        random_steps=10_000,
+        updates_per_step=1,
+        batch_size=128,
+        replay_capacity=400_000,
+        eval_every=50_000,
+        critic=CriticConfig(width=128),
+        actor=ActorConfig(width=128),
+    )
+
+
+def preset(device: str) -> TrainConfig:
+    """The defaults that fit a resolved device, "cpu" or "cuda"."""
+    return gpu_preset() if device == "cuda" else cpu_preset()
+
+
+def from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
+    """Rebuild a configuration from `dataclasses.asdict`; unknown or missing names are an InputError."""
+    nested = {"critic": CriticConfig, "actor": ActorConfig, "learning": LearningConfig}
+    known = {field.name for field in fields(kind)}
+    if set(values) != known:
+        odd = sorted(set(values) ^ known)
+        raise InputError(f"config.json was written by another version: it disagrees about {', '.join(odd)}")
+    built = {
+        name: from_dict(nested[name], value) if name in nested else value for name, value in values.items()
+    }
+    if "tasks" in built:
+        built["tasks"] = tuple(built["tasks"])
+    return kind(**built)

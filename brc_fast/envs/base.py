@@ -1,0 +1,165 @@
+"""What every environment adapter returns, and what the training loop relies on."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brc_fast.errors import InputError
+
+
+class Step(NamedTuple):
+    """One step of N environments, float32 and bool tensors on the environments' device.
+
+    What the policy sees next and where the action really led are different fields: at the end of an
+    episode `observations` already holds the first observation of the next one.
+
+    ============= ======= ===========================================================================
+    observations  [N, O]  what to act on next
+    successors    [N, O]  where the action led (equal to `observations` unless the episode ended)
+    rewards       [N]     reward of this step, unscaled
+    terminated    [N]     the task ended: no value beyond this state
+    truncated     [N]     a time limit or a reset from outside: the value goes on
+    dropped       [N]     the simulator returned NaN: the slot was reset and this transition must not
+                          be stored (its rewards and successors are finite placeholders). A dropped slot
+                          is also marked truncated, so `terminated | truncated` is every ended episode
+    ============= ======= ===========================================================================
+    """
+
+    observations: Tensor
+    successors: Tensor
+    rewards: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    dropped: Tensor
+
+
+class VectorEnvironment(Protocol):
+    """N environments of T tasks, stepped together. Every adapter is also a `gymnasium.vector.VectorEnv`."""
+
+    num_envs: int  # N, over all tasks
+    task_names: tuple[str, ...]  # length T
+    task_ids: NDArray[np.int64]  # [N] int64, the task of every slot
+    observation_size: int  # O, of the widest task; narrower ones are zero-padded
+    action_size: int  # A, of the widest task; the surplus of narrower ones is ignored
+    max_episode_steps: int
+
+    @property
+    def nan_count(self) -> NDArray[np.int64]:
+        """Transitions dropped per task since the last reset, [T]; reading it waits for the device."""
+
+    def reset_tensors(self, seed: int | None) -> Tensor:
+        """Start every environment anew; [N, O] float32. Without a seed the random numbers go on."""
+
+    def step_tensors(self, actions: Tensor) -> Step:
+        """Apply actions [N, A] in [-1, 1]."""
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Everything needed to go on exactly from here, as plain arrays."""
+
+    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> Tensor:
+        """Go on from a `state_dict`; returns the observations [N, O] to act on."""
+
+    def close(self) -> None:
+        """Free what the environments hold."""
+
+
+def check_finite(step: Step, env: VectorEnvironment, step_number: int) -> None:
+    """Raise InputError if a transition that was not dropped holds NaN or infinity; waits for the device."""
+    total = step.observations.sum() + step.successors.sum() + step.rewards.sum()
+    if total.isfinite():
+        return
+    kept = ~step.dropped
+    for name, bad in (
+        ("observations", ~step.observations.isfinite().all(dim=1)),
+        ("successors", ~step.successors.isfinite().all(dim=1) & kept),
+        ("rewards", ~step.rewards.isfinite() & kept),
+    ):
+        if bad.any():
+            slot = int(bad.nonzero()[0])
+            raise InputError(
+                f"{name} of {env.task_names[env.task_ids[slot]]} are not finite in environment {slot} "
+                f"at step {step_number}; the task must return finite numbers or mark the slot as dropped"
+            )
+
+
+class GymnasiumFace:
+    """The `gymnasium.vector.VectorEnv` side of an adapter, in terms of its tensors.
+
+    Stands before `VectorEnv` among the bases. An ended slot restarts in the same step, as Gymnasium's
+    SAME_STEP mode has it: `infos["final_obs"]` is an object array [N] that holds the true successor where
+    `infos["_final_obs"]`, and `infos["final_info"]["dropped"]` marks transitions not to be used.
+    """
+
+    num_envs: int
+    task_names: tuple[str, ...]
+    task_ids: NDArray[np.int64]
+    observation_size: int
+    action_size: int
+    _seed: int | None
+
+    def declare(
+        self,
+        task_names: tuple[str, ...],
+        task_ids: NDArray[np.int64],
+        observation_size: int,
+        action_size: int,
+        seed: int,
+    ) -> None:
+        """Set what Gymnasium and `VectorEnvironment` ask every adapter for."""
+        from gymnasium.spaces import Box
+        from gymnasium.vector import AutoresetMode
+        from gymnasium.vector.utils import batch_space
+
+        self.num_envs = len(task_ids)
+        self.task_names = task_names
+        self.task_ids = task_ids
+        self.observation_size = observation_size
+        self.action_size = action_size
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_observation_space = Box(-np.inf, np.inf, (observation_size,), np.float32)
+        self.single_action_space = Box(-1.0, 1.0, (action_size,), np.float32)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._seed = seed
+
+    def reset_tensors(self, seed: int | None) -> Tensor:
+        raise NotImplementedError
+
+    def step_tensors(self, actions: Tensor) -> Step:
+        raise NotImplementedError
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        if options:
+            raise InputError(f"reset takes no options, got {', '.join(options)}")
+        observations = self.reset_tensors(self._seed if seed is None else seed)
+        self._seed = None  # later resets without a seed go on with the random numbers
+        return observations.cpu().numpy(), {}
+
+    def step(
+        self, actions: NDArray[np.float32]
+    ) -> tuple[
+        NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
+    ]:
+        step = self.step_tensors(torch.as_tensor(actions, dtype=torch.float32))
+        observations, successors, rewards, terminated, truncated, dropped = (x.cpu().numpy() for x in step)
+        infos: dict[str, Any] = {}
+        ended = terminated | truncated
+        if ended.any():
+            final_obs = np.full(self.num_envs, None, dtype=object)
+            for slot in ended.nonzero()[0]:
+                final_obs[slot] = successors[slot]
+            final_info = {"dropped": dropped, "_dropped": ended}
+            infos = {
+                "final_obs": final_obs,
+                "_final_obs": ended,
+                "final_info": final_info,
+                "_final_info": ended,
+            }
+        return observations, rewards, terminated, truncated, infos

@@ -1,0 +1,14 @@
+"""Errors a user can mend: each message is one line that names the rule, the numbers and the remedy."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """A setting, file or name that cannot be used as given. The command line prints it and exits with 2."""
+
+
+class MissingExtraError(ImportError):
+    """An optional dependency is not installed; the message holds the pip command that brings it."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f'{feature} needs the [{extra}] extra: pip install "brc-fast[{extra}]"')

@@ -1,0 +1,131 @@
+"""Numbers out of a run: episode returns, rows of metrics.jsonl, TensorBoard. The only place that waits for them."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .envs.base import Step
+
+
+class EpisodeTracker:
+    """Undiscounted returns of finished episodes, per task, since the last row.
+
+    Args:
+        task_names: [T]. task_ids: [N], the task of every environment.
+    """
+
+    def __init__(self, task_names: tuple[str, ...], task_ids: NDArray[np.int64]) -> None:
+        self.task_names, self.task_ids = task_names, task_ids
+        self._running = np.zeros(len(task_ids))
+        self._sums = np.zeros(len(task_names))
+        self._counts = np.zeros(len(task_names), np.int64)
+
+    def record(self, step: Step) -> None:
+        """Add one step; a dropped slot's episode is forgotten."""
+        self._running += step.rewards.cpu().numpy()
+        dropped = step.dropped.cpu().numpy()
+        ended = (step.terminated | step.truncated).cpu().numpy()
+        counted = ended & ~dropped
+        np.add.at(self._sums, self.task_ids[counted], self._running[counted])
+        np.add.at(self._counts, self.task_ids[counted], 1)
+        self._running[ended | dropped] = 0.0
+
+    def row(self) -> dict[str, float]:
+        """`train/return/<task>` of the tasks that finished an episode; starts a new count."""
+        out = {
+            f"train/return/{name}": float(self._sums[task] / self._counts[task])
+            for task, name in enumerate(self.task_names)
+            if self._counts[task]
+        }
+        self._sums[:], self._counts[:] = 0.0, 0
+        return out
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        return {"running": self._running.copy(), "sums": self._sums.copy(), "counts": self._counts.copy()}
+
+    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
+        self._running, self._sums, self._counts = (state[key].copy() for key in ("running", "sums", "counts"))
+
+
+class MetricsWriter:
+    """Appends rows to metrics.jsonl, and to TensorBoard where it is installed.
+
+    Names under `time/` depend on the machine; all others are the same for the same seed on a CPU.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        if resume_step is not None:
+            kept = [row for row in read_rows(path) if row["step"] <= resume_step]
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a", buffering=1)
+        self._board = _tensorboard(path.parent / "tensorboard", resume_step)
+        self._clock = time.perf_counter()
+        self._seconds = {"update": 0.0, "environment": 0.0}
+        self._counts = {"update": 0, "environment": 0}
+
+    def count(self, updates: int, seconds: float) -> None:
+        """Note that `updates` took `seconds` of the loop's time."""
+        self._counts["update"] += updates
+        self._seconds["update"] += seconds
+
+    def count_steps(self, steps: int, seconds: float) -> None:
+        """Note that `steps` environment steps, over all tasks, took `seconds` of the loop's time."""
+        self._counts["environment"] += steps
+        self._seconds["environment"] += seconds
+
+    def rates(self) -> dict[str, float]:
+        """Throughput of the whole loop since the last call, and the share of each part; starts a new count."""
+        elapsed = time.perf_counter() - self._clock
+        out = {
+            "time/seconds": elapsed,
+            "time/updates_per_second": self._counts["update"] / elapsed,
+            "time/environment_steps_per_second": self._counts["environment"] / elapsed,
+            "time/update_share": self._seconds["update"] / elapsed,
+            "time/environment_share": self._seconds["environment"] / elapsed,
+        }
+        self._clock = time.perf_counter()
+        self._counts = dict.fromkeys(self._counts, 0)
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        return out
+
+    def write(self, step: int, values: dict[str, Tensor | float]) -> dict[str, float]:
+        """One row at `step` environment steps per task; returns it as numbers."""
+        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        if self._board is not None:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
+        return row
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _tensorboard(folder: Path, purge_step: int | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=purge_step)

@@ -1,0 +1,158 @@
+"""The training loop: act, step, record, store, sample, normalize, update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import envs
+from .agent import BRC
+from .checkpoint import Arrays, RunFolder, grouped, prefixed
+from .config import TrainConfig
+from .envs.base import Step, check_finite
+from .evaluate import evaluate, summary
+from .interrupt import StopRequest
+from .metrics import EpisodeTracker, MetricsWriter
+from .normalizer import RewardNormalizer
+from .replay import ReplayBuffer
+
+Report = Callable[[int, dict[str, float]], None]
+
+
+class Trainer:
+    """Everything a run holds between two environment steps.
+
+    One turn of the loop steps the whole vector, num_envs environment steps per task; `steps` counts those.
+    """
+
+    def __init__(self, config: TrainConfig, device: str) -> None:
+        self.config, learning = config, config.learning
+        self.env = envs.make(config.tasks, config.num_envs, config.seed)
+        self.eval_env = envs.make(config.tasks, config.eval_episodes, config.seed)
+        self.names, ids = self.env.task_names, self.env.task_ids
+        sizes = (self.env.observation_size, self.env.action_size)
+        networks = {"critic": config.critic, "actor": config.actor, "learning": learning}
+        self.agent = BRC(*sizes, len(self.names), **networks, device=device, seed=config.seed)
+        self.replay = ReplayBuffer(config.replay_capacity, *sizes, task_ids=ids, seed=config.seed)
+        self.normalizer = RewardNormalizer(
+            ids,
+            discount=learning.discount,
+            v_max=config.critic.v_max,
+            target_entropy=self.agent.target_entropy,
+            bootstrap=learning.return_bootstrap,
+            entropy=learning.return_entropy,
+        )
+        self.episodes = EpisodeTracker(self.names, ids)
+        self.task_ids = torch.as_tensor(ids, device=device)
+        self.batch_size = config.batch_size or (256 if len(self.names) == 1 else 1024)
+        self.steps = self.updates = 0
+        self.losses: dict[str, Tensor] = {}
+        self.entropies: Tensor | None = None  # [T], kept only with return_entropy="measured"
+        if learning.return_entropy == "measured":
+            self.entropies = torch.full((len(self.names),), self.agent.target_entropy / 2.0, device=device)
+        self.observations: Tensor | None = None
+
+    def collect(self) -> None:
+        """Act in every environment and store what came of it."""
+        if self.observations is None:
+            self.observations = self.env.reset_tensors(self.config.seed)
+        seen = self.observations.to(self.agent.device)
+        random = self.steps < self.config.random_steps
+        actions = self.agent.random_actions(len(seen)) if random else self.agent.act(seen, self.task_ids)
+        step = self.env.step_tensors(actions)
+        self.steps += self.config.num_envs
+        check_finite(step, self.env, self.steps)
+        values = self.unscaled_values(step.successors) if self.normalizer.bootstrap == "critic" else None
+
+        step = Step(*(field.cpu() for field in step))
+        kept = (~step.dropped).nonzero().squeeze(-1)
+        fields = (self.observations.cpu(), actions.cpu(), step.rewards, step.terminated, step.truncated)
+        self.replay.add(*(field[kept] for field in (*fields, step.successors)), streams=kept)
+        ends = (step.rewards.numpy(), step.terminated.numpy(), step.truncated.numpy())
+        self.normalizer.update(*ends, values, step.dropped.numpy())
+        self.episodes.record(step)
+        self.observations = step.observations
+
+    def learn(self) -> None:
+        """U updates, each on its own batch."""
+        batches = self.replay.sample(self.batch_size, self.config.updates_per_step).to(self.agent.device)
+        if self.entropies is not None:
+            self.entropies = self.agent.entropy_per_task(batches.update(0))
+        rewards = self.normalizer.normalize(
+            batches.rewards, batches.task_ids, self.agent.alpha, self.entropies
+        )
+        self.losses = self.agent.update(batches._replace(rewards=rewards))
+        self.updates += self.config.updates_per_step
+
+    def unscaled_values(self, observations: Tensor) -> NDArray[np.float32]:
+        """The critic's return to go [N], in units of reward; zero while a task's scale is unknown."""
+        scale = self.normalizer.scale(self.agent.alpha, self.entropies)
+        values = self.agent.value(observations.to(self.agent.device), self.task_ids)
+        return (values * scale.where(scale.isfinite(), 0.0)[self.task_ids]).cpu().numpy()
+
+    def evaluate(self) -> dict[str, float]:
+        """Returns of the current policy; the start states depend on the seed and the step alone."""
+        seed = int(np.random.SeedSequence([self.config.seed, self.steps]).generate_state(1)[0])
+        return summary(self.names, evaluate(self.agent, self.eval_env, seed))
+
+    def row(self) -> dict[str, Tensor | float]:
+        """Returns since the last row, scales, and the newest update's losses."""
+        scale = self.normalizer.scale(self.agent.alpha, self.entropies)
+        out: dict[str, Tensor | float] = {"train/updates": self.updates, **self.episodes.row()}
+        for task, name in enumerate(self.names):
+            out[f"train/reward_scale/{name}"] = scale[task]
+            out[f"train/dropped/{name}"] = int(self.env.nan_count[task])
+        return out | {f"train/{name}": value for name, value in self.losses.items()}
+
+    def save(self, folder: RunFolder) -> None:
+        """Write a checkpoint from which `load` goes on as if nothing had happened."""
+        progress = prefixed(normalizer=self.normalizer.state_dict(), episodes=self.episodes.state_dict())
+        progress["updates"] = np.array(self.updates)
+        if self.entropies is not None:
+            progress["entropies"] = self.entropies.cpu().numpy()
+        agent = {name: value.cpu().numpy() for name, value in self.agent.state_dict().items()}
+        parts: dict[str, Arrays] = {"agent": agent, "environments": self.env.state_dict()}
+        folder.save(self.steps, {**parts, "replay": self.replay.state_dict(), "progress": progress})
+
+    def load(self, folder: RunFolder) -> None:
+        """Go on from a folder's newest checkpoint; InputError if it does not fit this run."""
+        self.steps, parts = folder.load("agent", "environments", "replay", "progress")
+        with folder.fitting():
+            self.agent.load_state_dict({k: torch.from_numpy(v) for k, v in parts["agent"].items()})
+            self.replay.load_state_dict(parts["replay"])
+            progress = parts["progress"]
+            self.normalizer.load_state_dict(grouped(progress, "normalizer"))
+            self.episodes.load_state_dict(grouped(progress, "episodes"))
+            self.updates = int(progress["updates"])
+            if self.entropies is not None:
+                self.entropies = torch.from_numpy(progress["entropies"]).to(self.agent.device)
+            self.observations = self.env.load_state_dict(parts["environments"])
+
+    def run(self, folder: RunFolder, metrics: MetricsWriter, report: Report) -> None:
+        """Train to the configured length; after Ctrl-C or SIGTERM, save and return early."""
+        config = self.config
+        with StopRequest() as stop:
+            while self.steps < config.steps and not stop:
+                started = time.perf_counter()
+                self.collect()
+                collected = time.perf_counter()
+                if self.steps >= config.random_steps and len(self.replay) >= self.batch_size:
+                    self.learn()
+                    metrics.count(config.updates_per_step, time.perf_counter() - collected)
+                metrics.count_steps(self.env.num_envs, collected - started)
+                done = self.steps >= config.steps
+                if done or self.due(config.report_every):
+                    report(self.steps, metrics.write(self.steps, {**self.row(), **metrics.rates()}))
+                if done or self.due(config.eval_every):
+                    report(self.steps, metrics.write(self.steps, {**self.evaluate()}))
+                if done or stop or self.due(config.checkpoint_every):
+                    self.save(folder)
+
+    def due(self, every: int) -> bool:
+        """Whether the newest step of the vector reached a multiple of `every` environment steps."""
+        return self.steps // every > (self.steps - self.config.num_envs) // every

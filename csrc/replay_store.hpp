@@ -1,0 +1,240 @@
+// An in-memory store of transitions that keeps every observation once. See ReplayStore for the contract.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <span>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace brc {
+
+/// The system refused an allocation; the message holds the numbers.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(std::string message) : message_(std::move(message)) {}
+  [[nodiscard]] const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+  std::string message_;
+};
+
+template <bool Const, class T>
+using Column = std::span<std::conditional_t<Const, const T, T>>;
+
+/// Columns of M transitions, row-major and owned by the caller. Flags are bytes: 0 is false, the rest is
+/// true.
+template <bool Const>
+struct TransitionColumns {
+  Column<Const, float> observations;        // [M, O]
+  Column<Const, float> actions;             // [M, A]
+  Column<Const, float> rewards;             // [M]
+  Column<Const, unsigned char> terminated;  // [M]
+  Column<Const, unsigned char> truncated;   // [M]
+  Column<Const, float> successors;          // [M, O], in StateColumns [m, O]: where the action led
+};
+
+/// What a store holds: its n transitions, stream after stream and oldest first in each. The successor of a
+/// row is its row of `successors` where `has_successor` is set (m rows in the same order), else the
+/// observation of the stream's next row, else (the newest row) the stream's head.
+template <bool Const>
+struct StateColumns {
+  Column<Const, std::int64_t> sizes;  // [N] transitions of each stream; they sum to n
+  TransitionColumns<Const> rows;
+  Column<Const, unsigned char> has_successor;  // [n]
+  Column<Const, float> heads;                  // [N, O], zero where there is none
+  Column<Const, unsigned char> head_valid;     // [N]
+};
+
+/// Where B sampled transitions go, row-major and owned by the caller.
+struct BatchColumns {
+  std::span<float> observations;       // [B, O]
+  std::span<float> actions;            // [B, A]
+  std::span<float> rewards;            // [B]
+  std::span<float> masks;              // [B], 0 where terminated, else 1
+  std::span<float> next_observations;  // [B, O]
+  std::span<std::int64_t> task_ids;    // [B]
+};
+
+/// A fixed block of rows of floats, 64-byte aligned, or 2 MB aligned and in huge pages once it is that large.
+/// It owns the block; the memory is uninitialised, and pages that nobody writes cost nothing.
+class RowBlock {
+ public:
+  /// Rows are padded to 64 bytes. Throws OutOfMemory, which names `what`. O(1).
+  RowBlock(std::size_t rows, std::size_t width, const char* what);
+  [[nodiscard]] float* row(std::size_t index) noexcept { return data_.get() + index * stride_; }
+  [[nodiscard]] const float* row(std::size_t index) const noexcept { return data_.get() + index * stride_; }
+  [[nodiscard]] std::size_t nbytes() const noexcept { return nbytes_; }
+  /// Bytes of a row of `width` floats with its padding.
+  [[nodiscard]] static constexpr std::size_t row_bytes(std::size_t width) noexcept {
+    return (width * sizeof(float) + 63) / 64 * 64;
+  }
+
+ private:
+  struct Free {
+    void operator()(float* data) const noexcept { std::free(data); }
+  };
+  std::size_t stride_;  // floats from a row to the next, a multiple of 16
+  std::size_t nbytes_;  // a multiple of the alignment
+  std::unique_ptr<float[], Free> data_;
+};
+
+/// A pool of equally wide rows for the successors that no following row can hold. It owns its blocks, which
+/// never move or shrink; a freed slot is the next to be reused. Not thread-safe.
+class SideStore {
+ public:
+  explicit SideStore(std::size_t width);
+  /// Grows until `slots` exist. Throws OutOfMemory with every slot as it was. O(new slots).
+  void reserve(std::size_t slots);
+  /// Stores `width` floats. Precondition: a reserved slot is free. O(width).
+  [[nodiscard]] std::uint32_t put(const float* values) noexcept;
+  [[nodiscard]] const float* at(std::uint32_t slot) const noexcept;
+  void release(std::uint32_t slot) noexcept { free_.push_back(slot); }
+  [[nodiscard]] std::size_t used() const noexcept { return slots() - free_.size(); }
+  [[nodiscard]] std::size_t nbytes() const noexcept;
+
+ private:
+  [[nodiscard]] std::size_t slots() const noexcept { return blocks_.size() * slots_per_block_; }
+  std::size_t width_;
+  std::size_t slots_per_block_;      // about 2 MB of slots, at least 1
+  std::vector<RowBlock> blocks_;     // slot k is row k % slots_per_block_ of block k / slots_per_block_
+  std::vector<std::uint32_t> free_;  // each free slot once, the last first to go; its capacity is slots()
+};
+
+/// Transitions of N streams (environment slots), each of one of T tasks, sampled uniformly.
+///
+/// Ownership: the store owns all its memory and copies what it is given. It keeps no span after a call.
+/// Layout: each stream is a ring of rows [observation O, action A, reward, link], one more than its capacity,
+/// and
+///   all rings lie in one block. The observation of the following row is the successor of a row. Where an
+///   episode ended, or where the caller went on from another observation (compared bit by bit), the successor
+///   lies in the side store instead, and the link names its slot. So each observation is kept once, and no
+///   successor is ever that of another stream or episode.
+/// Wrap-around: with n streams in a task, a stream keeps its newest ceil(capacity / n) transitions. A new one
+/// then
+///   replaces the oldest of its stream, whose side slot is freed.
+/// Threads: every method locks the store for its duration, so calls from several threads are safe and run one
+///   after the other. No method calls back into its caller.
+/// Failure: a method that throws leaves the store as it was. std::invalid_argument and std::out_of_range name
+/// the
+///   rule that was broken, OutOfMemory the numbers.
+class ReplayStore {
+ public:
+  /// `task_ids` [N] holds the task of each stream: every task of 0..T-1 at least once. O(N).
+  ReplayStore(std::int64_t capacity, std::int64_t observation_size, std::int64_t action_size,
+              std::span<const std::int64_t> task_ids, std::uint64_t seed);
+
+  /// Appends one transition to each of the M given streams, which must differ. Refuses other lengths, unknown
+  /// or repeated streams, and floats that are not finite. O(N + M (O + A)).
+  void add(std::span<const std::int64_t> streams, const TransitionColumns<true>& columns);
+
+  /// Fills `out` with U batches, every stored transition equally likely each time, and advances draws() by U.
+  /// Element i of batch u is bounded_draw(seed, draws() + u, i, size()), counted stream after stream and
+  /// oldest first. Refuses an empty store and columns that do not all hold U x B rows. O(N + U B (log N + O +
+  /// A)).
+  void sample(std::size_t num_batches, std::size_t batch_size, const BatchColumns& out);
+
+  /// Fills `out` (B = 1) with one transition; `age` 0 is the oldest of the stream. O(O + A).
+  void read(std::int64_t stream, std::int64_t age, const BatchColumns& out) const;
+
+  /// Writes the content to `out`, which must have n = size() and m = side_size(). O(N O + n (O + A)).
+  void save(const StateColumns<false>& out) const;
+
+  /// Replaces content, seed and draw counter by a saved state of any capacity; of each stream the newest rows
+  /// that fit are kept. Refuses a state that contradicts itself. O(N O + n (O + A)).
+  void load(const StateColumns<true>& state, std::uint64_t seed, std::uint64_t draws);
+
+  /// [N] transitions stored in each stream, and how many fit. O(N).
+  [[nodiscard]] std::vector<std::int64_t> sizes() const;
+  [[nodiscard]] std::vector<std::int64_t> capacities() const;
+  /// Transitions stored (O(N)), and how many of them have their successor aside (O(1)).
+  [[nodiscard]] std::size_t size() const {
+    return locked([this] { return total(); });
+  }
+  [[nodiscard]] std::size_t side_size() const {
+    return locked([this] { return side_.used(); });
+  }
+  /// Bytes reserved. Pages that were never written cost no memory.
+  [[nodiscard]] std::size_t nbytes() const {
+    return locked([this] { return rows_.nbytes() + side_.nbytes(); });
+  }
+  /// The key of the random numbers, and the number of batches sampled so far.
+  [[nodiscard]] std::uint64_t seed() const {
+    return locked([this] { return seed_; });
+  }
+  [[nodiscard]] std::uint64_t draws() const {
+    return locked([this] { return draws_; });
+  }
+
+ private:
+  struct Stream {
+    std::int64_t task;
+    std::size_t first_row;    // of the ring in rows_; rings follow each other without a gap
+    std::uint32_t ring;       // rows of the ring: its capacity + 1
+    std::uint32_t next = 0;   // ring position of the next row to write, < ring
+    std::uint32_t size = 0;   // rows stored, < ring: those at positions next - size .. next - 1 (mod ring)
+    bool head_valid = false;  // row next holds the successor of the newest row, whose link then names no slot
+    [[nodiscard]] std::uint32_t position(std::uint32_t age) const noexcept;  // 0 is the oldest
+    [[nodiscard]] std::uint32_t after(std::uint32_t pos) const noexcept {
+      return pos + 1 == ring ? 0 : pos + 1;
+    }
+  };
+  struct Transition {
+    const float* observation;
+    const float* action;
+    float reward;
+    bool terminated;
+    bool truncated;
+    const float* successor;
+  };
+  struct Location {
+    const float* row;
+    const float* following;  // the row that holds the successor unless the link names a slot
+    std::int64_t task;
+  };
+
+  [[nodiscard]] static std::vector<Stream> make_streams(std::size_t capacity,
+                                                        std::span<const std::int64_t> task_ids);
+  void append(Stream& stream, const Transition& transition) noexcept;
+  void drop_oldest(Stream& stream) noexcept;
+  [[nodiscard]] bool departs(const Stream& stream, const float* observation) const noexcept;
+  [[nodiscard]] Location at(const Stream& stream, std::uint32_t pos) const noexcept;
+  [[nodiscard]] Transition transition(const TransitionColumns<true>& columns, std::size_t i,
+                                      const float* successor) const noexcept;
+  void prefetch(const Location& location) const noexcept;
+  void gather(std::span<const Location> locations, std::size_t first, const BatchColumns& out) const noexcept;
+  void require_batch(std::size_t rows, const BatchColumns& out) const;
+  template <bool Const>
+  void require_state(std::size_t rows, std::size_t side_rows, const StateColumns<Const>& state) const;
+  [[nodiscard]] std::size_t total() const noexcept;
+  template <class Read>
+  [[nodiscard]] std::invoke_result_t<const Read&> locked(const Read& read) const {
+    const std::lock_guard lock(mutex_);
+    return read();
+  }
+  [[nodiscard]] float* row(const Stream& stream, std::uint32_t pos) noexcept {
+    return rows_.row(stream.first_row + pos);
+  }
+  [[nodiscard]] const float* row(const Stream& stream, std::uint32_t pos) const noexcept {
+    return rows_.row(stream.first_row + pos);
+  }
+  [[nodiscard]] std::uint32_t link(const float* row) const noexcept;
+  void set_link(float* row, std::uint32_t link) const noexcept;
+
+  mutable std::mutex mutex_;     // guards every field below that is not const
+  const std::size_t O_;          // observation size, >= 1
+  const std::size_t A_;          // action size, >= 1
+  std::vector<Stream> streams_;  // N; the number and the rings never change
+  RowBlock rows_;                // all rings; rows outside a stream's stored ones are undefined, except heads
+  SideStore side_;               // exactly one used slot for each stored row whose link names one
+  std::uint64_t seed_;
+  std::uint64_t draws_ = 0;  // the number of the next draw
+};
+
+}  // namespace brc
