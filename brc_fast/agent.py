@@ -14,8 +14,8 @@ from torch import Generator, Tensor, nn
 
 from . import kernels
 from .batch import Batch
-from .config import ActorConfig, CriticConfig, LearningConfig
-from .networks import Actor, Critic
+from .config import ActorConfig, CriticConfig, LearningConfig, TrainConfig
+from .networks import Actor, Critic, Temperature
 from .optimizer import FlatAdamW, flatten_parameters
 
 Metrics = dict[str, Tensor]
@@ -79,8 +79,7 @@ class BRC:
         embedding_size = self.critic_config.embedding_size if num_tasks > 1 else 0
         self.critic = Critic(observation_size, action_size, num_tasks, self.critic_config, initial)
         self.actor = Actor(observation_size, action_size, embedding_size, self.actor_config, initial)
-        self.temperature = nn.Module()
-        self.temperature.log_alpha = nn.Parameter(torch.tensor(self.learning.initial_temperature).log())
+        self.temperature = Temperature(self.learning.initial_temperature)
         for module in (self.critic, self.actor, self.temperature):
             module.to(device=device, dtype=dtype)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -90,6 +89,20 @@ class BRC:
         self.actor_optimizer = self._optimizer(self.actor, beta1, decay)
         self.temperature_optimizer = self._optimizer(self.temperature, self.learning.temperature_beta1, 0.0)
         self.generator = Generator(device).manual_seed(seed + 1)
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, observation_size: int, action_size: int, device: str) -> BRC:
+        """The agent of a training run."""
+        return cls(
+            observation_size,
+            action_size,
+            len(config.tasks),
+            critic=config.critic,
+            actor=config.actor,
+            learning=config.learning,
+            device=device,
+            seed=config.seed,
+        )
 
     def _optimizer(self, module: nn.Module, beta1: float, weight_decay: float) -> FlatAdamW:
         return FlatAdamW(
@@ -104,7 +117,7 @@ class BRC:
     @property
     def alpha(self) -> Tensor:
         """Temperature of the entropy bonus, 0-d, without gradient."""
-        return self.temperature.log_alpha.detach().exp()  # type: ignore[operator, union-attr]
+        return self.temperature.log_alpha.detach().exp()
 
     def policy(self, observations: Tensor, task_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and raw log-std [B, A]; the online critic's embedding is read, and gets no gradient."""
@@ -200,7 +213,7 @@ class BRC:
         a ~ pi(.|s),   loss = mean_b [alpha * log pi(a|s) - sum_k z_k * mean_e softmax(Q_e(s, a))_k]
         """
         actions, log_probs = kernels.tanh_gaussian(*self.policy(batch.observations, batch.task_ids), noise)
-        logits = self.critic(batch.observations, actions, batch.task_ids)
+        logits = self.critic(batch.observations, actions, batch.task_ids, frozen=True)
         q_values = kernels.expected_value(logits, self.atoms).mean(0)  # [B]
         loss = (self.alpha * log_probs - q_values).mean()
         self.actor_optimizer.minimize(loss)
@@ -212,20 +225,20 @@ class BRC:
 
     def update_temperature(self, entropy: Tensor) -> Metrics:
         """One Adam step of log alpha on `alpha * (entropy - target_entropy)`; entropy is a 0-d tensor."""
-        loss = self.temperature.log_alpha.exp() * (entropy - self.target_entropy)  # type: ignore[operator, union-attr]
+        loss = self.temperature.log_alpha.exp() * (entropy - self.target_entropy)
         metrics = {"temperature": self.alpha, "temperature_loss": loss.detach()}
         self.temperature_optimizer.minimize(loss)
         return metrics
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that changes, by name: parameters, target, moments, step counts and the noise's state."""
+        """Everything that changes, by name: parameters, target, moments, step counts, noise."""
         state: dict[str, Tensor] = {"generator": self.generator.get_state()}
         for name, part in self._parts().items():
             state |= {f"{name}/{key}": value for key, value in part.state_dict().items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state_dict`; ValueError names the first entry that is missing, extra or of another shape."""
+        """Go on from a `state_dict`; ValueError names the first entry that does not fit."""
         mine = self.state_dict()
         for key in sorted(mine.keys() | state.keys()):
             if key not in state or key not in mine:

@@ -54,10 +54,11 @@ class PlotArguments:
 def parse(kind: type[Parsed], words: Sequence[str], command: str, default: Parsed | None = None) -> Parsed:
     """Settings from the words of the command line; InputError, in one line, for words that do not fit."""
     box = io.StringIO()
-    options = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=list(words), prog=f"brc-fast {command}", **options)
+            if default is None:
+                return tyro.cli(kind, args=list(words), prog=f"brc-fast {command}")
+            return tyro.cli(kind, args=list(words), prog=f"brc-fast {command}", default=default)
     except SystemExit as stop:
         if stop.code == 0:
             raise
@@ -73,10 +74,7 @@ def parse(kind: type[Parsed], words: Sequence[str], command: str, default: Parse
 def parse_train(words: Sequence[str], device: str) -> tuple[TrainConfig, RunFolder | None]:
     """The run's settings over the defaults for `device`, and the folder to resume, if any."""
     resume = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--resume"), None)
-    if resume is None:
-        default = preset(device)
-    else:
-        default = RunFolder(resume).config()
+    default = preset(device) if resume is None else RunFolder(resume).config()
     names = [field.name for field in fields(TrainConfig)]
     arguments = parse(
         TrainArguments, words, "train", TrainArguments(**{n: getattr(default, n) for n in names})

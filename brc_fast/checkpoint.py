@@ -59,8 +59,8 @@ class RunFolder:
             raise InputError(f"{self.path} is a file: name another folder with --run")
         if not overwrite and any((self.path / name).exists() for name in self.OWN):
             raise InputError(
-                f"{self.path} already holds a run: go on with --resume {self.path}, replace it with --overwrite, "
-                "or name another folder with --run"
+                f"{self.path} already holds a run: go on with --resume {self.path}, "
+                "replace it with --overwrite, or name another folder with --run"
             )
 
     def create(self, config: TrainConfig) -> None:
@@ -93,7 +93,7 @@ class RunFolder:
         return sorted(int(entry.name) for entry in self.checkpoints.iterdir() if entry.name.isdigit())
 
     def save(self, step: int, parts: Mapping[str, Mapping[str, NDArray[Any]]]) -> Path:
-        """Write the checkpoint of `step` from named groups of arrays; OSError leaves the others as they were."""
+        """Write the checkpoint of `step`, named groups of arrays; OSError leaves the others as they were."""
         final = self.checkpoints / f"{step:012d}"
         partial = self.checkpoints / f"partial-{step}"
         shutil.rmtree(partial, ignore_errors=True)
@@ -161,9 +161,8 @@ class RunFolder:
             if wanted is None or not file.exists():
                 raise InputError(f"{file} is missing; {_remedy(folder, steps)}")
             if file.stat().st_size != wanted["bytes"]:
-                raise InputError(
-                    f"{file} is truncated: {file.stat().st_size} of {wanted['bytes']} bytes; {_remedy(folder, steps)}"
-                )
+                told = f"{file.stat().st_size} of {wanted['bytes']} bytes"
+                raise InputError(f"{file} is truncated: {told}; {_remedy(folder, steps)}")
             if _checksum(file) != wanted["crc32"]:
                 raise InputError(f"{file} is damaged: its checksum differs; {_remedy(folder, steps)}")
             try:

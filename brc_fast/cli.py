@@ -131,17 +131,14 @@ def evaluate(words: list[str]) -> int:
 
     env = envs.make(config.tasks, arguments.episodes, arguments.seed)
     device = resolve_device("auto")
-    agent = BRC(
-        env.observation_size, env.action_size, len(env.task_names),
-        critic=config.critic, actor=config.actor, learning=config.learning, device=device, seed=config.seed,
-    )  # fmt: skip
+    agent = BRC.from_config(config, env.observation_size, env.action_size, device)
     with folder.fitting():
         agent.load_state_dict({name: torch.from_numpy(value) for name, value in parts["agent"].items()})
     returns = run_episodes(agent, env, arguments.seed)
     print(f"{folder.path}, step {step}, {arguments.episodes} episodes per task")
     for name, row in zip(env.task_names, returns, strict=True):
         print(f"  {name:<32} {row.mean():9.1f} +- {row.std():.1f}")
-    result = {"step": step, "seed": arguments.seed, **summary(env.task_names, returns)}
+    result: dict[str, object] = {"step": step, "seed": arguments.seed, **summary(env.task_names, returns)}
     result["returns"] = {name: row.tolist() for name, row in zip(env.task_names, returns, strict=True)}
     write_text(folder.path / "evaluation.json", json.dumps(result, indent=2) + "\n")
     return 0

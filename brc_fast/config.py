@@ -90,7 +90,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner runs."""
     threads: int | None = None
-    """Torch threads on a CPU; 1 when not given: small networks lose more to joining threads than they gain."""
+    """Torch threads on a CPU; 1 when not given, which is best for small networks and busy machines."""
     num_envs: int = 16
     """Environments per task, stepped together."""
     steps: int = 1_000_000
@@ -98,7 +98,8 @@ class TrainConfig:
     random_steps: int = 5_000
     """Environment steps per task with uniform random actions before learning starts. BRC: 5000."""
     updates_per_step: int = 2
-    """Updates after each step of the vector (that is, per num_envs transitions of every task). BRC: 2, with one environment."""
+    """Updates after each step of the vector, that is per num_envs transitions of every task. BRC: 2, with
+    one environment."""
     batch_size: int | None = None
     """Transitions per update, over all tasks; 256 for one task and 1024 for several when not given. BRC."""
     replay_capacity: int = 1_000_000

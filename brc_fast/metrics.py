@@ -1,4 +1,4 @@
-"""Numbers out of a run: episode returns, rows of metrics.jsonl, TensorBoard. The only place that waits for them."""
+"""Numbers out of a run: episode returns, metrics.jsonl, TensorBoard. The only place that waits for them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class MetricsWriter:
         self._seconds["environment"] += seconds
 
     def rates(self) -> dict[str, float]:
-        """Throughput of the whole loop since the last call, and the share of each part; starts a new count."""
+        """Throughput of the whole loop and the share of each part since the last call."""
         elapsed = time.perf_counter() - self._clock
         out = {
             "time/seconds": elapsed,

@@ -26,48 +26,49 @@ def _orthogonal(shape: tuple[int, ...], gain: float, generator: Generator) -> Te
 
 
 class NormedLinear(nn.Module):
-    """`LayerNorm(x W + b)`, followed by ReLU or added to a residual.
+    """Parameters of one layer `LayerNorm(x W + b)`: kernel [E, I, H] and three vectors [E, H]."""
 
-    Shapes: x [.., B, I] -> [.., B, H]; with `members` E, every parameter has a leading [E].
-    """
-
-    def __init__(self, inputs: int, width: int, members: tuple[int, ...], generator: Generator) -> None:
+    def __init__(self, members: int, inputs: int, width: int, generator: Generator) -> None:
         super().__init__()
-        self.kernel = nn.Parameter(_orthogonal((*members, inputs, width), GAIN, generator))
-        self.bias = nn.Parameter(torch.zeros(*members, width))
-        self.norm_weight = nn.Parameter(torch.ones(*members, width))
-        self.norm_bias = nn.Parameter(torch.zeros(*members, width))
+        self.kernel = nn.Parameter(_orthogonal((members, inputs, width), GAIN, generator))
+        self.bias = nn.Parameter(torch.zeros(members, width))
+        self.norm_weight = nn.Parameter(torch.ones(members, width))
+        self.norm_bias = nn.Parameter(torch.zeros(members, width))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        return kernels.bias_layer_norm(
-            torch.matmul(x, self.kernel), self.bias, self.norm_weight, self.norm_bias, residual, relu
-        )
+
+class Head(nn.Module):
+    """Parameters of the linear head: kernel [E, H, outputs] and bias [E, outputs]."""
+
+    def __init__(self, kernel: Tensor) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(kernel)
+        self.bias = nn.Parameter(torch.zeros(kernel.shape[0], kernel.shape[-1]))
 
 
 class BroNet(nn.Module):
-    """Residual LayerNorm body.
+    """E stacked residual LayerNorm networks with a linear head.
 
-        x = relu(LN(W0 x + b0));   `depth` times:  x = x + LN(W2 relu(LN(W1 x + b1)) + b2)
+        x = relu(LN(W0 x + b0));   `depth` times:  x = x + LN(W2 relu(LN(W1 x + b1)) + b2);   head
 
-    Shapes: [.., B, I] -> [.., B, H].
+    Shapes: [B, I], shared by all networks, -> [E, B, outputs].
     Source: Nauman et al. 2024, arXiv:2405.16158.
     """
 
     def __init__(
-        self, inputs: int, width: int, depth: int, members: tuple[int, ...], generator: Generator
+        self, members: int, inputs: int, width: int, depth: int, head: Tensor, generator: Generator
     ) -> None:
         super().__init__()
-        self.input = NormedLinear(inputs, width, members, generator)
+        self.input = NormedLinear(members, inputs, width, generator)
         self.blocks = nn.ModuleList(
-            nn.ModuleList(NormedLinear(width, width, members, generator) for _ in range(2))
+            nn.ModuleList(NormedLinear(members, width, width, generator) for _ in range(2))
             for _ in range(depth)
         )
+        self.head = Head(head)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.input(x, relu=True)
-        for first, second in self.blocks:  # type: ignore[misc]
-            x = second(first(x, relu=True), residual=x)
-        return x
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """`frozen` parameters get no gradient; the input still does."""
+        parameters = self.parameters()  # in the order of their modules above, which is the op's
+        return kernels.bronet(x, *((p.detach() for p in parameters) if frozen else parameters))
 
 
 class Critic(nn.Module):
@@ -87,20 +88,28 @@ class Critic(nn.Module):
         super().__init__()
         inputs = observation_size + action_size + (config.embedding_size if num_tasks > 1 else 0)
         self.embedding_norm = config.embedding_norm
-        self.body = BroNet(inputs, config.width, config.depth, (config.members,), generator)
-        self.head_kernel = nn.Parameter(
-            _orthogonal((config.members, config.width, config.num_atoms), GAIN, generator)
-        )
-        self.head_bias = nn.Parameter(torch.zeros(config.members, config.num_atoms))
+        head = _orthogonal((config.members, config.width, config.num_atoms), GAIN, generator)
+        self.body = BroNet(config.members, inputs, config.width, config.depth, head, generator)
         self.embedding = None
         if num_tasks > 1:
             rows = torch.randn(num_tasks, config.embedding_size, generator=generator)
             self.embedding = nn.Parameter(rows / math.sqrt(config.embedding_size))
 
-    def forward(self, observations: Tensor, actions: Tensor, task_ids: Tensor) -> Tensor:
-        """Logits [E, B, K] of observations [B, O], actions [B, A], task_ids [B]."""
-        x = kernels.pack_inputs(observations, actions, self.embedding, task_ids, self.embedding_norm)
-        return torch.baddbmm(self.head_bias.unsqueeze(1), self.body(x), self.head_kernel)
+    def forward(
+        self, observations: Tensor, actions: Tensor, task_ids: Tensor, frozen: bool = False
+    ) -> Tensor:
+        """Logits [E, B, K] of observations [B, O], actions [B, A], task_ids [B]; see `BroNet.forward`."""
+        table = self.embedding.detach() if frozen and self.embedding is not None else self.embedding
+        x = kernels.pack_inputs(observations, actions, table, task_ids, self.embedding_norm)
+        return self.body(x, frozen)  # type: ignore[no-any-return]
+
+
+class Temperature(nn.Module):
+    """Weight of the entropy bonus, kept as its logarithm."""
+
+    def __init__(self, initial: float) -> None:
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.tensor(initial).log())
 
 
 class Actor(nn.Module):
@@ -115,13 +124,12 @@ class Actor(nn.Module):
         generator: Generator,
     ) -> None:
         super().__init__()
-        self.body = BroNet(observation_size + embedding_size, config.width, config.depth, (), generator)
-        mean = _orthogonal((config.width, action_size), GAIN, generator)
-        log_std = _orthogonal((config.width, action_size), 1.0, generator)
-        self.head_kernel = nn.Parameter(torch.cat([mean, log_std], -1))  # [H, 2 A]: mean, then raw log-std
-        self.head_bias = nn.Parameter(torch.zeros(2 * action_size))
+        mean = _orthogonal((1, config.width, action_size), GAIN, generator)
+        log_std = _orthogonal((1, config.width, action_size), 1.0, generator)
+        head = torch.cat([mean, log_std], -1)  # [1, H, 2 A]: mean, then raw log-std
+        self.body = BroNet(1, observation_size + embedding_size, config.width, config.depth, head, generator)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and raw log-std, [B, A] each, of packed inputs [B, O + D]."""
-        mean, raw_log_std = torch.addmm(self.head_bias, self.body(x), self.head_kernel).chunk(2, -1)
+        mean, raw_log_std = self.body(x).squeeze(0).chunk(2, -1)
         return mean, raw_log_std

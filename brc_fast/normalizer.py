@@ -70,7 +70,7 @@ class RewardNormalizer:
 
         Args:
             rewards, terminated, truncated: [N]. A step that is both terminated and truncated has ended.
-            values: [N] unscaled returns to go of the successors; needed with bootstrap="critic" where truncated.
+            values: [N] unscaled returns to go of the successors; needed with bootstrap="critic".
             dropped: [N] slots whose step was discarded: their running episode is forgotten.
         """
         if self._lengths.max() == len(self._rewards):

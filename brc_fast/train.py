@@ -36,8 +36,7 @@ class Trainer:
         self.eval_env = envs.make(config.tasks, config.eval_episodes, config.seed)
         self.names, ids = self.env.task_names, self.env.task_ids
         sizes = (self.env.observation_size, self.env.action_size)
-        networks = {"critic": config.critic, "actor": config.actor, "learning": learning}
-        self.agent = BRC(*sizes, len(self.names), **networks, device=device, seed=config.seed)
+        self.agent = BRC.from_config(config, *sizes, device)
         self.replay = ReplayBuffer(config.replay_capacity, *sizes, task_ids=ids, seed=config.seed)
         self.normalizer = RewardNormalizer(
             ids,
@@ -71,8 +70,15 @@ class Trainer:
 
         step = Step(*(field.cpu() for field in step))
         kept = (~step.dropped).nonzero().squeeze(-1)
-        fields = (self.observations.cpu(), actions.cpu(), step.rewards, step.terminated, step.truncated)
-        self.replay.add(*(field[kept] for field in (*fields, step.successors)), streams=kept)
+        self.replay.add(
+            self.observations.cpu()[kept],
+            actions.cpu()[kept],
+            step.rewards[kept],
+            step.terminated[kept],
+            step.truncated[kept],
+            step.successors[kept],
+            streams=kept,
+        )
         ends = (step.rewards.numpy(), step.terminated.numpy(), step.truncated.numpy())
         self.normalizer.update(*ends, values, step.dropped.numpy())
         self.episodes.record(step)

@@ -27,24 +27,23 @@ constexpr std::size_t kHugePage = std::size_t{1} << 21;
 constexpr std::size_t kAhead = 4;              // rows between a prefetch and its use
 constexpr std::size_t kPrefetchFloats = 1024;  // of a longer row, the processor fetches the rest by itself
 
-std::string str(std::size_t value) {
-  return std::to_string(value);
-}
+using std::to_string;
 
 [[noreturn]] void refuse(const std::string& message) {
   throw std::invalid_argument(message);
 }
 
 std::size_t require_size(const char* name, std::int64_t value, std::size_t largest) {
-  if (value < 1) refuse(std::string(name) + " must be at least 1, got " + std::to_string(value));
+  if (value < 1) refuse(std::string(name) + " must be at least 1, got " + to_string(value));
   if (static_cast<std::size_t>(value) > largest) {
-    refuse(std::string(name) + " must be at most " + str(largest) + ", got " + std::to_string(value));
+    refuse(std::string(name) + " must be at most " + to_string(largest) + ", got " + to_string(value));
   }
   return static_cast<std::size_t>(value);
 }
 
 void require_length(const char* name, std::size_t got, std::size_t wanted) {
-  if (got != wanted) refuse(std::string(name) + " must hold " + str(wanted) + " values, got " + str(got));
+  if (got != wanted)
+    refuse(std::string(name) + " must hold " + to_string(wanted) + " values, got " + to_string(got));
 }
 
 template <bool Const>
@@ -69,8 +68,17 @@ void require_finite(const char* name, std::span<const float> values, std::size_t
   if (found == 0) return;
   const auto first = std::find_if(values.begin(), values.end(), not_finite) - values.begin();
   refuse(std::string(name) + " of " + where(static_cast<std::size_t>(first) / width) +
-         " must be finite, got " + std::to_string(values[static_cast<std::size_t>(first)]) +
+         " must be finite, got " + to_string(values[static_cast<std::size_t>(first)]) +
          "; nothing was stored");
+}
+
+template <class Where>
+void require_finite(const TransitionColumns<true>& columns, std::size_t O, std::size_t A,
+                    const Where& where) {
+  require_finite("observations", columns.observations, O, where);
+  require_finite("actions", columns.actions, A, where);
+  require_finite("rewards", columns.rewards, 1, where);
+  require_finite("successors", columns.successors, O, where);
 }
 
 void copy(std::span<float> to, std::size_t index, const float* from, std::size_t width) {
@@ -86,12 +94,12 @@ RowBlock::RowBlock(std::size_t rows, std::size_t width, const char* what)
   nbytes_ = (bytes + alignment - 1) / alignment * alignment;
   data_.reset(static_cast<float*>(std::aligned_alloc(alignment, nbytes_)));
   if (!data_) {
-    throw OutOfMemory("cannot reserve " + str(nbytes_) + " bytes for " + what + ": " + str(rows) +
-                      " rows of " + str(row_bytes(width)) + " bytes; lower capacity");
+    throw OutOfMemory("cannot reserve " + to_string(nbytes_) + " bytes for " + what + ": " + to_string(rows) +
+                      " rows of " + to_string(row_bytes(width)) + " bytes; lower capacity");
   }
 #if defined(__linux__)
-  if (alignment == kHugePage)
-    madvise(data_.get(), nbytes_, MADV_HUGEPAGE);  // advice: a refusal costs only speed
+  // Advice: a refusal costs only speed.
+  if (alignment == kHugePage) madvise(data_.get(), nbytes_, MADV_HUGEPAGE);
 #endif
 }
 
@@ -123,7 +131,7 @@ std::size_t SideStore::nbytes() const noexcept {
 }
 
 std::uint32_t ReplayStore::Stream::position(std::uint32_t age) const noexcept {
-  const std::uint32_t pos = next + (ring - size) + age;  // below 2^31, as ring < 2^30
+  const std::uint32_t pos = next + (ring - size) + age;  // below 2^31, as ring <= kMaxRows
   return pos < ring ? pos : pos - ring;
 }
 
@@ -142,15 +150,16 @@ std::vector<ReplayStore::Stream> ReplayStore::make_streams(std::size_t capacity,
   std::vector<std::size_t> counts(task_ids.size());
   for (const std::int64_t task : task_ids) {
     if (task < 0 || static_cast<std::size_t>(task) >= counts.size()) {
-      refuse("task_ids of " + str(counts.size()) + " streams must lie in 0.." + str(counts.size() - 1) +
-             ", got " + std::to_string(task));
+      refuse("task_ids of " + to_string(counts.size()) + " streams must lie in 0.." +
+             to_string(counts.size() - 1) + ", got " + to_string(task));
     }
     ++counts[static_cast<std::size_t>(task)];
   }
   const auto tasks = static_cast<std::size_t>(std::ranges::max(task_ids)) + 1;
   for (std::size_t task = 0; task < tasks; ++task) {
     if (counts[task] == 0) {
-      refuse("task_ids must name every task of 0.." + str(tasks - 1) + ", but none is " + str(task));
+      refuse("task_ids must name every task of 0.." + to_string(tasks - 1) + ", but none is " +
+             to_string(task));
     }
   }
   std::vector<Stream> streams;
@@ -162,8 +171,9 @@ std::vector<ReplayStore::Stream> ReplayStore::make_streams(std::size_t capacity,
     first_row += ring;
   }
   if (first_row > kMaxRows) {
-    refuse("capacity " + str(capacity) + " for " + str(tasks) + " tasks in " + str(streams.size()) +
-           " streams needs " + str(first_row) + " rows, and a store has at most " + str(kMaxRows));
+    refuse("capacity " + to_string(capacity) + " for " + to_string(tasks) + " tasks in " +
+           to_string(streams.size()) + " streams needs " + to_string(first_row) +
+           " rows, and a store has at most " + to_string(kMaxRows));
   }
   return streams;
 }
@@ -173,21 +183,17 @@ void ReplayStore::add(std::span<const std::int64_t> ids, const TransitionColumns
   std::vector<bool> seen(streams_.size());
   for (const std::int64_t id : ids) {
     if (id < 0 || static_cast<std::size_t>(id) >= streams_.size()) {
-      refuse("streams must lie in 0.." + str(streams_.size() - 1) + ", got " + std::to_string(id));
+      refuse("streams must lie in 0.." + to_string(streams_.size() - 1) + ", got " + to_string(id));
     }
-    if (seen[static_cast<std::size_t>(id)])
-      refuse("streams must differ, got " + std::to_string(id) + " twice");
+    if (seen[static_cast<std::size_t>(id)]) refuse("streams must differ, got " + to_string(id) + " twice");
     seen[static_cast<std::size_t>(id)] = true;
   }
   const auto stream_at = [&](std::size_t i) -> Stream& { return streams_[static_cast<std::size_t>(ids[i])]; };
   require_lengths(columns, ids.size(), ids.size(), O_, A_);
   const auto where = [&](std::size_t i) {
-    return "stream " + std::to_string(ids[i]) + " (task " + std::to_string(stream_at(i).task) + ")";
+    return "stream " + to_string(ids[i]) + " (task " + to_string(stream_at(i).task) + ")";
   };
-  require_finite("observations", columns.observations, O_, where);
-  require_finite("actions", columns.actions, A_, where);
-  require_finite("rewards", columns.rewards, 1, where);
-  require_finite("successors", columns.successors, O_, where);
+  require_finite(columns, O_, A_, where);
 
   std::size_t slots = side_.used();
   for (std::size_t i = 0; i < ids.size(); ++i) {
@@ -243,11 +249,10 @@ bool ReplayStore::departs(const Stream& stream, const float* observation) const 
 void ReplayStore::sample(std::size_t num_batches, std::size_t batch_size, const BatchColumns& out) {
   const std::lock_guard lock(mutex_);
   require_batch(num_batches * batch_size, out);
-  const std::size_t stored = total();
-  if (stored == 0) refuse("the replay store is empty; add transitions before sampling");
   std::vector<std::uint32_t> ends;  // transitions stored in the streams up to and with each
   std::uint32_t end = 0;
   for (const Stream& stream : streams_) ends.push_back(end += stream.size);
+  if (end == 0) refuse("the replay store is empty; add transitions before sampling");
   const std::uint32_t size = streams_[0].size;
   const bool equal =
       std::ranges::all_of(streams_, [size](const Stream& stream) { return stream.size == size; });
@@ -270,8 +275,8 @@ void ReplayStore::read(std::int64_t stream, std::int64_t age, const BatchColumns
   require_batch(1, out);
   const auto check = [](const char* name, std::int64_t index, std::size_t count) {
     if (index >= 0 && static_cast<std::size_t>(index) < count) return static_cast<std::size_t>(index);
-    throw std::out_of_range(std::string(name) + " must lie below " + str(count) + ", got " +
-                            std::to_string(index));
+    throw std::out_of_range(std::string(name) + " must lie below " + to_string(count) + ", got " +
+                            to_string(index));
   };
   const Stream& from = streams_[check("stream", stream, streams_.size())];
   const auto known_age = static_cast<std::uint32_t>(check("age", age, from.size));
@@ -340,12 +345,9 @@ void ReplayStore::load(const StateColumns<true>& state, std::uint64_t seed, std:
   const auto side_rows =
       std::ranges::count_if(state.has_successor, [](unsigned char flag) { return flag != 0; });
   require_state(rows.rewards.size(), static_cast<std::size_t>(side_rows), state);
-  const auto at_row = [](std::size_t i) { return "row " + str(i); };
-  const auto at_stream = [](std::size_t i) { return "stream " + str(i); };
-  require_finite("observations", rows.observations, O_, at_row);
-  require_finite("actions", rows.actions, A_, at_row);
-  require_finite("rewards", rows.rewards, 1, at_row);
-  require_finite("successors", rows.successors, O_, at_row);
+  const auto at_row = [](std::size_t i) { return "row " + to_string(i); };
+  const auto at_stream = [](std::size_t i) { return "stream " + to_string(i); };
+  require_finite(rows, O_, A_, at_row);
   require_finite("heads", state.heads, O_, at_stream);
   std::size_t left = rows.rewards.size();
   bool fits = true;
@@ -354,11 +356,12 @@ void ReplayStore::load(const StateColumns<true>& state, std::uint64_t seed, std:
     if (fits) left -= static_cast<std::size_t>(size);
   }
   if (!fits || left != 0) {
-    refuse("sizes must not be negative and must sum to the " + str(rows.rewards.size()) + " rows of rewards");
+    refuse("sizes must not be negative and must sum to the " + to_string(rows.rewards.size()) +
+           " rows of rewards");
   }
   for (std::size_t i = 0; i < rows.rewards.size(); ++i) {
     if ((rows.terminated[i] || rows.truncated[i]) && !state.has_successor[i]) {
-      refuse("has_successor of row " + str(i) + " must be set, as its episode ended there");
+      refuse("has_successor of row " + to_string(i) + " must be set, as its episode ended there");
     }
   }
   std::size_t end = 0;
@@ -366,7 +369,7 @@ void ReplayStore::load(const StateColumns<true>& state, std::uint64_t seed, std:
     end += static_cast<std::size_t>(state.sizes[s]);
     const bool head_expected = state.sizes[s] > 0 && !state.has_successor[end - 1];
     if ((state.head_valid[s] != 0) != head_expected) {
-      refuse("head_valid of stream " + str(s) + " must be " + (head_expected ? "true" : "false") +
+      refuse("head_valid of stream " + to_string(s) + " must be " + (head_expected ? "true" : "false") +
              ", the opposite of has_successor of its newest row, and false without rows");
     }
   }
@@ -383,7 +386,7 @@ void ReplayStore::load(const StateColumns<true>& state, std::uint64_t seed, std:
       const float* successor =
           rest == 1 ? state.heads.data() + s * O_ : rows.observations.data() + (i + 1) * O_;
       if (state.has_successor[i]) successor = rows.successors.data() + side_row++ * O_;
-      if (rest < stream.ring) append(stream, transition(rows, i, successor));
+      append(stream, transition(rows, i, successor));
     }
   }
   seed_ = seed;

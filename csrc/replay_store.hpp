@@ -110,20 +110,21 @@ class SideStore {
 /// Transitions of N streams (environment slots), each of one of T tasks, sampled uniformly.
 ///
 /// Ownership: the store owns all its memory and copies what it is given. It keeps no span after a call.
+///
 /// Layout: each stream is a ring of rows [observation O, action A, reward, link], one more than its capacity,
-/// and
-///   all rings lie in one block. The observation of the following row is the successor of a row. Where an
-///   episode ended, or where the caller went on from another observation (compared bit by bit), the successor
-///   lies in the side store instead, and the link names its slot. So each observation is kept once, and no
-///   successor is ever that of another stream or episode.
-/// Wrap-around: with n streams in a task, a stream keeps its newest ceil(capacity / n) transitions. A new one
-/// then
-///   replaces the oldest of its stream, whose side slot is freed.
-/// Threads: every method locks the store for its duration, so calls from several threads are safe and run one
-///   after the other. No method calls back into its caller.
+/// and all rings lie in one block. The observation of the following row is the successor of a row. Where an
+/// episode ended, or where the caller went on from another observation (compared bit by bit), the successor
+/// lies in the side store instead, and the link names its slot. So each observation is kept once, and no
+/// successor is ever that of another stream or episode.
+///
+/// Wrap-around: with n streams in a task, a stream keeps its newest ceil(capacity / n) transitions. Each
+/// further one replaces the oldest of its stream, whose side slot is freed.
+///
+/// Threads: every method locks the store while it reads or writes what can change. Calls from several threads
+/// are safe and run one after the other, and no method calls back into its caller.
+///
 /// Failure: a method that throws leaves the store as it was. std::invalid_argument and std::out_of_range name
-/// the
-///   rule that was broken, OutOfMemory the numbers.
+/// the rule that was broken, OutOfMemory the numbers.
 class ReplayStore {
  public:
   /// `task_ids` [N] holds the task of each stream: every task of 0..T-1 at least once. O(N).
@@ -136,8 +137,8 @@ class ReplayStore {
 
   /// Fills `out` with U batches, every stored transition equally likely each time, and advances draws() by U.
   /// Element i of batch u is bounded_draw(seed, draws() + u, i, size()), counted stream after stream and
-  /// oldest first. Refuses an empty store and columns that do not all hold U x B rows. O(N + U B (log N + O +
-  /// A)).
+  /// oldest first. Refuses an empty store and columns that do not all hold U x B rows, B < 2^32. O(N + U B
+  /// (log N + O + A)).
   void sample(std::size_t num_batches, std::size_t batch_size, const BatchColumns& out);
 
   /// Fills `out` (B = 1) with one transition; `age` 0 is the oldest of the stream. O(O + A).

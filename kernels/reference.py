@@ -21,6 +21,7 @@ def bias_layer_norm(
     bias: Tensor,
     weight: Tensor,
     shift: Tensor,
+    *,
     residual: Tensor | None = None,
     relu: bool = False,
     eps: float = 1e-6,
@@ -40,6 +41,31 @@ def bias_layer_norm(
     if relu:
         y = y.relu()
     return y if residual is None else residual + y
+
+
+def bronet(x: Tensor, *parameters: Tensor) -> Tensor:
+    """BroNet of E stacked networks, head included.
+
+        x = relu(LN(x W0 + b0));   per block:  x = x + LN(relu(LN(x W1 + b1)) W2 + b2);   out = x Wh + bh
+
+    Args:
+        x: [B, I], shared by all networks, or [E, B, I].
+        parameters: (kernel [E, in, H], bias, norm weight, norm bias [E, H]) of the input layer and of the two
+            layers of each block, in this order, then the head's kernel [E, H, K] and bias [E, K].
+    Returns:
+        [E, B, K].
+    Source: Nauman et al. 2024, arXiv:2405.16158.
+    """
+    *body, head_kernel, head_bias = parameters
+    layers = [body[index : index + 4] for index in range(0, len(body), 4)]
+    kernel, bias, weight, shift = layers[0]
+    x = bias_layer_norm(torch.matmul(x, kernel), bias, weight, shift, relu=True)
+    for first, second in zip(layers[1::2], layers[2::2], strict=True):
+        kernel, bias, weight, shift = first
+        hidden = bias_layer_norm(torch.matmul(x, kernel), bias, weight, shift, relu=True)
+        kernel, bias, weight, shift = second
+        x = bias_layer_norm(torch.matmul(hidden, kernel), bias, weight, shift, residual=x)
+    return torch.baddbmm(head_bias.unsqueeze(1), x, head_kernel)
 
 
 def categorical_projection(probs: Tensor, positions: Tensor, v_max: float) -> Tensor:
@@ -154,7 +180,8 @@ def normalized_embedding(table: Tensor, task_ids: Tensor, norm: str = "l2") -> T
     `norm` is "l2" (the published code) or "l1" (reported of the paper).
     """
     order = {"l2": 2, "l1": 1}[norm]
-    return (table / torch.linalg.vector_norm(table, order, -1, keepdim=True))[task_ids]
+    norms: Tensor = torch.linalg.vector_norm(table, order, -1, keepdim=True)
+    return (table / norms)[task_ids]
 
 
 def pack_inputs(

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from brc_fast import BRC, ActorConfig, Batch, CriticConfig, LearningConfig, Noise, kernels
 from brc_fast.normalizer import RewardNormalizer
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(os.environ.get("BRC_FAST_SHARED", ROOT.parent / "shared")) / "golden"
@@ -72,11 +73,11 @@ class Recording:
             out = {ours: self.tensor(theirs) for ours, theirs in names.items()}
             for part in ("kernel", "bias"):
                 heads = [self.tensor(f"{root}/Dense_{head}/{part}") for head in range(2)]
-                out[f"head_{part}"] = torch.cat(heads, -1)
-            return out
+                out[f"body.head.{part}"] = torch.cat(heads, -1)
+            return {name: value[None] for name, value in out.items()}  # our actor is a stack of one
         flax = f"{root}/q_value_ensemble/q_value_ensemble/critic"
         names = body_names(flax, self.meta["depth_critic"])
-        names |= {"head_kernel": f"{flax}/Dense_1/kernel", "head_bias": f"{flax}/Dense_1/bias"}
+        names |= {"body.head.kernel": f"{flax}/Dense_1/kernel", "body.head.bias": f"{flax}/Dense_1/bias"}
         if self.meta["num_tasks"] > 1:
             names["embedding"] = f"{root}/task_embedding/embeddings/embedding"
         return {ours: self.tensor(theirs) for ours, theirs in names.items()}

@@ -602,6 +602,9 @@ def test_the_binding_refuses_arrays_that_do_not_fit_the_store() -> None:
     )
     with pytest.raises(ValueError, match="observations must hold 12 values, got 4"):
         store.sample(floats, floats, floats, floats, floats, ids)
+    flags = np.zeros(1, bool)
+    with pytest.raises(ValueError, match="observations must hold 3 values, got 4"):
+        store.add(ids[0, :1], floats, short[:, :2].copy(), short[0, :1], flags, flags, short)
     with pytest.raises(TypeError, match="incompatible function arguments"):
         store.sample(short.astype(np.float64), short, short, short, short, ids)
     with pytest.raises(IndexError, match="age must lie below 3, got 3"):

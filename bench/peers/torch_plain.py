@@ -9,9 +9,10 @@ import copy
 import math
 
 import torch
-from brc_fast import BRC, Batch, Noise
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from brc_fast import BRC, Batch, Noise
 
 
 class Block(nn.Module):
@@ -50,8 +51,8 @@ def copy_net(net: Net, state: dict[str, Tensor]) -> None:
         for index, block in enumerate(net.blocks):
             layer(block.first, block.first_norm, f"body.blocks.{index}.0")
             layer(block.second, block.second_norm, f"body.blocks.{index}.1")
-        net.head.weight.copy_(state["head_kernel"].T)
-        net.head.bias.copy_(state["head_bias"])
+        net.head.weight.copy_(state["body.head.kernel"].T)
+        net.head.bias.copy_(state["body.head.bias"])
 
 
 class PlainBRC:
@@ -66,7 +67,7 @@ class PlainBRC:
         for member, net in enumerate(self.critics):
             copy_net(net, {key: value[member] for key, value in agent.critic.state_dict().items()})
         self.actor = Net(agent.observation_size, actor.width, actor.depth, 2 * agent.action_size)
-        copy_net(self.actor, agent.actor.state_dict())
+        copy_net(self.actor, {key: value[0] for key, value in agent.actor.state_dict().items()})
         self.log_alpha = nn.Parameter(agent.temperature.log_alpha.detach().clone())
         for part in (self.critics, self.actor):
             part.to(agent.device)

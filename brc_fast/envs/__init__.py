@@ -36,9 +36,10 @@ def make(
         resolve(task)
         if names.count(task) > 1:
             raise InputError(f"tasks must differ, but {task!r} is listed {names.count(task)} times")
-    _at_least_one("num_envs", num_envs)
+    _at_least(1, "num_envs", num_envs)
+    _at_least(0, "seed", seed)
     if settings.get("episode_length") is not None:
-        _at_least_one("episode_length", settings["episode_length"])
+        _at_least(1, "episode_length", settings["episode_length"])
     if settings.get("impl", "jax") not in ("jax", "warp"):
         raise InputError(f"impl must be 'jax' or 'warp', got {settings['impl']!r}")
 
@@ -54,6 +55,6 @@ def make(
     return groups[0] if len(groups) == 1 else MultiTaskEnv(groups, seed)
 
 
-def _at_least_one(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be an integer of at least 1, got {value!r}")
+def _at_least(least: int, name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Compiling a reset or a step takes longer, the many one-line helpers of JAX do not: they are not worth a file.
+# Resets and steps take longer to compile; the many one-line helpers of JAX do not and are not worth a file.
 _CACHED_ABOVE_SECONDS = 0.2
 
 

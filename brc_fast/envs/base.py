@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from brc_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from gymnasium import Space
 
 
 class Step(NamedTuple):
@@ -100,6 +103,10 @@ class GymnasiumFace:
     task_ids: NDArray[np.int64]
     observation_size: int
     action_size: int
+    single_observation_space: Space[Any]
+    single_action_space: Space[Any]
+    observation_space: Space[Any]
+    action_space: Space[Any]
     _seed: int | None
 
     def declare(
@@ -127,6 +134,13 @@ class GymnasiumFace:
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._seed = seed
 
+    def as_actions(self, actions: Tensor | NDArray[np.float32]) -> Tensor:
+        """Check and detach actions [N, A], float32 on their own device."""
+        if actions.shape != self.action_space.shape:
+            wanted, got = [self.num_envs, self.action_size], list(actions.shape)
+            raise InputError(f"actions must have shape [N, A] = {wanted}, got {got}")
+        return torch.as_tensor(actions, dtype=torch.float32).detach()
+
     def reset_tensors(self, seed: int | None) -> Tensor:
         raise NotImplementedError
 
@@ -147,7 +161,7 @@ class GymnasiumFace:
     ) -> tuple[
         NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
     ]:
-        step = self.step_tensors(torch.as_tensor(actions, dtype=torch.float32))
+        step = self.step_tensors(self.as_actions(actions))
         observations, successors, rewards, terminated, truncated, dropped = (x.cpu().numpy() for x in step)
         infos: dict[str, Any] = {}
         ended = terminated | truncated

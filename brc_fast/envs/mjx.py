@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from brc_fast.envs import _jax
 from brc_fast.envs.base import GymnasiumFace, Step
@@ -27,13 +29,15 @@ _jax.setup()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import mujoco  # noqa: E402
 from jax.interpreters.partial_eval import dce_jaxpr  # noqa: E402
+from mujoco_playground import registry  # noqa: E402
 
 
 class Slots(NamedTuple):
     """What one step hands to the next and nobody else sees; its buffers are donated."""
 
-    state: Any  # the leaves of Playground's batched State that a step reads, less the observations
+    state: Any  # by name, the leaves of Playground's State that a step reads, less the observations
     steps: Any  # [N] int32, steps taken in the current episode
     restarts: Any  # [] int32, start states used so far
     dropped: Any  # [] int32, transitions lost to NaN so far
@@ -54,11 +58,9 @@ class Programs:
     """
 
     def __init__(self, task: str, impl: str, num_envs: int) -> None:
-        from mujoco_playground import registry
-
         self.task = task
         self.num_envs = num_envs
-        self.env = registry.load(resolve(task)[1], config_overrides={"impl": impl})
+        self.env = _load(resolve(task)[1], impl)
         self.episode_length = int(self.env._config.episode_length)
         self._key = jax.ShapeDtypeStruct((2,), jnp.uint32)
         self._count = jax.ShapeDtypeStruct((), jnp.int32)
@@ -86,8 +88,8 @@ class Programs:
             )
             reset = jax.jit(self._reset).lower(self._key, self._count)
             step = jax.jit(self._step, donate_argnums=0).lower(*arguments)
-            self.reset: Any = reset.compile()
-            self.step: Any = step.compile()
+            with ThreadPoolExecutor(2) as pool:  # the compiler itself uses one core
+                self.reset, self.step = pool.map(lambda lowered: lowered.compile(), (reset, step))
         self._compiled = True
 
     def _find_carried(self) -> None:
@@ -103,7 +105,11 @@ class Programs:
             if wider == used:
                 break
             used = wider
-        self.carried = {name: place for place, name in enumerate(names) if read[place] and name != ".obs"}
+        self._carried = {
+            name.removeprefix("."): place
+            for place, name in enumerate(names)
+            if read[place] and name != ".obs"
+        }
 
     def _playground_reset(self, key: Any, fill: Any) -> Any:
         keys = jax.random.split(jax.random.fold_in(key, fill), self.num_envs)
@@ -114,13 +120,13 @@ class Programs:
 
     def _pick(self, state: Any) -> Any:
         leaves = jax.tree.leaves(state)
-        return tuple(leaves[place] for place in self.carried.values())
+        return {name: leaves[place] for name, place in self._carried.items()}
 
     def _complete(self, carried: Any, observations: Any) -> Any:
         """A full State again; what no step reads is zero."""
         leaves = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(self._template)]
-        for place, leaf in zip(self.carried.values(), carried, strict=True):
-            leaves[place] = leaf
+        for name, place in self._carried.items():
+            leaves[place] = carried[name]
         return jax.tree.unflatten(self._structure, leaves).replace(obs=observations)
 
     def _reset(self, key: Any, fill: Any) -> Start:
@@ -158,6 +164,22 @@ class Programs:
 
 
 _programs = functools.cache(Programs)
+
+
+def _load(name: str, impl: str) -> Any:
+    """Playground's environment, without MuJoCo's notes on old spellings in the models that it ships."""
+    # Playground 0.2 compares versions as text, takes MuJoCo 3.17 for one before 3.3 and asks it for `find_body`.
+    lacks_old_name = not hasattr(mujoco.MjSpec, "find_body")
+    handler = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: None)  # the default also writes a log file to the work folder
+    if lacks_old_name:
+        mujoco.MjSpec.find_body = mujoco.MjSpec.body
+    try:
+        return registry.load(name, config_overrides={"impl": impl})
+    finally:
+        mujoco.set_mju_user_warning(handler)
+        if lacks_old_name:
+            del mujoco.MjSpec.find_body
 
 
 def _strongly_typed(tree: Any) -> Any:
@@ -205,7 +227,7 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
     def reset_tensors(self, seed: int | None) -> Tensor:
         if seed is not None:
             entropy = [seed, zlib.crc32(self.task_names[0].encode())]
-            self._key = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
+            self._key = np.random.SeedSequence(entropy).generate_state(2, np.uint32).astype(np.uint32)
             self._fills = 0
         self._programs.compile(self._quiet)
         _wait_for_torch()
@@ -216,7 +238,7 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         self._observations = start.observations
         self._ring = [self._fresh()] * 2  # the second half is filled before it is needed
         self._halves = 1  # halves of the ring filled since the reset
-        return torch.from_dlpack(self._observations)
+        return from_dlpack(self._observations)
 
     def step_tensors(self, actions: Tensor) -> Step:
         return self.collect(self.launch(actions))
@@ -225,16 +247,13 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         """Begin a step; `collect` turns the returned JAX arrays into tensors."""
         if self._slots is None:
             raise InputError("step needs a reset first: call reset or reset_tensors")
-        if tuple(actions.shape) != self.action_space.shape:
-            raise InputError(
-                f"actions must have shape [N, A] = {self.action_space.shape}, got {actions.shape}"
-            )
         # First of all: from here on JAX waits for the work that torch has queued on tensors of earlier steps.
         # Kept until the next step, when reading `restarts` shows that this one is over.
-        self._actions = _to_jax(actions)
+        self._actions = _to_jax(self.as_actions(actions))
         if int(self._slots.restarts) + self.num_envs > self._halves * self.num_envs:
             self._ring[self._halves % 2] = self._fresh()
             self._halves += 1
+        step: Step
         self._slots, step = self._programs.step(
             self._slots, self._observations, tuple(self._ring), self._actions, self._limit
         )
@@ -243,7 +262,7 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
 
     @staticmethod
     def collect(step: Step) -> Step:
-        return Step._make(map(torch.from_dlpack, step))
+        return Step(*map(from_dlpack, step))
 
     def _fresh(self) -> Start:
         start: Start = self._programs.reset(self._key, np.int32(self._fills))
@@ -278,8 +297,9 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
             got = state[name]
             if got.shape != leaf.shape or got.dtype != leaf.dtype:
                 raise InputError(
-                    f"the saved state of {task} does not fit {self.num_envs} environments: {name} ({meaning}) "
-                    f"must be {leaf.dtype} {list(leaf.shape)}, got {got.dtype} {list(got.shape)}"
+                    f"the saved state of {task} does not fit {self.num_envs} environments: "
+                    f"{name} ({meaning}) must be {leaf.dtype}{list(leaf.shape)}, "
+                    f"got {got.dtype}{list(got.shape)}"
                 )
         _wait_for_torch()
         arrays = [jnp.array(state[f"leaf/{i:04d}"]) for i in range(len(paths))]
@@ -287,7 +307,7 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         self._ring = list(ring)
         self._key = np.array(state["key"])
         self._fills, self._halves = map(int, state["fills"])
-        return torch.from_dlpack(self._observations)
+        return from_dlpack(self._observations)
 
     def close_extras(self, **kwargs: Any) -> None:
         self._slots = None
@@ -295,11 +315,12 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
 
 
 def _to_jax(actions: Tensor) -> Any:
-    actions = actions.detach().to(torch.float32).contiguous()
-    return jax.dlpack.from_dlpack(actions) if actions.is_cuda else actions.numpy()
+    if actions.is_cuda and jax.default_backend() == "gpu":
+        return jax.dlpack.from_dlpack(actions.contiguous())
+    return actions.cpu().numpy()  # 15 us, where DLPack takes 30
 
 
 def _wait_for_torch() -> None:
     """Memory that JAX lent to torch may be handed out again while torch still reads it."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()

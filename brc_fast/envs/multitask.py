@@ -46,10 +46,7 @@ class MultiTaskEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         return self._padded([group.reset_tensors(seed) for group in self.groups])
 
     def step_tensors(self, actions: Tensor) -> Step:
-        if tuple(actions.shape) != self.action_space.shape:
-            raise InputError(
-                f"actions must have shape [N, A] = {self.action_space.shape}, got {actions.shape}"
-            )
+        actions = self.as_actions(actions)
         launched = [
             group.launch(actions[end - group.num_envs : end, : group.action_size])
             for group, end in zip(self.groups, self._ends, strict=True)

@@ -2,12 +2,16 @@
 //   cmake -B build -DBRC_FAST_BUILD_TESTS=ON -DBRC_FAST_SANITIZE=address,undefined; ctest --test-dir build
 #include "replay_store.hpp"
 
+#include <algorithm>
+#include <array>
+#include <cstdint>
 #include <cstdio>
 #include <deque>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <thread>
+#include <vector>
 
 #include "philox.hpp"
 

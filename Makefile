@@ -1,0 +1,41 @@
+# Every target sets itself up in .venv. PYTHON may name another interpreter (3.11 to 3.13).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SHARE_DIRS := csrc kernels brc_fast
+
+.PHONY: demo test lint bench gpu gpu-dry clean
+
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e ".[mjx,train,test,dev]"
+	@touch $@
+
+## Train BRC on mjx/CartpoleSwingup; the run, with its curve, is in runs/demo
+demo: $(STAMP)
+	$(BIN)/brc-fast train mjx/CartpoleSwingup --run runs/demo --overwrite $(ARGS)
+
+## The whole test suite
+test: $(STAMP)
+	$(BIN)/pytest $(ARGS)
+
+## Formatters, linters and types, as in CI
+lint: $(STAMP)
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+	$(BIN)/mypy
+
+## Speed on this CPU
+bench: $(STAMP)
+	$(BIN)/python bench/bench_update.py $(ARGS)
+
+## Tests and timings on a CUDA machine, with what is installed there
+gpu:
+	$(PYTHON) bench/gpu.py $(ARGS)
+
+## The same script at tiny sizes on a CPU
+gpu-dry: $(STAMP)
+	$(BIN)/python bench/gpu.py --dry $(ARGS)
+
+clean:
+	rm -rf $(VENV) build

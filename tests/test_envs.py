@@ -1,0 +1,506 @@
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from brc_fast.envs import list_tasks, make, resolve
+from brc_fast.envs.base import Step, check_finite
+from brc_fast.errors import InputError
+
+needs_mjx = pytest.mark.skipif(
+    importlib.util.find_spec("mujoco_playground") is None or importlib.util.find_spec("gymnasium") is None,
+    reason="needs the [mjx] extra",
+)
+CARTPOLE, PENDULUM = "mjx/CartpoleSwingup", "mjx/PendulumSwingup"
+N = 4  # one number of slots throughout: each task is compiled once
+
+
+def cartpole(seed=0, episode_length=20):
+    return make(CARTPOLE, N, seed, episode_length=episode_length)
+
+
+def actions_for(env, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, env.num_envs, env.action_size, generator=generator) * 2 - 1
+
+
+def rollout(env, actions):
+    return [env.step_tensors(action) for action in actions]
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def in_new_process(code, **environment):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+def spoil(env, leaf, slot, value):
+    """Write a number into one slot of the simulator's state."""
+    state = env._slots.state
+    env._slots = env._slots._replace(state={**state, leaf: state[leaf].at[slot].set(value)})
+
+
+# Names and errors: none of these needs a simulator.
+
+
+def test_listing_tasks_imports_no_simulator():
+    code = (
+        "import sys; from brc_fast.envs import list_tasks, resolve; print(len(list_tasks()));"
+        "sys.exit(any(name in sys.modules for name in ('jax', 'mujoco', 'gymnasium')))"
+    )
+    done = in_new_process(code)
+    assert (done.returncode, done.stdout.strip()) == (0, "25"), done.stderr
+
+
+def test_a_task_id_is_suite_and_name():
+    assert resolve(CARTPOLE) == ("mjx", "CartpoleSwingup")
+    assert all(resolve(task)[0] == "mjx" for task in list_tasks())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"tasks": "mjx/CartpoleSwingUp"},
+            "unknown task 'mjx/CartpoleSwingUp'; nearest: mjx/CartpoleSwingup, mjx/CartpoleSwingupSparse, "
+            "mjx/AcrobotSwingup; all names: brc-fast envs",
+        ),
+        ({"tasks": "mjx/Zzz"}, "unknown task 'mjx/Zzz'; all names: brc-fast envs"),
+        (
+            {"tasks": "HopperHop"},
+            "unknown task 'HopperHop'; nearest: mjx/HopperHop, mjx/HopperStand; all names: brc-fast envs",
+        ),
+        (
+            {"tasks": "dmc/HopperHop"},
+            "unknown suite 'dmc' in task 'dmc/HopperHop'; known suites: mjx; all names: brc-fast envs",
+        ),
+        ({"tasks": []}, "tasks must name at least one task, got an empty list"),
+        ({"tasks": [CARTPOLE, CARTPOLE]}, f"tasks must differ, but '{CARTPOLE}' is listed 2 times"),
+        ({"num_envs": 0}, "num_envs must be an integer of at least 1, got 0"),
+        ({"num_envs": 2.5}, "num_envs must be an integer of at least 1, got 2.5"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"episode_length": 0}, "episode_length must be an integer of at least 1, got 0"),
+        ({"impl": "c++"}, "impl must be 'jax' or 'warp', got 'c++'"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_its_name_and_remedy(arguments, message):
+    with pytest.raises(InputError) as caught:
+        make(**{"tasks": CARTPOLE, "num_envs": N, **arguments})
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("missing", ["jax", "gymnasium", "mujoco_playground"])
+def test_a_missing_simulator_names_the_extra_to_install(missing):
+    if missing != "gymnasium" and importlib.util.find_spec("gymnasium") is None:
+        pytest.skip("needs gymnasium")
+    code = (
+        f"import sys; sys.modules['{missing}'] = None\n"
+        "from brc_fast.envs import make\n"
+        "from brc_fast.errors import MissingExtraError\n"
+        "try: make('mjx/PendulumSwingup', 1)\n"
+        "except MissingExtraError as error: print(error)"
+    )
+    expected = 'mjx/... environments needs the [mjx] extra: pip install "brc-fast[mjx]"'
+    done = in_new_process(code)
+    assert done.stdout.strip() == expected, done.stderr
+
+
+def test_numbers_that_are_not_finite_are_reported_with_task_and_slot():
+    class Env:
+        task_names = ("first", "second")
+        task_ids = np.array([0, 0, 1, 1])
+
+    def step(rewards=0.0, successors=0.0, dropped=False):
+        no = torch.zeros(4, dtype=torch.bool)
+        out = Step(torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(4), no, no.clone(), no.clone())
+        out.rewards[2], out.successors[2, 1], out.dropped[2] = rewards, successors, dropped
+        return out
+
+    check_finite(step(), Env(), 7)
+    check_finite(step(rewards=3e38, successors=3e38), Env(), 7)  # the sum overflows, the numbers are fine
+    check_finite(step(rewards=float("nan"), dropped=True), Env(), 7)
+    for field, value in (("rewards", float("nan")), ("successors", float("inf"))):
+        with pytest.raises(InputError, match=f"{field} of second are not finite in environment 2 at step 7"):
+            check_finite(step(**{field: value}), Env(), 7)
+
+
+# One task.
+
+
+@needs_mjx
+def test_every_name_is_in_playgrounds_registry():
+    from mujoco_playground import dm_control_suite
+
+    assert {f"mjx/{name}" for name in dm_control_suite.ALL_ENVS} == set(list_tasks())
+
+
+@needs_mjx
+@pytest.mark.slow
+@pytest.mark.parametrize("task", list_tasks())
+def test_every_task_loads_with_actions_from_minus_one_to_one(task):
+    env = make(task, 2)
+    assert env.max_episode_steps == 1000
+    assert env.single_observation_space.shape == (env.observation_size,)
+    assert env.single_action_space.shape == (env.action_size,)
+    model = env._programs.env.mj_model
+    assert np.array_equal(model.actuator_ctrlrange, np.tile([-1.0, 1.0], (env.action_size, 1)))
+    assert env._programs.env._config.action_repeat == 1
+
+
+@needs_mjx
+def test_spaces_and_tensors_have_the_declared_shapes_and_types():
+    from gymnasium.spaces import Box
+    from gymnasium.vector import AutoresetMode, VectorEnv
+
+    env = cartpole()
+    assert isinstance(env, VectorEnv)
+    assert env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    assert env.single_observation_space == Box(-np.inf, np.inf, (5,), np.float32)
+    assert env.single_action_space == Box(-1.0, 1.0, (1,), np.float32)
+    assert (env.observation_space.shape, env.action_space.shape) == ((N, 5), (N, 1))
+    assert (env.num_envs, env.task_names, env.task_ids.tolist()) == (N, (CARTPOLE,), [0] * N)
+    observations = env.reset_tensors(0)
+    step = env.step_tensors(actions_for(env, 1)[0])
+    assert (observations.shape, observations.dtype) == ((N, 5), torch.float32)
+    assert [tuple(x.shape) for x in step] == [(N, 5), (N, 5), (N,), (N,), (N,), (N,)]
+    assert [x.dtype for x in step] == [torch.float32] * 3 + [torch.bool] * 3
+    env.close()
+
+
+@needs_mjx
+def test_the_same_seed_gives_the_same_trajectory_and_another_seed_another():
+    def trajectory(seed):
+        env = cartpole()
+        first = env.reset_tensors(seed)
+        return first, rollout(env, actions_for(env, 45))
+
+    (first, steps), (again, steps_again), (other, _) = trajectory(3), trajectory(3), trajectory(4)
+    assert torch.equal(first, again)
+    assert all(map(equal, steps, steps_again))
+    assert not (first == other).all(dim=1).any()
+
+
+@needs_mjx
+def test_steps_agree_with_playground_through_several_episodes():
+    import jax
+    from mujoco_playground import registry
+
+    env = cartpole(episode_length=35)
+    observations = env.reset_tensors(5)
+    playground = registry.load("CartpoleSwingup", config_overrides={"impl": "jax"})
+    reset, step = jax.jit(jax.vmap(playground.reset)), jax.jit(jax.vmap(playground.step))
+
+    def start(episode):
+        return reset(jax.random.split(jax.random.fold_in(env._key, episode), N))
+
+    state = start(0)
+    for number, actions in enumerate(actions_for(env, 120), start=1):
+        np.testing.assert_allclose(observations, state.obs, atol=1e-4)
+        state = step(state, actions.numpy())
+        got = env.step_tensors(actions)
+        np.testing.assert_allclose(got.successors, state.obs, atol=1e-4)
+        np.testing.assert_allclose(got.rewards, state.reward, atol=1e-4)
+        ended = number % 35 == 0
+        assert got.truncated.tolist() == [ended] * N
+        assert not got.terminated.any()
+        assert not got.dropped.any()
+        if ended:
+            state = start(number // 35)
+        else:
+            assert torch.equal(got.observations, got.successors)
+        observations = got.observations
+
+
+@needs_mjx
+def test_every_restart_has_a_start_state_of_its_own():
+    env = cartpole(episode_length=2)
+    starts = [env.reset_tensors(0)]
+    starts += [step.observations for step in rollout(env, actions_for(env, 100))[1::2]]
+    starts = torch.cat(starts)
+    assert len(starts) == 51 * N
+    assert len(starts.unique(dim=0)) == 51 * N
+    assert (starts[:, 1] < -0.99).all()  # the pole hangs down: cosine of its angle
+
+
+@needs_mjx
+def test_slots_that_end_at_different_times_never_share_a_start_state():
+    import jax.numpy as jnp
+
+    env = cartpole(episode_length=7)
+    env.reset_tensors(0)
+    env._slots = env._slots._replace(steps=jnp.array([0, 2, 3, 3], jnp.int32))
+    steps = rollout(env, actions_for(env, 140))
+    starts = torch.cat([step.observations[step.truncated] for step in steps])
+    assert len(starts) == 20 * N
+    assert len(starts.unique(dim=0)) == 20 * N
+
+
+@needs_mjx
+def test_gymnasium_steps_carry_the_final_observation_in_its_own_format():
+    import gymnasium
+    from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+    class Plain(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-1, 1, (5,), np.float32)
+        action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(5, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(5, np.float32), 0.0, False, True, {"dropped": False}
+
+    model = SyncVectorEnv([Plain] * N, autoreset_mode=AutoresetMode.SAME_STEP)
+    model.reset()
+    expected = model.step(np.zeros((N, 1), np.float32))[4]
+
+    env, twin = cartpole(seed=2, episode_length=3), cartpole(episode_length=3)
+    observations, info = env.reset()  # no seed: the one given to make
+    assert info == {}
+    assert np.array_equal(observations, twin.reset_tensors(2))
+    for number, actions in enumerate(actions_for(env, 6), start=1):
+        observations, rewards, terminations, truncations, infos = env.step(actions.numpy())
+        step = twin.step_tensors(actions)
+        assert env.observation_space.contains(observations)
+        assert np.array_equal(observations, step.observations)
+        assert np.array_equal(rewards, step.rewards)
+        assert not terminations.any()
+        assert truncations.tolist() == [number % 3 == 0] * N
+        if number % 3:
+            assert infos == {}
+            continue
+        assert infos.keys() == expected.keys()
+        assert infos["final_info"].keys() == expected["final_info"].keys()
+        assert infos["final_obs"].dtype == expected["final_obs"].dtype == object
+        assert infos["_final_obs"].dtype == expected["_final_obs"].dtype == bool
+        assert np.array_equal(np.stack(infos["final_obs"]), step.successors)
+        assert not np.array_equal(np.stack(infos["final_obs"]), observations)
+
+
+@needs_mjx
+def test_gymnasium_wrappers_work_on_top():
+    from gymnasium.wrappers.vector import RecordEpisodeStatistics
+
+    env = RecordEpisodeStatistics(cartpole(episode_length=3))
+    env.reset(seed=0)
+    total = np.zeros(N)
+    for actions in actions_for(env.unwrapped, 3):
+        _, rewards, _, _, infos = env.step(actions.numpy())
+        total += rewards
+    np.testing.assert_allclose(infos["episode"]["r"], total, rtol=1e-5)
+    assert infos["episode"]["l"].tolist() == [3] * N
+
+
+@needs_mjx
+def test_a_reset_without_seed_goes_on_with_new_start_states():
+    env = cartpole()
+    first, _ = env.reset(seed=1)
+    second, _ = env.reset()
+    assert not (first == second).all(axis=1).any()
+    assert np.array_equal(env.reset(seed=1)[0], first)
+    with pytest.raises(InputError, match="reset takes no options, got reset_mask"):
+        env.reset(options={"reset_mask": np.ones(N, bool)})
+
+
+@needs_mjx
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("leaf", ["data.qpos", "data.qvel"])
+def test_a_slot_that_turns_nan_is_restarted_dropped_and_counted(leaf, value):
+    env, healthy = cartpole(), cartpole()
+    before = env.reset_tensors(0)
+    healthy.reset_tensors(0)
+    assert env.nan_count.tolist() == [0]
+    spoil(env, leaf, 2, value)
+    actions = actions_for(env, 30)
+    step, expected = env.step_tensors(actions[0]), healthy.step_tensors(actions[0])
+    assert step.dropped.tolist() == step.truncated.tolist() == [False, False, True, False]
+    assert not step.terminated.any()
+    assert step.rewards[2] == 0
+    assert torch.equal(step.successors[2], before[2])
+    assert not torch.equal(step.observations[2], before[2])
+    others = torch.tensor([0, 1, 3])
+    assert equal([x[others] for x in step], [x[others] for x in expected])
+    check_finite(step, env, 1)
+    for number, later in enumerate(rollout(env, actions[1:]), start=2):
+        check_finite(later, env, number)
+        assert not later.dropped.any()
+    assert env.nan_count.tolist() == [1]
+
+
+@needs_mjx
+def test_gymnasium_steps_mark_a_dropped_transition():
+    env = cartpole()
+    env.reset(seed=0)
+    spoil(env, "data.qvel", 1, float("nan"))
+    infos = env.step(np.zeros((N, 1), np.float32))[4]
+    assert (
+        infos["final_info"]["dropped"].tolist()
+        == infos["_final_info"].tolist()
+        == [False, True, False, False]
+    )
+    assert [x is None for x in infos["final_obs"]] == [True, False, True, True]
+
+
+@needs_mjx
+def test_tensors_of_earlier_steps_do_not_change():
+    env = cartpole()
+    held = [(env.reset_tensors(0),)]
+    copies = [tuple(x.clone() for x in held[0])]
+    for actions in actions_for(env, 300):
+        step = env.step_tensors(actions)
+        held.append(step)
+        copies.append(tuple(x.clone() for x in step))
+    assert all(map(equal, held, copies))
+
+
+@needs_mjx
+def test_actions_may_be_strided_or_need_gradients_or_come_from_numpy():
+    actions = actions_for(cartpole(), 1)[0]
+    wide = torch.zeros(N, 3)
+    wide[:, 1:2] = actions
+    results = []
+    for variant in (
+        actions,
+        wide[:, 1:2],
+        actions.clone().requires_grad_(),
+        actions.double(),
+        actions.numpy(),
+    ):
+        env = cartpole()
+        env.reset_tensors(0)
+        results.append(env.step_tensors(variant))
+    assert all(equal(results[0], other) for other in results[1:])
+
+
+@needs_mjx
+def test_stepping_needs_a_reset_and_actions_of_the_right_shape():
+    env = cartpole()
+    with pytest.raises(InputError, match="step needs a reset first"):
+        env.step_tensors(torch.zeros(N, 1))
+    env.reset_tensors(0)
+    with pytest.raises(InputError, match=r"actions must have shape \[N, A\] = \[4, 1\], got \[4, 2\]"):
+        env.step_tensors(torch.zeros(N, 2))
+
+
+@needs_mjx
+def test_a_saved_state_goes_on_bit_for_bit(tmp_path: Path):
+    env = cartpole()
+    env.reset_tensors(0)
+    actions = actions_for(env, 100)
+    spoil(env, "data.qpos", 0, float("nan"))  # slots out of step with each other
+    last = rollout(env, actions[:33])[-1]
+    np.savez(tmp_path / "state.npz", **env.state_dict())
+    expected = rollout(env, actions[33:])
+
+    other = cartpole(seed=9)
+    with np.load(tmp_path / "state.npz") as file:
+        observations = other.load_state_dict(dict(file))
+    assert torch.equal(observations, last.observations)
+    assert all(map(equal, rollout(other, actions[33:]), expected))
+    assert other.nan_count.tolist() == env.nan_count.tolist() == [1]
+
+
+@needs_mjx
+def test_a_saved_state_that_does_not_fit_is_refused():
+    env = cartpole()
+    env.reset_tensors(0)
+    state = env.state_dict()
+    missing = {name: value for name, value in state.items() if name != "leaf/0001"}
+    message = f"must hold {len(state)} arrays, got {len(state) - 1}; missing or surplus: leaf/0001"
+    with pytest.raises(InputError, match=message):
+        env.load_state_dict(missing)
+    wrong = {name: value[:2] if name == "leaf/0000" else value for name, value in state.items()}
+    with pytest.raises(InputError, match=r"leaf/0000 \(.*data\..*\) must be float32\[4.*\], got float32\[2"):
+        env.load_state_dict(wrong)
+    wrong = {name: value.astype(float) if name == "leaf/0000" else value for name, value in state.items()}
+    with pytest.raises(InputError, match=r"must be float32\[4.*\], got float64\[4"):
+        env.load_state_dict(wrong)
+
+
+@needs_mjx
+def test_environments_of_one_size_share_what_is_compiled():
+    first, second = cartpole(), cartpole(seed=1, episode_length=100)
+    assert first._programs is second._programs
+    assert (first.max_episode_steps, second.max_episode_steps) == (20, 100)
+
+
+@needs_mjx
+def test_compiled_programs_are_kept_between_processes_and_progress_is_shown(tmp_path: Path):
+    code = "from brc_fast.envs import make; make('mjx/PendulumSwingup', 1).reset_tensors(0)"
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    environment.update({name: "" for name in os.environ if name == "JAX_COMPILATION_CACHE_DIR"})
+    done = in_new_process(code, **environment)
+    assert done.returncode == 0, done.stderr
+    names = [file.name for file in (tmp_path / "brc_fast" / "jax").iterdir()]
+    assert any("reset" in name for name in names)
+    assert any("step" in name for name in names)
+    assert "compiling mjx/PendulumSwingup for 1 environments ... took" in done.stderr
+    assert done.stdout == ""
+
+
+# Several tasks.
+
+
+@needs_mjx
+def test_a_list_of_one_task_is_that_task():
+    assert type(make([CARTPOLE], N)) is type(make(CARTPOLE, N))
+
+
+@needs_mjx
+def test_tasks_side_by_side_step_as_each_does_alone_and_are_padded_with_zeros():
+    both = make([CARTPOLE, PENDULUM], N, episode_length=20)
+    assert both.task_names == (CARTPOLE, PENDULUM)
+    assert both.task_ids.tolist() == [0] * N + [1] * N
+    assert (both.num_envs, both.observation_size, both.action_size) == (2 * N, 5, 1)
+    alone = [make(task, N, episode_length=20) for task in (CARTPOLE, PENDULUM)]
+
+    observations = both.reset_tensors(1)
+    parts = [env.reset_tensors(1) for env in alone]
+    for actions in actions_for(both, 50):
+        assert torch.equal(observations[:N], parts[0])
+        assert torch.equal(observations[N:, :3], parts[1])
+        assert not observations[N:, 3:].any()
+        step = both.step_tensors(actions)
+        first, second = alone[0].step_tensors(actions[:N]), alone[1].step_tensors(actions[N:])
+        assert torch.equal(step.successors[:N], first.successors)
+        assert torch.equal(step.successors[N:, :3], second.successors)
+        assert not step.successors[N:, 3:].any()
+        assert equal(step[2:], [torch.cat(pair) for pair in zip(first[2:], second[2:], strict=True)])
+        observations, parts = step.observations, [first.observations, second.observations]
+
+
+@needs_mjx
+def test_several_tasks_save_and_load_and_count_nan_per_task():
+    env, other = (make([CARTPOLE, PENDULUM], N, seed, episode_length=20) for seed in (0, 1))
+    env.reset_tensors(0)
+    spoil(env.groups[1], "data.qpos", 0, float("nan"))
+    actions = actions_for(env, 60)
+    rollout(env, actions[:30])
+    state = env.state_dict()
+    assert env.nan_count.tolist() == [0, 1]
+    other.load_state_dict(state)
+    assert all(map(equal, rollout(env, actions[30:]), rollout(other, actions[30:])))
+    surplus = {**state, "mjx/HopperHop/key": state[f"{CARTPOLE}/key"]}
+    with pytest.raises(InputError, match="'mjx/HopperHop/key', which belongs to none of the tasks mjx/Cart"):
+        other.load_state_dict(surplus)
+
+
+@needs_mjx
+def test_several_tasks_are_a_gymnasium_environment_too():
+    env = make([CARTPOLE, PENDULUM], N, episode_length=2)
+    observations, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observations)
+    for _ in range(2):
+        observations, _, _, truncations, infos = env.step(env.action_space.sample())
+    assert truncations.all()
+    assert np.stack(infos["final_obs"]).shape == observations.shape == (2 * N, 5)
