@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.optim.adamw import adamw
 
 from . import reference
@@ -86,8 +85,11 @@ class _BroNet(torch.autograd.Function):
         return torch.baddbmm(head_bias.unsqueeze(1), inputs[-1], head_kernel)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "bronet on a CPU has no second derivative (create_graph=True): use kernels.reference.bronet"
+            )
         n = ctx.layers
         saved = ctx.saved_tensors
         inputs, products, stats = saved[: n + 1], saved[n + 1 : 2 * n + 1], saved[2 * n + 1 : 3 * n + 1]

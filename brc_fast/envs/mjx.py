@@ -168,7 +168,7 @@ _programs = functools.cache(Programs)
 
 def _load(name: str, impl: str) -> Any:
     """Playground's environment, without MuJoCo's notes on old spellings in the models that it ships."""
-    # Playground 0.2 compares versions as text, takes MuJoCo 3.17 for one before 3.3 and asks it for `find_body`.
+    # Playground 0.2 compares versions as text: for it MuJoCo 3.17 comes before 3.3 and still has `find_body`.
     lacks_old_name = not hasattr(mujoco.MjSpec, "find_body")
     handler = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(lambda message: None)  # the default also writes a log file to the work folder

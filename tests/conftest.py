@@ -1,0 +1,120 @@
+"""A small environment for tests of the loop: no JAX, no compilation, and it breaks when told to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from brc_fast.envs.base import Step
+
+EVALUATION_SLOTS = 2
+
+
+class ToyEnv:
+    """A point per slot that the action pushes; the reward is nearness to the origin. Episodes last 20 steps.
+
+    `poison` maps a step number to the field that returns NaN in slot 1: "rewards" or "successors", or
+    "dropped" for a slot that the environment itself reports as lost.
+    """
+
+    observation_size, action_size, max_episode_steps = 3, 1, 20
+
+    def __init__(self, tasks: Sequence[str], num_envs: int, poison: dict[int, str]) -> None:
+        self.task_names = tuple(tasks)
+        self.num_envs = num_envs * len(tasks)
+        self.task_ids = np.repeat(np.arange(len(tasks)), num_envs)
+        self.poison = poison
+        self.total = 0
+        self.lost = np.zeros(len(tasks), np.int64)
+        self.rng = np.random.default_rng(0)
+        self.state = np.zeros((self.num_envs, 3), np.float32)
+
+    @property
+    def nan_count(self) -> np.ndarray:
+        return self.lost
+
+    def _start(self, number: int) -> np.ndarray:
+        start = self.rng.uniform(-1, 1, (number, 3)).astype(np.float32)
+        start[:, 2] = 0.0  # steps taken, as a share of the episode
+        return start
+
+    def reset_tensors(self, seed: int | None) -> Tensor:
+        self.rng = np.random.default_rng(seed)
+        self.state = self._start(self.num_envs)
+        return torch.from_numpy(self.state.copy())
+
+    def step_tensors(self, actions: Tensor) -> Step:
+        self.total += 1
+        push = actions.numpy()[:, 0]
+        self.state[:, 1] = 0.9 * self.state[:, 1] + 0.1 * push
+        self.state[:, 0] += 0.1 * self.state[:, 1]
+        self.state[:, 2] += 1.0 / self.max_episode_steps
+        successors = self.state.copy()
+        rewards = np.exp(-np.abs(successors[:, 0])) * (1.0 + self.task_ids)
+        ended = successors[:, 2] > 1.0 - 1e-4
+        dropped = np.zeros(self.num_envs, bool)
+        broken = self.poison.get(self.total)
+        if broken == "dropped":
+            dropped[1] = ended[1] = True
+            rewards[1] = 0.0
+            self.lost[self.task_ids[1]] += 1
+        if ended.any():
+            self.state[ended] = self._start(int(ended.sum()))
+        step = Step(
+            torch.from_numpy(self.state.copy()),
+            torch.from_numpy(successors),
+            torch.from_numpy(rewards.astype(np.float32)),
+            torch.zeros(self.num_envs, dtype=torch.bool),
+            torch.from_numpy(ended),
+            torch.from_numpy(dropped),
+        )
+        if broken in ("rewards", "successors"):
+            getattr(step, broken)[1] = float("nan")
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        words = self.rng.bit_generator.state["state"]
+        numbers = [
+            words["state"] >> 64,
+            words["state"] & (2**64 - 1),
+            words["inc"] >> 64,
+            words["inc"] & (2**64 - 1),
+        ]
+        return {
+            "rng": np.array(numbers, np.uint64),
+            "state": self.state,
+            "lost": self.lost,
+            "total": np.array(self.total),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> Tensor:
+        if state["state"].shape != self.state.shape:
+            raise ValueError(
+                f"state must have shape {list(self.state.shape)}, got {list(state['state'].shape)}"
+            )
+        high, low, inc_high, inc_low = (int(word) for word in state["rng"])
+        words = self.rng.bit_generator.state
+        words["state"] = {"state": high << 64 | low, "inc": inc_high << 64 | inc_low}
+        self.rng.bit_generator.state = words
+        self.state, self.lost, self.total = state["state"].copy(), state["lost"].copy(), int(state["total"])
+        return torch.from_numpy(self.state.copy())
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
+    """Replaces the environments; the dictionary given to the test is the training environments' `poison`."""
+    poison: dict[int, str] = {}
+
+    def make(tasks: Sequence[str], num_envs: int, seed: int = 0) -> ToyEnv:
+        return ToyEnv(tasks, num_envs, {} if num_envs == EVALUATION_SLOTS else poison)
+
+    monkeypatch.setattr("brc_fast.envs.make", make)
+    return poison

@@ -1,0 +1,330 @@
+"""Runs, checkpoints and resuming, with the toy environment; one end-to-end run on MJX."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from brc_fast import checkpoint, cli
+from brc_fast.checkpoint import RunFolder
+from brc_fast.metrics import read_rows
+from brc_fast.train import Trainer
+
+TINY = [
+    "--num-envs",
+    "4",
+    "--steps",
+    "600",
+    "--random-steps",
+    "80",
+    "--batch-size",
+    "32",
+    "--critic.width",
+    "16",
+    "--actor.width",
+    "16",
+    "--report-every",
+    "60",
+    "--eval-every",
+    "200",
+    "--eval-episodes",
+    "2",
+    "--checkpoint-every",
+    "200",
+]
+
+
+def train(run: Path, *words: str, tasks: tuple[str, ...] = ("toy/One",)) -> int:
+    return cli.main(["train", *tasks, "--run", str(run), *TINY, *words])
+
+
+def rows_without_time(run: Path) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in row.items() if not name.startswith("time/")}
+        for row in read_rows(run / "metrics.jsonl")
+    ]
+
+
+def arrays(run: Path) -> dict[str, dict[str, np.ndarray]]:
+    return RunFolder(run).load("agent", "environments", "replay", "progress")[1]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert rows_without_time(one) == rows_without_time(two)
+    left, right = arrays(one), arrays(two)
+    for part, values in left.items():
+        assert values.keys() == right[part].keys()
+        for name, value in values.items():
+            np.testing.assert_array_equal(value, right[part][name], err_msg=f"{part}/{name}")
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Press Ctrl-C while the step that ends at `steps` is under way."""
+    collect = Trainer.collect
+
+    def pressing(self: Trainer) -> None:
+        collect(self)
+        if self.steps == steps:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "collect", pressing)
+
+
+def test_a_run_folder_holds_settings_metrics_checkpoints_and_a_curve(toy: dict, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(run, tasks=("toy/One", "toy/Two")) == 0
+    rows = read_rows(run / "metrics.jsonl")
+    evaluations = [row for row in rows if "eval/return_mean" in row]
+    assert [row["step"] for row in evaluations] == [200, 400, 600]
+    for row in evaluations:
+        both = [row["eval/return/toy/One"], row["eval/return/toy/Two"]]
+        assert row["eval/return_mean"] == pytest.approx(np.mean(both))
+        assert both[1] > both[0]  # twice the reward
+    reports = [row for row in rows if "train/updates" in row]
+    assert [row["step"] for row in reports] == [60 * i for i in range(1, 11)]
+    assert reports[-1]["train/updates"] == (600 - 80) // 4 + 1
+    assert {"train/critic_loss", "train/return/toy/One", "time/updates_per_second"} <= reports[-1].keys()
+    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "config.json").read_text())["critic"]["width"] == 16
+    assert RunFolder(run).steps() == [400, 600]
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_the_same_seed_repeats_a_run_and_another_does_not(toy: dict, tmp_path: Path) -> None:
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert train(tmp_path / name, "--seed", seed) == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert rows_without_time(tmp_path / "a") != rows_without_time(tmp_path / "c")
+
+
+@pytest.mark.parametrize("steps", [40, 300, 308])  # before learning, at a report, between reports
+@pytest.mark.parametrize(
+    "words",
+    [(), ("--learning.return-bootstrap", "critic", "--learning.return-entropy", "measured")],
+    ids=["code", "paper"],
+)
+def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(
+    toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, words: tuple[str, ...]
+) -> None:
+    toy[30] = "dropped"
+    tasks = ("toy/One", "toy/Two")
+    assert train(tmp_path / "whole", *words, tasks=tasks) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, steps)
+        assert train(tmp_path / "halves", *words, tasks=tasks) == 130
+    assert RunFolder(tmp_path / "halves").steps()[-1] == steps
+    assert cli.main(["train", "--resume", str(tmp_path / "halves")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(tmp_path / "whole") == 0
+    collect = Trainer.collect
+
+    def dying(self: Trainer) -> None:
+        if self.steps == 500:
+            raise SystemExit(9)  # past the checkpoint of step 400, rows of 420 and 480 written
+        collect(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "collect", dying)
+        with pytest.raises(SystemExit):
+            train(tmp_path / "halves")
+    with (tmp_path / "halves" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 500, "tr')  # cut off in the middle of a row
+    assert cli.main(["train", "--resume", str(tmp_path / "halves")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_a_finished_run_can_be_made_longer(toy: dict, tmp_path: Path) -> None:
+    assert train(tmp_path / "whole") == 0
+    assert train(tmp_path / "longer", "--steps", "400") == 0
+    assert cli.main(["train", "--resume", str(tmp_path / "longer"), "--steps", "600"]) == 0
+    whole = [row for row in rows_without_time(tmp_path / "whole") if "eval/return_mean" in row]
+    longer = [row for row in rows_without_time(tmp_path / "longer") if "eval/return_mean" in row]
+    assert whole == longer
+
+
+def test_a_dropped_transition_is_counted_and_never_stored(toy: dict, tmp_path: Path) -> None:
+    toy[40] = "dropped"
+    assert train(tmp_path / "run") == 0
+    last = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "train/updates" in row][-1]
+    assert last["train/dropped/toy/One"] == 1
+    assert len(arrays(tmp_path / "run")["replay"]["rewards"]) == 600 - 1
+
+
+@pytest.mark.parametrize("field", ["rewards", "successors"])
+def test_nan_from_an_environment_ends_the_run_by_name_and_keeps_the_checkpoint(
+    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], field: str
+) -> None:
+    toy[77] = field
+    assert train(tmp_path / "run") == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert field in told
+    assert "toy/One" in told
+    assert "environment 1" in told
+    assert f"step {77 * 4}" in told
+    assert RunFolder(tmp_path / "run").steps() == [200]
+    toy.clear()
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(
+    toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file = checkpoint.save_file
+
+    def failing(data: dict, file: Path) -> None:
+        if "partial-400" in str(file) and file.name == "replay.safetensors":
+            file.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(data, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", failing)
+    assert train(tmp_path / "run") == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "No space left on device" in told
+    assert "step 400" in told
+    assert "checkpoint 200 is still there" in told
+    assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["000000000200"]
+    monkeypatch.undo()
+
+
+def damage(run: Path, how: str) -> None:
+    folder = run / "checkpoints" / "000000000600"
+    file = folder / "agent.safetensors"
+    data = file.read_bytes()
+    manifest = folder / "manifest.json"
+    told = json.loads(manifest.read_text())
+    if how == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    elif how == "flipped":
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif how == "missing":
+        file.unlink()
+    elif how == "newer":
+        manifest.write_text(json.dumps(told | {"format": told["format"] + 1}))
+    elif how == "manifest":
+        manifest.write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", "is truncated: "),
+        ("flipped", "is damaged: its checksum differs"),
+        ("missing", "is missing"),
+        ("newer", "has format 2, this version of brc-fast reads format 1: upgrade brc-fast"),
+        ("manifest", "manifest.json is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(
+    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str, message: str
+) -> None:
+    run = tmp_path / "run"
+    assert train(run) == 0
+    damage(run, how)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for words in (["train", "--resume", str(run), "--steps", "800"], ["evaluate", str(run)]):
+        capsys.readouterr()
+        assert cli.main(words) == 2
+        told = capsys.readouterr().err.strip()
+        assert message in told
+        assert len(told.splitlines()) == 1
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_of_another_shape_is_refused(
+    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run) == 0
+    config = json.loads((run / "config.json").read_text())
+    config["critic"]["width"] = 24
+    (run / "config.json").write_text(json.dumps(config))
+    assert cli.main(["train", "--resume", str(run), "--steps", "800"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "does not fit this run" in told
+    assert "must have shape" in told
+
+
+def test_an_existing_run_is_kept_unless_overwriting_is_asked_for(
+    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run) == 0
+    (run / "notes.txt").write_text("mine")
+    before = (run / "metrics.jsonl").read_bytes()
+    assert train(run) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert train(run, "--overwrite", "--seed", "5") == 0
+    assert json.loads((run / "config.json").read_text())["seed"] == 5
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_settings_that_would_change_the_numbers_cannot_change_on_resume(
+    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "run") == 0
+    assert cli.main(["train", "--resume", str(tmp_path / "run"), "--seed", "3"]) == 2
+    assert "seed cannot change when a run is resumed" in capsys.readouterr().err
+
+
+def test_evaluate_prints_and_keeps_each_tasks_return(
+    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run, tasks=("toy/One", "toy/Two")) == 0
+    assert cli.main(["evaluate", str(run), "--episodes", "3"]) == 0
+    told = capsys.readouterr().out
+    assert "toy/One" in told
+    assert "toy/Two" in told
+    kept = json.loads((run / "evaluation.json").read_text())
+    assert [len(kept["returns"][name]) for name in ("toy/One", "toy/Two")] == [3, 3]
+    assert kept["eval/return/toy/One"] == pytest.approx(np.mean(kept["returns"]["toy/One"]))
+
+
+def test_plot_draws_one_or_many_runs(toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [tmp_path / name for name in ("a", "b")]
+    for run in runs:
+        assert train(run) == 0
+    output = tmp_path / "both.svg"
+    assert cli.main(["plot", *map(str, runs), "--output", str(output)]) == 0
+    assert "<svg" in output.read_text()
+    assert cli.main(["plot", str(runs[0]), "--output", str(tmp_path / "x.pdf")]) == 2
+    assert "must end in .png or .svg" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_on_mjx_stopped_at_half_way_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mujoco_playground", reason="needs the [mjx] extra")
+    words = [
+        "--steps",
+        "3200",
+        "--random-steps",
+        "800",
+        "--eval-every",
+        "1600",
+        "--num-envs",
+        "8",
+        "--eval-episodes",
+        "8",
+    ]
+    task = ("mjx/PendulumSwingup",)
+    assert train(tmp_path / "whole", *words, tasks=task) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1600)
+        assert train(tmp_path / "halves", *words, tasks=task) == 130
+    assert cli.main(["train", "--resume", str(tmp_path / "halves")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
