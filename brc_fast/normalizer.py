@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from .config import TrainConfig
 
 
 class RewardNormalizer:
@@ -57,6 +59,18 @@ class RewardNormalizer:
         self.return_max = np.full(self.num_tasks, -np.inf)
         self._lengths = np.zeros(len(self.task_ids), np.int64)  # steps of the running episodes
         self._rewards = np.zeros((64, len(self.task_ids)))  # their rewards, grown as needed
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, task_ids: NDArray[np.int64], target_entropy: float) -> Self:
+        """The normalizer of a training run."""
+        return cls(
+            task_ids,
+            discount=config.learning.discount,
+            v_max=config.critic.v_max,
+            target_entropy=target_entropy,
+            bootstrap=config.learning.return_bootstrap,
+            entropy=config.learning.return_entropy,
+        )
 
     def update(
         self,

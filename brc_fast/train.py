@@ -31,28 +31,21 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, device: str) -> None:
-        self.config, learning = config, config.learning
+        self.config = config
         self.env = envs.make(config.tasks, config.num_envs, config.seed)
         self.eval_env = envs.make(config.tasks, config.eval_episodes, config.seed)
         self.names, ids = self.env.task_names, self.env.task_ids
         sizes = (self.env.observation_size, self.env.action_size)
         self.agent = BRC.from_config(config, *sizes, device)
         self.replay = ReplayBuffer(config.replay_capacity, *sizes, task_ids=ids, seed=config.seed)
-        self.normalizer = RewardNormalizer(
-            ids,
-            discount=learning.discount,
-            v_max=config.critic.v_max,
-            target_entropy=self.agent.target_entropy,
-            bootstrap=learning.return_bootstrap,
-            entropy=learning.return_entropy,
-        )
+        self.normalizer = RewardNormalizer.from_config(config, ids, self.agent.target_entropy)
         self.episodes = EpisodeTracker(self.names, ids)
         self.task_ids = torch.as_tensor(ids, device=device)
         self.batch_size = config.batch_size or (256 if len(self.names) == 1 else 1024)
         self.steps = self.updates = 0
         self.losses: dict[str, Tensor] = {}
         self.entropies: Tensor | None = None  # [T], kept only with return_entropy="measured"
-        if learning.return_entropy == "measured":
+        if self.normalizer.entropy == "measured":
             self.entropies = torch.full((len(self.names),), self.agent.target_entropy / 2.0, device=device)
         self.observations: Tensor | None = None
 
@@ -70,17 +63,11 @@ class Trainer:
 
         step = Step(*(field.cpu() for field in step))
         kept = (~step.dropped).nonzero().squeeze(-1)
-        self.replay.add(
-            self.observations.cpu()[kept],
-            actions.cpu()[kept],
-            step.rewards[kept],
-            step.terminated[kept],
-            step.truncated[kept],
-            step.successors[kept],
-            streams=kept,
-        )
-        ends = (step.rewards.numpy(), step.terminated.numpy(), step.truncated.numpy())
-        self.normalizer.update(*ends, values, step.dropped.numpy())
+        seen, actions, rows = seen.cpu()[kept], actions.cpu()[kept], Step(*(field[kept] for field in step))
+        ends = (rows.terminated, rows.truncated)
+        self.replay.add(seen, actions, rows.rewards, *ends, rows.successors, streams=kept)
+        rewards, terminated, truncated, dropped = (field.numpy() for field in step[2:])
+        self.normalizer.update(rewards, terminated, truncated, values, dropped)
         self.episodes.record(step)
         self.observations = step.observations
 
@@ -89,10 +76,9 @@ class Trainer:
         batches = self.replay.sample(self.batch_size, self.config.updates_per_step).to(self.agent.device)
         if self.entropies is not None:
             self.entropies = self.agent.entropy_per_task(batches.update(0))
-        rewards = self.normalizer.normalize(
-            batches.rewards, batches.task_ids, self.agent.alpha, self.entropies
-        )
-        self.losses = self.agent.update(batches._replace(rewards=rewards))
+        rewards, ids, alpha = batches.rewards, batches.task_ids, self.agent.alpha
+        scaled = self.normalizer.normalize(rewards, ids, alpha, self.entropies)
+        self.losses = self.agent.update(batches._replace(rewards=scaled))
         self.updates += self.config.updates_per_step
 
     def unscaled_values(self, observations: Tensor) -> NDArray[np.float32]:

@@ -11,13 +11,15 @@ namespace {
 
 using Address = std::uintptr_t;
 
-float* at(Address address) { return reinterpret_cast<float*>(address); }
+float* at(Address address) {
+  return reinterpret_cast<float*>(address);
+}
 
 void forward(std::int64_t networks, std::int64_t batch, std::int64_t width, Address x, Address bias,
              Address weight, Address shift, Address residual, bool relu, float eps, Address y, Address mean,
              Address rstd) {
-  brc::bias_layer_norm_forward({networks, batch, width}, at(x), at(bias), at(weight), at(shift),
-                               at(residual), relu, eps, at(y), at(mean), at(rstd));
+  brc::bias_layer_norm_forward({networks, batch, width}, at(x), at(bias), at(weight), at(shift), at(residual),
+                               relu, eps, at(y), at(mean), at(rstd));
 }
 
 void backward(std::int64_t networks, std::int64_t batch, std::int64_t width, Address dy, Address y, Address x,

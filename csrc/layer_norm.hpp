@@ -1,7 +1,8 @@
 // Bias + LayerNorm + (ReLU | residual) over float rows, forward and backward, one pass over memory each.
 //
 // Rows are [networks, batch, width]; parameters are [networks, width]. Buffers are the caller's, contiguous,
-// and must not overlap. Nothing is allocated and nothing throws; calls on different outputs may run in parallel.
+// and must not overlap. Nothing is allocated and nothing throws; calls on different outputs may run in
+// parallel.
 #pragma once
 
 #include <cstdint>

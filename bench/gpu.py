@@ -1,0 +1,194 @@
+"""Tests and timings on a CUDA machine, with what is installed there.
+
+    python bench/gpu.py [--budget SECONDS] [--parts build test update envs train] [--dry]
+
+Builds the package into .site, runs `pytest -m gpu`, then times the update, the environment step and the
+training loop, and writes bench/results/gpu-<part>.json. What is not installed is skipped with its reason.
+`--dry` runs the same code, tests included, on the CPU at tiny sizes and writes to build/gpu-dry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / ".site"
+PARTS = ("build", "test", "update", "envs", "train")
+GRID = [(256, 256), (512, 256), (512, 1024), (1024, 1024), (2048, 1024), (4096, 256), (4096, 1024)]
+DRY_GRID = [(32, 16)]
+
+
+class Skip(Exception):
+    """A part cannot run here; the message says why."""
+
+
+def need(*modules: str) -> None:
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise Skip(f"{name} is not installed")
+
+
+def build(_: Part) -> dict[str, Any]:
+    """Build the extension with what is installed: no network, no isolation."""
+    need("scikit_build_core", "pybind11", "pip")
+    words = ["install", "-q", "--no-index", "--no-build-isolation", "--no-deps", "--upgrade", "--target"]
+    subprocess.run([sys.executable, "-m", "pip", *words, str(SITE), str(ROOT)], check=True)
+    return {"site": str(SITE.relative_to(ROOT))}
+
+
+def test(part: Part) -> dict[str, Any]:
+    """The tests marked gpu; a dry run sends them to the CPU (tests/test_gpu.py)."""
+    need("pytest")
+    environment = os.environ | {"BRC_FAST_GPU_DRY": "1" if part.dry else "0"}
+    words = ["-m", "gpu", "-q", "--import-mode=importlib", "tests"]
+    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # keeps the checkout off sys.path
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code, *words],
+        cwd=ROOT,
+        env=environment,
+        timeout=max(120.0, part.seconds),
+    )
+    if result.returncode not in (0, 5):
+        raise RuntimeError(f"pytest -m gpu ended with {result.returncode}")
+    return {"returncode": result.returncode}
+
+
+def update(part: Part) -> dict[str, Any]:
+    """Updates per second over width and batch, ours and plain PyTorch."""
+    from bench_update import compare
+
+    grid = DRY_GRID if part.dry else GRID
+    rows = [compare(width, size, part.device, part.seconds / len(grid)) for width, size in grid]
+    for row in rows:
+        speed = row["updates_per_second"]
+        told = (
+            f"H {row['width']}, B {row['batch']}: {speed['ours']:.0f} updates/s, plain {speed['plain']:.0f}"
+        )
+        print(f"  {told}, ratio {row['ratio']:.2f}", flush=True)
+    return {"rows": rows}
+
+
+def envs(part: Part) -> dict[str, Any]:
+    """Environment steps per second through `step_tensors`, actions from torch and back."""
+    need("jax", "mujoco", "mujoco_playground", "gymnasium")
+    import torch
+    from harness import wait
+
+    from brc_fast.envs import make
+
+    tasks = ("mjx/CartpoleSwingup",) if part.dry else ("mjx/CartpoleSwingup", "mjx/CheetahRun")
+    rows = []
+    for task in tasks:
+        for slots in (4,) if part.dry else (128, 1024):
+            start = time.perf_counter()
+            env = make(task, slots)
+            env.reset_tensors(0)
+            compiled = time.perf_counter() - start
+            actions = torch.zeros(slots, env.action_size, device=part.device)
+            times = []
+            end = time.perf_counter() + part.seconds / 8
+            while time.perf_counter() < end or len(times) < 3:
+                start = time.perf_counter()
+                for _ in range(20):
+                    observations = env.step_tensors(actions).observations
+                wait(observations.device.type)
+                times.append((time.perf_counter() - start) / 20)
+            rate = slots / statistics.median(times)
+            row = {"task": task, "num_envs": slots, "steps_per_second": rate, "compile_seconds": compiled}
+            rows.append(row | {"device": observations.device.type})
+            print(f"  {task}, {slots} environments: {rate:.0f} steps/s on {rows[-1]['device']}", flush=True)
+            env.close()
+    return {"rows": rows}
+
+
+def train(part: Part) -> dict[str, Any]:
+    """The whole loop through the command line, with its own defaults for the device."""
+    need("jax", "mujoco", "mujoco_playground", "gymnasium", "tyro", "tqdm", "matplotlib")
+    from brc_fast import cli
+    from brc_fast.metrics import read_rows
+
+    run = ROOT / "build" / "gpu-train"
+    size = ["--steps", "3000", "--random-steps", "1000", "--critic.width", "32", "--eval-every", "3000"]
+    full = ["--steps", "20000", "--critic.width", "512", "--eval-every", "20000"]
+    words = ["train", "mjx/CartpoleSwingup", "--run", str(run), "--overwrite", "--report-every", "1000"]
+    code = cli.main([*words, *(size if part.dry else full)])
+    if code != 0:
+        raise RuntimeError(f"brc-fast train ended with {code}")
+    rows = read_rows(run / "metrics.jsonl")
+    rates = [row for row in rows if row.get("time/updates_per_second", 0) > 0][1:]
+    names = ("time/updates_per_second", "time/environment_steps_per_second")
+    told = {name: statistics.median(row[name] for row in rates) for name in names}
+    print(f"  {told}", flush=True)
+    return {"rates": told, "evaluations": [row for row in rows if "eval/return_mean" in row]}
+
+
+class Part:
+    """What a part is given: its share of the time, the device and whether this is a dry run."""
+
+    def __init__(self, seconds: float, device: str, dry: bool) -> None:
+        self.seconds, self.device, self.dry = seconds, device, dry
+
+
+def run_part(work: Callable[[Part], dict[str, Any]], part: Part) -> tuple[str, dict[str, Any]]:
+    """Status ("ok", "skipped" or "failed") and what there is to store."""
+    start = time.perf_counter()
+    try:
+        out: dict[str, Any] = {"status": "ok", **work(part)}
+    except Skip as reason:
+        out = {"status": "skipped", "reason": str(reason)}
+    except Exception as error:  # one part's failure must not cost the others their machine
+        out = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+    return out["status"], out | {"seconds": time.perf_counter() - start}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds in all (default 480)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--dry", action="store_true", help="tiny sizes, on the CPU")
+    arguments = parser.parse_args()
+    try:
+        import torch
+    except ImportError:
+        print("bench/gpu.py: torch is not installed here", file=sys.stderr)
+        return 2
+    if not arguments.dry and not torch.cuda.is_available():
+        print("bench/gpu.py: torch sees no CUDA device; --dry runs on the CPU", file=sys.stderr)
+        return 2
+    parts = [name for name in arguments.parts if not (arguments.dry and name == "build")]
+    if "build" in parts:
+        # Later parts, and their child processes, use what was just built.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
+        sys.path.insert(0, str(SITE))
+    if arguments.dry:
+        torch.set_num_threads(1)
+
+    device = "cpu" if arguments.dry else "cuda"
+    folder = ROOT / "build" / "gpu-dry" if arguments.dry else ROOT / "bench" / "results"
+    work = {"build": build, "test": test, "update": update, "envs": envs, "train": train}
+    seconds = (2.0 if arguments.dry else arguments.budget) / max(1, len(parts) - ("build" in parts))
+    table = []
+    for name in parts:
+        print(f"{name} ...", flush=True)
+        status, out = run_part(work[name], Part(seconds, device, arguments.dry))
+        from harness import write
+
+        path = write(f"gpu-{name}", {"part": name, "dry": arguments.dry, **out}, folder)
+        table.append((name, status, out.get("reason", ""), out["seconds"], path.relative_to(ROOT)))
+    print()
+    for name, status, reason, took, path in table:
+        print(f"{name:<8}{status:<9}{took:7.1f} s  {path}  {reason}".rstrip())
+    return 1 if any(status == "failed" for _, status, *_ in table) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Bad input at the command line: one clear line, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from brc_fast import cli
+
+CARTPOLE = "mjx/CartpoleSwingup"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["fly"], "unknown command 'fly': one of train, evaluate, plot, envs, doctor"),
+        (["train"], "name at least one task, such as mjx/CartpoleSwingup; all names: brc-fast envs"),
+        (["train", "mjx/CartpoleSwingap"], "nearest: mjx/CartpoleSwingup"),
+        (["train", "atari/Pong"], "unknown suite 'atari'"),
+        (["train", CARTPOLE, CARTPOLE], "is listed 2 times"),
+        (["train", CARTPOLE, "--critic.width", "-64"], "width must be positive, got -64"),
+        (["train", CARTPOLE, "--num-envs", "0"], "num_envs must be positive, got 0"),
+        (["train", CARTPOLE, "--batch-size", "0"], "batch_size must be positive, got 0"),
+        (["train", CARTPOLE, "--steps", "-5"], "steps must be positive, got -5"),
+        (["train", CARTPOLE, "--learning.discount", "1.0"], "discount must be in [0, 1), got 1.0"),
+        (["train", CARTPOLE, "--critic.num-atoms", "1"], "num_atoms must be at least 2, got 1"),
+        (["train", CARTPOLE, "--seed", "x"], "--seed"),
+        (["train", CARTPOLE, "--widht", "3"], "Unrecognized options: --widht"),
+        (["train", "--resume", "nowhere"], "nowhere holds no run: config.json is missing"),
+        (["evaluate", "nowhere"], "nowhere holds no run: config.json is missing"),
+        (["evaluate", "nowhere", "--episodes", "0"], "episodes must be positive, got 0"),
+        (["plot", "nowhere"], "nowhere holds no run: config.json is missing"),
+        (["plot"], "name at least one run folder"),
+        (["envs", "please"], "brc-fast envs takes no arguments"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
+    words: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert told in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cuda_without_a_gpu_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main(["train", CARTPOLE, "--device", "cuda"]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "told"),
+    [
+        ("jax", ["train", CARTPOLE], 'pip install "brc-fast[mjx]"'),
+        ("mujoco_playground", ["train", CARTPOLE], 'pip install "brc-fast[mjx]"'),
+        ("tyro", ["train", CARTPOLE], 'pip install "brc-fast[train]"'),
+        ("tqdm", ["train", CARTPOLE], 'pip install "brc-fast[train]"'),
+        ("matplotlib", ["plot", "run"], 'pip install "brc-fast[train]"'),
+    ],
+)
+def test_a_missing_extra_is_named_with_its_pip_command(
+    module: str, words: list[str], told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    config = "import dataclasses, json; from brc_fast.config import cpu_preset; "
+    config += "open('run/config.json', 'w').write(json.dumps(dataclasses.asdict(cpu_preset())))"
+    blocked = f"import sys; sys.modules[{module!r}] = None; {config if words[0] == 'plot' else 'pass'}; "
+    code = blocked + f"from brc_fast.cli import main; sys.exit(main({words!r}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert told in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_envs_lists_all_25_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["envs"]) == 0
+    names = capsys.readouterr().out.split()
+    assert len(names) == len(set(names)) == 25
+    assert {CARTPOLE, "mjx/HumanoidRun", "mjx/PendulumSwingup"} <= set(names)
+
+
+def test_doctor_tells_versions_devices_and_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["doctor"])
+    told = capsys.readouterr().out
+    for word in ("torch", "numpy", "replay store", "[mjx]", "[train]", "devices"):
+        assert word in told
+    monkeypatch.setattr("brc_fast.doctor._version", lambda name: "missing" if name == "brax" else "1.0")
+    assert cli.main(["doctor"]) == 1
+    assert 'pip install "brc-fast[mjx]"' in capsys.readouterr().out
+
+
+def test_help_and_version_are_no_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--help"], ["--version"]):
+        assert cli.main(words) == 0
+    assert "brc-fast train TASK..." in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    assert "--critic.width" in capsys.readouterr().out

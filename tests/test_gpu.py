@@ -1,0 +1,95 @@
+"""What a GPU must show: the agent, the hand-over from environments, the replay's batches on the device.
+
+Run with `make gpu`. BRC_FAST_GPU_DRY=1 sends the same tests to the CPU, so that they are known to work.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from brc_fast import BRC, ActorConfig, Batch, CriticConfig, Noise, ReplayBuffer
+
+pytestmark = pytest.mark.gpu
+SMALL = {"critic": CriticConfig(width=64), "actor": ActorConfig(width=32)}
+
+
+@pytest.fixture
+def device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if os.environ.get("BRC_FAST_GPU_DRY") == "1":
+        return "cpu"
+    pytest.skip("torch sees no CUDA device (BRC_FAST_GPU_DRY=1 runs this on the CPU)")
+
+
+def batches(updates: int, size: int, tasks: int) -> Batch:
+    rng = torch.Generator().manual_seed(0)
+    normal = [torch.randn(updates, size, n, generator=rng) for n in (5, 2, 5)]
+    masks = (torch.rand(updates, size, generator=rng) > 0.1).float()
+    ids = torch.randint(tasks, (updates, size), generator=rng)
+    rewards = torch.randn(updates, size, generator=rng)
+    return Batch(normal[0], normal[1].tanh(), rewards, masks, normal[2], ids)
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_updates_on_the_device_follow_those_in_float64_on_the_cpu(device: str, tasks: int) -> None:
+    ours = BRC(5, 2, tasks, device=device, **SMALL)
+    truth = BRC(5, 2, tasks, dtype=torch.float64, **SMALL)
+    data = batches(5, 64, tasks)
+    noise = Noise(torch.randn(5, 64, 2), torch.randn(5, 64, 2))
+    metrics = ours.update(data.to(device), Noise(*(part.to(device) for part in noise)))
+    exact = Batch(*(field.double() if field.is_floating_point() else field for field in data))
+    expected = truth.update(exact, Noise(*(part.double() for part in noise)))
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name].cpu().double(), value, rtol=1e-4, atol=1e-4, msg=name)
+    for mine, theirs in zip(ours.critic.parameters(), truth.critic.parameters(), strict=True):
+        difference = (mine.detach().cpu().double() - theirs.detach()).norm()
+        assert difference <= 2e-4 * theirs.detach().norm() + 1e-6
+
+
+def test_a_state_saved_on_the_device_restores_on_the_cpu(device: str) -> None:
+    agent = BRC(5, 2, device=device, **SMALL)
+    agent.update(batches(2, 32, 1).to(device))
+    state = {name: value.cpu() for name, value in agent.state_dict().items() if name != "generator"}
+    other = BRC(5, 2, seed=7, **SMALL)
+    other.load_state_dict({**state, "generator": other.generator.get_state()})
+    observations, ids = torch.randn(9, 5), torch.zeros(9, dtype=torch.long)
+    mine = agent.act(observations.to(device), ids.to(device), deterministic=True).cpu()
+    torch.testing.assert_close(mine, other.act(observations, ids, deterministic=True), rtol=1e-4, atol=1e-4)
+
+
+def test_replay_batches_reach_the_device_unchanged(device: str) -> None:
+    buffer = ReplayBuffer(100, 3, 1, task_ids=[0, 1], seed=0)
+    tag = np.zeros((2, 3), np.float32)
+    for _ in range(50):
+        successors = tag + 1.0
+        no = np.zeros(2, bool)
+        buffer.add(tag, np.zeros((2, 1), np.float32), tag[:, 0].copy(), no, no, successors)
+        tag = successors
+    batch = buffer.sample(16, 2).to(device)
+    assert batch.observations.device.type == device
+    assert torch.equal(batch.next_observations, batch.observations + 1.0)
+    assert torch.equal(batch.rewards, batch.observations[..., 0])
+
+
+def test_environment_tensors_feed_the_agent_and_keep_their_values(device: str) -> None:
+    pytest.importorskip("mujoco_playground", reason="needs the [mjx] extra")
+    from brc_fast import envs
+
+    env = envs.make("mjx/CartpoleSwingup", num_envs=8, seed=0)
+    agent = BRC(env.observation_size, env.action_size, device=device, **SMALL)
+    ids = torch.zeros(8, dtype=torch.long, device=device)
+    observations = env.reset_tensors(0)
+    held = []
+    for _ in range(20):
+        step = env.step_tensors(agent.act(observations.to(device), ids))
+        held.append((step.observations, step.observations.cpu().clone()))
+        observations = step.observations
+    for tensor, copy in held:
+        assert torch.equal(tensor.cpu(), copy)
+    assert not torch.equal(held[0][1], held[-1][1])
+    env.close()

@@ -1,0 +1,115 @@
+"""The layout's promises: imports go downwards, and importing the package is cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "brc_fast"
+
+# What each layer may import of the package. A module of one line may import those of the lines above it.
+LAYERS = [
+    {"errors"},
+    {"config", "batch"},
+    {"kernels", "_core"},
+    {"networks", "optimizer"},
+    {"agent", "replay", "normalizer", "envs", "checkpoint", "interrupt"},
+    {"metrics"},
+    {"evaluate", "plot"},
+    {"train"},
+    {"arguments", "progress", "doctor"},
+    {"cli"},
+]
+
+
+def imported(path: Path) -> set[str]:
+    """Names of brc_fast's own modules that a file imports, at any depth."""
+    inside = path.parent != PACKAGE
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level == 2 or (node.level == 1 and not inside):
+                found |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
+            elif module.split(".")[0] == "brc_fast" and node.level == 0:
+                rest = module.split(".")[1:]
+                found |= {rest[0]} if rest else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            parts = (alias.name.split(".") for alias in node.names)
+            found |= {name[1] for name in parts if name[0] == "brc_fast" and len(name) > 1}
+    return found - {"__version__"}
+
+
+def modules() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+def test_imports_go_downwards_only() -> None:
+    layer = {name: index for index, names in enumerate(LAYERS) for name in names}
+    for path in modules():
+        name = "envs" if path.parent.name == "envs" else path.stem
+        for other in imported(path) - {name}:
+            assert layer[other] < layer[name], f"{path.name} imports {other}, which is not below it"
+
+
+def test_only_replay_imports_the_compiled_store_and_config_imports_nothing_but_errors() -> None:
+    users = {path.stem for path in modules() if "_core" in imported(path)}
+    assert users == {"replay"}
+    assert imported(PACKAGE / "config.py") == {"errors"}
+    assert not imported(PACKAGE / "agent.py") & {"envs", "replay"}
+
+
+def test_kernels_know_torch_and_themselves_alone() -> None:
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            for name in names:
+                allowed = {"torch", "triton"} | set(sys.stdlib_module_names)
+                assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
+
+
+def test_the_training_loop_stays_short() -> None:
+    assert len((PACKAGE / "train.py").read_text().splitlines()) <= 150
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_the_package_brings_neither_jax_nor_triton_nor_plots() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import brc_fast; print(*(set(sys.modules) - before))"
+    )
+    new = {name.split(".")[0] for name in run(code).split()}
+    assert not new & {"jax", "triton", "mujoco", "gymnasium", "matplotlib", "tyro", "tqdm", "tensorboard"}
+
+
+def test_importing_the_package_takes_under_a_fifth_of_a_second_beyond_torch() -> None:
+    code = "import time, torch; t = time.process_time(); import brc_fast; print(time.process_time() - t)"
+    assert min(float(run(code)) for _ in range(3)) < 0.2
+
+
+def test_the_package_is_typed_and_has_its_compiled_parts() -> None:
+    import brc_fast
+    from brc_fast import _core
+    from brc_fast.kernels import cpu
+
+    assert (Path(brc_fast.__file__).parent / "py.typed").exists()
+    assert _core.__name__ == "brc_fast._core"
+    assert cpu._cpu is not None
+
+
+@pytest.mark.parametrize("name", ["BRC", "ReplayBuffer", "RewardNormalizer", "Batch", "TrainConfig"])
+def test_public_names_have_docstrings(name: str) -> None:
+    import brc_fast
+
+    assert len(getattr(brc_fast, name).__doc__) > 40
