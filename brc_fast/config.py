@@ -141,7 +141,7 @@ def cpu_preset() -> TrainConfig:
         updates_per_step=1,
         batch_size=128,
         replay_capacity=400_000,
-        eval_every=50_000,
+        eval_every=25_000,
         critic=CriticConfig(width=128),
         actor=ActorConfig(width=128),
     )

@@ -64,11 +64,12 @@ class BroNet(nn.Module):
             for _ in range(depth)
         )
         self.head = Head(head)
+        self._ordered = tuple(self.parameters())  # in the order of the modules above, which is the op's
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
         """`frozen` parameters get no gradient; the input still does."""
-        parameters = self.parameters()  # in the order of their modules above, which is the op's
-        return kernels.bronet(x, *((p.detach() for p in parameters) if frozen else parameters))
+        parameters = [p.detach() for p in self._ordered] if frozen else self._ordered
+        return kernels.bronet(x, *parameters)
 
 
 class Critic(nn.Module):

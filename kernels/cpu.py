@@ -12,6 +12,7 @@ Twins:   reference.bronet, reference.adamw_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,42 +27,63 @@ except ImportError:  # a checkout that was not built
     _cpu = None  # type: ignore[assignment]
 
 EPS = 1e-6
+SHAPES_KEPT = 16
+_free: dict[tuple[int, ...], list[Tensor]] = {}
+
+
+class Workspace:
+    """Scratch memory of one pass through a network; the next pass of the same shape gets it back.
+
+    Fresh memory costs a page fault per 4 KB, which at these sizes took an eighth of the update. A workspace
+    is returned when its last reference goes, so a graph that is kept alive keeps its activations.
+    """
+
+    def __init__(self, *shape: int) -> None:
+        if len(_free) > SHAPES_KEPT:
+            _free.clear()
+        spare = _free.get(shape)
+        self.shape = shape
+        self.buffer = spare.pop() if spare else torch.empty(shape)
+
+    def __del__(self) -> None:
+        _free.setdefault(self.shape, []).append(self.buffer)
 
 
 def _norm_forward(
-    x: Tensor, layer: tuple[Tensor, ...], residual: Tensor | None, relu: bool
-) -> tuple[Tensor, Tensor]:
-    """Output [E, B, H] and the rows' mean and 1/std [2, E, B]; layer: (bias, weight, shift), each [E, H]."""
+    x: Tensor, layer: Sequence[Tensor], residual: Tensor | None, relu: bool, y: Tensor, stats: Tensor
+) -> None:
+    """Fill `y` [E, B, H] and the rows' mean and 1/std [2, E, B]; layer: (bias, weight, shift) [E, H]."""
     members, rows, width = x.shape
     bias, weight, shift = (parameter.data_ptr() for parameter in layer)
-    y = torch.empty_like(x)
-    stats = x.new_empty(2, members, rows)
     mean = stats.data_ptr()
     rstd = mean + 4 * members * rows
     held = 0 if residual is None else residual.data_ptr()
     _cpu.bias_layer_norm_forward(
         members, rows, width, x.data_ptr(), bias, weight, shift, held, relu, EPS, y.data_ptr(), mean, rstd
     )
-    return y, stats
 
 
 def _norm_backward(
-    dy: Tensor, y: Tensor | None, x: Tensor, layer: tuple[Tensor, ...], stats: Tensor, parameters: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the norm's input [E, B, H] and, where asked, of (bias, weight, shift), [3, E, H]."""
+    dy: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    layer: Sequence[Tensor],
+    stats: Tensor,
+    dx: Tensor,
+    grads: Tensor | None,
+) -> None:
+    """Fill the gradients of the norm's input, `dx`, and of (bias, weight, shift), `grads` [3, E, H]."""
     members, rows, width = x.shape
     bias, weight, _ = (parameter.data_ptr() for parameter in layer)
     mean = stats.data_ptr()
     rstd = mean + 4 * members * rows
-    dx = torch.empty_like(x)
-    grads = x.new_empty(3, members, width) if parameters else None
-    dbias, dweight, dshift = (0, 0, 0) if grads is None else (part.data_ptr() for part in grads)
+    first = 0 if grads is None else grads.data_ptr()
+    size = 0 if grads is None else 4 * members * width
     output = 0 if y is None else y.data_ptr()
     _cpu.bias_layer_norm_backward(
         members, rows, width, dy.data_ptr(), output, x.data_ptr(), bias, weight, mean, rstd,
-        dx.data_ptr(), dbias, dweight, dshift,
+        dx.data_ptr(), first, first + size, first + 2 * size,
     )  # fmt: skip
-    return dx, grads
 
 
 class _BroNet(torch.autograd.Function):
@@ -69,20 +91,25 @@ class _BroNet(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        *body, head_kernel, head_bias = parameters
-        layers = [tuple(body[i : i + 4]) for i in range(0, len(body), 4)]
-        inputs, products, stats = [x], [], []
-        for index, (kernel, *norm) in enumerate(layers):
-            product = torch.bmm(inputs[-1], kernel)
+        members, rows, _ = x.shape
+        layers = (len(parameters) - 2) // 4
+        width = parameters[0].shape[-1]
+        work = Workspace(layers, 2, members, rows, width)  # per layer: the product, then the layer's output
+        stats = Workspace(layers, 2, members, rows)
+        hidden = x
+        skip = x
+        for index, (product, y) in enumerate(work.buffer):
+            kernel, *norm = parameters[4 * index : 4 * index + 4]
+            torch.bmm(hidden, kernel, out=product)
             closes_block = index > 0 and index % 2 == 0
-            residual = inputs[-2] if closes_block else None
-            y, moments = _norm_forward(product, tuple(norm), residual, relu=not closes_block)
-            inputs.append(y)
-            products.append(product)
-            stats.append(moments)
-        ctx.layers = len(layers)
-        ctx.save_for_backward(*inputs, *products, *stats, *parameters)
-        return torch.baddbmm(head_bias.unsqueeze(1), inputs[-1], head_kernel)
+            residual = skip if closes_block else None
+            _norm_forward(product, norm, residual, not closes_block, y, stats.buffer[index])
+            hidden = y
+            if index % 2 == 0:
+                skip = y
+        ctx.work, ctx.stats = work, stats
+        ctx.save_for_backward(x, *parameters)
+        return torch.baddbmm(parameters[-1].unsqueeze(1), hidden, parameters[-2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -90,33 +117,34 @@ class _BroNet(torch.autograd.Function):
             raise RuntimeError(
                 "bronet on a CPU has no second derivative (create_graph=True): use kernels.reference.bronet"
             )
-        n = ctx.layers
-        saved = ctx.saved_tensors
-        inputs, products, stats = saved[: n + 1], saved[n + 1 : 2 * n + 1], saved[2 * n + 1 : 3 * n + 1]
-        parameters = saved[3 * n + 1 :]
+        x, *parameters = ctx.saved_tensors
+        work, stats = ctx.work.buffer, ctx.stats.buffer
+        layers = len(work)
         wanted = any(ctx.needs_input_grad[1:])
         out: list[Tensor | None] = [None] * len(parameters)
+        scratch = Workspace(3, *work.shape[2:])
+        g, inner, dh = scratch.buffer  # gradients of a block's ends, of its hidden layer, of a product
 
         grad = grad.contiguous()
-        head_kernel = parameters[-2]
         if wanted:
-            out[-2:] = torch.bmm(inputs[n].mT, grad), grad.sum(1)
-        dy = torch.bmm(grad, head_kernel.mT)
-        skip = dy  # gradient that reaches the start of the block past its two layers
-        for index in reversed(range(n)):
+            out[-2:] = torch.bmm(work[-1, 1].mT, grad), grad.sum(1)
+        torch.bmm(grad, parameters[-2].mT, out=g)
+        for index in reversed(range(layers)):
             kernel, *norm = parameters[4 * index : 4 * index + 4]
-            closes_block = index > 0 and index % 2 == 0
-            output = None if closes_block else inputs[index + 1]
-            if closes_block:
-                skip = dy
-            dh, grads = _norm_backward(dy, output, products[index], tuple(norm), stats[index], wanted)
+            product, y = work[index]
+            opens_block, closes_block = index % 2 == 1, index > 0 and index % 2 == 0
+            grads = x.new_empty(3, *norm[0].shape) if wanted else None
+            mask = None if closes_block else y
+            _norm_backward(inner if opens_block else g, mask, product, norm, stats[index], dh, grads)
             if grads is not None:
-                out[4 * index : 4 * index + 4] = torch.bmm(inputs[index].mT, dh), *grads
-            if index % 2 == 1:
-                dy = torch.baddbmm(skip, dh, kernel.mT)
-            elif index > 0 or ctx.needs_input_grad[0]:
-                dy = torch.bmm(dh, kernel.mT)
-        return dy if ctx.needs_input_grad[0] else None, *out
+                below = x if index == 0 else work[index - 1, 1]
+                out[4 * index : 4 * index + 4] = torch.bmm(below.mT, dh), *grads
+            if closes_block:
+                torch.bmm(dh, kernel.mT, out=inner)
+            elif opens_block:
+                g.baddbmm_(dh, kernel.mT)
+        dx = torch.bmm(dh, parameters[0].mT) if ctx.needs_input_grad[0] else None
+        return dx, *out
 
 
 def bronet(x: Tensor, *parameters: Tensor) -> Tensor:
