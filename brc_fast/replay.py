@@ -160,7 +160,7 @@ class ReplayBuffer:
         if batch_size > len(self):
             raise ValueError(
                 f"batch_size {batch_size} exceeds the {len(self)} transitions stored; "
-                "collect more or lower start_training"
+                "collect more or lower batch_size"
             )
         empty = partial(torch.empty, num_batches, batch_size, dtype=torch.float32, device="cpu")
         batch = Batch(

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "categorical.hpp"
 #include "layer_norm.hpp"
 
 namespace py = pybind11;
@@ -29,6 +30,11 @@ void backward(std::int64_t networks, std::int64_t batch, std::int64_t width, Add
                                 at(mean), at(rstd), at(dx), at(dbias), at(dweight), at(dshift));
 }
 
+void projection(std::int64_t rows, std::int64_t atoms, Address probs, Address positions, float v_max,
+                Address out) {
+  brc::categorical_projection(rows, atoms, at(probs), at(positions), v_max, at(out));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -36,4 +42,5 @@ PYBIND11_MODULE(_cpu, m) {
   const auto released = py::call_guard<py::gil_scoped_release>();
   m.def("bias_layer_norm_forward", &forward, released);
   m.def("bias_layer_norm_backward", &backward, released);
+  m.def("categorical_projection", &projection, released);
 }

@@ -31,3 +31,6 @@ def bias_layer_norm_backward(
     dshift: int,
     /,
 ) -> None: ...
+def categorical_projection(
+    rows: int, atoms: int, probs: int, positions: int, v_max: float, out: int, /
+) -> None: ...

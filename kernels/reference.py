@@ -7,11 +7,13 @@ A leading [E] axis on parameters means stacked networks; without it the same cod
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Projection = Callable[[Tensor, Tensor, float], Tensor]
 LOG_STD_MIN = -10.0
 LOG_STD_MAX = 2.0
 
@@ -101,6 +103,7 @@ def categorical_target(
     temperature: Tensor | float,
     atoms: Tensor,
     v_max: float,
+    project: Projection = categorical_projection,
 ) -> Tensor:
     """Soft categorical Bellman target of an ensemble.
 
@@ -110,7 +113,7 @@ def categorical_target(
 
     Args:
         next_logits: [E, B, K] of the target critic. rewards, next_log_probs: [B].
-        discounts: [B], the discount times the mask. atoms: [K].
+        discounts: [B], the discount times the mask. atoms: [K]. project: the projection to use.
     Returns:
         [B, K] probabilities.
     Source: Nauman et al. 2025, arXiv:2505.23150.
@@ -118,7 +121,7 @@ def categorical_target(
     probs = next_logits.softmax(-1).mean(0)
     values = atoms - (temperature * next_log_probs).unsqueeze(-1)  # [B, K]
     positions = torch.addcmul(rewards.unsqueeze(-1), discounts.unsqueeze(-1), values)
-    return categorical_projection(probs, positions, v_max)
+    return project(probs, positions, v_max)
 
 
 def categorical_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

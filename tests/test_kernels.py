@@ -133,6 +133,110 @@ def test_the_optimizer_twin_equals_torch_adamw() -> None:
     torch.testing.assert_close(param, leaf.detach(), rtol=1e-12, atol=1e-12)
 
 
+def value_and_gradients(op, inputs: list[Tensor], seeds: list[Tensor], wanted: int) -> list[Tensor]:
+    """Outputs, and the gradients of the first `wanted` inputs."""
+    leaves = [x.detach().clone().requires_grad_(i < wanted) for i, x in enumerate(inputs)]
+    out = op(*leaves)
+    out = out if isinstance(out, tuple) else (out,)
+    return [o.detach() for o in out] + list(torch.autograd.grad(out, leaves[:wanted], seeds))
+
+
+@pytest.mark.parametrize(("batch", "actions"), [(1, 1), (128, 1), (37, 6), (0, 3)])
+@pytest.mark.parametrize("scale", [1.0, 40.0])  # 40: far out in the tanh
+def test_the_fast_policy_equals_its_twin_in_value_and_gradient(
+    batch: int, actions: int, scale: float
+) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(batch, actions, dtype=torch.float64) for _ in range(3)]
+    inputs[0] *= scale
+    seeds = [torch.randn(batch, actions, dtype=torch.float64), torch.randn(batch, dtype=torch.float64)]
+    ours = value_and_gradients(cpu.tanh_gaussian, inputs, seeds, 2)
+    twin = value_and_gradients(reference.tanh_gaussian, inputs, seeds, 2)
+    for mine, expected in zip(ours, twin, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_fast_policy_takes_the_halves_of_one_tensor_and_an_unused_output() -> None:
+    head = torch.randn(8, 6, requires_grad=True)
+    actions, _ = cpu.tanh_gaussian(*head.chunk(2, -1), torch.randn(8, 3))
+    (grad,) = torch.autograd.grad(actions.sum(), head)
+    assert grad.isfinite().all()
+    assert grad.abs().sum() > 0
+
+
+def test_the_fast_cross_entropy_equals_its_twin_in_value_and_gradient() -> None:
+    torch.manual_seed(0)
+    inputs = [
+        torch.randn(2, 9, 101, dtype=torch.float64),
+        torch.randn(9, 101, dtype=torch.float64).softmax(-1),
+    ]
+    seeds = [torch.randn(2, 9, dtype=torch.float64)]
+    ours = value_and_gradients(cpu.categorical_cross_entropy, inputs, seeds, 1)
+    twin = value_and_gradients(reference.categorical_cross_entropy, inputs, seeds, 1)
+    for mine, expected in zip(ours, twin, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("atoms", [2, 3, 51, 101, 128, 512])
+@pytest.mark.parametrize("slope", [0.0, 0.3, 0.99, 3.0])
+def test_the_compiled_projection_equals_its_twin(atoms: int, slope: float) -> None:
+    torch.manual_seed(atoms)
+    probs = torch.randn(7, atoms).softmax(-1)
+    z = torch.linspace(-V_MAX, V_MAX, atoms)
+    positions = torch.cat([slope * z + 4.0 * torch.randn(6, 1), z[None]])  # the last row hits every atom
+    ours = cpu.categorical_projection(probs, positions, V_MAX)
+    twin = reference.categorical_projection(probs.double(), positions.double(), V_MAX)
+    # an index near K has a rounding error of K * 2**-24 in float32, and mass moves by that much
+    torch.testing.assert_close(ours.double(), twin, rtol=0, atol=atoms * 2.0**-23)
+    torch.testing.assert_close(ours.sum(-1), torch.ones(7), rtol=0, atol=2e-6)
+
+
+def test_the_compiled_projection_answers_nan_with_nan_in_that_row_alone() -> None:
+    probs = torch.full((3, 5), 0.2)
+    positions = torch.zeros(3, 5)
+    positions[1, 2] = math.nan
+    out = cpu.categorical_projection(probs, positions, V_MAX)
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()
+    far = cpu.categorical_projection(probs, torch.full((3, 5), math.inf), V_MAX)
+    torch.testing.assert_close(far[:, -1], torch.ones(3))
+
+
+def test_the_compiled_projection_takes_strided_and_batched_rows() -> None:
+    torch.manual_seed(0)
+    probs = torch.randn(4, 3, 11, 2).softmax(2)[..., 0]
+    positions = torch.randn(4, 3, 11, 2)[..., 1]
+    ours = cpu.categorical_projection(probs, positions, V_MAX)
+    torch.testing.assert_close(
+        ours, reference.categorical_projection(probs, positions, V_MAX), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "op", [cpu.tanh_gaussian, lambda a, b, _: cpu.categorical_cross_entropy(a, b.softmax(-1))]
+)
+def test_second_derivatives_of_the_fast_forms_are_refused(op) -> None:
+    a, b = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
+    out = op(a, b, torch.randn(4, 3))
+    total = sum(part.sin().sum() for part in out) if isinstance(out, tuple) else out.sin().sum()
+    (grad,) = torch.autograd.grad(total, a, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_graph_kept_alive_keeps_its_activations_while_others_run() -> None:
+    torch.manual_seed(0)
+    x, parameters = bronet_inputs(2, 16, 6, 32, 2, 11, shared=True)
+    x.requires_grad_()
+    kept = cpu.bronet(x, *parameters).square().sum()
+    (first,) = torch.autograd.grad(kept, x, retain_graph=True)
+    for _ in range(3):
+        other = torch.randn(16, 6, requires_grad=True)
+        torch.autograd.grad(cpu.bronet(other, *parameters).sum(), other)
+    (again,) = torch.autograd.grad(kept, x)
+    assert torch.equal(first, again)
+
+
 def project_slowly(probs: Tensor, positions: Tensor, v_max: float) -> Tensor:
     """The definition: every atom's mass goes to its neighbours in proportion to nearness."""
     rows, atoms = probs.shape

@@ -193,10 +193,13 @@ def test_recorded_updates_replay(path: Path, dtype: torch.dtype) -> None:
         for name, value in seen.items():
             key = f"expect/{update}/{name}"
             if key in recording.data:
-                error = relative_error(value, torch.from_numpy(np.asarray(recording.data[key])))
+                recorded = torch.from_numpy(np.asarray(recording.data[key]))
+                error = relative_error(value, recorded)
+                if recorded.dim() == 0:  # a mean of terms of order one may itself be next to zero
+                    error = min(error, (value.detach().double() - recorded.double()).abs().item())
                 assert error <= tolerance, f"{key}: {error:.2e}"
                 compared += 1
-        assert compared >= 10, f"update {update} recorded only {compared} known values"
+        assert compared >= 5, f"update {update} recorded only {compared} known values"
         if f"after/{update}/temp/log_temp" in recording.data:
             assert_parameters(agent, recording, update, tolerance)
 
