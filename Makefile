@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench gpu gpu-dry clean
+.PHONY: demo test lint sanitize bench gpu gpu-dry clean
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp)
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,13 @@ lint: $(STAMP)
 	rm -rf build/types && mkdir -p build/types
 	cp -R brc_fast build/types/ && cp -R kernels build/types/brc_fast/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p brc_fast
+
+## C++ tests of the replay store under address and undefined-behaviour sanitizers
+sanitize: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -DBRC_FAST_BUILD_TESTS=ON -DBRC_FAST_SANITIZE=address,undefined \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize --target replay_store_test
+	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/sanitize --output-on-failure
 
 ## Speed on this CPU
 bench: $(STAMP)

@@ -23,9 +23,14 @@ class Progress:
         self._evaluations: dict[str, float] = {}
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=config.steps, initial=done, unit="step", unit_scale=True, disable=not self._terminal,
-            dynamic_ncols=True, smoothing=0.05,
-        )  # fmt: skip
+            total=config.steps,
+            initial=done,
+            unit_scale=True,
+            disable=not self._terminal,
+            dynamic_ncols=True,
+            smoothing=0.05,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]",
+        )
 
     def __enter__(self) -> Progress:
         return self

@@ -1,134 +1,23 @@
 #include "replay_store.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 #include <stdexcept>
 
 #include "philox.hpp"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "replay_checks.hpp"
 
 namespace brc {
 namespace {
-
-// The last word of a row, its link: two flags, and the side slot of the successor plus one (zero: no slot).
-constexpr std::uint32_t kTerminated = 1u << 31;
-constexpr std::uint32_t kTruncated = 1u << 30;
-constexpr std::uint32_t kSlot = kTruncated - 1;
 
 // The rows stored, one more successor aside per stream and a spare block of slots stay below kSlot slots.
 constexpr std::size_t kMaxRows = std::size_t{1} << 29;
 constexpr std::size_t kMaxWidth = std::size_t{1} << 28;  // so that byte counts stay below 2^63
 
-constexpr std::size_t kHugePage = std::size_t{1} << 21;
 constexpr std::size_t kAhead = 4;              // rows between a prefetch and its use
 constexpr std::size_t kPrefetchFloats = 1024;  // of a longer row, the processor fetches the rest by itself
 
-using std::to_string;
-
-[[noreturn]] void refuse(const std::string& message) {
-  throw std::invalid_argument(message);
-}
-
-std::size_t require_size(const char* name, std::int64_t value, std::size_t largest) {
-  if (value < 1) refuse(std::string(name) + " must be at least 1, got " + to_string(value));
-  if (static_cast<std::size_t>(value) > largest) {
-    refuse(std::string(name) + " must be at most " + to_string(largest) + ", got " + to_string(value));
-  }
-  return static_cast<std::size_t>(value);
-}
-
-void require_length(const char* name, std::size_t got, std::size_t wanted) {
-  if (got != wanted)
-    refuse(std::string(name) + " must hold " + to_string(wanted) + " values, got " + to_string(got));
-}
-
-template <bool Const>
-void require_lengths(const TransitionColumns<Const>& columns, std::size_t rows, std::size_t successors,
-                     std::size_t O, std::size_t A) {
-  require_length("observations", columns.observations.size(), rows * O);
-  require_length("actions", columns.actions.size(), rows * A);
-  require_length("rewards", columns.rewards.size(), rows);
-  require_length("terminated", columns.terminated.size(), rows);
-  require_length("truncated", columns.truncated.size(), rows);
-  require_length("successors", columns.successors.size(), successors * O);
-}
-
-/// Refuses a value that is not finite; `where(row)` says what a row of the column is. The scan vectorizes.
-template <class Where>
-void require_finite(const char* name, std::span<const float> values, std::size_t width, const Where& where) {
-  const auto not_finite = [](float value) {
-    return (std::bit_cast<std::uint32_t>(value) & 0x7F800000u) == 0x7F800000u;
-  };
-  std::uint32_t found = 0;
-  for (const float value : values) found |= static_cast<std::uint32_t>(not_finite(value));
-  if (found == 0) return;
-  const auto first = std::find_if(values.begin(), values.end(), not_finite) - values.begin();
-  refuse(std::string(name) + " of " + where(static_cast<std::size_t>(first) / width) +
-         " must be finite, got " + to_string(values[static_cast<std::size_t>(first)]) +
-         "; nothing was stored");
-}
-
-template <class Where>
-void require_finite(const TransitionColumns<true>& columns, std::size_t O, std::size_t A,
-                    const Where& where) {
-  require_finite("observations", columns.observations, O, where);
-  require_finite("actions", columns.actions, A, where);
-  require_finite("rewards", columns.rewards, 1, where);
-  require_finite("successors", columns.successors, O, where);
-}
-
-void copy(std::span<float> to, std::size_t index, const float* from, std::size_t width) {
-  std::memcpy(to.data() + index * width, from, width * sizeof(float));
-}
-
 }  // namespace
-
-RowBlock::RowBlock(std::size_t rows, std::size_t width, const char* what)
-    : stride_(row_bytes(width) / sizeof(float)) {
-  const std::size_t bytes = rows * row_bytes(width);
-  const std::size_t alignment = bytes < kHugePage ? 64 : kHugePage;
-  nbytes_ = (bytes + alignment - 1) / alignment * alignment;
-  data_.reset(static_cast<float*>(std::aligned_alloc(alignment, nbytes_)));
-  if (!data_) {
-    throw OutOfMemory("cannot reserve " + to_string(nbytes_) + " bytes for " + what + ": " + to_string(rows) +
-                      " rows of " + to_string(row_bytes(width)) + " bytes; lower capacity");
-  }
-#if defined(__linux__)
-  // Advice: a refusal costs only speed.
-  if (alignment == kHugePage) madvise(data_.get(), nbytes_, MADV_HUGEPAGE);
-#endif
-}
-
-SideStore::SideStore(std::size_t width)
-    : width_(width), slots_per_block_(std::max<std::size_t>(1, kHugePage / RowBlock::row_bytes(width))) {}
-
-void SideStore::reserve(std::size_t wanted) {
-  while (slots() < wanted) {
-    const std::size_t first = slots();
-    free_.reserve(first + slots_per_block_);
-    blocks_.emplace_back(slots_per_block_, width_, "successors kept aside");
-    for (std::size_t slot = slots(); slot-- > first;) free_.push_back(static_cast<std::uint32_t>(slot));
-  }
-}
-
-std::uint32_t SideStore::put(const float* values) noexcept {
-  const std::uint32_t slot = free_.back();
-  free_.pop_back();
-  std::memcpy(blocks_[slot / slots_per_block_].row(slot % slots_per_block_), values, width_ * sizeof(float));
-  return slot;
-}
-
-const float* SideStore::at(std::uint32_t slot) const noexcept {
-  return blocks_[slot / slots_per_block_].row(slot % slots_per_block_);
-}
-
-std::size_t SideStore::nbytes() const noexcept {
-  return slots() * sizeof(std::uint32_t) + (blocks_.empty() ? 0 : blocks_.size() * blocks_[0].nbytes());
-}
 
 std::uint32_t ReplayStore::Stream::position(std::uint32_t age) const noexcept {
   const std::uint32_t pos = next + (ring - size) + age;  // below 2^31, as ring <= kMaxRows
@@ -311,96 +200,6 @@ void ReplayStore::gather(std::span<const Location> locations, std::size_t first,
     out.masks[first + i] = (flags & kTerminated) != 0 ? 0.0f : 1.0f;
     out.task_ids[first + i] = from.task;
   }
-}
-
-void ReplayStore::save(const StateColumns<false>& out) const {
-  const std::lock_guard lock(mutex_);
-  require_state(total(), side_.used(), out);
-  std::size_t n = 0;
-  std::size_t m = 0;
-  for (std::size_t s = 0; s < streams_.size(); ++s) {
-    const Stream& stream = streams_[s];
-    out.sizes[s] = stream.size;
-    for (std::uint32_t age = 0; age < stream.size; ++age, ++n) {
-      const float* from = row(stream, stream.position(age));
-      const std::uint32_t flags = link(from);
-      const std::uint32_t slot = flags & kSlot;
-      copy(out.rows.observations, n, from, O_);
-      copy(out.rows.actions, n, from + O_, A_);
-      out.rows.rewards[n] = from[O_ + A_];
-      out.rows.terminated[n] = (flags & kTerminated) != 0;
-      out.rows.truncated[n] = (flags & kTruncated) != 0;
-      out.has_successor[n] = slot != 0;
-      if (slot != 0) copy(out.rows.successors, m++, side_.at(slot - 1), O_);
-    }
-    out.head_valid[s] = stream.head_valid;
-    std::fill_n(out.heads.begin() + static_cast<std::ptrdiff_t>(s * O_), O_, 0.0f);
-    if (stream.head_valid) copy(out.heads, s, row(stream, stream.next), O_);
-  }
-}
-
-void ReplayStore::load(const StateColumns<true>& state, std::uint64_t seed, std::uint64_t draws) {
-  const std::lock_guard lock(mutex_);
-  const TransitionColumns<true>& rows = state.rows;
-  const auto side_rows =
-      std::ranges::count_if(state.has_successor, [](unsigned char flag) { return flag != 0; });
-  require_state(rows.rewards.size(), static_cast<std::size_t>(side_rows), state);
-  const auto at_row = [](std::size_t i) { return "row " + to_string(i); };
-  const auto at_stream = [](std::size_t i) { return "stream " + to_string(i); };
-  require_finite(rows, O_, A_, at_row);
-  require_finite("heads", state.heads, O_, at_stream);
-  std::size_t left = rows.rewards.size();
-  bool fits = true;
-  for (const std::int64_t size : state.sizes) {
-    fits = fits && size >= 0 && static_cast<std::size_t>(size) <= left;
-    if (fits) left -= static_cast<std::size_t>(size);
-  }
-  if (!fits || left != 0) {
-    refuse("sizes must not be negative and must sum to the " + to_string(rows.rewards.size()) +
-           " rows of rewards");
-  }
-  for (std::size_t i = 0; i < rows.rewards.size(); ++i) {
-    if ((rows.terminated[i] || rows.truncated[i]) && !state.has_successor[i]) {
-      refuse("has_successor of row " + to_string(i) + " must be set, as its episode ended there");
-    }
-  }
-  std::size_t end = 0;
-  for (std::size_t s = 0; s < streams_.size(); ++s) {
-    end += static_cast<std::size_t>(state.sizes[s]);
-    const bool head_expected = state.sizes[s] > 0 && !state.has_successor[end - 1];
-    if ((state.head_valid[s] != 0) != head_expected) {
-      refuse("head_valid of stream " + to_string(s) + " must be " + (head_expected ? "true" : "false") +
-             ", the opposite of has_successor of its newest row, and false without rows");
-    }
-  }
-  side_.reserve(static_cast<std::size_t>(side_rows));
-
-  for (Stream& stream : streams_) {
-    while (stream.size != 0) drop_oldest(stream);
-  }
-  std::size_t i = 0;
-  std::size_t side_row = 0;
-  for (std::size_t s = 0; s < streams_.size(); ++s) {
-    Stream& stream = streams_[s];
-    for (auto rest = static_cast<std::size_t>(state.sizes[s]); rest > 0; --rest, ++i) {
-      const float* successor =
-          rest == 1 ? state.heads.data() + s * O_ : rows.observations.data() + (i + 1) * O_;
-      if (state.has_successor[i]) successor = rows.successors.data() + side_row++ * O_;
-      append(stream, transition(rows, i, successor));
-    }
-  }
-  seed_ = seed;
-  draws_ = draws;
-}
-
-template <bool Const>
-void ReplayStore::require_state(std::size_t rows, std::size_t side_rows,
-                                const StateColumns<Const>& state) const {
-  require_length("sizes", state.sizes.size(), streams_.size());
-  require_lengths(state.rows, rows, side_rows, O_, A_);
-  require_length("has_successor", state.has_successor.size(), rows);
-  require_length("heads", state.heads.size(), streams_.size() * O_);
-  require_length("head_valid", state.head_valid.size(), streams_.size());
 }
 
 void ReplayStore::require_batch(std::size_t rows, const BatchColumns& out) const {
