@@ -10,6 +10,7 @@ training loop, and writes bench/results/gpu-<part>.json. What is not installed i
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import statistics
@@ -42,6 +43,7 @@ def build(_: Part) -> dict[str, Any]:
     need("scikit_build_core", "pybind11", "pip")
     words = ["install", "-q", "--no-index", "--no-build-isolation", "--no-deps", "--upgrade", "--target"]
     subprocess.run([sys.executable, "-m", "pip", *words, str(SITE), str(ROOT)], check=True)
+    importlib.invalidate_caches()
     return {"site": str(SITE.relative_to(ROOT))}
 
 

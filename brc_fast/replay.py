@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from brc_fast import _core
-from brc_fast.batch import Batch
+from . import _core
+from .batch import Batch
 
 Array = NDArray[Any]
 
@@ -30,7 +30,7 @@ class ReplayBuffer:
         >>> buffer.add(observations, actions, step.rewards, step.terminated, step.truncated, step.successors)
         >>> batch = buffer.sample(1024, num_batches=2)  # a Batch of CPU tensors, observations [2, 1024, 67]
 
-    Arguments:
+    Args:
         capacity: transitions kept per task, not in total. A task with n streams keeps the newest
             ceil(capacity / n) of each, so up to n - 1 more than asked for: see `capacity_per_task`.
         observation_size, action_size: O and A, floats per observation and per action.

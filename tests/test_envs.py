@@ -73,12 +73,17 @@ def test_a_task_id_is_suite_and_name():
         (
             {"tasks": "mjx/CartpoleSwingUp"},
             "unknown task 'mjx/CartpoleSwingUp'; nearest: mjx/CartpoleSwingup, mjx/CartpoleSwingupSparse, "
-            "mjx/AcrobotSwingup; all names: brc-fast envs",
+            "mjx/AcrobotSwingup, mjx/PendulumSwingup; all names: brc-fast envs",
         ),
-        ({"tasks": "mjx/Zzz"}, "unknown task 'mjx/Zzz'; all names: brc-fast envs"),
+        (
+            {"tasks": "mjx/Zzz"},
+            "unknown task 'mjx/Zzz'; nearest: mjx/WalkerWalk, mjx/WalkerStand, mjx/WalkerRun, "
+            "mjx/SwimmerSwimmer6; all names: brc-fast envs",
+        ),
         (
             {"tasks": "HopperHop"},
-            "unknown task 'HopperHop'; nearest: mjx/HopperHop, mjx/HopperStand; all names: brc-fast envs",
+            "unknown task 'HopperHop'; nearest: mjx/HopperHop, mjx/HopperStand, mjx/ReacherHard, "
+            "mjx/FingerSpin; all names: brc-fast envs",
         ),
         (
             {"tasks": "dmc/HopperHop"},

@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from scipy.stats import chisquare
 
 from brc_fast import _core
 from brc_fast.batch import Batch
 from brc_fast.replay import ReplayBuffer
+
+pytest.importorskip("hypothesis", reason="needs the [test] extra")
+pytest.importorskip("scipy", reason="needs the [test] extra")
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from scipy.stats import chisquare
 
 O, A = 3, 2  # noqa: E741
 ENDS = [(False, False), (True, False), (False, True), (True, True)]

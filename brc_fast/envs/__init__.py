@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from brc_fast.envs.suites import list_tasks, resolve
 from brc_fast.errors import InputError, MissingExtraError
 
+from .suites import list_tasks, resolve
+
 if TYPE_CHECKING:
-    from brc_fast.envs.mjx import MJXVectorEnv
-    from brc_fast.envs.multitask import MultiTaskEnv
+    from .mjx import MJXVectorEnv
+    from .multitask import MultiTaskEnv
 
 __all__ = ["list_tasks", "make", "resolve"]
 
@@ -44,8 +45,8 @@ def make(
         raise InputError(f"impl must be 'jax' or 'warp', got {settings['impl']!r}")
 
     try:
-        from brc_fast.envs.mjx import MJXVectorEnv
-        from brc_fast.envs.multitask import MultiTaskEnv
+        from .mjx import MJXVectorEnv
+        from .multitask import MultiTaskEnv
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("brc_fast"):
             raise

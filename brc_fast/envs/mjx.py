@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from brc_fast.envs import _jax
-from brc_fast.envs.base import GymnasiumFace, Step
-from brc_fast.envs.suites import resolve
 from brc_fast.errors import InputError
+
+from . import _jax
+from .base import GymnasiumFace, Step
+from .suites import resolve
 
 _jax.setup()
 

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from brc_fast.envs.base import GymnasiumFace, Step
-from brc_fast.envs.mjx import MJXVectorEnv
 from brc_fast.errors import InputError
+
+from .base import GymnasiumFace, Step
+from .mjx import MJXVectorEnv
 
 
 class MultiTaskEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.float32], NDArray[Any]]):

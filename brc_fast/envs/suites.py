@@ -61,5 +61,5 @@ def resolve(task: str) -> tuple[str, str]:
 def _nearest(task: str) -> str:
     by_lower = {name.rpartition("/")[2].lower(): name for name in list_tasks()}
     wanted = task.rpartition("/")[2].lower()
-    close = difflib.get_close_matches(wanted, by_lower, n=3, cutoff=0.5)
-    return f"nearest: {', '.join(by_lower[key] for key in close)}; " if close else ""
+    close = difflib.get_close_matches(wanted, by_lower, n=4, cutoff=0.0)
+    return f"nearest: {', '.join(by_lower[key] for key in close)}; "
