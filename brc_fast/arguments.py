@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
+import torch
 import tyro
 
 from .checkpoint import RunFolder
@@ -71,14 +73,35 @@ def parse(kind: type[Parsed], words: Sequence[str], command: str, default: Parse
         raise InputError(f"{' '.join(told)}; see brc-fast {command} --help") from None
 
 
-def parse_train(words: Sequence[str], device: str) -> tuple[TrainConfig, RunFolder | None]:
-    """The run's settings over the defaults for `device`, and the folder to resume, if any."""
-    resume = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--resume"), None)
-    default = preset(device) if resume is None else RunFolder(resume).config()
+def resolve_device(wanted: str) -> str:
+    """ "auto" becomes "cuda" where torch sees a GPU, else "cpu"."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda: torch sees no CUDA device; see brc-fast doctor")
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def option(words: Sequence[str], name: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE`: what the defaults depend on is needed before they do."""
+    for word, following in itertools.pairwise([*words, ""]):
+        if word == f"--{name}" and following:
+            return following
+        if word.startswith(f"--{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def parse_train(words: Sequence[str]) -> tuple[TrainConfig, RunFolder | None]:
+    """The run's settings over the defaults for its device, and the folder to resume, if any."""
+    resume, device = option(words, "resume"), option(words, "device")
+    if resume is not None:
+        default = RunFolder(resume).config()
+    else:
+        default = preset(resolve_device(device if device in ("cpu", "cuda") else "auto"))
     names = [field.name for field in fields(TrainConfig)]
-    arguments = parse(
-        TrainArguments, words, "train", TrainArguments(**{n: getattr(default, n) for n in names})
-    )
+    given = TrainArguments(**{name: getattr(default, name) for name in names})
+    arguments = parse(TrainArguments, words, "train", given)
     config = TrainConfig(**{name: getattr(arguments, name) for name in names})
     if resume is None:
         return config, None

@@ -47,15 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def resolve_device(wanted: str) -> str:
-    """ "auto" becomes "cuda" where torch sees a GPU, else "cpu"."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda: torch sees no CUDA device; see brc-fast doctor")
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted
-
-
 def default_run(config: TrainConfig) -> str:
     """runs/mjx-CartpoleSwingup-seed0; further tasks are counted, not listed."""
     more = f"+{len(config.tasks) - 1}" if len(config.tasks) > 1 else ""
@@ -65,14 +56,13 @@ def default_run(config: TrainConfig) -> str:
 def train(words: list[str]) -> int:
     """Train, or go on training, into a run folder."""
     try:
-        from .arguments import parse_train
+        import matplotlib  # noqa: F401  (drawn at the first evaluation: too late to find it missing)
+
+        from .arguments import parse_train, resolve_device
         from .progress import Progress
     except ImportError as error:
         raise MissingExtraError("brc-fast train", "train") from error
-    asked = words[words.index("--device") + 1 :][:1] if "--device" in words else ["auto"]
-    config, resumed = parse_train(
-        words, resolve_device(asked[0]) if asked[0] in ("cpu", "cuda") else resolve_device("auto")
-    )
+    config, resumed = parse_train(words)
     if not config.tasks:
         raise InputError("name at least one task, such as mjx/CartpoleSwingup; all names: brc-fast envs")
     device = resolve_device(config.device)
@@ -114,7 +104,7 @@ def train(words: list[str]) -> int:
 def evaluate(words: list[str]) -> int:
     """Print the returns of a run's policy and keep them in its evaluation.json."""
     try:
-        from .arguments import EvaluateArguments, parse
+        from .arguments import EvaluateArguments, parse, resolve_device
     except ImportError as error:
         raise MissingExtraError("brc-fast evaluate", "train") from error
     arguments = parse(EvaluateArguments, words, "evaluate")

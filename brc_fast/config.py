@@ -91,8 +91,8 @@ class TrainConfig:
     """Where the learner runs."""
     threads: int | None = None
     """Torch threads on a CPU; 1 when not given, which is best for small networks and busy machines."""
-    num_envs: int = 16
-    """Environments per task, stepped together."""
+    num_envs: int = 1
+    """Environments per task, stepped together. BRC: 1."""
     steps: int = 1_000_000
     """Length of the run in environment steps per task, summed over its environments."""
     random_steps: int = 5_000
@@ -125,6 +125,17 @@ class TrainConfig:
         _require(self, "0 or more", self.seed >= 0, "seed")
         for name in ("batch_size", "threads"):
             _require(self, "positive", getattr(self, name) is None or getattr(self, name) > 0, name)
+        stored = self.replay_capacity * len(self.tasks)
+        if self.tasks and self.transitions_per_update > stored:
+            raise InputError(
+                f"a batch of {self.transitions_per_update} exceeds the {stored} transitions that "
+                "replay_capacity allows; raise it or lower batch_size"
+            )
+
+    @property
+    def transitions_per_update(self) -> int:
+        """B: batch_size, or BRC's for this number of tasks."""
+        return self.batch_size or (1024 if len(self.tasks) > 1 else 256)
 
 
 def gpu_preset() -> TrainConfig:

@@ -41,7 +41,7 @@ class Trainer:
         self.normalizer = RewardNormalizer.from_config(config, ids, self.agent.target_entropy)
         self.episodes = EpisodeTracker(self.names, ids)
         self.task_ids = torch.as_tensor(ids, device=device)
-        self.batch_size = config.batch_size or (256 if len(self.names) == 1 else 1024)
+        self.batch_size = config.transitions_per_update
         self.steps = self.updates = 0
         self.losses: dict[str, Tensor] = {}
         self.entropies: Tensor | None = None  # [T], kept only with return_entropy="measured"

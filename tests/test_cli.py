@@ -27,8 +27,10 @@ CARTPOLE = "mjx/CartpoleSwingup"
         (["train", CARTPOLE, "--steps", "-5"], "steps must be positive, got -5"),
         (["train", CARTPOLE, "--learning.discount", "1.0"], "discount must be in [0, 1), got 1.0"),
         (["train", CARTPOLE, "--critic.num-atoms", "1"], "num_atoms must be at least 2, got 1"),
+        (["train", CARTPOLE, "--batch-size", "64", "--replay-capacity", "63"], "exceeds the 63 transitions"),
         (["train", CARTPOLE, "--seed", "x"], "--seed"),
         (["train", CARTPOLE, "--widht", "3"], "Unrecognized options: --widht"),
+        (["train", "--resume=nowhere"], "nowhere holds no run: config.json is missing"),
         (["train", "--resume", "nowhere"], "nowhere holds no run: config.json is missing"),
         (["evaluate", "nowhere"], "nowhere holds no run: config.json is missing"),
         (["evaluate", "nowhere", "--episodes", "0"], "episodes must be positive, got 0"),
@@ -68,6 +70,7 @@ def test_cuda_without_a_gpu_is_one_line(
         ("mujoco_playground", ["train", CARTPOLE], 'pip install "brc-fast[mjx]"'),
         ("tyro", ["train", CARTPOLE], 'pip install "brc-fast[train]"'),
         ("tqdm", ["train", CARTPOLE], 'pip install "brc-fast[train]"'),
+        ("matplotlib", ["train", CARTPOLE], 'pip install "brc-fast[train]"'),
         ("matplotlib", ["plot", "run"], 'pip install "brc-fast[train]"'),
     ],
 )
