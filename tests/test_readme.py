@@ -1,0 +1,38 @@
+"""The README's example runs as it stands, but for its length; its files and commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_and_learns_from_its_own_transitions() -> None:
+    pytest.importorskip("mujoco_playground", reason="needs the [mjx] extra")
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    shorter = code.replace("range(5_000)", "range(40)").replace(">= 5_000", ">= 300")
+    assert shorter != code
+    names: dict[str, Any] = {}
+    exec(compile(shorter, "README.md", "exec"), names)
+    assert len(names["replay"]) == 40 * 16
+    assert names["metrics"]["critic_loss"].isfinite()
+
+
+def test_the_readme_is_short_and_its_pictures_and_files_exist() -> None:
+    assert len(README.splitlines()) <= 200
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_make_demo_and_make_test_stand_on_the_first_screen_and_every_make_target_named_exists() -> None:
+    first = "\n".join(README.splitlines()[:25])
+    assert "make demo" in first
+    assert "make test" in first
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for name in re.findall(r"(?:^    |`)make ([a-z-]+)", README, re.MULTILINE):
+        assert name in targets, name
