@@ -26,11 +26,11 @@ lint: $(STAMP)
 	cp -R brc_fast build/types/ && cp -R kernels build/types/brc_fast/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p brc_fast
 
-## C++ tests of the replay store under address and undefined-behaviour sanitizers
+## C++ tests under address and undefined-behaviour sanitizers
 sanitize: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -DBRC_FAST_BUILD_TESTS=ON -DBRC_FAST_SANITIZE=address,undefined \
 	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize --target replay_store_test
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize --target replay_store_test cpu_kernels_test
 	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/sanitize --output-on-failure
 
 ## Speed on this CPU

@@ -200,8 +200,8 @@ class BRC:
         target = self.critic_target(batch, noise).probs
         logits = self.critic(batch.observations, batch.actions, batch.task_ids)  # [E, B, K]
         loss = kernels.categorical_cross_entropy(logits, target).mean(-1).sum()
-        self.critic_optimizer.minimize(loss)
-        return {"critic_loss": loss.detach()}
+        norm = self.critic_optimizer.minimize(loss)
+        return {"critic_loss": loss.detach(), "critic_gradient_norm": norm}
 
     def update_target(self) -> None:
         """Move the target critic, embedding included, towards the new critic: Q' += tau * (Q - Q')."""
@@ -216,9 +216,10 @@ class BRC:
         logits = self.critic(batch.observations, actions, batch.task_ids, frozen=True)
         q_values = kernels.expected_value(logits, self.atoms).mean(0)  # [B]
         loss = (self.alpha * log_probs - q_values).mean()
-        self.actor_optimizer.minimize(loss)
+        norm = self.actor_optimizer.minimize(loss)
         return {
             "actor_loss": loss.detach(),
+            "actor_gradient_norm": norm,
             "entropy": -log_probs.detach().mean(),
             "q_mean": q_values.detach().mean(),
         }

@@ -50,8 +50,8 @@ class FlatAdamW:
         self.exp_avg_sq = torch.zeros_like(flat)
         self.step_count = torch.zeros((), device=flat.device)
 
-    def minimize(self, loss: Tensor) -> None:
-        """One step against the gradient of `loss`, which reaches no other parameter."""
+    def minimize(self, loss: Tensor) -> Tensor:
+        """One step against the gradient of `loss`; returns that gradient's norm, 0-d."""
         gradients = torch.autograd.grad(loss, self.parameters)
         torch.cat([gradient.reshape(-1) for gradient in gradients], out=self.grad)
         kernels.adamw_(
@@ -65,6 +65,8 @@ class FlatAdamW:
             eps=self.eps,
             weight_decay=self.weight_decay,
         )
+        norm: Tensor = torch.linalg.vector_norm(self.grad)
+        return norm
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.step_count}

@@ -83,6 +83,29 @@ def test_bronet_accepts_strided_parameters_and_an_expanded_gradient() -> None:
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("place", "shape", "told"),
+    [
+        (0, (16, 7), r"x must have shape \[B, I\] or \[E, B, I\] with E = 2, I = 6, got \[16, 7\]"),
+        (0, (3, 16, 6), r"got \[3, 16, 6\]"),
+        (2, (2, 31), r"vectors of layer 0 must have shape \[E, H\] = \[2, 32\], got \[2, 31\]"),
+        (
+            5,
+            (2, 16, 32),
+            r"kernel of layer 1 must have shape \[E, in, H\] = \[2, 32, 32\], got \[2, 16, 32\]",
+        ),
+    ],
+)
+def test_bronet_refuses_shapes_that_do_not_fit(place: int, shape: tuple[int, ...], told: str) -> None:
+    x, parameters = bronet_inputs(2, 16, 6, 32, 2, 11, shared=True)
+    tensors = [x, *parameters]
+    tensors[place] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=told):
+        cpu.bronet(*tensors)
+    with pytest.raises(ValueError, match="in all, got 21"):
+        cpu.bronet(x, *parameters[:-1])
+
+
 def test_nan_in_the_input_reaches_the_output() -> None:
     x, parameters = bronet_inputs(2, 4, 6, 16, 1, 3, shared=True)
     x[1, 2] = math.nan
