@@ -1,13 +1,9 @@
-"""The ops of the BRC update. Each has a plain PyTorch twin in `reference`; `cpu` has faster forms."""
+"""The ops of the BRC update. Each has a plain PyTorch twin of the same name in `reference`."""
 
-from .cpu import (
-    adamw_,
-    bronet,
-    categorical_cross_entropy,
-    categorical_projection,
-    categorical_target,
-    tanh_gaussian,
-)
+from .bronet import bronet
+from .categorical import categorical_cross_entropy, categorical_projection, categorical_target
+from .optimizer import adamw_
+from .policy import tanh_gaussian
 from .reference import (
     bias_layer_norm,
     ema_,

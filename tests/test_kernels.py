@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from brc_fast import kernels
-from brc_fast.kernels import cpu, reference
+from brc_fast.kernels import _native, reference
 
 V_MAX = 10.0
 
@@ -49,11 +49,11 @@ def run_bronet(op, x: Tensor, parameters: list[Tensor], seed: Tensor, dtype: tor
 def test_the_fused_bronet_equals_its_float64_twin_in_value_and_in_every_gradient(
     members: int, batch: int, inputs: int, width: int, depth: int, outputs: int, shared: bool
 ) -> None:
-    assert cpu._cpu is not None, "the compiled kernels are missing from this installation"
+    assert _native.compiled is not None, "the compiled kernels are missing from this installation"
     torch.manual_seed(0)
     x, parameters = bronet_inputs(members, batch, inputs, width, depth, outputs, shared)
     seed = torch.randn(members, batch, outputs)
-    ours = run_bronet(cpu.bronet, x, parameters, seed, torch.float32)
+    ours = run_bronet(kernels.bronet, x, parameters, seed, torch.float32)
     truth = run_bronet(reference.bronet, x, parameters, seed, torch.float64)
     twin = run_bronet(reference.bronet, x, parameters, seed, torch.float32)
     for mine, exact, plain in zip(ours, truth, twin, strict=True):
@@ -66,7 +66,7 @@ def test_a_frozen_bronet_still_passes_the_gradient_of_its_input() -> None:
     torch.manual_seed(0)
     x, parameters = bronet_inputs(2, 16, 6, 32, 2, 11, shared=True)
     mine, twin = x.clone().requires_grad_(), x.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(cpu.bronet(mine, *parameters).square().sum(), mine)
+    (grad,) = torch.autograd.grad(kernels.bronet(mine, *parameters).square().sum(), mine)
     (expected,) = torch.autograd.grad(reference.bronet(twin, *parameters).square().sum(), twin)
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
     assert grad.abs().min() > 0
@@ -77,7 +77,7 @@ def test_bronet_accepts_strided_parameters_and_an_expanded_gradient() -> None:
     x, parameters = bronet_inputs(2, 8, 6, 16, 1, 4, shared=True)
     strided = [torch.stack([p, p], -1)[..., 0].requires_grad_() for p in parameters]
     plain = [p.clone().requires_grad_() for p in parameters]
-    ours = torch.autograd.grad(cpu.bronet(x, *strided).sum(), strided)  # the gradient of sum is expanded
+    ours = torch.autograd.grad(kernels.bronet(x, *strided).sum(), strided)  # the gradient of sum is expanded
     twin = torch.autograd.grad(reference.bronet(x, *plain).sum(), plain)
     for mine, expected in zip(ours, twin, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
@@ -101,15 +101,15 @@ def test_bronet_refuses_shapes_that_do_not_fit(place: int, shape: tuple[int, ...
     tensors = [x, *parameters]
     tensors[place] = torch.zeros(shape)
     with pytest.raises(ValueError, match=told):
-        cpu.bronet(*tensors)
+        kernels.bronet(*tensors)
     with pytest.raises(ValueError, match="in all, got 21"):
-        cpu.bronet(x, *parameters[:-1])
+        kernels.bronet(x, *parameters[:-1])
 
 
 def test_nan_in_the_input_reaches_the_output() -> None:
     x, parameters = bronet_inputs(2, 4, 6, 16, 1, 3, shared=True)
     x[1, 2] = math.nan
-    out = cpu.bronet(x, *parameters)
+    out = kernels.bronet(x, *parameters)
     assert out[:, 1].isnan().all()
     assert out[:, [0, 2, 3]].isfinite().all()
 
@@ -118,7 +118,7 @@ def test_a_second_derivative_of_the_fused_bronet_is_refused() -> None:
     x, parameters = bronet_inputs(1, 4, 3, 8, 0, 2, shared=True)
     x.requires_grad_()
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(cpu.bronet(x, *parameters).sum(), x, create_graph=True)
+        torch.autograd.grad(kernels.bronet(x, *parameters).sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("size", [1, 7, 4096])
@@ -128,7 +128,7 @@ def test_the_fused_optimizer_equals_its_twin_over_many_steps(size: int, decay: f
     rule = {"learning_rate": 3e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay}
     start = torch.randn(size, dtype=torch.float64)
     states = []
-    for op in (cpu.adamw_, reference.adamw_):
+    for op in (kernels.adamw_, reference.adamw_):
         torch.manual_seed(1)
         state = [start.clone(), *(torch.zeros(size, dtype=torch.float64) for _ in range(2)), torch.zeros(())]
         param, exp_avg, exp_avg_sq, step = state
@@ -173,7 +173,7 @@ def test_the_fast_policy_equals_its_twin_in_value_and_gradient(
     inputs = [torch.randn(batch, actions, dtype=torch.float64) for _ in range(3)]
     inputs[0] *= scale
     seeds = [torch.randn(batch, actions, dtype=torch.float64), torch.randn(batch, dtype=torch.float64)]
-    ours = value_and_gradients(cpu.tanh_gaussian, inputs, seeds, 2)
+    ours = value_and_gradients(kernels.tanh_gaussian, inputs, seeds, 2)
     twin = value_and_gradients(reference.tanh_gaussian, inputs, seeds, 2)
     for mine, expected in zip(ours, twin, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-9)
@@ -181,7 +181,7 @@ def test_the_fast_policy_equals_its_twin_in_value_and_gradient(
 
 def test_the_fast_policy_takes_the_halves_of_one_tensor_and_an_unused_output() -> None:
     head = torch.randn(8, 6, requires_grad=True)
-    actions, _ = cpu.tanh_gaussian(*head.chunk(2, -1), torch.randn(8, 3))
+    actions, _ = kernels.tanh_gaussian(*head.chunk(2, -1), torch.randn(8, 3))
     (grad,) = torch.autograd.grad(actions.sum(), head)
     assert grad.isfinite().all()
     assert grad.abs().sum() > 0
@@ -194,7 +194,7 @@ def test_the_fast_cross_entropy_equals_its_twin_in_value_and_gradient() -> None:
         torch.randn(9, 101, dtype=torch.float64).softmax(-1),
     ]
     seeds = [torch.randn(2, 9, dtype=torch.float64)]
-    ours = value_and_gradients(cpu.categorical_cross_entropy, inputs, seeds, 1)
+    ours = value_and_gradients(kernels.categorical_cross_entropy, inputs, seeds, 1)
     twin = value_and_gradients(reference.categorical_cross_entropy, inputs, seeds, 1)
     for mine, expected in zip(ours, twin, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
@@ -207,7 +207,7 @@ def test_the_compiled_projection_equals_its_twin(atoms: int, slope: float) -> No
     probs = torch.randn(7, atoms).softmax(-1)
     z = torch.linspace(-V_MAX, V_MAX, atoms)
     positions = torch.cat([slope * z + 4.0 * torch.randn(6, 1), z[None]])  # the last row hits every atom
-    ours = cpu.categorical_projection(probs, positions, V_MAX)
+    ours = kernels.categorical_projection(probs, positions, V_MAX)
     twin = reference.categorical_projection(probs.double(), positions.double(), V_MAX)
     # an index near K has a rounding error of K * 2**-24 in float32, and mass moves by that much
     torch.testing.assert_close(ours.double(), twin, rtol=0, atol=atoms * 2.0**-23)
@@ -218,10 +218,10 @@ def test_the_compiled_projection_answers_nan_with_nan_in_that_row_alone() -> Non
     probs = torch.full((3, 5), 0.2)
     positions = torch.zeros(3, 5)
     positions[1, 2] = math.nan
-    out = cpu.categorical_projection(probs, positions, V_MAX)
+    out = kernels.categorical_projection(probs, positions, V_MAX)
     assert out[1].isnan().all()
     assert out[[0, 2]].isfinite().all()
-    far = cpu.categorical_projection(probs, torch.full((3, 5), math.inf), V_MAX)
+    far = kernels.categorical_projection(probs, torch.full((3, 5), math.inf), V_MAX)
     torch.testing.assert_close(far[:, -1], torch.ones(3))
 
 
@@ -229,14 +229,14 @@ def test_the_compiled_projection_takes_strided_and_batched_rows() -> None:
     torch.manual_seed(0)
     probs = torch.randn(4, 3, 11, 2).softmax(2)[..., 0]
     positions = torch.randn(4, 3, 11, 2)[..., 1]
-    ours = cpu.categorical_projection(probs, positions, V_MAX)
+    ours = kernels.categorical_projection(probs, positions, V_MAX)
     torch.testing.assert_close(
         ours, reference.categorical_projection(probs, positions, V_MAX), rtol=0, atol=1e-5
     )
 
 
 @pytest.mark.parametrize(
-    "op", [cpu.tanh_gaussian, lambda a, b, _: cpu.categorical_cross_entropy(a, b.softmax(-1))]
+    "op", [kernels.tanh_gaussian, lambda a, b, _: kernels.categorical_cross_entropy(a, b.softmax(-1))]
 )
 def test_second_derivatives_of_the_fast_forms_are_refused(op) -> None:
     a, b = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
@@ -251,11 +251,11 @@ def test_a_graph_kept_alive_keeps_its_activations_while_others_run() -> None:
     torch.manual_seed(0)
     x, parameters = bronet_inputs(2, 16, 6, 32, 2, 11, shared=True)
     x.requires_grad_()
-    kept = cpu.bronet(x, *parameters).square().sum()
+    kept = kernels.bronet(x, *parameters).square().sum()
     (first,) = torch.autograd.grad(kept, x, retain_graph=True)
     for _ in range(3):
         other = torch.randn(16, 6, requires_grad=True)
-        torch.autograd.grad(cpu.bronet(other, *parameters).sum(), other)
+        torch.autograd.grad(kernels.bronet(other, *parameters).sum(), other)
     (again,) = torch.autograd.grad(kept, x)
     assert torch.equal(first, again)
 

@@ -101,11 +101,11 @@ def test_importing_the_package_takes_under_a_fifth_of_a_second_beyond_torch() ->
 def test_the_package_is_typed_and_has_its_compiled_parts() -> None:
     import brc_fast
     from brc_fast import _core
-    from brc_fast.kernels import cpu
+    from brc_fast.kernels import _native
 
     assert (Path(brc_fast.__file__).parent / "py.typed").exists()
     assert _core.__name__ == "brc_fast._core"
-    assert cpu._cpu is not None
+    assert _native.compiled is not None
 
 
 @pytest.mark.parametrize("name", ["BRC", "ReplayBuffer", "RewardNormalizer", "Batch", "TrainConfig"])

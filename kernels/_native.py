@@ -1,0 +1,18 @@
+"""The compiled float32 passes for the CPU, and when they apply."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _cpu as compiled
+except ImportError:  # a checkout that was not built
+    compiled = None  # type: ignore[assignment]
+
+__all__ = ["compiled", "takes"]
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the compiled passes exist and serve these tensors: float32, on the CPU."""
+    return compiled is not None and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
