@@ -96,7 +96,8 @@ class RunFolder:
         """Write the checkpoint of `step`, named groups of arrays; OSError leaves the others as they were."""
         final = self.checkpoints / f"{step:012d}"
         partial = self.checkpoints / f"partial-{step}"
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in self.checkpoints.glob("partial-*"):  # of a process that was killed while saving
+            shutil.rmtree(stale)
         partial.mkdir(parents=True)
         try:
             files = {}
@@ -144,7 +145,7 @@ class RunFolder:
         folder = self.checkpoints / f"{steps[-1]:012d}"
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
-            version, files, step = manifest["format"], manifest["files"], manifest["step"]
+            version, files, step = int(manifest["format"]), manifest["files"], int(manifest["step"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{folder / 'manifest.json'} is damaged ({error}); {_remedy(folder, steps)}"
@@ -169,7 +170,7 @@ class RunFolder:
                 groups[name] = load_file(file)
             except SafetensorError as error:
                 raise InputError(f"{file} is damaged: {error}; {_remedy(folder, steps)}") from error
-        return int(step), groups
+        return step, groups
 
 
 def prefixed(**groups: Mapping[str, NDArray[Any]]) -> Arrays:

@@ -198,6 +198,17 @@ def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(
     monkeypatch.undo()
 
 
+def test_what_a_killed_save_left_behind_is_cleared_by_the_next(toy: dict, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--steps", "400") == 0
+    left = run / "checkpoints" / "partial-420"
+    left.mkdir()
+    (left / "agent.safetensors").write_bytes(b"half")
+    assert RunFolder(run).steps() == [200, 400]
+    assert cli.main(["train", "--resume", str(run), "--steps", "600"]) == 0
+    assert sorted(entry.name for entry in (run / "checkpoints").iterdir()) == ["000000000400", "000000000600"]
+
+
 def damage(run: Path, how: str) -> None:
     folder = run / "checkpoints" / "000000000600"
     file = folder / "agent.safetensors"
