@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .checkpoint import write_text
 from .envs.base import Step
 
 
@@ -64,7 +65,7 @@ class MetricsWriter:
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         if resume_step is not None:
             kept = [row for row in read_rows(path) if row["step"] <= resume_step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", buffering=1)
         self._board = _tensorboard(path.parent / "tensorboard", resume_step)
         self._clock = time.perf_counter()

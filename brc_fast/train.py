@@ -59,8 +59,8 @@ class Trainer:
         step = self.env.step_tensors(actions)
         self.steps += self.config.num_envs
         check_finite(step, self.env, self.steps)
-        values = self.unscaled_values(step.successors) if self.normalizer.bootstrap == "critic" else None
-
+        bootstraps = self.normalizer.bootstrap == "critic" and bool(step.truncated.any())
+        values = self.unscaled_values(step.successors) if bootstraps else None
         step = Step(*(field.cpu() for field in step))
         kept = (~step.dropped).nonzero().squeeze(-1)
         seen, actions, rows = seen.cpu()[kept], actions.cpu()[kept], Step(*(field[kept] for field in step))
@@ -94,11 +94,11 @@ class Trainer:
 
     def row(self) -> dict[str, Tensor | float]:
         """Returns since the last row, scales, and the newest update's losses."""
-        scale = self.normalizer.scale(self.agent.alpha, self.entropies)
+        scale, dropped = self.normalizer.scale(self.agent.alpha, self.entropies), self.env.nan_count
         out: dict[str, Tensor | float] = {"train/updates": self.updates, **self.episodes.row()}
         for task, name in enumerate(self.names):
             out[f"train/reward_scale/{name}"] = scale[task]
-            out[f"train/dropped/{name}"] = int(self.env.nan_count[task])
+            out[f"train/dropped/{name}"] = int(dropped[task])
         return out | {f"train/{name}": value for name, value in self.losses.items()}
 
     def save(self, folder: RunFolder) -> None:
