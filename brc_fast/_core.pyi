@@ -1,75 +1,94 @@
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+Array = NDArray[Any]
+Segment = tuple[int, str, dict[str, Any]]
+
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]: ...
+def crc32c(data: bytes) -> int: ...
+
+class Kind(Enum):
+    integer = ...
+    float16 = ...
+    bfloat16 = ...
+    float32 = ...
+
+class Field:
+    def __init__(self, name: str, nbytes: int, item: int, kind: Kind) -> None: ...
+
+class Layout:
+    def __init__(self, observation: Field, fields: Sequence[Field], stack: int) -> None: ...
+    offsets: list[int]
+    reward: int
+    used: int
+    stride: int
+
+class Request:
+    def __init__(
+        self, n_step: int, discount: float, tasks: Sequence[int], weights: Sequence[float]
+    ) -> None: ...
+    powers: list[float]
+
+class Ahead: ...
 
 class ReplayStore:
     def __init__(
         self,
-        capacity: int,
-        observation_size: int,
-        action_size: int,
-        task_ids: NDArray[np.int64],
+        layout: Layout,
+        capacities: Sequence[int],
+        task_ids: Sequence[int],
         seed: int,
+        allow_not_finite: bool,
+        observation: tuple[int, Sequence[int]],
+        action: tuple[int, Sequence[int]],
     ) -> None: ...
+    def try_add(
+        self,
+        streams: object,
+        observations: object,
+        actions: object,
+        rewards: object,
+        terminated: object,
+        truncated: object,
+        successors: object,
+        /,
+    ) -> bool: ...
     def add(
         self,
         streams: NDArray[np.int64],
-        observations: NDArray[np.float32],
-        actions: NDArray[np.float32],
+        observations: Array,
+        fields: Sequence[Array],
         rewards: NDArray[np.float32],
         terminated: NDArray[np.bool_],
         truncated: NDArray[np.bool_],
-        successors: NDArray[np.float32],
+        successors: Array,
     ) -> None: ...
     def sample(
-        self,
-        observations: NDArray[np.float32],
-        actions: NDArray[np.float32],
-        rewards: NDArray[np.float32],
-        masks: NDArray[np.float32],
-        next_observations: NDArray[np.float32],
-        task_ids: NDArray[np.int64],
+        self, request: Request, num_batches: int, batch_size: int, columns: Sequence[Array], /
     ) -> None: ...
-    def read(
+    def gather_ahead(
         self,
-        stream: int,
-        age: int,
-        observations: NDArray[np.float32],
-        actions: NDArray[np.float32],
-        rewards: NDArray[np.float32],
-        masks: NDArray[np.float32],
-        next_observations: NDArray[np.float32],
-        task_ids: NDArray[np.int64],
+        request: Request,
+        draw: int,
+        num_batches: int,
+        batch_size: int,
+        columns: Sequence[Array],
+        ahead: Ahead,
+        /,
     ) -> None: ...
-    def save(
-        self,
-        sizes: NDArray[np.int64],
-        observations: NDArray[np.float32],
-        actions: NDArray[np.float32],
-        rewards: NDArray[np.float32],
-        terminated: NDArray[np.bool_],
-        truncated: NDArray[np.bool_],
-        has_successor: NDArray[np.bool_],
-        successors: NDArray[np.float32],
-        heads: NDArray[np.float32],
-        head_valid: NDArray[np.bool_],
-    ) -> None: ...
-    def load(
-        self,
-        seed: int,
-        draws: int,
-        sizes: NDArray[np.int64],
-        observations: NDArray[np.float32],
-        actions: NDArray[np.float32],
-        rewards: NDArray[np.float32],
-        terminated: NDArray[np.bool_],
-        truncated: NDArray[np.bool_],
-        has_successor: NDArray[np.bool_],
-        successors: NDArray[np.float32],
-        heads: NDArray[np.float32],
-        head_valid: NDArray[np.bool_],
-    ) -> None: ...
+    def settle(
+        self, request: Request, num_batches: int, batch_size: int, columns: Sequence[Array], ahead: Ahead, /
+    ) -> int: ...
+    def read(self, stream: int, age: int, request: Request, columns: Sequence[Array], /) -> None: ...
+    def write_segment(self, file: int, start: Sequence[int]) -> dict[str, Any]: ...
+    def load(self, content: dict[str, Any], segments: Sequence[Segment], seed: int) -> None: ...
+    def adopt(self, index: DeviceIndex, /) -> None: ...
+    def rows(self, first: int, count: int, /) -> NDArray[np.uint8]: ...
+    def slot(self, slot: int, /) -> NDArray[np.uint8]: ...
     def sizes(self) -> NDArray[np.int64]: ...
     def capacities(self) -> NDArray[np.int64]: ...
     @property
@@ -77,7 +96,48 @@ class ReplayStore:
     @property
     def side_size(self) -> int: ...
     @property
+    def slots(self) -> int: ...
+    @property
     def nbytes(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def draws(self) -> int: ...
+
+class DeviceIndex:
+    def __init__(self, capacities: Sequence[int], task_ids: Sequence[int], stack: int, seed: int) -> None: ...
+    def heads(self, streams: NDArray[np.int64], rows: NDArray[np.int64]) -> None: ...
+    def add(
+        self,
+        streams: NDArray[np.int64],
+        departs: NDArray[np.bool_],
+        terminated: NDArray[np.bool_],
+        truncated: NDArray[np.bool_],
+        rows: NDArray[np.int64],
+        moved: NDArray[np.int64],
+        successors: NDArray[np.int64],
+    ) -> None: ...
+    def plan(
+        self,
+        request: Request,
+        num_batches: int,
+        batch_size: int,
+        steps: NDArray[np.int64],
+        observations: NDArray[np.int64],
+        successors: NDArray[np.int64],
+        masks: NDArray[np.float32],
+        task_ids: NDArray[np.int64],
+    ) -> None: ...
+    def adopt(self, store: ReplayStore, /) -> None: ...
+    def sizes(self) -> NDArray[np.int64]: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def side_size(self) -> int: ...
     @property
     def seed(self) -> int: ...
     @property

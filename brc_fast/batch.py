@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
-class Batch(NamedTuple):
+class _Columns(NamedTuple):
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    masks: Tensor
+    next_observations: Tensor
+    task_ids: Tensor
+
+
+class Batch(_Columns):
     """Transitions for one update ([B, ...]) or for U updates ([U, B, ...]).
 
     ================== ============ ======== ==================================================
@@ -20,19 +33,40 @@ class Batch(NamedTuple):
     next_observations  [.., B, O]   float32  where the action really led, also at the end of an episode
     task_ids           [.., B]      int64    0 <= id < T
     ================== ============ ======== ==================================================
+
+    `extras` holds further fields of a replay [.., B, ...] by name. It is an attribute, not an element of the
+    tuple.
+
+    Sampled with several steps, `rewards` holds sum_i discount^i r_i over the m steps that were made,
+    `next_observations` is where the last led, and `masks` is discount^(m-1) instead of 1, so that the target
+    is rewards + discount * masks * value(next_observations) for every m. A replay may hold other shapes and
+    dtypes of observations and actions; the agent takes those above.
     """
 
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    masks: Tensor
-    next_observations: Tensor
-    task_ids: Tensor
+    extras: Mapping[str, Tensor] = MappingProxyType({})
+
+    def with_extras(self, extras: Mapping[str, Tensor]) -> Batch:
+        """The same transitions with these further fields."""
+        out = Batch(*self)
+        out.extras = extras
+        return out
+
+    def _replace(self, **changes: Any) -> Batch:
+        return Batch(*super()._replace(**changes)).with_extras(self.extras)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch of what `function` makes of each tensor."""
+        extras = {name: function(value) for name, value in self.extras.items()}
+        return Batch(*map(function, self)).with_extras(extras)
 
     def update(self, index: int) -> Batch:
         """The [B, ...] batch of one of the U updates."""
-        return Batch(*(field[index] for field in self))
+        return self.map(lambda field: field[index])
 
-    def to(self, device: str) -> Batch:
+    def to(self, device: str | torch.device) -> Batch:
         """The same transitions on `device`."""
-        return Batch(*(field.to(device, non_blocking=True) for field in self))
+        return self.map(lambda field: field.to(device, non_blocking=True))
+
+    def numpy(self) -> dict[str, NDArray[Any]]:
+        """Arrays by name on the same memory, for JAX and others; TypeError on a GPU and for bfloat16."""
+        return {name: value.numpy() for name, value in {**self._asdict(), **self.extras}.items()}

@@ -4,11 +4,13 @@
     RUN/metrics.jsonl                a row per report and per evaluation, each with `step`
     RUN/learning_curve.png
     RUN/checkpoints/000000400000/    named by environment steps per task
-        agent.safetensors  environments.safetensors  replay.safetensors  progress.safetensors
-        manifest.json                format, step, and size and checksum of every file; written last
+        agent.safetensors  environments.safetensors  progress.safetensors
+        replay/                      the replay buffer's own files (brc_fast.replay.files)
+        manifest.json                format, step, and size and checksum of every other file; written last
 
 A checkpoint is written under another name and renamed when it is complete, so a save that fails or is
-killed leaves the previous one as it was. The newest two are kept.
+killed leaves the previous one as it was. The newest two are kept. Of the replay only the transitions that are
+new since the previous checkpoint are written; the rest are links to its files.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +33,17 @@ from safetensors.numpy import load_file, save_file
 from .config import TrainConfig, from_dict
 from .errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
+REPLAY = "replay"
 Arrays = dict[str, NDArray[Any]]
+
+
+class Replay(Protocol):
+    """What keeps its own files; see ReplayBuffer.save and load."""
+
+    def save(self, folder: Path, *, previous: Path | None = None) -> None: ...
+    def load(self, folder: Path) -> None: ...
 
 
 class RunFolder:
@@ -92,8 +102,16 @@ class RunFolder:
             return []
         return sorted(int(entry.name) for entry in self.checkpoints.iterdir() if entry.name.isdigit())
 
-    def save(self, step: int, parts: Mapping[str, Mapping[str, NDArray[Any]]]) -> Path:
-        """Write the checkpoint of `step`, named groups of arrays; OSError leaves the others as they were."""
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        steps = self.steps()
+        return self.checkpoints / f"{steps[-1]:012d}" if steps else None
+
+    def save(self, step: int, parts: Mapping[str, Mapping[str, NDArray[Any]]], replay: Replay) -> Path:
+        """Write the checkpoint of `step`: named groups of arrays, and a replay.
+
+        OSError leaves the others as they were.
+        """
         final = self.checkpoints / f"{step:012d}"
         partial = self.checkpoints / f"partial-{step}"
         for stale in self.checkpoints.glob("partial-*"):  # of a process that was killed while saving
@@ -109,6 +127,8 @@ class RunFolder:
                 save_file(contiguous, file)
                 _sync(file)
                 files[file.name] = {"bytes": file.stat().st_size, "crc32": _checksum(file)}
+            newest = self.newest()
+            replay.save(partial / REPLAY, previous=newest / REPLAY if newest else None)
             write_text(
                 partial / "manifest.json",
                 json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2) + "\n",
@@ -134,8 +154,16 @@ class RunFolder:
         try:
             yield
         except (ValueError, TypeError, KeyError) as error:
-            folder = self.checkpoints / f"{self.steps()[-1]:012d}"
-            raise InputError(f"{folder} does not fit this run: {error}") from error
+            raise InputError(f"{self.newest()} does not fit this run: {error}") from error
+
+    def load_replay(self, replay: Replay) -> None:
+        """The newest checkpoint's replay; InputError with its name and what to do where it is damaged."""
+        newest = self.newest()
+        assert newest is not None
+        try:
+            replay.load(newest / REPLAY)
+        except ValueError as error:
+            raise InputError(f"{error}; {_remedy(newest, self.steps())}") from error
 
     def load(self, *names: str) -> tuple[int, dict[str, Arrays]]:
         """The newest checkpoint's step and the named groups of arrays, checked against its manifest."""

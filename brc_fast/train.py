@@ -109,14 +109,14 @@ class Trainer:
             progress["entropies"] = self.entropies.cpu().numpy()
         agent = {name: value.cpu().numpy() for name, value in self.agent.state_dict().items()}
         parts: dict[str, Arrays] = {"agent": agent, "environments": self.env.state_dict()}
-        folder.save(self.steps, {**parts, "replay": self.replay.state_dict(), "progress": progress})
+        folder.save(self.steps, {**parts, "progress": progress}, self.replay)
 
     def load(self, folder: RunFolder) -> None:
         """Go on from a folder's newest checkpoint; InputError if it does not fit this run."""
-        self.steps, parts = folder.load("agent", "environments", "replay", "progress")
+        self.steps, parts = folder.load("agent", "environments", "progress")
+        folder.load_replay(self.replay)
         with folder.fitting():
             self.agent.load_state_dict({k: torch.from_numpy(v) for k, v in parts["agent"].items()})
-            self.replay.load_state_dict(parts["replay"])
             progress = parts["progress"]
             self.normalizer.load_state_dict(grouped(progress, "normalizer"))
             self.episodes.load_state_dict(grouped(progress, "episodes"))

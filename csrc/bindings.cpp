@@ -1,9 +1,14 @@
-// The Python face of ReplayStore: it converts, releases the GIL and delegates. Arrays must have the exact
-// dtype and be C-contiguous; nothing is cast or copied here.
+// The Python face of the replay store: it converts, releases the GIL and delegates. Arrays must have the
+// exact size and be C-contiguous; nothing is cast or copied here. brc_fast.replay checks shapes and dtypes.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <system_error>
+
+#include "checksum.hpp"
+#include "device_index.hpp"
 #include "philox.hpp"
 #include "replay_store.hpp"
 
@@ -11,6 +16,10 @@ namespace py = pybind11;
 using namespace py::literals;
 
 namespace {
+
+using brc::DeviceIndex;
+using brc::ReplayStore;
+using brc::Request;
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
@@ -20,80 +29,259 @@ std::span<const T> in(const Array<T>& array) {
   return {array.data(), static_cast<std::size_t>(array.size())};
 }
 
+std::span<const unsigned char> in(const Array<bool>& array) {
+  return {reinterpret_cast<const unsigned char*>(array.data()), static_cast<std::size_t>(array.size())};
+}
+
 template <class T>
 std::span<T> out(Array<T>& array) {
   return {array.mutable_data(), static_cast<std::size_t>(array.size())};
 }
 
-py::array_t<std::int64_t> to_array(const std::vector<std::int64_t>& values) {
-  return py::array_t<std::int64_t>(static_cast<py::ssize_t>(values.size()), values.data());
+void require_contiguous(const py::array& array) {
+  if ((array.flags() & py::array::c_style) == 0) throw std::invalid_argument("arrays must be C-contiguous");
 }
 
-std::span<const unsigned char> in(const Array<bool>& array) {
-  return {reinterpret_cast<const unsigned char*>(array.data()), static_cast<std::size_t>(array.size())};
+brc::Bytes in_bytes(const py::array& array) {
+  require_contiguous(array);
+  return {static_cast<const std::byte*>(array.data()), static_cast<std::size_t>(array.nbytes())};
 }
 
-std::span<unsigned char> out(Array<bool>& array) {
-  return {reinterpret_cast<unsigned char*>(array.mutable_data()), static_cast<std::size_t>(array.size())};
+brc::MutableBytes out_bytes(py::array& array) {
+  require_contiguous(array);
+  return {static_cast<std::byte*>(array.mutable_data()), static_cast<std::size_t>(array.nbytes())};
 }
 
-using brc::ReplayStore;
+template <class T>
+py::array_t<T> to_array(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
 
-void add(ReplayStore& store, const Array<std::int64_t>& streams, const Array<float>& observations,
-         const Array<float>& actions, const Array<float>& rewards, const Array<bool>& terminated,
-         const Array<bool>& truncated, const Array<float>& successors) {
-  const auto ids = in(streams);
-  const brc::TransitionColumns<true> columns{in(observations), in(actions),   in(rewards),
-                                             in(terminated),   in(truncated), in(successors)};
+// ---- Adding
+
+/// What an argument must be for it to be stored without a look from Python.
+struct Expected {
+  int type;                        // numpy's type number; -1: always look
+  std::vector<py::ssize_t> shape;  // of one transition
+};
+
+/// Data of an exact, contiguous numpy array of `count` rows (any, and then set, where it is negative).
+const void* exact_data(py::handle value, const Expected& expected, py::ssize_t& count) {
+  auto& api = py::detail::npy_api::get();
+  if (!api.PyArray_Check_(value.ptr())) return nullptr;
+  const auto* array = py::detail::array_proxy(value.ptr());
+  const auto ndim = static_cast<int>(expected.shape.size()) + 1;
+  if (py::detail::array_descriptor1_proxy(array->descr)->type_num != expected.type) return nullptr;
+  if (array->nd != ndim || (array->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_) == 0) return nullptr;
+  if (count < 0) count = array->dimensions[0];
+  if (array->dimensions[0] != count) return nullptr;
+  for (int d = 1; d < ndim; ++d) {
+    if (array->dimensions[d] != expected.shape[static_cast<std::size_t>(d - 1)]) return nullptr;
+  }
+  return array->data;
+}
+
+/// A store and what its observations and actions must look like.
+class BoundStore {
+ public:
+  BoundStore(brc::Layout layout, const std::vector<std::int64_t>& capacities,
+             const std::vector<std::int64_t>& task_ids, std::uint64_t seed, bool allow_not_finite,
+             Expected observation, Expected action)
+      : store(std::move(layout), capacities, task_ids, seed, allow_not_finite),
+        observation_(std::move(observation)),
+        action_(std::move(action)) {}
+
+  /// Adds arrays that are exactly right, and returns whether they were; else nothing happened.
+  bool try_add(py::handle streams, py::handle observations, py::handle actions, py::handle rewards,
+               py::handle terminated, py::handle truncated, py::handle successors) {
+    static const Expected kIds{py::detail::npy_api::NPY_INT64_, {}};
+    static const Expected kFloats{py::detail::npy_api::NPY_FLOAT_, {}};
+    static const Expected kFlags{py::detail::npy_api::NPY_BOOL_, {}};
+    if (store.layout().fields.size() != 1) return false;
+    const bool all = streams.is_none();
+    py::ssize_t m = all ? static_cast<py::ssize_t>(store.num_streams()) : -1;
+    const auto* ids = all ? nullptr : static_cast<const std::int64_t*>(exact_data(streams, kIds, m));
+    if (!all && ids == nullptr) return false;
+    const void* data[] = {exact_data(observations, observation_, m), exact_data(actions, action_, m),
+                          exact_data(rewards, kFloats, m),           exact_data(terminated, kFlags, m),
+                          exact_data(truncated, kFlags, m),          exact_data(successors, observation_, m)};
+    for (const void* column : data) {
+      if (column == nullptr) return false;
+    }
+    const auto rows = static_cast<std::size_t>(m);
+    const std::size_t frame = store.layout().observation.bytes;
+    brc::TransitionColumns columns;
+    columns.observations = {static_cast<const std::byte*>(data[0]), rows * frame};
+    columns.fields[0] = {static_cast<const std::byte*>(data[1]), rows * store.layout().fields[0].bytes};
+    columns.rewards = {static_cast<const float*>(data[2]), rows};
+    columns.terminated = {static_cast<const unsigned char*>(data[3]), rows};
+    columns.truncated = {static_cast<const unsigned char*>(data[4]), rows};
+    columns.successors = {static_cast<const std::byte*>(data[5]), rows * frame};
+    const py::gil_scoped_release released;
+    if (all) {
+      store.add(columns);
+    } else {
+      store.add({ids, rows}, columns);
+    }
+    return true;
+  }
+
+  void add(const Array<std::int64_t>& streams, const py::array& observations,
+           const std::vector<py::array>& fields, const Array<float>& rewards, const Array<bool>& terminated,
+           const Array<bool>& truncated, const py::array& successors) {
+    brc::TransitionColumns columns;
+    columns.observations = in_bytes(observations);
+    if (fields.size() != store.layout().fields.size()) brc::refuse("another number of fields is expected");
+    for (std::size_t f = 0; f < fields.size(); ++f) columns.fields[f] = in_bytes(fields[f]);
+    columns.rewards = in(rewards);
+    columns.terminated = in(terminated);
+    columns.truncated = in(truncated);
+    columns.successors = in_bytes(successors);
+    const auto ids = in(streams);
+    const py::gil_scoped_release released;
+    store.add(ids, columns);
+  }
+
+  ReplayStore store;
+
+ private:
+  Expected observation_;
+  Expected action_;
+};
+
+// ---- Sampling
+
+/// [observations, next_observations, rewards, masks, task_ids, fields...]
+brc::BatchColumns batch_columns(const ReplayStore& store, std::vector<py::array>& arrays) {
+  if (arrays.size() != 5 + store.layout().fields.size()) brc::refuse("another number of columns is expected");
+  const auto values = [&](std::size_t i, auto zero) {
+    const brc::MutableBytes bytes = out_bytes(arrays[i]);
+    using T = decltype(zero);
+    return std::span<T>(reinterpret_cast<T*>(bytes.data()), bytes.size() / sizeof(T));
+  };
+  brc::BatchColumns columns;
+  columns.observations = out_bytes(arrays[0]);
+  columns.next_observations = out_bytes(arrays[1]);
+  columns.rewards = values(2, 0.0f);
+  columns.masks = values(3, 0.0f);
+  columns.task_ids = values(4, std::int64_t{0});
+  for (std::size_t f = 5; f < arrays.size(); ++f) columns.fields[f - 5] = out_bytes(arrays[f]);
+  return columns;
+}
+
+void sample(BoundStore& self, const Request& request, std::size_t num_batches, std::size_t batch_size,
+            std::vector<py::array> arrays) {
+  const brc::BatchColumns columns = batch_columns(self.store, arrays);
   const py::gil_scoped_release released;
-  store.add(ids, columns);
+  self.store.sample(request, num_batches, batch_size, columns);
 }
 
-void sample(ReplayStore& store, Array<float> observations, Array<float> actions, Array<float> rewards,
-            Array<float> masks, Array<float> next_observations, Array<std::int64_t> task_ids) {
-  if (rewards.ndim() != 2) throw std::invalid_argument("rewards must have shape [U, B]");
-  const auto num_batches = static_cast<std::size_t>(rewards.shape(0));
-  const auto batch_size = static_cast<std::size_t>(rewards.shape(1));
-  const brc::BatchColumns columns{out(observations), out(actions),           out(rewards),
-                                  out(masks),        out(next_observations), out(task_ids)};
+void gather_ahead(const BoundStore& self, const Request& request, std::uint64_t draw, std::size_t num_batches,
+                  std::size_t batch_size, std::vector<py::array> arrays, brc::Ahead& ahead) {
+  const brc::BatchColumns columns = batch_columns(self.store, arrays);
   const py::gil_scoped_release released;
-  store.sample(num_batches, batch_size, columns);
+  self.store.gather_ahead(request, draw, num_batches, batch_size, columns, ahead);
 }
 
-void read_one(const ReplayStore& store, std::int64_t stream, std::int64_t age, Array<float> observations,
-              Array<float> actions, Array<float> rewards, Array<float> masks, Array<float> next_observations,
-              Array<std::int64_t> task_ids) {
-  const brc::BatchColumns columns{out(observations), out(actions),           out(rewards),
-                                  out(masks),        out(next_observations), out(task_ids)};
+std::size_t settle(BoundStore& self, const Request& request, std::size_t num_batches, std::size_t batch_size,
+                   std::vector<py::array> arrays, brc::Ahead& ahead) {
+  const brc::BatchColumns columns = batch_columns(self.store, arrays);
   const py::gil_scoped_release released;
-  store.read(stream, age, columns);
+  return self.store.settle(request, num_batches, batch_size, columns, ahead);
 }
 
-void save(const ReplayStore& store, Array<std::int64_t> sizes, Array<float> observations,
-          Array<float> actions, Array<float> rewards, Array<bool> terminated, Array<bool> truncated,
-          Array<bool> has_successor, Array<float> successors, Array<float> heads, Array<bool> head_valid) {
-  const brc::StateColumns<false> columns{
-      out(sizes),
-      {out(observations), out(actions), out(rewards), out(terminated), out(truncated), out(successors)},
-      out(has_successor),
-      out(heads),
-      out(head_valid)};
+void read_one(const BoundStore& self, std::int64_t stream, std::int64_t age, const Request& request,
+              std::vector<py::array> arrays) {
+  const brc::BatchColumns columns = batch_columns(self.store, arrays);
   const py::gil_scoped_release released;
-  store.save(columns);
+  self.store.read(stream, age, request, columns);
 }
 
-void load(ReplayStore& store, std::uint64_t seed, std::uint64_t draws, const Array<std::int64_t>& sizes,
-          const Array<float>& observations, const Array<float>& actions, const Array<float>& rewards,
-          const Array<bool>& terminated, const Array<bool>& truncated, const Array<bool>& has_successor,
-          const Array<float>& successors, const Array<float>& heads, const Array<bool>& head_valid) {
-  const brc::StateColumns<true> columns{
-      in(sizes),
-      {in(observations), in(actions), in(rewards), in(terminated), in(truncated), in(successors)},
-      in(has_successor),
-      in(heads),
-      in(head_valid)};
+// ---- Files
+
+template <class T>
+std::vector<T> list(const py::dict& from, const char* name) {
+  return from[name].cast<std::vector<T>>();
+}
+
+py::dict write_segment(const BoundStore& self, int file, const std::vector<std::uint64_t>& from) {
+  brc::Snapshot snapshot;
+  {
+    const py::gil_scoped_release released;
+    snapshot = self.store.write_segment(file, from);
+  }
+  const auto& [content, table] = snapshot;
+  const std::vector<int> head(table.head.begin(), table.head.end());
+  return py::dict(
+      "content"_a =
+          py::dict("count"_a = content.count, "size"_a = content.size, "kept"_a = content.kept,
+                   "phase"_a = content.phase, "capacity"_a = content.capacity, "draws"_a = content.draws),
+      "table"_a = py::dict("first"_a = table.first, "rows"_a = table.rows, "side"_a = table.side,
+                           "head"_a = head, "bytes"_a = table.bytes, "checksums"_a = table.checksums));
+}
+
+void load(BoundStore& self, const py::dict& content_, const std::vector<py::tuple>& segments,
+          std::uint64_t seed) {
+  brc::Content content{list<std::uint64_t>(content_, "count"),   list<std::uint32_t>(content_, "size"),
+                       list<std::uint32_t>(content_, "kept"),    list<std::uint32_t>(content_, "phase"),
+                       list<std::int64_t>(content_, "capacity"), content_["draws"].cast<std::uint64_t>()};
+  std::vector<brc::SegmentFile> files;
+  for (const py::tuple& segment : segments) {
+    const auto table = segment[2].cast<py::dict>();
+    const auto head = list<int>(table, "head");
+    files.push_back({segment[0].cast<int>(),
+                     {list<std::uint64_t>(table, "first"),
+                      list<std::uint32_t>(table, "rows"),
+                      list<std::uint32_t>(table, "side"),
+                      {head.begin(), head.end()},
+                      table["bytes"].cast<std::uint64_t>(),
+                      list<std::uint32_t>(table, "checksums")},
+                     segment[1].cast<std::string>()});
+  }
   const py::gil_scoped_release released;
-  store.load(columns, seed, draws);
+  self.store.load(content, files, seed);
+}
+
+// ---- An index whose rows lie elsewhere
+
+void plan(DeviceIndex& index, const Request& request, std::size_t num_batches, std::size_t batch_size,
+          Array<std::int64_t> steps, Array<std::int64_t> observations, Array<std::int64_t> successors,
+          Array<float> masks, Array<std::int64_t> task_ids) {
+  const brc::PlanColumns columns{out(steps), out(observations), out(successors), out(masks), out(task_ids)};
+  const py::gil_scoped_release released;
+  index.plan(request, num_batches, batch_size, columns);
+}
+
+void index_add(DeviceIndex& index, const Array<std::int64_t>& streams, const Array<bool>& departs,
+               const Array<bool>& terminated, const Array<bool>& truncated, Array<std::int64_t> rows,
+               Array<std::int64_t> moved, Array<std::int64_t> successors) {
+  index.add(in(streams), in(departs), in(terminated), in(truncated), out(rows), out(moved), out(successors));
+}
+
+void index_adopt(DeviceIndex& index, const BoundStore& self) {
+  const brc::ReplayIndex from = self.store.index();
+  std::vector<std::uint32_t> links(from.rows());
+  for (std::size_t row = 0; row < links.size(); ++row) links[row] = self.store.link(row);
+  index.adopt(from, self.store.draws(), links);
+}
+
+/// Views of the store's memory: `count` rows from `first`, and one side slot.
+py::array rows_view(BoundStore& self, py::object owner, std::size_t first, std::size_t count) {
+  const std::size_t stride = self.store.layout().stride;
+  if (first + count > self.store.index().rows()) throw std::out_of_range("no such rows");
+  return Array<unsigned char>({count, stride}, reinterpret_cast<unsigned char*>(self.store.row(first)),
+                              owner);
+}
+
+py::array slot_view(BoundStore& self, py::object owner, std::size_t slot) {
+  const auto bytes = static_cast<py::ssize_t>(self.store.layout().observation.bytes);
+  return Array<unsigned char>({bytes}, reinterpret_cast<unsigned char*>(self.store.slot(slot)), owner);
+}
+
+std::vector<std::int64_t> index_sizes(const brc::ReplayIndex& index) {
+  std::vector<std::int64_t> sizes;
+  for (const brc::Stream& stream : index.streams()) sizes.push_back(stream.size);
+  return sizes;
 }
 
 py::arg exact(const char* name) {
@@ -105,31 +293,97 @@ py::arg exact(const char* name) {
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The compiled part of brc_fast; brc_fast.replay is its typed face.";
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const std::system_error& error) {
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code().value(), error.what()).ptr());
+    }
+  });
   module.def("philox4x32", &brc::philox4x32, "counter"_a, "key"_a);
-  py::class_<ReplayStore>(module, "ReplayStore")
-      .def(py::init([](std::int64_t capacity, std::int64_t observation_size, std::int64_t action_size,
-                       const Array<std::int64_t>& task_ids, std::uint64_t seed) {
-             return std::make_unique<ReplayStore>(capacity, observation_size, action_size, in(task_ids),
-                                                  seed);
+  module.def("crc32c", [](const py::bytes& data) {
+    const std::string_view view(data);
+    return brc::crc32c(0, reinterpret_cast<const std::byte*>(view.data()), view.size());
+  });
+
+  py::enum_<brc::Kind>(module, "Kind")
+      .value("integer", brc::Kind::integer)
+      .value("float16", brc::Kind::float16)
+      .value("bfloat16", brc::Kind::bfloat16)
+      .value("float32", brc::Kind::float32);
+  py::class_<brc::Field>(module, "Field")
+      .def(py::init<std::string, std::size_t, std::size_t, brc::Kind>(), "name"_a, "nbytes"_a, "item"_a,
+           "kind"_a);
+  py::class_<brc::Layout>(module, "Layout")
+      .def(py::init<brc::Field, std::vector<brc::Field>, std::size_t>(), "observation"_a, "fields"_a,
+           "stack"_a)
+      .def_readonly("offsets", &brc::Layout::offsets)
+      .def_readonly("reward", &brc::Layout::reward)
+      .def_readonly("used", &brc::Layout::used)
+      .def_readonly("stride", &brc::Layout::stride);
+  py::class_<Request>(module, "Request")
+      .def(py::init<std::int64_t, double, std::vector<std::int64_t>, std::vector<double>>(), "n_step"_a,
+           "discount"_a, "tasks"_a, "weights"_a)
+      .def_readonly("powers", &Request::powers);
+  py::class_<brc::Ahead>(module, "Ahead").def(py::init<>());
+
+  py::class_<BoundStore>(module, "ReplayStore")
+      .def(py::init([](const brc::Layout& layout, const std::vector<std::int64_t>& capacities,
+                       const std::vector<std::int64_t>& task_ids, std::uint64_t seed, bool allow_not_finite,
+                       std::pair<int, std::vector<py::ssize_t>> observation,
+                       std::pair<int, std::vector<py::ssize_t>> action) {
+             return std::make_unique<BoundStore>(layout, capacities, task_ids, seed, allow_not_finite,
+                                                 Expected{observation.first, std::move(observation.second)},
+                                                 Expected{action.first, std::move(action.second)});
            }),
-           "capacity"_a, "observation_size"_a, "action_size"_a, exact("task_ids"), "seed"_a)
-      .def("add", &add, exact("streams"), exact("observations"), exact("actions"), exact("rewards"),
+           "layout"_a, "capacities"_a, "task_ids"_a, "seed"_a, "allow_not_finite"_a, "observation"_a,
+           "action"_a)
+      .def("try_add", &BoundStore::try_add)
+      .def("add", &BoundStore::add, exact("streams"), exact("observations"), "fields"_a, exact("rewards"),
            exact("terminated"), exact("truncated"), exact("successors"))
-      .def("sample", &sample, exact("observations"), exact("actions"), exact("rewards"), exact("masks"),
-           exact("next_observations"), exact("task_ids"))
-      .def("read", &read_one, "stream"_a, "age"_a, exact("observations"), exact("actions"), exact("rewards"),
-           exact("masks"), exact("next_observations"), exact("task_ids"))
-      .def("save", &save, exact("sizes"), exact("observations"), exact("actions"), exact("rewards"),
-           exact("terminated"), exact("truncated"), exact("has_successor"), exact("successors"),
-           exact("heads"), exact("head_valid"))
-      .def("load", &load, "seed"_a, "draws"_a, exact("sizes"), exact("observations"), exact("actions"),
-           exact("rewards"), exact("terminated"), exact("truncated"), exact("has_successor"),
-           exact("successors"), exact("heads"), exact("head_valid"))
-      .def("sizes", [](const ReplayStore& store) { return to_array(store.sizes()); })
-      .def("capacities", [](const ReplayStore& store) { return to_array(store.capacities()); })
-      .def_property_readonly("size", &ReplayStore::size)
-      .def_property_readonly("side_size", &ReplayStore::side_size)
-      .def_property_readonly("nbytes", &ReplayStore::nbytes)
-      .def_property_readonly("seed", &ReplayStore::seed)
-      .def_property_readonly("draws", &ReplayStore::draws);
+      .def("sample", &sample)
+      .def("gather_ahead", &gather_ahead)
+      .def("settle", &settle)
+      .def("read", &read_one)
+      .def("write_segment", &write_segment, "file"_a, "start"_a)
+      .def("load", &load, "content"_a, "segments"_a, "seed"_a)
+      .def("adopt",
+           [](BoundStore& self, const DeviceIndex& index) { self.store.adopt(index.index(), index.draws()); })
+      .def("rows", [](py::object self, std::size_t first,
+                      std::size_t count) { return rows_view(self.cast<BoundStore&>(), self, first, count); })
+      .def("slot",
+           [](py::object self, std::size_t slot) { return slot_view(self.cast<BoundStore&>(), self, slot); })
+      .def("sizes", [](const BoundStore& self) { return to_array(self.store.sizes()); })
+      .def("capacities", [](const BoundStore& self) { return to_array(self.store.capacities()); })
+      .def_property_readonly("size", [](const BoundStore& self) { return self.store.size(); })
+      .def_property_readonly("side_size", [](const BoundStore& self) { return self.store.side_size(); })
+      .def_property_readonly("slots", [](const BoundStore& self) { return self.store.slots(); })
+      .def_property_readonly("nbytes", [](const BoundStore& self) { return self.store.nbytes(); })
+      .def_property_readonly("seed", [](const BoundStore& self) { return self.store.seed(); })
+      .def_property_readonly("draws", [](const BoundStore& self) { return self.store.draws(); });
+
+  py::class_<DeviceIndex>(module, "DeviceIndex")
+      .def(py::init([](const std::vector<std::int64_t>& capacities, const std::vector<std::int64_t>& task_ids,
+                       std::int64_t stack, std::uint64_t seed) {
+             return std::make_unique<DeviceIndex>(capacities, task_ids, stack, seed);
+           }),
+           "capacities"_a, "task_ids"_a, "stack"_a, "seed"_a)
+      .def(
+          "heads",
+          [](DeviceIndex& index, const Array<std::int64_t>& streams, Array<std::int64_t> rows) {
+            index.heads(in(streams), out(rows));
+          },
+          exact("streams"), exact("rows"))
+      .def("add", &index_add, exact("streams"), exact("departs"), exact("terminated"), exact("truncated"),
+           exact("rows"), exact("moved"), exact("successors"))
+      .def("plan", &plan, "request"_a, "num_batches"_a, "batch_size"_a, exact("steps"), exact("observations"),
+           exact("successors"), exact("masks"), exact("task_ids"))
+      .def("adopt", &index_adopt)
+      .def("sizes", [](const DeviceIndex& index) { return to_array(index_sizes(index.index())); })
+      .def_property_readonly("rows", [](const DeviceIndex& index) { return index.index().rows(); })
+      .def_property_readonly("size", [](const DeviceIndex& index) { return index.index().size(); })
+      .def_property_readonly("slots", [](const DeviceIndex& index) { return index.index().slots(); })
+      .def_property_readonly("side_size", [](const DeviceIndex& index) { return index.index().used_slots(); })
+      .def_property_readonly("seed", [](const DeviceIndex& index) { return index.index().seed; })
+      .def_property_readonly("draws", [](const DeviceIndex& index) { return index.draws(); });
 }

@@ -22,20 +22,29 @@ namespace brc {
   return counter;
 }
 
-/// A uniform integer below `bound` >= 1: element `index` of draw number `draw` under `seed`.
-/// Attempt k reads the first word of block (draw low, draw high, index, k) and is rejected with a probability
-/// below bound / 2^32, so that every integer is equally likely.
-[[nodiscard]] constexpr std::uint32_t bounded_draw(std::uint64_t seed, std::uint64_t draw,
-                                                   std::uint32_t index, std::uint32_t bound) noexcept {
-  const std::uint32_t rejected_below = (0u - bound) % bound;
-  for (std::uint32_t attempt = 0;; ++attempt) {
-    const auto block =
-        philox4x32({static_cast<std::uint32_t>(draw), static_cast<std::uint32_t>(draw >> 32), index, attempt},
-                   {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)});
-    const std::uint64_t product = std::uint64_t{block[0]} * bound;
-    if (static_cast<std::uint32_t>(product) >= rejected_below)
-      return static_cast<std::uint32_t>(product >> 32);
-  }
+/// Word 0 of the block that belongs to one attempt at element `index` of draw number `draw` under `seed`.
+[[nodiscard]] constexpr std::uint32_t draw_word(std::uint64_t seed, std::uint64_t draw, std::uint32_t index,
+                                                std::uint32_t attempt) noexcept {
+  return philox4x32(
+      {static_cast<std::uint32_t>(draw), static_cast<std::uint32_t>(draw >> 32), index, attempt},
+      {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)})[0];
 }
+
+/// Turns a random word into an integer below `bound` >= 1, or rejects it with a probability below bound /
+/// 2^32, so that every integer is equally likely.
+class BoundedDraw {
+ public:
+  explicit constexpr BoundedDraw(std::uint32_t bound) noexcept
+      : bound_(bound), rejected_below_((0u - bound) % bound) {}
+  [[nodiscard]] constexpr bool operator()(std::uint32_t word, std::uint32_t& value) const noexcept {
+    const std::uint64_t product = std::uint64_t{word} * bound_;
+    value = static_cast<std::uint32_t>(product >> 32);
+    return static_cast<std::uint32_t>(product) >= rejected_below_;
+  }
+
+ private:
+  std::uint32_t bound_;
+  std::uint32_t rejected_below_;
+};
 
 }  // namespace brc

@@ -1,249 +1,310 @@
 #include "replay_store.hpp"
 
-#include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
+#include <string>
+#include <utility>
 
-#include "philox.hpp"
-#include "replay_checks.hpp"
+#include "finite.hpp"
 
 namespace brc {
 namespace {
 
-// The rows stored, one more successor aside per stream and a spare block of slots stay below kSlot slots.
-constexpr std::size_t kMaxRows = std::size_t{1} << 29;
-constexpr std::size_t kMaxWidth = std::size_t{1} << 28;  // so that byte counts stay below 2^63
+constexpr std::size_t kAhead = 4;             // rows between a prefetch and its use
+constexpr std::size_t kLine = 64;             // bytes of a cache line
+constexpr std::size_t kPrefetchBytes = 4096;  // of a longer row, the processor fetches the rest by itself
 
-constexpr std::size_t kAhead = 4;              // rows between a prefetch and its use
-constexpr std::size_t kPrefetchFloats = 1024;  // of a longer row, the processor fetches the rest by itself
+template <int write = 0>
+void fetch(const std::byte* data, std::size_t bytes) noexcept {
+  for (std::size_t i = 0; i < std::min(bytes, kPrefetchBytes); i += kLine)
+    __builtin_prefetch(data + i, write);
+}
+
+void put(MutableBytes to, std::size_t index, const std::byte* from, std::size_t bytes) noexcept {
+  std::memcpy(to.data() + index * bytes, from, bytes);
+}
+
+float reward_at(const std::byte* row, const Layout& layout) noexcept {
+  float reward;
+  std::memcpy(&reward, row + layout.reward, sizeof(reward));
+  return reward;
+}
 
 }  // namespace
 
-std::uint32_t ReplayStore::Stream::position(std::uint32_t age) const noexcept {
-  const std::uint32_t pos = next + (ring - size) + age;  // below 2^31, as ring <= kMaxRows
-  return pos < ring ? pos : pos - ring;
+ReplayStore::ReplayStore(Layout layout, std::span<const std::int64_t> capacities,
+                         std::span<const std::int64_t> task_ids, std::uint64_t seed, bool allow_not_finite)
+    : layout_(std::move(layout)),
+      allow_not_finite_(allow_not_finite),
+      index_(capacities, task_ids, static_cast<std::int64_t>(layout_.stack), seed),
+      rows_(index_.rows(), layout_.stride, "the replay store"),
+      side_(layout_.observation.bytes),
+      all_streams_(task_ids.size()),
+      departs_(task_ids.size()) {
+  index_.bind({rows_.row(0) + layout_.link, layout_.stride});
+  std::iota(all_streams_.begin(), all_streams_.end(), 0);
 }
 
-ReplayStore::ReplayStore(std::int64_t capacity, std::int64_t observation_size, std::int64_t action_size,
-                         std::span<const std::int64_t> task_ids, std::uint64_t seed)
-    : O_(require_size("observation_size", observation_size, kMaxWidth)),
-      A_(require_size("action_size", action_size, kMaxWidth)),
-      streams_(make_streams(require_size("capacity", capacity, kMaxRows), task_ids)),
-      rows_(streams_.back().first_row + streams_.back().ring, O_ + A_ + 2, "the replay store"),
-      side_(O_),
-      seed_(seed) {}
-
-std::vector<ReplayStore::Stream> ReplayStore::make_streams(std::size_t capacity,
-                                                           std::span<const std::int64_t> task_ids) {
-  if (task_ids.empty()) refuse("task_ids must hold the task of at least one stream, got none");
-  std::vector<std::size_t> counts(task_ids.size());
-  for (const std::int64_t task : task_ids) {
-    if (task < 0 || static_cast<std::size_t>(task) >= counts.size()) {
-      refuse("task_ids of " + to_string(counts.size()) + " streams must lie in 0.." +
-             to_string(counts.size() - 1) + ", got " + to_string(task));
-    }
-    ++counts[static_cast<std::size_t>(task)];
-  }
-  const auto tasks = static_cast<std::size_t>(std::ranges::max(task_ids)) + 1;
-  for (std::size_t task = 0; task < tasks; ++task) {
-    if (counts[task] == 0) {
-      refuse("task_ids must name every task of 0.." + to_string(tasks - 1) + ", but none is " +
-             to_string(task));
-    }
-  }
-  std::vector<Stream> streams;
-  std::size_t first_row = 0;
-  for (const std::int64_t task : task_ids) {
-    const std::size_t count = counts[static_cast<std::size_t>(task)];
-    const std::size_t ring = (capacity + count - 1) / count + 1;
-    streams.push_back({task, first_row, static_cast<std::uint32_t>(ring)});
-    first_row += ring;
-  }
-  if (first_row > kMaxRows) {
-    refuse("capacity " + to_string(capacity) + " for " + to_string(tasks) + " tasks in " +
-           to_string(streams.size()) + " streams needs " + to_string(first_row) +
-           " rows, and a store has at most " + to_string(kMaxRows));
-  }
-  return streams;
+void ReplayStore::reserve_slots(std::size_t more) {
+  index_.reserve_slots(more);
+  side_.reserve(std::min(index_.slots(), index_.used_slots() + more + 1));
 }
 
-void ReplayStore::add(std::span<const std::int64_t> ids, const TransitionColumns<true>& columns) {
-  const std::lock_guard lock(mutex_);
-  std::vector<bool> seen(streams_.size());
-  for (const std::int64_t id : ids) {
-    if (id < 0 || static_cast<std::size_t>(id) >= streams_.size()) {
-      refuse("streams must lie in 0.." + to_string(streams_.size() - 1) + ", got " + to_string(id));
-    }
-    if (seen[static_cast<std::size_t>(id)]) refuse("streams must differ, got " + to_string(id) + " twice");
-    seen[static_cast<std::size_t>(id)] = true;
-  }
-  const auto stream_at = [&](std::size_t i) -> Stream& { return streams_[static_cast<std::size_t>(ids[i])]; };
-  require_lengths(columns, ids.size(), ids.size(), O_, A_);
-  const auto where = [&](std::size_t i) {
-    return "stream " + to_string(ids[i]) + " (task " + to_string(stream_at(i).task) + ")";
-  };
-  require_finite(columns, O_, A_, where);
+void ReplayStore::add(std::span<const std::int64_t> ids, const TransitionColumns& columns) {
+  const std::unique_lock lock(mutex_);
+  if (ids.data() != all_streams_.data()) index_.require_streams(ids);
+  require_columns(columns, layout_, ids.size());
+  const std::size_t frame = layout_.observation.bytes;
+  const auto& streams = index_.streams();
+  const auto stream_at = [&](std::size_t i) { return static_cast<std::size_t>(ids[i]); };
 
-  std::size_t slots = side_.used();
+  std::size_t slots = 0;
   for (std::size_t i = 0; i < ids.size(); ++i) {
     if (i + kAhead < ids.size()) {
-      const Stream& ahead = stream_at(i + kAhead);
-      const Location target = at(ahead, ahead.next);
-      prefetch(target);
-      __builtin_prefetch(target.following + O_ + A_ + 1);  // the link of the row to drop
+      const Stream& ahead = streams[stream_at(i + kAhead)];
+      const std::byte* to = rows_.row(ahead.first_row + ahead.next);
+      const std::byte* following = rows_.row(ahead.first_row + ahead.after(ahead.next));
+      fetch<1>(to, layout_.used);
+      fetch<1>(following, frame);
+      __builtin_prefetch(following + layout_.link);  // of the row to drop
     }
-    slots += departs(stream_at(i), columns.observations.data() + i * O_);
+    const std::size_t s = stream_at(i);
+    departs_[i] = streams[s].head_valid && std::memcmp(rows_.row(index_.head_row(s)),
+                                                       columns.observations.data() + i * frame, frame) != 0;
+    slots += departs_[i];
     slots += columns.terminated[i] || columns.truncated[i];
   }
-  side_.reserve(slots);
+  if (!allow_not_finite_) require_finite(ids, columns);
+  reserve_slots(slots);
+
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    append(stream_at(i), transition(columns, i, columns.successors.data() + i * O_));
-  }
-}
-
-void ReplayStore::append(Stream& stream, const Transition& t) noexcept {
-  if (stream.size + 1 == stream.ring) drop_oldest(stream);
-  if (departs(stream, t.observation)) {
-    float* newest = row(stream, stream.position(stream.size - 1));
-    set_link(newest, link(newest) | (side_.put(row(stream, stream.next)) + 1));
-  }
-  float* to = row(stream, stream.next);
-  std::memcpy(to, t.observation, O_ * sizeof(float));
-  std::memcpy(to + O_, t.action, A_ * sizeof(float));
-  to[O_ + A_] = t.reward;
-  stream.next = stream.after(stream.next);
-  ++stream.size;
-  stream.head_valid = !t.terminated && !t.truncated;
-  std::uint32_t word = (t.terminated ? kTerminated : 0) | (t.truncated ? kTruncated : 0);
-  if (stream.head_valid) {
-    std::memcpy(row(stream, stream.next), t.successor, O_ * sizeof(float));
-  } else {
-    word |= side_.put(t.successor) + 1;
-  }
-  set_link(to, word);
-}
-
-void ReplayStore::drop_oldest(Stream& stream) noexcept {
-  const std::uint32_t slot = link(row(stream, stream.position(0))) & kSlot;
-  if (slot != 0) side_.release(slot - 1);
-  --stream.size;
-  stream.head_valid = stream.head_valid && stream.size != 0;
-}
-
-/// Whether `observation` would overwrite a successor that differs from it.
-bool ReplayStore::departs(const Stream& stream, const float* observation) const noexcept {
-  return stream.head_valid && std::memcmp(row(stream, stream.next), observation, O_ * sizeof(float)) != 0;
-}
-
-void ReplayStore::sample(std::size_t num_batches, std::size_t batch_size, const BatchColumns& out) {
-  const std::lock_guard lock(mutex_);
-  require_batch(num_batches * batch_size, out);
-  std::vector<std::uint32_t> ends;  // transitions stored in the streams up to and with each
-  std::uint32_t end = 0;
-  for (const Stream& stream : streams_) ends.push_back(end += stream.size);
-  if (end == 0) refuse("the replay store is empty; add transitions before sampling");
-  const std::uint32_t size = streams_[0].size;
-  const bool equal =
-      std::ranges::all_of(streams_, [size](const Stream& stream) { return stream.size == size; });
-
-  std::vector<Location> locations(batch_size);
-  for (std::size_t batch = 0; batch < num_batches; ++batch, ++draws_) {
-    for (std::size_t i = 0; i < batch_size; ++i) {
-      const std::uint32_t k = bounded_draw(seed_, draws_, static_cast<std::uint32_t>(i), end);
-      const std::size_t s =
-          equal ? k / size : static_cast<std::size_t>(std::ranges::upper_bound(ends, k) - ends.begin());
-      const Stream& stream = streams_[s];
-      locations[i] = at(stream, stream.position(k - (ends[s] - stream.size)));
+    const std::size_t s = stream_at(i);
+    const bool known = streams[s].head_valid && !departs_[i];  // the row holds its observation already
+    const Placement to =
+        index_.append(s, departs_[i] != 0, columns.terminated[i] != 0, columns.truncated[i] != 0);
+    std::byte* row = rows_.row(to.row);
+    if (to.moved >= 0) std::memcpy(side_.at(static_cast<std::size_t>(to.moved)), row, frame);
+    if (!known) std::memcpy(row, columns.observations.data() + i * frame, frame);
+    for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
+      const std::size_t bytes = layout_.fields[f].bytes;
+      std::memcpy(row + layout_.offsets[f], columns.fields[f].data() + i * bytes, bytes);
     }
-    gather(locations, batch * batch_size, out);
+    std::memcpy(row + layout_.reward, &columns.rewards[i], sizeof(float));
+    std::byte* successor = to.successor >= 0 ? rows_.row(static_cast<std::size_t>(to.successor))
+                                             : side_.at(static_cast<std::size_t>(-1 - to.successor));
+    std::memcpy(successor, columns.successors.data() + i * frame, frame);
+  }
+  index_.refresh();
+}
+
+void ReplayStore::require_finite(std::span<const std::int64_t> ids, const TransitionColumns& columns) const {
+  const auto require_column = [&](const char* name, const Field& field, Bytes values) {
+    const std::size_t i = first_not_finite(values, field.kind) / (field.bytes / field.item);
+    if (i < ids.size()) {
+      require_finite(name, field, values.subspan(i * field.bytes, field.bytes), ids[i]);
+    }
+  };
+  const Field& frame = layout_.observation;
+  if (frame.kind != Kind::integer) {
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      // An observation that equals the last successor was looked at when it came.
+      if (index_.streams()[static_cast<std::size_t>(ids[i])].head_valid && departs_[i] == 0) continue;
+      require_finite("observations", frame, columns.observations.subspan(i * frame.bytes, frame.bytes),
+                     ids[i]);
+    }
+    require_column("successors", frame, columns.successors);
+  }
+  for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
+    const Field& field = layout_.fields[f];
+    if (field.kind != Kind::integer) require_column(field.name.c_str(), field, columns.fields[f]);
+  }
+  const Field reward{"rewards", sizeof(float), sizeof(float), Kind::float32};
+  require_column("rewards", reward, std::as_bytes(columns.rewards));
+}
+
+void ReplayStore::require_finite(const char* name, const Field& field, Bytes values,
+                                 std::int64_t stream) const {
+  const std::size_t i = first_not_finite(values, field.kind);
+  if (i == values.size() / field.item || field.kind == Kind::integer) return;
+  refuse(std::string(name) + " of stream " + to_string(stream) + " (task " +
+         to_string(index_.streams()[static_cast<std::size_t>(stream)].task) + ") must be finite, got " +
+         to_string(value_at(values, field.kind, i)) + "; nothing was stored");
+}
+
+void ReplayStore::gather_ahead(const Request& request, std::uint64_t draw, std::size_t num_batches,
+                               std::size_t batch_size, const BatchColumns& out, Ahead& ahead) const {
+  const std::shared_lock lock(mutex_);
+  require_columns(out, layout_, num_batches * batch_size);
+  index_.require_request(request, batch_size);
+  ahead.picks.resize(num_batches * batch_size);
+  ahead.life = life_;
+  Strata scratch;
+  const Strata& strata = index_.strata(request, scratch);
+  for (std::size_t u = 0; u < num_batches; ++u) {
+    const std::span<Pick> picks = std::span(ahead.picks).subspan(u * batch_size, batch_size);
+    index_.pick(strata, draw + u, picks);
+    gather(picks, request, u * batch_size, out);
   }
 }
 
-void ReplayStore::read(std::int64_t stream, std::int64_t age, const BatchColumns& out) const {
-  const std::lock_guard lock(mutex_);
-  require_batch(1, out);
+std::size_t ReplayStore::settle(const Request& request, std::size_t num_batches, std::size_t batch_size,
+                                const BatchColumns& out, Ahead& ahead) {
+  const std::shared_lock lock(mutex_);
+  require_columns(out, layout_, num_batches * batch_size);
+  index_.require_request(request, batch_size);
+  const bool fresh = ahead.picks.size() == num_batches * batch_size && ahead.life == life_;
+  Strata scratch;
+  const Strata& strata = index_.strata(request, scratch);
+  std::vector<Pick> picks(batch_size);
+  std::uint64_t draw = draws_.fetch_add(num_batches);
+  std::size_t changed = 0;
+  for (std::size_t u = 0; u < num_batches; ++u, ++draw) {
+    index_.pick(strata, draw, picks);
+    if (!fresh) {
+      gather(picks, request, u * batch_size, out);
+      changed += batch_size;
+      continue;
+    }
+    for (std::size_t i = 0; i < batch_size; ++i) {
+      const Pick& before = ahead.picks[u * batch_size + i];
+      const bool same = before.stream == picks[i].stream && before.sequence == picks[i].sequence;
+      // Fewer steps than asked for may have become more: the newest transition has followers now.
+      if (same && (before.steps == request.powers.size() ||
+                   before.steps == index_.window(picks[i], request.powers.size()).steps)) {
+        continue;
+      }
+      gather_one(picks[i], request, u * batch_size + i, out);
+      ++changed;
+    }
+  }
+  return changed;
+}
+
+void ReplayStore::read(std::int64_t stream, std::int64_t age, const Request& request,
+                       const BatchColumns& out) const {
+  const std::shared_lock lock(mutex_);
+  require_columns(out, layout_, 1);
   const auto check = [](const char* name, std::int64_t index, std::size_t count) {
     if (index >= 0 && static_cast<std::size_t>(index) < count) return static_cast<std::size_t>(index);
     throw std::out_of_range(std::string(name) + " must lie below " + to_string(count) + ", got " +
                             to_string(index));
   };
-  const Stream& from = streams_[check("stream", stream, streams_.size())];
-  const auto known_age = static_cast<std::uint32_t>(check("age", age, from.size));
-  const Location location = at(from, from.position(known_age));
-  gather({&location, 1}, 0, out);
+  const std::size_t s = check("stream", stream, num_streams());
+  const Stream& from = index_.streams()[s];
+  const std::size_t known_age = check("age", age, from.size);
+  Pick pick{static_cast<std::uint32_t>(s), 0, from.count - from.size + known_age};
+  gather_one(pick, request, 0, out);
 }
 
-ReplayStore::Location ReplayStore::at(const Stream& stream, std::uint32_t pos) const noexcept {
-  return {row(stream, pos), row(stream, stream.after(pos)), stream.task};
+void ReplayStore::prefetch(const Pick& pick, std::size_t n_step) const noexcept {
+  const Stream& stream = index_.streams()[pick.stream];
+  const std::uint32_t pos = stream.position(stream.back(pick.sequence));
+  const std::byte* row = rows_.row(stream.first_row + pos);
+  if (pos + n_step >= stream.ring) {  // across the ring's edge; rare
+    fetch(row, layout_.used);
+    fetch(rows_.row(stream.first_row + stream.after(pos)), layout_.observation.bytes);
+    return;
+  }
+  fetch(row, layout_.used);
+  for (std::size_t step = 1; step < n_step; ++step) {
+    __builtin_prefetch(row + step * layout_.stride + layout_.reward);
+    __builtin_prefetch(row + step * layout_.stride + layout_.link);
+  }
+  fetch(row + n_step * layout_.stride, layout_.observation.bytes);
 }
 
-void ReplayStore::prefetch(const Location& location) const noexcept {
-  const auto fetch = [](const float* data, std::size_t floats) {
-    for (std::size_t i = 0; i < std::min(floats, kPrefetchFloats); i += 16) __builtin_prefetch(data + i);
-  };
-  fetch(location.row, O_ + A_ + 2);
-  fetch(location.following, O_);
-}
-
-void ReplayStore::gather(std::span<const Location> locations, std::size_t first,
+void ReplayStore::gather(std::span<Pick> picks, const Request& request, std::size_t first,
                          const BatchColumns& out) const noexcept {
-  for (std::size_t i = 0; i < std::min(kAhead, locations.size()); ++i) prefetch(locations[i]);
-  for (std::size_t i = 0; i < locations.size(); ++i) {
-    if (i + kAhead < locations.size()) prefetch(locations[i + kAhead]);
-    const Location& from = locations[i];
-    const std::uint32_t flags = link(from.row);
-    const std::uint32_t slot = flags & kSlot;
-    copy(out.observations, first + i, from.row, O_);
-    copy(out.actions, first + i, from.row + O_, A_);
-    copy(out.next_observations, first + i, slot != 0 ? side_.at(slot - 1) : from.following, O_);
-    out.rewards[first + i] = from.row[O_ + A_];
-    out.masks[first + i] = (flags & kTerminated) != 0 ? 0.0f : 1.0f;
-    out.task_ids[first + i] = from.task;
+  const std::size_t n_step = request.powers.size();
+  for (std::size_t i = 0; i < std::min(kAhead, picks.size()); ++i) prefetch(picks[i], n_step);
+  for (std::size_t i = 0; i < picks.size(); ++i) {
+    if (i + kAhead < picks.size()) prefetch(picks[i + kAhead], n_step);
+    gather_one(picks[i], request, first + i, out);
   }
 }
 
-void ReplayStore::require_batch(std::size_t rows, const BatchColumns& out) const {
-  require_length("observations", out.observations.size(), rows * O_);
-  require_length("actions", out.actions.size(), rows * A_);
-  require_length("rewards", out.rewards.size(), rows);
-  require_length("masks", out.masks.size(), rows);
-  require_length("next_observations", out.next_observations.size(), rows * O_);
-  require_length("task_ids", out.task_ids.size(), rows);
+void ReplayStore::gather_one(Pick& pick, const Request& request, std::size_t i,
+                             const BatchColumns& out) const noexcept {
+  const Stream& stream = index_.streams()[pick.stream];
+  const Window window = index_.window(pick, request.powers.size());
+  pick.steps = window.steps;
+  const std::byte* row = rows_.row(window.row);
+  if (layout_.stack == 1) {
+    put(out.observations, i, row, layout_.observation.bytes);
+    put(out.next_observations, i, place(window.successor), layout_.observation.bytes);
+  } else {
+    gather_frames(pick, window, i, out);
+  }
+  for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
+    put(out.fields[f], i, row + layout_.offsets[f], layout_.fields[f].bytes);
+  }
+  float reward = reward_at(row, layout_);
+  std::uint32_t pos = window.position;
+  for (std::uint32_t step = 1; step < window.steps; ++step) {
+    pos = stream.after(pos);
+    reward += request.powers[step] * reward_at(rows_.row(stream.first_row + pos), layout_);
+  }
+  out.rewards[i] = reward;
+  out.masks[i] = window.terminated ? 0.0f : request.powers[window.steps - 1];
+  out.task_ids[i] = stream.task;
 }
 
-ReplayStore::Transition ReplayStore::transition(const TransitionColumns<true>& columns, std::size_t i,
-                                                const float* successor) const noexcept {
-  return {columns.observations.data() + i * O_, columns.actions.data() + i * A_, columns.rewards[i],
-          columns.terminated[i] != 0,           columns.truncated[i] != 0,       successor};
+void ReplayStore::gather_frames(const Pick& pick, const Window& window, std::size_t i,
+                                const BatchColumns& out) const noexcept {
+  const Stream& stream = index_.streams()[pick.stream];
+  const std::size_t frame = layout_.observation.bytes;
+  const std::size_t stack = layout_.stack;
+  std::array<std::uint32_t, 64> small;
+  std::vector<std::uint32_t> large(stack > small.size() ? stack : 0);
+  const std::span<std::uint32_t> positions = stack > small.size() ? std::span(large) : std::span(small);
+  const auto put_frames = [&](std::uint32_t pos, std::uint32_t back, std::size_t count, MutableBytes to) {
+    index_.frames(stream, pos, back, positions.first(count));
+    for (std::size_t f = 0; f < count; ++f) {
+      put(to, i * stack + f, rows_.row(stream.first_row + positions[f]), frame);
+    }
+  };
+  const std::uint32_t back = stream.back(pick.sequence);
+  put_frames(window.position, back, stack, out.observations);
+  put_frames(window.last, back - (window.steps - 1), stack - 1, out.next_observations);
+  put(out.next_observations, i * stack + stack - 1, place(window.successor), frame);
 }
 
-std::uint32_t ReplayStore::link(const float* row) const noexcept {
-  std::uint32_t word;
-  std::memcpy(&word, row + O_ + A_ + 1, sizeof(word));
-  return word;
+ReplayIndex ReplayStore::index() const {
+  return reading([this] { return index_; });
 }
 
-void ReplayStore::set_link(float* row, std::uint32_t link) const noexcept {
-  std::memcpy(row + O_ + A_ + 1, &link, sizeof(link));
+void ReplayStore::adopt(const ReplayIndex& index, std::uint64_t draws) {
+  const std::unique_lock lock(mutex_);
+  if (index.rows() != index_.rows()) refuse("the index must have the rows of the store");
+  side_.reserve(index.slots());
+  std::vector<std::uint32_t> links(index.rows());
+  for (std::size_t row = 0; row < links.size(); ++row) links[row] = index.link(row);
+  index_ = index;
+  index_.bind({rows_.row(0) + layout_.link, layout_.stride});
+  Links own(rows_.row(0) + layout_.link, layout_.stride);
+  for (std::size_t row = 0; row < links.size(); ++row) own.set(row, links[row]);
+  draws_ = draws;
+  ++life_;
+}
+
+std::byte* ReplayStore::slot(std::size_t slot) {
+  side_.reserve(slot + 1);
+  return side_.at(slot);
 }
 
 std::vector<std::int64_t> ReplayStore::sizes() const {
-  const std::lock_guard lock(mutex_);
+  const std::shared_lock lock(mutex_);
   std::vector<std::int64_t> sizes;
-  for (const Stream& stream : streams_) sizes.push_back(stream.size);
+  for (const Stream& stream : index_.streams()) sizes.push_back(stream.size);
   return sizes;
 }
 
 std::vector<std::int64_t> ReplayStore::capacities() const {
+  const std::shared_lock lock(mutex_);
   std::vector<std::int64_t> capacities;
-  for (const Stream& stream : streams_) capacities.push_back(stream.ring - 1);
+  for (const Stream& stream : index_.streams()) capacities.push_back(stream.capacity);
   return capacities;
-}
-
-std::size_t ReplayStore::total() const noexcept {
-  std::size_t total = 0;
-  for (const Stream& stream : streams_) total += stream.size;
-  return total;
 }
 
 }  // namespace brc

@@ -1,146 +1,152 @@
 // An in-memory store of transitions that keeps every observation once. See ReplayStore for the contract.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <shared_mutex>
 #include <span>
+#include <type_traits>
 #include <vector>
 
-#include "replay_columns.hpp"
+#include "replay_index.hpp"
+#include "replay_layout.hpp"
+#include "replay_segment.hpp"
 #include "row_block.hpp"
 
 namespace brc {
 
-/// Transitions of N streams (environment slots), each of one of T tasks, sampled uniformly.
+/// Batches gathered before they are asked for; see ReplayStore::gather_ahead.
+struct Ahead {
+  std::vector<Pick> picks;  // [U * B], empty: nothing was gathered
+  std::uint64_t life = 0;   // of the store's content
+};
+
+/// Transitions of N streams (environment slots), each of one of T tasks, sampled at random.
 ///
 /// Ownership: the store owns all its memory and copies what it is given. It keeps no span after a call.
 ///
-/// Layout: each stream is a ring of rows [observation O, action A, reward, link], one more than its capacity,
-/// and all rings lie in one block. The observation of the following row is the successor of a row. Where an
-/// episode ended, or where the caller went on from another observation (compared bit by bit), the successor
-/// lies in the side store instead, and the link names its slot. So each observation is kept once, and no
-/// successor is ever that of another stream or episode.
+/// Layout: each stream is a ring of rows (see Layout), `stack` more than its capacity, and all rings lie in
+/// one block. The observation of the following row is the successor of a row. Where an episode ended, or
+/// where the caller went on from another observation (compared bit by bit), the successor lies in the side
+/// store instead, and the link names its slot. So each observation is kept once, and no successor is ever
+/// that of another stream or episode. Stacked observations are put together when they are sampled.
 ///
 /// Wrap-around: with n streams in a task, a stream keeps its newest ceil(capacity / n) transitions. Each
 /// further one replaces the oldest of its stream, whose side slot is freed.
 ///
-/// Threads: every method locks the store while it reads or writes what can change. Calls from several threads
-/// are safe and run one after the other, and no method calls back into its caller.
+/// Threads: every method locks. Those that only read the content (sample, gather_ahead, settle, write_segment
+/// and the rest that is const) run side by side; add, load, adopt and clear run alone. No method calls back
+/// into its caller.
 ///
-/// Failure: a method that throws leaves the store as it was. std::invalid_argument and std::out_of_range name
-/// the rule that was broken, OutOfMemory the numbers.
+/// Failure: a method that throws leaves the store as it was, except for load, which says so.
+/// std::invalid_argument and std::out_of_range name the rule that was broken, OutOfMemory the numbers.
 class ReplayStore {
  public:
-  /// `task_ids` [N] holds the task of each stream: every task of 0..T-1 at least once. O(N).
-  ReplayStore(std::int64_t capacity, std::int64_t observation_size, std::int64_t action_size,
-              std::span<const std::int64_t> task_ids, std::uint64_t seed);
+  /// Arguments as in ReplayIndex; `allow_not_finite` keeps NaN and infinity instead of refusing them. O(N).
+  ReplayStore(Layout layout, std::span<const std::int64_t> capacities, std::span<const std::int64_t> task_ids,
+              std::uint64_t seed, bool allow_not_finite);
 
-  /// Appends one transition to each of the M given streams, which must differ. Refuses other lengths, unknown
-  /// or repeated streams, and floats that are not finite. O(N + M (O + A)).
-  void add(std::span<const std::int64_t> streams, const TransitionColumns<true>& columns);
+  /// Appends one transition to each of the M given streams, which must differ, or to all N in order. Refuses
+  /// other lengths, unknown or repeated streams, and floats that are not finite. O(M bytes of a transition).
+  void add(std::span<const std::int64_t> streams, const TransitionColumns& columns);
+  void add(const TransitionColumns& columns) { add(all_streams_, columns); }
 
-  /// Fills `out` with U batches, every stored transition equally likely each time, and advances draws() by U.
-  /// Element i of batch u is bounded_draw(seed, draws() + u, i, size()), counted stream after stream and
-  /// oldest first. Refuses an empty store and columns that do not all hold U x B rows, B < 2^32. O(N + U B
-  /// (log N + O + A)).
-  void sample(std::size_t num_batches, std::size_t batch_size, const BatchColumns& out);
+  /// Fills `out` with U batches and advances draws() by U. Refuses columns that do not all hold U x B rows
+  /// and a request that cannot be served. O(U B (log N + bytes)), and O(N) with tasks or weights.
+  void sample(const Request& request, std::size_t num_batches, std::size_t batch_size,
+              const BatchColumns& out) {
+    Ahead nothing;
+    (void)settle(request, num_batches, batch_size, out, nothing);
+  }
+  /// Fills `out` with the U batches from number `draw` on, as far as that can be known now.
+  void gather_ahead(const Request& request, std::uint64_t draw, std::size_t num_batches,
+                    std::size_t batch_size, const BatchColumns& out, Ahead& ahead) const;
+  /// What sample would do, where `out` was filled by gather_ahead: gathers anew only those elements that are
+  /// other ones now, and returns their number.
+  std::size_t settle(const Request& request, std::size_t num_batches, std::size_t batch_size,
+                     const BatchColumns& out, Ahead& ahead);
 
-  /// Fills `out` (B = 1) with one transition; `age` 0 is the oldest of the stream. O(O + A).
-  void read(std::int64_t stream, std::int64_t age, const BatchColumns& out) const;
+  /// Fills `out` (B = 1) with one transition; `age` 0 is the oldest of the stream. O(bytes).
+  void read(std::int64_t stream, std::int64_t age, const Request& request, const BatchColumns& out) const;
 
-  /// Writes the content to `out`, which must have n = size() and m = side_size(). O(N O + n (O + A)).
-  void save(const StateColumns<false>& out) const;
+  /// Writes to a file all rows kept whose sequence number is at least `from` [N] of their stream, and says
+  /// what it wrote. Throws std::system_error. O(bytes), with a few megabytes of memory.
+  [[nodiscard]] Snapshot write_segment(int file, std::span<const std::uint64_t> from) const;
+  /// Replaces the content by that of segments, oldest first, which together hold what `content` says. Reads
+  /// every file twice: before anything changes, all of it is checked. A read error after that leaves the
+  /// store empty. O(bytes).
+  void load(const Content& content, std::span<const SegmentFile> segments, std::uint64_t seed);
 
-  /// Replaces content, seed and draw counter by a saved state of any capacity; of each stream the newest rows
-  /// that fit are kept. Refuses a state that contradicts itself. O(N O + n (O + A)).
-  void load(const StateColumns<true>& state, std::uint64_t seed, std::uint64_t draws);
+  /// Takes over another index, whose rows and slots the caller writes with `row` and `slot` before or after.
+  void adopt(const ReplayIndex& index, std::uint64_t draws);
+  /// The index as it is now, without links.
+  [[nodiscard]] ReplayIndex index() const;
+  /// Raw memory of a row and of a side slot (grown as needed). Not locked.
+  [[nodiscard]] std::byte* row(std::size_t row) noexcept { return rows_.row(row); }
+  [[nodiscard]] std::byte* slot(std::size_t slot);
+  [[nodiscard]] std::uint32_t link(std::size_t row) const noexcept { return index_.link(row); }
 
+  [[nodiscard]] const Layout& layout() const noexcept { return layout_; }
+  [[nodiscard]] std::size_t num_streams() const noexcept { return all_streams_.size(); }
   /// [N] transitions stored in each stream, and how many fit. O(N).
   [[nodiscard]] std::vector<std::int64_t> sizes() const;
   [[nodiscard]] std::vector<std::int64_t> capacities() const;
-  /// Transitions stored (O(N)), and how many of them have their successor aside (O(1)).
+  /// Transitions stored, and how many rows have their successor aside. O(1).
   [[nodiscard]] std::size_t size() const {
-    return locked([this] { return total(); });
+    return reading([this] { return index_.size(); });
   }
   [[nodiscard]] std::size_t side_size() const {
-    return locked([this] { return side_.used(); });
+    return reading([this] { return index_.used_slots(); });
+  }
+  /// Side slots that the index may name.
+  [[nodiscard]] std::size_t slots() const {
+    return reading([this] { return index_.slots(); });
   }
   /// Bytes reserved. Pages that were never written cost no memory.
   [[nodiscard]] std::size_t nbytes() const {
-    return locked([this] { return rows_.nbytes() + side_.nbytes(); });
+    return reading([this] { return rows_.nbytes() + side_.nbytes(); });
   }
-  /// The key of the random numbers, and the number of batches sampled so far.
   [[nodiscard]] std::uint64_t seed() const {
-    return locked([this] { return seed_; });
+    return reading([this] { return index_.seed; });
   }
-  [[nodiscard]] std::uint64_t draws() const {
-    return locked([this] { return draws_; });
-  }
+  /// Batches sampled so far.
+  [[nodiscard]] std::uint64_t draws() const noexcept { return draws_; }
+  void set_draws(std::uint64_t draws) noexcept { draws_ = draws; }
 
  private:
-  struct Stream {
-    std::int64_t task;
-    std::size_t first_row;    // of the ring in rows_; rings follow each other without a gap
-    std::uint32_t ring;       // rows of the ring: its capacity + 1
-    std::uint32_t next = 0;   // ring position of the next row to write, < ring
-    std::uint32_t size = 0;   // rows stored, < ring: those at positions next - size .. next - 1 (mod ring)
-    bool head_valid = false;  // row next holds the successor of the newest row, whose link then names no slot
-    [[nodiscard]] std::uint32_t position(std::uint32_t age) const noexcept;  // 0 is the oldest
-    [[nodiscard]] std::uint32_t after(std::uint32_t pos) const noexcept {
-      return pos + 1 == ring ? 0 : pos + 1;
-    }
-  };
-  struct Transition {
-    const float* observation;
-    const float* action;
-    float reward;
-    bool terminated;
-    bool truncated;
-    const float* successor;
-  };
-  struct Location {
-    const float* row;
-    const float* following;  // the row that holds the successor unless the link names a slot
-    std::int64_t task;
-  };
-
-  [[nodiscard]] static std::vector<Stream> make_streams(std::size_t capacity,
-                                                        std::span<const std::int64_t> task_ids);
-  void append(Stream& stream, const Transition& transition) noexcept;
-  void drop_oldest(Stream& stream) noexcept;
-  [[nodiscard]] bool departs(const Stream& stream, const float* observation) const noexcept;
-  [[nodiscard]] Location at(const Stream& stream, std::uint32_t pos) const noexcept;
-  [[nodiscard]] Transition transition(const TransitionColumns<true>& columns, std::size_t i,
-                                      const float* successor) const noexcept;
-  void prefetch(const Location& location) const noexcept;
-  void gather(std::span<const Location> locations, std::size_t first, const BatchColumns& out) const noexcept;
-  void require_batch(std::size_t rows, const BatchColumns& out) const;
-  template <bool Const>
-  void require_state(std::size_t rows, std::size_t side_rows, const StateColumns<Const>& state) const;
-  [[nodiscard]] std::size_t total() const noexcept;
+  void require_finite(std::span<const std::int64_t> streams, const TransitionColumns& columns) const;
+  void require_finite(const char* name, const Field& field, Bytes values, std::int64_t stream) const;
+  void gather(std::span<Pick> picks, const Request& request, std::size_t first,
+              const BatchColumns& out) const noexcept;
+  void gather_one(Pick& pick, const Request& request, std::size_t i, const BatchColumns& out) const noexcept;
+  void gather_frames(const Pick& pick, const Window& window, std::size_t i,
+                     const BatchColumns& out) const noexcept;
+  void prefetch(const Pick& pick, std::size_t n_step) const noexcept;
+  [[nodiscard]] const std::byte* place(std::int64_t place) const noexcept {
+    return place >= 0 ? rows_.row(static_cast<std::size_t>(place))
+                      : side_.at(static_cast<std::size_t>(-1 - place));
+  }
+  void check_segment(const Content& content, const SegmentFile& segment) const;
+  void apply_segment(const Content& content, const SegmentFile& segment);
+  void reserve_slots(std::size_t more);
   template <class Read>
-  [[nodiscard]] std::invoke_result_t<const Read&> locked(const Read& read) const {
-    const std::lock_guard lock(mutex_);
+  [[nodiscard]] std::invoke_result_t<const Read&> reading(const Read& read) const {
+    const std::shared_lock lock(mutex_);
     return read();
   }
-  [[nodiscard]] float* row(const Stream& stream, std::uint32_t pos) noexcept {
-    return rows_.row(stream.first_row + pos);
-  }
-  [[nodiscard]] const float* row(const Stream& stream, std::uint32_t pos) const noexcept {
-    return rows_.row(stream.first_row + pos);
-  }
-  [[nodiscard]] std::uint32_t link(const float* row) const noexcept;
-  void set_link(float* row, std::uint32_t link) const noexcept;
 
-  mutable std::mutex mutex_;     // guards every field below that is not const
-  const std::size_t O_;          // observation size, >= 1
-  const std::size_t A_;          // action size, >= 1
-  std::vector<Stream> streams_;  // N; the number and the rings never change
-  RowBlock rows_;                // all rings; rows outside a stream's stored ones are undefined, except heads
-  SideStore side_;               // exactly one used slot for each stored row whose link names one
-  std::uint64_t seed_;
-  std::uint64_t draws_ = 0;  // the number of the next draw
+  mutable std::shared_mutex mutex_;  // guards index_, rows_ and side_
+  const Layout layout_;
+  const bool allow_not_finite_;
+  ReplayIndex index_;
+  RowBlock rows_;           // of all rings; those that the index does not keep are undefined
+  SideStore side_;          // by slot
+  std::uint64_t life_ = 0;  // times that the content was replaced
+  std::atomic<std::uint64_t> draws_ = 0;
+  std::vector<std::int64_t> all_streams_;  // 0..N-1
+  std::vector<unsigned char> departs_;     // [N] scratch of add
 };
 
 }  // namespace brc

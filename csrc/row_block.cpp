@@ -1,7 +1,8 @@
 #include "row_block.hpp"
 
 #include <algorithm>
-#include <cstring>
+
+#include "replay_layout.hpp"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -12,19 +13,16 @@ namespace {
 
 constexpr std::size_t kHugePage = std::size_t{1} << 21;
 
-using std::to_string;
-
 }  // namespace
 
-RowBlock::RowBlock(std::size_t rows, std::size_t width, const char* what)
-    : stride_(row_bytes(width) / sizeof(float)) {
-  const std::size_t bytes = rows * row_bytes(width);
+RowBlock::RowBlock(std::size_t rows, std::size_t stride, const char* what) : stride_(stride) {
+  const std::size_t bytes = rows * stride;
   const std::size_t alignment = bytes < kHugePage ? 64 : kHugePage;
-  nbytes_ = (bytes + alignment - 1) / alignment * alignment;
-  data_.reset(static_cast<float*>(std::aligned_alloc(alignment, nbytes_)));
+  nbytes_ = Layout::align(bytes, alignment);
+  data_.reset(static_cast<std::byte*>(std::aligned_alloc(alignment, nbytes_)));
   if (!data_) {
     throw OutOfMemory("cannot reserve " + to_string(nbytes_) + " bytes for " + what + ": " + to_string(rows) +
-                      " rows of " + to_string(row_bytes(width)) + " bytes; lower capacity");
+                      " rows of " + to_string(stride) + " bytes; lower capacity");
   }
 #if defined(__linux__)
   // Advice: a refusal costs only speed.
@@ -32,31 +30,11 @@ RowBlock::RowBlock(std::size_t rows, std::size_t width, const char* what)
 #endif
 }
 
-SideStore::SideStore(std::size_t width)
-    : width_(width), slots_per_block_(std::max<std::size_t>(1, kHugePage / RowBlock::row_bytes(width))) {}
+SideStore::SideStore(std::size_t bytes)
+    : stride_(Layout::align(bytes, 64)), slots_per_block_(std::max<std::size_t>(1, kHugePage / stride_)) {}
 
 void SideStore::reserve(std::size_t wanted) {
-  while (slots() < wanted) {
-    const std::size_t first = slots();
-    free_.reserve(first + slots_per_block_);
-    blocks_.emplace_back(slots_per_block_, width_, "successors kept aside");
-    for (std::size_t slot = slots(); slot-- > first;) free_.push_back(static_cast<std::uint32_t>(slot));
-  }
-}
-
-std::uint32_t SideStore::put(const float* values) noexcept {
-  const std::uint32_t slot = free_.back();
-  free_.pop_back();
-  std::memcpy(blocks_[slot / slots_per_block_].row(slot % slots_per_block_), values, width_ * sizeof(float));
-  return slot;
-}
-
-const float* SideStore::at(std::uint32_t slot) const noexcept {
-  return blocks_[slot / slots_per_block_].row(slot % slots_per_block_);
-}
-
-std::size_t SideStore::nbytes() const noexcept {
-  return slots() * sizeof(std::uint32_t) + (blocks_.empty() ? 0 : blocks_.size() * blocks_[0].nbytes());
+  while (slots() < wanted) blocks_.emplace_back(slots_per_block_, stride_, "successors kept aside");
 }
 
 }  // namespace brc

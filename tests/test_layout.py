@@ -49,16 +49,21 @@ def modules() -> list[Path]:
     return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 
+def package_of(path: Path) -> str:
+    """The module that a file is, or the folder that it is a part of."""
+    return path.stem if path.parent == PACKAGE else path.parent.name
+
+
 def test_imports_go_downwards_only() -> None:
     layer = {name: index for index, names in enumerate(LAYERS) for name in names}
     for path in modules():
-        name = "envs" if path.parent.name == "envs" else path.stem
+        name = package_of(path)
         for other in imported(path) - {name}:
             assert layer[other] < layer[name], f"{path.name} imports {other}, which is not below it"
 
 
 def test_only_replay_imports_the_compiled_store_and_config_imports_nothing_but_errors() -> None:
-    users = {path.stem for path in modules() if "_core" in imported(path)}
+    users = {package_of(path) for path in modules() if "_core" in imported(path)}
     assert users == {"replay"}
     assert imported(PACKAGE / "config.py") == {"errors"}
     assert not imported(PACKAGE / "agent.py") & {"envs", "replay"}

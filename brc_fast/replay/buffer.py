@@ -1,0 +1,307 @@
+"""Where transitions wait to be sampled: the typed face of the store in csrc/replay_store.hpp."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brc_fast import _core
+from brc_fast.batch import Batch
+
+from . import files
+from .arena import Arena
+from .fields import Array, Field, Spec, checked
+from .prefetch import Prefetcher
+from .request import Requests, require_sizes
+
+
+class ReplayBuffer:
+    """Keeps the newest transitions of N environment slots and samples them.
+
+    A slot is called a stream here: its transitions are stored in the order in which they come, and each
+    stream belongs to one task. Every observation is kept once: the successor of a transition is the stream's
+    next observation. Where an episode ends, or the next observation differs from the successor, the successor
+    is kept aside, so that a sampled pair is always one that was added.
+
+        >>> buffer = ReplayBuffer(1_000_000, 67, 24, task_ids=[0] * 64)
+        >>> buffer.add(observations, actions, step.rewards, step.terminated, step.truncated, step.successors)
+        >>> batch = buffer.sample(1024, num_batches=2)  # a Batch of CPU tensors, observations [2, 1024, 67]
+
+    Frames of a camera, stacked by four when they are sampled, and discrete actions:
+
+        >>> buffer = ReplayBuffer(1_000_000, Field((84, 84), "uint8", stack=4), Field((), "int64"))
+
+    Args:
+        capacity: transitions kept per task, not in total: one number for all tasks, or one for each of the T
+            tasks. A task with n streams keeps the newest ceil(capacity / n) of each, so up to n - 1 more than
+            asked for: see `capacity_per_task`.
+        observation_size, action_size: O and A, floats per observation and per action; or a shape, or a
+            `Field` with shape and dtype.
+        task_ids: the task of every stream, N integers that name each of 0..T-1. Tasks may differ in streams.
+        extras: further fields of every transition, by name, each like `action_size`.
+        non_finite: "error" refuses NaN and infinity; "allow" stores them.
+        seed: 0..2**64-1. Equal seeds and equal calls give equal samples.
+
+    Memory is reserved here (`nbytes`) and taken up as the buffer fills. All methods may be called from
+    several threads; samples and saves run side by side.
+
+    Raises:
+        ValueError: a size below 1, a seed out of range, a task without streams, more than 2**29 rows.
+        MemoryError: the system cannot reserve the memory; the message holds the sizes.
+    """
+
+    def __init__(
+        self,
+        capacity: int | Sequence[int],
+        observation_size: int | Sequence[int] | Field,
+        action_size: int | Sequence[int] | Field,
+        *,
+        task_ids: Sequence[int] | Array = (0,),
+        extras: Mapping[str, int | Sequence[int] | Field] | None = None,
+        non_finite: str = "error",
+        seed: int = 0,
+    ) -> None:
+        self.spec = Spec.of(capacity, observation_size, action_size, extras, task_ids)
+        require_seed(seed)
+        if non_finite not in ("error", "allow"):
+            raise ValueError(f'non_finite must be "error" or "allow", got {non_finite!r}')
+        observation, action = self.spec.observation, self.spec.action
+        self._store = _core.ReplayStore(
+            self.spec.layout(),
+            list(self.spec.capacities),
+            self.spec.task_ids.tolist(),
+            seed,
+            non_finite == "allow",
+            _exact(observation),
+            _exact(action),
+        )
+        self._streams = np.arange(self.num_streams, dtype=np.int64)
+        self._arena = Arena(self.spec, pinned=torch.cuda.is_available())
+        self._requests = Requests(self.spec)
+        self._saved: str | None = None  # the generation on disk that this buffer goes on from
+
+    def __len__(self) -> int:
+        """Transitions stored, over all tasks."""
+        return self._store.size
+
+    @property
+    def capacity_per_task(self) -> NDArray[np.int64]:
+        """Transitions that fit, [T]: n * ceil(capacity / n) for a task with n streams."""
+        return self._per_task(self._store.capacities())
+
+    @property
+    def size_per_task(self) -> NDArray[np.int64]:
+        """Transitions stored, [T]."""
+        return self._per_task(self._store.sizes())
+
+    @property
+    def num_streams(self) -> int:
+        """N."""
+        return self.spec.task_ids.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved. It grows by about 2 MB at a time with the successors that are kept aside."""
+        return self._store.nbytes
+
+    @property
+    def draws(self) -> int:
+        """Batches sampled so far; `sample(batch_size, U)` counts U. It and the seed decide the next draw."""
+        return self._store.draws
+
+    def add(
+        self,
+        observations: Tensor | Array,
+        actions: Tensor | Array,
+        rewards: Tensor | Array,
+        terminated: Tensor | Array,
+        truncated: Tensor | Array,
+        successors: Tensor | Array,
+        streams: Tensor | Array | None = None,
+        extras: Mapping[str, Tensor | Array] | None = None,
+    ) -> None:
+        """Appends one transition to every stream, or to those that `streams` names.
+
+        ============ ======== ======= ================================================================
+        argument     shape    dtype   meaning
+        ============ ======== ======= ================================================================
+        observations [M, O]   float32 what the policy saw; of stacked frames the newest
+        actions      [M, A]   float32 what it did
+        rewards      [M]      float32 raw
+        terminated   [M]      bool    the task ended: no return comes after
+        truncated    [M]      bool    the episode was cut, for example by a time limit
+        successors   [M, O]   float32 where the action led; after an end not the first of the next episode
+        streams      [M]      int64   distinct streams, each below N; all N in order where it is None
+        extras       [M, ...] any     a value for each of the buffer's `extras`, by name
+        ============ ======== ======= ================================================================
+
+        Shapes and dtypes of observations and actions are those that the buffer was made with. Arguments are
+        CPU tensors or numpy arrays and are copied. When one is refused, nothing is stored.
+
+        Raises:
+            TypeError: another type, dtype or device; nothing is cast.
+            ValueError: another shape, a value that is not finite, a stream that is unknown or named twice.
+        """
+        # Numpy arrays that are exactly right are checked in the compiled store: the checks below would cost
+        # more than the rest.
+        if extras is None and self._store.try_add(
+            streams, observations, actions, rewards, terminated, truncated, successors
+        ):
+            return
+        ids = self._streams if streams is None else checked("streams", streams, "[M]", (-1,), "int64")
+        m, observation = len(ids), self.spec.observation
+        given = {"actions": actions, **(extras or {})}
+        if given.keys() != self.spec.fields.keys():
+            wanted = sorted(self.spec.extras)
+            raise ValueError(f"extras must hold {wanted}, got {sorted(extras or {})}")
+        self._store.add(
+            ids,
+            checked("observations", observations, "[M, O]", (m, *observation.shape), observation.dtype),
+            [
+                checked(
+                    name,
+                    given[name],
+                    "[M, A]" if name == "actions" else "[M, ...]",
+                    (m, *field.shape),
+                    field.dtype,
+                )
+                for name, field in self.spec.fields.items()
+            ],
+            checked("rewards", rewards, "[M]", (m,), "float32"),
+            checked("terminated", terminated, "[M]", (m,), "bool"),
+            checked("truncated", truncated, "[M]", (m,), "bool"),
+            checked("successors", successors, "[M, O]", (m, *observation.shape), observation.dtype),
+        )
+
+    def sample(
+        self,
+        batch_size: int,
+        num_batches: int = 1,
+        n_step: int = 1,
+        discount: float | None = None,
+        tasks: Sequence[int] | None = None,
+        weights: Sequence[float] | str | None = None,
+        copy: bool = False,
+    ) -> Batch:
+        """`num_batches` batches of CPU tensors [U, B, ...], with raw rewards.
+
+        Each transition is drawn from all that are stored with equal chance, also one that was drawn before.
+        `sample(B, U)` gives the batches of U calls of `sample(B)`. The stored transitions never change.
+
+        Args:
+            batch_size, num_batches: B and U.
+            n_step: sums the rewards of up to n steps. It stops at the end of an episode, at a jump and at the
+                newest transition; see `Batch` for what the fields hold then.
+            discount: of the steps, in [0, 1]; needed with n_step > 1.
+            tasks: draws from these tasks only.
+            weights: shares of the tasks in each batch, in the order of `tasks` (or of all), or "equal". Each
+                share is kept to within one transition, and the transitions of a task follow each other.
+                Without it, a task's share is that of its stored transitions.
+            copy: fresh memory. Otherwise the memory of a batch, pinned where CUDA is there, is used again
+                after every tensor on it is gone.
+
+        Raises:
+            ValueError: an argument out of range, a batch larger than what is stored, or a task with a weight
+                and nothing stored.
+        """
+        require_sizes(batch_size, num_batches)
+        request = self._requests(n_step, discount, tasks, weights)
+        self._require_stored(batch_size)
+        lease = self._arena.lease(num_batches, batch_size, fresh=copy)
+        self._store.sample(request, num_batches, batch_size, lease.arrays)
+        return lease.batch
+
+    def prefetch(
+        self,
+        batch_size: int,
+        num_batches: int = 1,
+        n_step: int = 1,
+        discount: float | None = None,
+        tasks: Sequence[int] | None = None,
+        weights: Sequence[float] | str | None = None,
+        *,
+        depth: int = 2,
+        device: str | torch.device = "cpu",
+    ) -> Prefetcher:
+        """The batches that repeated calls of `sample` would return, gathered by a thread in advance.
+
+            >>> with buffer.prefetch(1024, num_batches=2, device="cuda") as batches:
+            ...     for _ in range(steps):
+            ...         buffer.add(...)
+            ...         agent.update(next(batches))
+
+        Equal to `sample` bit for bit, whatever is added, sampled, saved or loaded in between: what has
+        changed since a batch was gathered is gathered again. On a GPU the copy to the device is under way
+        before the batch is asked for.
+
+        Args:
+            batch_size ... weights: as for `sample`.
+            depth: batches gathered ahead, at least 1.
+            device: where the batches are wanted.
+        """
+        require_sizes(batch_size, num_batches)
+        request = self._requests(n_step, discount, tasks, weights)
+        return Prefetcher(self._store, self._arena, request, (num_batches, batch_size), depth, device)
+
+    def save(self, folder: str | os.PathLike[str], *, previous: str | os.PathLike[str] | None = None) -> None:
+        """Writes the content, the seed and the draw counter to files in `folder`.
+
+        Where the folder holds this buffer's last save, only what changed since is written. A save that fails
+        or is killed leaves the one before, and a finished one keeps it too, as the previous generation.
+
+        Args:
+            folder: made if it is missing. It must hold nothing but replay files.
+            previous: a folder with this buffer's last save, if that is another one: its files are linked (or
+                copied) instead of written again.
+
+        Raises:
+            OSError: the files cannot be written.
+            ValueError: the folder holds something else.
+        """
+        self._saved = files.save(self._store, self.spec, Path(folder), self._saved, previous)
+
+    def load(self, folder: str | os.PathLike[str], *, previous: bool = False) -> None:
+        """Replaces the content, the seed and the draw counter by those of a saved buffer.
+
+        Later samples and adds are then bit for bit those of the buffer that was saved. The capacity may
+        differ: a smaller one keeps the newest transitions of each stream, a larger one all. What is damaged
+        or does not fit is refused before anything changes. Takes a few megabytes besides the buffer itself.
+
+        Args:
+            folder: what `save` was given.
+            previous: load the generation before the last.
+
+        Raises:
+            ValueError: no save, another format, other fields or task_ids, or damaged files, with their name.
+            OSError: the files cannot be read.
+        """
+        self._saved = files.load(self._store, self.spec, Path(folder), previous)
+
+    def _require_stored(self, batch_size: int) -> None:
+        if batch_size > len(self):
+            raise ValueError(
+                f"batch_size {batch_size} exceeds the {len(self)} transitions stored; "
+                "collect more or lower batch_size"
+            )
+
+    def _per_task(self, per_stream: NDArray[np.int64]) -> NDArray[np.int64]:
+        total = np.zeros(len(self.spec.capacities), np.int64)
+        np.add.at(total, self.spec.task_ids, per_stream)
+        return total
+
+
+def require_seed(seed: int) -> None:
+    """ValueError for a seed that the random numbers do not have."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must lie in 0..2**64-1, got {seed}")
+
+
+def _exact(field: Field) -> tuple[int, list[int]]:
+    """Numpy's type number and the shape of what needs no look from Python."""
+    return (-1 if field.dtype == "bfloat16" else field.numpy_dtype.num, list(field.shape))

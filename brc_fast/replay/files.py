@@ -1,0 +1,231 @@
+"""A replay buffer in files: JSON and raw rows, never pickle.
+
+    FOLDER/manifest.json            what there is: fields, counters, segments with their checksums
+    FOLDER/manifest.previous.json   the generation before
+    FOLDER/segment-ID.bin           rows; written once, never changed
+
+A save writes one segment with the rows that are new since the last save (with all rows, if there is none),
+then a manifest under another name, and renames it: whoever is killed on the way leaves the generation before.
+A segment that neither manifest names is deleted. When the segments hold more than twice the rows that are
+still stored, the next save starts anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import uuid
+import zlib
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from brc_fast import _core
+
+from .fields import Spec
+
+FORMAT = 1
+MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
+MOST_SEGMENTS = 64
+Manifest = dict[str, Any]
+
+
+def save(
+    store: _core.ReplayStore,
+    spec: Spec,
+    folder: Path,
+    saved: str | None,
+    previous: str | os.PathLike[str] | None,
+) -> str:
+    """Write a generation and return its id; `saved` is the id of the one that the store goes on from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    foreign = sorted(entry.name for entry in folder.iterdir() if not _own(entry.name))
+    if foreign:
+        raise ValueError(f"{folder} must hold replay files only, found {foreign[0]}; name another folder")
+    made: list[Path] = []
+    try:
+        base = _base(folder, saved, previous, made)
+        identity = uuid.uuid4().hex
+        segment = folder / f"segment-{identity}.bin"
+        made.append(segment)
+        snapshot = _write_segment(store, segment, _start(base, len(spec.task_ids)))
+        content = snapshot["content"]
+        table = {"file": segment.name, **snapshot["table"]}
+        segments = [old for old in (base["segments"] if base else []) if _useful(old, content)]
+        manifest = {
+            "format": FORMAT,
+            "id": identity,
+            "byte_order": sys.byteorder,
+            "fields": spec.describe(),
+            "seed": store.seed,
+            "content": content,
+            "segments": [*segments, table],
+        }
+        _commit(folder, manifest)
+    except OSError as error:
+        for path in made:
+            path.unlink(missing_ok=True)
+        kept = "the save before it is intact" if (folder / MANIFEST).exists() else "there is no earlier save"
+        raise OSError(
+            error.errno, f"the replay could not be saved: {error.strerror or error}; {kept}", str(folder)
+        ) from error
+    _sweep(folder)
+    return identity
+
+
+def load(store: _core.ReplayStore, spec: Spec, folder: Path, previous: bool) -> str:
+    """Read a generation into the store and return its id."""
+    file = folder / (PREVIOUS if previous else MANIFEST)
+    if not file.exists():
+        raise ValueError(f"{folder} holds no saved replay: {file.name} is missing")
+    try:
+        manifest = _read(file)
+        _require_spec(manifest["fields"], spec, folder)
+        with ExitStack() as stack:
+            segments = []
+            for segment in manifest["segments"]:
+                path = folder / segment["file"]
+                if not path.exists():
+                    raise ValueError(f"{path} is missing")
+                opened = stack.enter_context(path.open("rb"))
+                segments.append((opened.fileno(), str(path), segment))
+            store.load(manifest["content"], segments, manifest["seed"])
+    except ValueError as error:
+        if not previous and (folder / PREVIOUS).exists():
+            remedy = "the generation before is there: load it with previous=True"
+            raise ValueError(f"{error}; {remedy}") from error
+        raise
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{file} does not hold what it must: {error}") from error
+    return str(manifest["id"])
+
+
+def _own(name: str) -> bool:
+    return name in (MANIFEST, PREVIOUS) or name.endswith(".partial") or name.startswith("segment-")
+
+
+def _base(
+    folder: Path, saved: str | None, previous: str | os.PathLike[str] | None, made: list[Path]
+) -> Manifest | None:
+    """The generation that the store goes on from, its segments in `folder`; None if it is not to be had."""
+    for source in (folder, None if previous is None else Path(previous)):
+        if saved is None or source is None or not (source / MANIFEST).exists():
+            continue
+        try:
+            manifest = _read(source / MANIFEST)
+        except ValueError:
+            continue
+        stored, kept = (sum(map(sum, rows)) for rows in _rows(manifest))
+        if manifest["id"] != saved or stored > 2 * kept or len(manifest["segments"]) >= MOST_SEGMENTS:
+            continue
+        for segment in manifest["segments"] if source != folder else []:
+            target = folder / segment["file"]
+            target.unlink(missing_ok=True)
+            made.append(target)
+            try:
+                os.link(source / segment["file"], target)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(source / segment["file"], target)
+        return manifest
+    return None
+
+
+def _rows(manifest: Manifest) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows in the segments, and rows that are kept."""
+    return [segment["rows"] for segment in manifest["segments"]], [manifest["content"]["kept"]]
+
+
+def _start(base: Manifest | None, streams: int) -> list[int]:
+    """Sequence number of the first row to write of each stream.
+
+    The newest row of the base is written again: where its successor lies was not settled then.
+    """
+    return [0] * streams if base is None else [max(0, count - 1) for count in base["content"]["count"]]
+
+
+def _write_segment(store: _core.ReplayStore, path: Path, start: list[int]) -> dict[str, Any]:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        snapshot = store.write_segment(handle, start)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return snapshot
+
+
+def _useful(segment: dict[str, Any], content: dict[str, Any]) -> bool:
+    """Whether any of its rows is still kept."""
+    each = zip(segment["first"], segment["rows"], content["count"], content["kept"], strict=True)
+    return any(rows > 0 and first + rows > count - kept for first, rows, count, kept in each)
+
+
+def _commit(folder: Path, manifest: Manifest) -> None:
+    """Make it the folder's generation in one step, and the one before the previous."""
+    text = json.dumps(manifest)
+    partial = folder / (MANIFEST + ".partial")
+    with partial.open("w") as file:
+        json.dump({"checksum": zlib.crc32(text.encode()), "manifest": manifest}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if _readable(folder / MANIFEST):
+        older = folder / (PREVIOUS + ".partial")
+        shutil.copyfile(folder / MANIFEST, older)
+        os.replace(older, folder / PREVIOUS)
+    os.replace(partial, folder / MANIFEST)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what no generation names."""
+    named = {MANIFEST, PREVIOUS}
+    for name in (MANIFEST, PREVIOUS):
+        if _readable(folder / name):
+            named |= {segment["file"] for segment in _read(folder / name)["segments"]}
+    for entry in folder.iterdir():
+        if entry.name not in named and _own(entry.name):
+            entry.unlink(missing_ok=True)
+
+
+def _readable(file: Path) -> bool:
+    try:
+        _read(file)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _read(file: Path) -> Manifest:
+    """A manifest, checked; ValueError names the file and what is wrong."""
+    try:
+        outer = json.loads(file.read_text())
+        manifest: Manifest = outer["manifest"]
+        whole = zlib.crc32(json.dumps(manifest).encode()) == outer["checksum"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not whole:
+        raise ValueError(f"{file} is damaged: its checksum differs")
+    if manifest["format"] != FORMAT:
+        remedy = "upgrade brc-fast" if manifest["format"] > FORMAT else "use the version that wrote it"
+        raise ValueError(
+            f"{file} has replay format {manifest['format']}, this version of brc-fast reads format {FORMAT}: "
+            + remedy
+        )
+    if manifest["byte_order"] != sys.byteorder:
+        order = manifest["byte_order"]
+        raise ValueError(
+            f"{file} was written in {order}-endian order, this machine is {sys.byteorder}-endian"
+        )
+    return manifest
+
+
+def _require_spec(saved: dict[str, Any], spec: Spec, folder: Path) -> None:
+    """ValueError with both values where a field or the streams differ."""
+    for name, own in spec.describe().items():
+        if saved[name] != own:
+            raise ValueError(f"{name} of the replay in {folder} must be {own}, got {saved[name]}")

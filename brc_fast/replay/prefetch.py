@@ -1,0 +1,188 @@
+"""Batches gathered before they are asked for."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from brc_fast import _core
+from brc_fast.batch import Batch
+
+from .arena import Arena, Lease
+
+
+@dataclass
+class _Gathered:
+    """A batch, the draw it belongs to, what it holds, and its copy on the device."""
+
+    lease: Lease
+    draw: int
+    ahead: _core.Ahead = field(default_factory=_core.Ahead)
+    copied: tuple[Tensor, torch.cuda.Event] | None = None
+
+
+def _over(event: torch.cuda.Event) -> bool:
+    return bool(event.query())  # type: ignore[no-untyped-call]
+
+
+class _Worker:
+    """The thread and what it shares with a Prefetcher: batches gathered, and the draw that comes next."""
+
+    def __init__(
+        self,
+        store: _core.ReplayStore,
+        arena: Arena,
+        request: _core.Request,
+        size: tuple[int, int],
+        depth: int,
+        device: torch.device,
+    ) -> None:
+        self.store, self.arena, self.request, self.size, self.depth = store, arena, request, size, depth
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.device = device
+        self.ready: deque[_Gathered] = deque()
+        self.draw = store.draws  # the next batch to gather
+        self.gathering: int | None = None
+        self.too_small = False  # the store, until a batch is asked for again
+        self.error: BaseException | None = None
+        self.closed = False
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self.run, name="brc-fast prefetch", daemon=True)
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+    def take(self) -> _Gathered | None:
+        """The batch that is due, waiting for it if it is under way; None if it was not begun."""
+        with self.changed:
+            if self.closed:
+                raise RuntimeError("this prefetcher is closed")
+            due, step = self.store.draws, self.size[0]
+            while self.ready and self.ready[0].draw != due:
+                self.ready.popleft()
+            while self.gathering == due and self.error is None:
+                self.changed.wait()
+            if self.error is not None:
+                raise RuntimeError("the prefetching thread failed") from self.error
+            gathered = self.ready.popleft() if self.ready else None
+            if gathered is None or self.draw < due:  # nobody gathered it, or somebody sampled or loaded
+                self.draw = due + step
+            self.too_small = False
+            self.changed.notify_all()
+            return gathered
+
+    def run(self) -> None:
+        try:
+            while True:
+                with self.changed:
+                    while not self.closed and (self.too_small or len(self.ready) >= self.depth):
+                        self.changed.wait()
+                    if self.closed:
+                        return
+                    draw = self.gathering = self.draw
+                gathered = self.gather(draw)
+                with self.changed:
+                    if gathered is None:
+                        self.too_small = True
+                    elif self.draw == draw:
+                        self.ready.append(gathered)
+                        self.draw += self.size[0]
+                    self.gathering = None
+                    self.changed.notify_all()
+        except BaseException as error:
+            with self.changed:
+                self.error, self.gathering = error, None
+                self.changed.notify_all()
+
+    def gather(self, draw: int) -> _Gathered | None:
+        gathered = _Gathered(self.arena.lease(*self.size), draw)
+        arrays = gathered.lease.arrays
+        try:
+            self.store.gather_ahead(self.request, draw, *self.size, arrays, gathered.ahead)
+        except ValueError:  # too little is stored: `settle` says so, if a batch is asked for
+            return None
+        if self.stream is not None:
+            gathered.copied = self.copy(gathered.lease)
+        return gathered
+
+    def copy(self, lease: Lease) -> tuple[Tensor, torch.cuda.Event]:
+        assert self.stream is not None
+        with torch.cuda.stream(self.stream):
+            flat = torch.from_numpy(lease.flat).to(self.device, non_blocking=True)
+            return flat, self.stream.record_event()
+
+
+class Prefetcher(Iterator[Batch]):
+    """An endless iterator over batches, made by ReplayBuffer.prefetch.
+
+    `next` returns exactly what `sample` would. It waits only while the thread is still gathering that batch.
+    While the buffer holds less than a batch, `next` raises as `sample` does, and can be called again. For one
+    consumer. Its thread ends with `close`, at the end of a `with` statement, or with the object.
+    """
+
+    def __init__(
+        self,
+        store: _core.ReplayStore,
+        arena: Arena,
+        request: _core.Request,
+        size: tuple[int, int],
+        depth: int,
+        device: str | torch.device,
+    ) -> None:
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
+        self.device = torch.device(device)
+        self.regathered = 0  # transitions that had changed, or were not there yet, when they were asked for
+        self._in_flight: list[tuple[Lease, torch.cuda.Event]] = []  # host memory that a copy still reads
+        self._worker = _Worker(store, arena, request, size, depth, self.device)
+        self._close = weakref.finalize(self, self._worker.close)
+        self._worker.thread.start()
+
+    def __next__(self) -> Batch:
+        """The next batch [U, B, ...] on the device.
+
+        Raises:
+            ValueError: as `sample`.
+            RuntimeError: it was closed, or its thread failed.
+        """
+        worker = self._worker
+        gathered = worker.take() or _Gathered(worker.arena.lease(*worker.size), -1)
+        arrays = gathered.lease.arrays
+        changed = worker.store.settle(worker.request, *worker.size, arrays, gathered.ahead)
+        self.regathered += changed
+        if self.device.type == "cpu":
+            return gathered.lease.batch
+        if worker.stream is None:  # neither CPU nor CUDA
+            return gathered.lease.batch.to(self.device)
+        if gathered.copied is None or changed > 0:
+            gathered.copied = worker.copy(gathered.lease)
+        flat, event = gathered.copied
+        user = torch.cuda.current_stream(self.device)
+        user.wait_event(event)
+        flat.record_stream(user)
+        self._in_flight = [(lease, done) for lease, done in self._in_flight if not _over(done)]
+        self._in_flight.append((gathered.lease, event))
+        return worker.arena.on_device(flat, *worker.size)
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread and wait for it. Batches that were returned stay valid."""
+        self._close()
+        self._worker.thread.join()
+        self._worker.ready.clear()

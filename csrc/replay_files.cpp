@@ -1,0 +1,294 @@
+// Segments of a ReplayStore in files.
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <system_error>
+
+#include "checksum.hpp"
+#include "finite.hpp"
+#include "replay_store.hpp"
+
+namespace brc {
+namespace {
+
+constexpr std::size_t kBlockBytes = std::size_t{4} << 20;
+constexpr std::uint32_t kAside = 1;  // in a file, a link holds the two flags and whether there is a slot
+
+/// Writes blocks with their checksums; what is put is copied.
+class BlockWriter {
+ public:
+  BlockWriter(int file, SegmentTable& table) : file_(file), table_(table) { buffer_.reserve(kBlockBytes); }
+  void put(const std::byte* data, std::size_t bytes) {
+    while (bytes > 0) {
+      const std::size_t part = std::min(bytes, kBlockBytes - buffer_.size());
+      buffer_.insert(buffer_.end(), data, data + part);
+      data += part;
+      bytes -= part;
+      if (buffer_.size() == kBlockBytes) flush();
+    }
+  }
+  void flush() {
+    if (buffer_.empty()) return;
+    table_.checksums.push_back(crc32c(0, buffer_.data(), buffer_.size()));
+    table_.bytes += buffer_.size();
+    for (std::size_t done = 0; done < buffer_.size();) {
+      const ssize_t wrote = ::write(file_, buffer_.data() + done, buffer_.size() - done);
+      if (wrote < 0 && errno == EINTR) continue;
+      if (wrote < 0) throw std::system_error(errno, std::generic_category(), "cannot write replay rows");
+      done += static_cast<std::size_t>(wrote);
+    }
+    buffer_.clear();
+  }
+
+ private:
+  int file_;
+  SegmentTable& table_;
+  std::vector<std::byte> buffer_;
+};
+
+/// Reads blocks, each checked before a byte of it is given out.
+class BlockReader {
+ public:
+  explicit BlockReader(const SegmentFile& segment) : segment_(segment), buffer_(kBlockBytes) {}
+  void get(std::byte* to, std::size_t bytes) {
+    while (bytes > 0) {
+      if (at_ == end_) refill();
+      const std::size_t part = std::min(bytes, end_ - at_);
+      std::memcpy(to, buffer_.data() + at_, part);
+      at_ += part;
+      to += part;
+      bytes -= part;
+    }
+  }
+  [[nodiscard]] bool at_end() const noexcept { return at_ == end_ && left() == 0; }
+
+ private:
+  [[nodiscard]] std::uint64_t left() const noexcept { return segment_.table.bytes - given_; }
+  void refill() {
+    const std::size_t wanted = static_cast<std::size_t>(std::min<std::uint64_t>(kBlockBytes, left()));
+    std::size_t done = 0;
+    while (done < wanted) {
+      const auto offset = static_cast<off_t>(given_ + done);
+      const ssize_t got = ::pread(segment_.file, buffer_.data() + done, wanted - done, offset);
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0) throw std::system_error(errno, std::generic_category(), "cannot read " + segment_.name);
+      if (got == 0) break;
+      done += static_cast<std::size_t>(got);
+    }
+    if (wanted == 0 || done < wanted) {
+      refuse(segment_.name + " is truncated: it ends after " + to_string(given_ + done) + " of " +
+             to_string(segment_.table.bytes) + " bytes");
+    }
+    const std::size_t block = static_cast<std::size_t>(given_ / kBlockBytes);
+    if (block >= segment_.table.checksums.size() ||
+        crc32c(0, buffer_.data(), done) != segment_.table.checksums[block]) {
+      refuse(segment_.name + " is damaged: the checksum of block " + to_string(block) + " differs");
+    }
+    given_ += done;
+    at_ = 0;
+    end_ = done;
+  }
+
+  const SegmentFile& segment_;
+  std::vector<std::byte> buffer_;
+  std::size_t at_ = 0;
+  std::size_t end_ = 0;
+  std::uint64_t given_ = 0;  // bytes read from the file
+};
+
+template <class Vector>
+void require_streams(const Vector& values, const char* name, std::size_t streams) {
+  require_length(name, values.size(), streams, "values");
+}
+
+}  // namespace
+
+Snapshot ReplayStore::write_segment(int file, std::span<const std::uint64_t> from) const {
+  const std::shared_lock lock(mutex_);
+  require_streams(from, "from", num_streams());
+  Snapshot snapshot;
+  SegmentTable& table = snapshot.table;
+  BlockWriter writer(file, table);
+  const std::size_t frame = layout_.observation.bytes;
+  for (std::size_t s = 0; s < num_streams(); ++s) {
+    const Stream& stream = index_.streams()[s];
+    Content& content = snapshot.content;
+    content.count.push_back(stream.count);
+    content.size.push_back(stream.size);
+    content.kept.push_back(stream.kept);
+    content.phase.push_back(stream.phase);
+    content.capacity.push_back(stream.capacity);
+    const std::uint64_t first = std::clamp(from[s], stream.count - stream.kept, stream.count);
+    const auto rows = static_cast<std::uint32_t>(stream.count - first);
+    std::vector<std::uint32_t> aside;
+    for (std::uint32_t back = rows; back-- > 0;) {
+      const std::byte* row = rows_.row(stream.first_row + stream.position(back));
+      const std::uint32_t word = index_.link(stream.first_row + stream.position(back));
+      const std::uint32_t slot = word & kSlot;
+      const std::uint32_t flags = (word & ~kSlot) | (slot != 0 ? kAside : 0);
+      if (slot != 0) aside.push_back(slot - 1);
+      writer.put(row, layout_.link);
+      writer.put(reinterpret_cast<const std::byte*>(&flags), sizeof(flags));
+    }
+    for (const std::uint32_t slot : aside) writer.put(side_.at(slot), frame);
+    const bool head = stream.head_valid;
+    if (head) writer.put(rows_.row(index_.head_row(s)), frame);
+    table.first.push_back(first);
+    table.rows.push_back(rows);
+    table.side.push_back(static_cast<std::uint32_t>(aside.size()));
+    table.head.push_back(head);
+  }
+  writer.flush();
+  snapshot.content.draws = draws_;
+  return snapshot;
+}
+
+void ReplayStore::check_segment(const Content& content, const SegmentFile& segment) const {
+  const SegmentTable& table = segment.table;
+  require_streams(table.first, "first", num_streams());
+  require_streams(table.rows, "rows", num_streams());
+  require_streams(table.side, "side", num_streams());
+  require_streams(table.head, "head", num_streams());
+  BlockReader reader(segment);
+  std::vector<std::byte> row(layout_.used);
+  const auto contradicts = [&](std::size_t s, const std::string& what) {
+    refuse(segment.name + " contradicts itself: stream " + to_string(s) + " " + what);
+  };
+  const auto require_values = [&](std::size_t s, const char* name, const Field& field,
+                                  const std::byte* data) {
+    if (allow_not_finite_ || field.kind == Kind::integer) return;
+    if (first_not_finite({data, field.bytes}, field.kind) == field.bytes / field.item) return;
+    refuse(segment.name + " holds " + name + " of stream " + to_string(s) +
+           " that are not finite, and this store refuses them");
+  };
+  for (std::size_t s = 0; s < num_streams(); ++s) {
+    if (table.first[s] + table.rows[s] > content.count[s]) contradicts(s, "has rows after its last");
+    std::uint32_t aside = 0;
+    std::uint32_t flags = 0;
+    for (std::uint32_t i = 0; i < table.rows[s]; ++i) {
+      reader.get(row.data(), row.size());
+      std::memcpy(&flags, row.data() + layout_.link, sizeof(flags));
+      const bool ended = (flags & (kTerminated | kTruncated)) != 0;
+      if ((flags & ~(kTerminated | kTruncated | kAside)) != 0) contradicts(s, "has unknown flags");
+      if (ended && (flags & kAside) == 0) contradicts(s, "has an end without its successor");
+      if ((flags & kAside) == 0 && i + 1 == table.rows[s] && table.head[s] == 0) {
+        contradicts(s, "lacks its head");
+      }
+      aside += flags & kAside;
+      require_values(s, "observations", layout_.observation, row.data());
+      for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
+        require_values(s, layout_.fields[f].name.c_str(), layout_.fields[f], row.data() + layout_.offsets[f]);
+      }
+      require_values(s, "rewards", {"rewards", 4, 4, Kind::float32}, row.data() + layout_.reward);
+    }
+    if (aside != table.side[s]) contradicts(s, "has another number of successors than its rows say");
+    if (table.head[s] != 0 && table.rows[s] > 0 && (flags & kAside) != 0)
+      contradicts(s, "has a head too many");
+    if (table.head[s] != 0 && table.rows[s] == 0) contradicts(s, "has a head and no row");
+    for (std::uint32_t i = 0; i < aside + (table.head[s] != 0 ? 1u : 0u); ++i) {
+      reader.get(row.data(), layout_.observation.bytes);
+      require_values(s, "successors", layout_.observation, row.data());
+    }
+  }
+  if (!reader.at_end()) refuse(segment.name + " is longer than its streams");
+}
+
+void ReplayStore::load(const Content& content, std::span<const SegmentFile> segments, std::uint64_t seed) {
+  const std::unique_lock lock(mutex_);
+  require_streams(content.count, "count", num_streams());
+  require_streams(content.size, "size", num_streams());
+  require_streams(content.kept, "kept", num_streams());
+  require_streams(content.phase, "phase", num_streams());
+  require_streams(content.capacity, "capacity", num_streams());
+  std::vector<std::uint64_t> end(num_streams());  // sequence number after the rows read so far
+  std::vector<std::uint64_t> begin(num_streams());
+  for (const SegmentFile& segment : segments) {
+    check_segment(content, segment);
+    for (std::size_t s = 0; s < num_streams(); ++s) {
+      // Rows that a later segment does not continue are too old to be wanted.
+      const std::uint64_t first = segment.table.first[s];
+      if (first > end[s] || first < begin[s]) begin[s] = first;
+      end[s] = first + segment.table.rows[s];
+    }
+  }
+  for (std::size_t s = 0; s < num_streams(); ++s) {
+    const std::string which = "stream " + to_string(s) + " of the saved replay ";
+    if (content.size[s] > content.kept[s] || content.kept[s] > content.count[s]) {
+      refuse(which + "has more transitions than rows");
+    }
+    if (content.kept[s] > 0 &&
+        (end[s] != content.count[s] || content.count[s] - begin[s] < content.kept[s])) {
+      refuse(which + "lacks rows in its files");
+    }
+    const std::int64_t capacity = content.capacity[s];
+    if (capacity < 1 || content.size[s] > capacity || content.phase[s] >= capacity ||
+        (content.size[s] < capacity && content.phase[s] != content.size[s])) {
+      refuse(which + "has a size, phase and capacity that contradict each other");
+    }
+  }
+
+  ++life_;
+  index_.clear();
+  try {
+    for (const SegmentFile& segment : segments) apply_segment(content, segment);
+  } catch (...) {
+    index_.clear();
+    throw;
+  }
+  for (std::size_t s = 0; s < num_streams(); ++s) {
+    const Stream& stream = index_.streams()[s];
+    const std::uint32_t size = std::min({content.size[s], stream.capacity, stream.kept});
+    const bool same = stream.capacity == content.capacity[s];
+    index_.adopt(s, content.count[s], size, same ? content.phase[s] : size % stream.capacity);
+  }
+  index_.refresh();
+  index_.seed = seed;
+  draws_ = content.draws;
+}
+
+void ReplayStore::apply_segment(const Content& content, const SegmentFile& segment) {
+  const SegmentTable& table = segment.table;
+  BlockReader reader(segment);
+  std::vector<std::byte> buffer(layout_.used);
+  const std::size_t frame = layout_.observation.bytes;
+  for (std::size_t s = 0; s < num_streams(); ++s) {
+    const Stream& stream = index_.streams()[s];
+    const std::uint64_t wanted = content.count[s] - content.kept[s];  // the first sequence number to keep
+    const std::uint64_t first = table.first[s];
+    index_.rewind(s, first);
+    if (stream.count != first) {  // the rows kept end before the first one here: they are of no use
+      index_.rewind(s, 0);
+      index_.adopt(s, first, 0, 0);
+    }
+    reserve_slots(table.side[s]);
+    std::vector<std::int64_t> aside;  // slots of the successors to come; -1 for rows that are not kept
+    for (std::uint32_t i = 0; i < table.rows[s]; ++i) {
+      reader.get(buffer.data(), buffer.size());
+      std::uint32_t flags;
+      std::memcpy(&flags, buffer.data() + layout_.link, sizeof(flags));
+      if (first + i < wanted) {
+        if ((flags & kAside) != 0) aside.push_back(-1);
+        index_.adopt(s, first + i + 1, 0, 0);  // no row is kept yet
+        continue;
+      }
+      const bool jump = (flags & kAside) != 0 && (flags & (kTerminated | kTruncated)) == 0;
+      const Placement to =
+          index_.append(s, false, (flags & kTerminated) != 0, jump || (flags & kTruncated) != 0);
+      std::memcpy(rows_.row(to.row), buffer.data(), layout_.link);
+      if (jump) index_.unmark_truncated(to.row);
+      if (to.successor < 0) aside.push_back(-1 - to.successor);
+    }
+    for (const std::int64_t slot : aside) {
+      reader.get(buffer.data(), frame);
+      // A row may have been replaced by later ones meanwhile, and its slot with it: the last writer is right.
+      if (slot >= 0) std::memcpy(side_.at(static_cast<std::size_t>(slot)), buffer.data(), frame);
+    }
+    if (table.head[s] != 0) {
+      reader.get(buffer.data(), frame);
+      if (stream.head_valid) std::memcpy(rows_.row(index_.head_row(s)), buffer.data(), frame);
+    }
+  }
+}
+
+}  // namespace brc

@@ -1,0 +1,338 @@
+#include "replay_index.hpp"
+
+#include <cmath>
+#include <string>
+
+#include "philox.hpp"
+
+namespace brc {
+namespace {
+
+// Side slots: one per row, one more per stream and what an add reserves stay below kSlot.
+constexpr std::size_t kMaxRows = std::size_t{1} << 29;
+constexpr std::size_t kMaxStack = 1024;
+constexpr std::uint32_t kShareIndex = 0xFFFFFFFFu;  // of the word that places the shares; no element has it
+
+std::size_t require_size(const char* name, std::int64_t value, std::size_t largest) {
+  if (value < 1) refuse(std::string(name) + " must be at least 1, got " + to_string(value));
+  if (static_cast<std::size_t>(value) > largest) {
+    refuse(std::string(name) + " must be at most " + to_string(largest) + ", got " + to_string(value));
+  }
+  return static_cast<std::size_t>(value);
+}
+
+}  // namespace
+
+Request::Request(std::int64_t n_step, double discount, std::vector<std::int64_t> tasks_,
+                 std::vector<double> weights_)
+    : tasks(std::move(tasks_)), weights(std::move(weights_)) {
+  if (!(discount >= 0.0 && discount <= 1.0)) {
+    refuse("discount must lie in 0..1, got " + to_string(discount));
+  }
+  double power = 1.0;
+  for (std::size_t step = 0; step < require_size("n_step", n_step, kMaxStack); ++step, power *= discount) {
+    powers.push_back(static_cast<float>(power));
+  }
+  double sum = 0.0;
+  for (const double weight : weights) {
+    if (!std::isfinite(weight) || weight < 0.0) {
+      refuse("weights must be finite and not negative, got " + to_string(weight));
+    }
+    sum += weight;
+  }
+  if (!weights.empty() && !(sum > 0.0 && std::isfinite(sum))) {
+    refuse("weights must have a positive, finite sum, got " + to_string(sum));
+  }
+}
+
+ReplayIndex::ReplayIndex(std::span<const std::int64_t> capacities, std::span<const std::int64_t> task_ids,
+                         std::int64_t stack_, std::uint64_t seed_)
+    : seed(seed_) {
+  const std::size_t stack = require_size("stack", stack_, kMaxStack);
+  if (capacities.empty()) refuse("capacity must be given for at least one task");
+  for (const std::int64_t capacity : capacities) require_size("capacity", capacity, kMaxRows);
+  if (task_ids.empty()) refuse("task_ids must hold the task of at least one stream, got none");
+  const std::size_t tasks = capacities.size();
+  std::vector<std::size_t> counts(tasks);
+  for (const std::int64_t task : task_ids) {
+    if (task < 0 || static_cast<std::size_t>(task) >= tasks) {
+      refuse("task_ids must lie in 0.." + to_string(tasks - 1) + ", got " + to_string(task));
+    }
+    ++counts[static_cast<std::size_t>(task)];
+  }
+  for (std::size_t task = 0; task < tasks; ++task) {
+    if (counts[task] == 0) {
+      refuse("task_ids must name every task of 0.." + to_string(tasks - 1) + ", but none is " +
+             to_string(task));
+    }
+  }
+  std::size_t row = 0;
+  for (const std::int64_t task : task_ids) {
+    const std::size_t count = counts[static_cast<std::size_t>(task)];
+    const std::size_t capacity =
+        (static_cast<std::size_t>(capacities[static_cast<std::size_t>(task)]) + count - 1) / count;
+    const std::size_t ring = capacity + stack;
+    streams_.push_back({task, row, static_cast<std::uint32_t>(capacity), static_cast<std::uint32_t>(ring)});
+    row += ring;
+  }
+  if (row > kMaxRows) {
+    refuse("capacity for " + to_string(tasks) + " tasks in " + to_string(streams_.size()) +
+           " streams needs " + to_string(row) + " rows, and a store has at most " + to_string(kMaxRows));
+  }
+  sizes_.resize(tasks);
+  seen_.resize(streams_.size());
+  all_.groups.resize(1);
+  all_.shares = {1.0};
+}
+
+void ReplayIndex::bind(Links links) {
+  links_ = links;
+  free_.reserve(slots_);  // so that release() and refresh() allocate nothing
+  all_.groups[0].streams.reserve(streams_.size());
+  all_.groups[0].ends.reserve(streams_.size());
+}
+
+void ReplayIndex::require_streams(std::span<const std::int64_t> ids) {
+  if (++calls_ == 0) {
+    std::ranges::fill(seen_, 0u);
+    calls_ = 1;
+  }
+  for (const std::int64_t id : ids) {
+    if (id < 0 || static_cast<std::size_t>(id) >= streams_.size()) {
+      refuse("streams must lie in 0.." + to_string(streams_.size() - 1) + ", got " + to_string(id));
+    }
+    std::uint32_t& seen = seen_[static_cast<std::size_t>(id)];
+    if (seen == calls_) refuse("streams must differ, got " + to_string(id) + " twice");
+    seen = calls_;
+  }
+}
+
+void ReplayIndex::reserve_slots(std::size_t more) {
+  if (free_.size() >= more) return;
+  // Doubling, so that many small calls cost little; an unused slot costs four bytes here and no page there.
+  const std::size_t grown = std::max(slots_ + more - free_.size(), std::min(2 * slots_, kMaxRows));
+  free_.reserve(grown);
+  std::vector<std::uint32_t> more_slots;
+  for (std::size_t slot = grown; slot-- > slots_;) more_slots.push_back(static_cast<std::uint32_t>(slot));
+  free_.insert(free_.begin(), more_slots.begin(), more_slots.end());
+  slots_ = grown;
+}
+
+std::uint32_t ReplayIndex::take_slot() noexcept {
+  const std::uint32_t slot = free_.back();
+  free_.pop_back();
+  return slot;
+}
+
+void ReplayIndex::release(std::size_t row) noexcept {
+  const std::uint32_t slot = links_.get(row) & kSlot;
+  if (slot != 0) free_.push_back(slot - 1);
+}
+
+void ReplayIndex::resize(Stream& stream, std::uint32_t size) noexcept {
+  const std::uint32_t before = stream.reach();
+  std::size_t& of_task = sizes_[static_cast<std::size_t>(stream.task)];
+  of_task = of_task - stream.size + size;
+  size_ = size_ - stream.size + size;
+  stream.size = size;
+  stale_ = stale_ || stream.reach() != before;
+}
+
+Placement ReplayIndex::append(std::size_t s, bool departs, bool terminated, bool truncated) noexcept {
+  Stream& stream = streams_[s];
+  if (stream.kept + 1 == stream.ring) {  // the oldest row makes place for the next head
+    release(stream.first_row + stream.position(stream.kept - 1));
+    --stream.kept;
+    // With a ring of two rows, that was the newest row; where the head was its successor, nobody needs it.
+    if (stream.kept == 0) departs = false;
+  }
+  Placement place{stream.first_row + stream.next, -1, 0};
+  if (departs) {
+    const std::size_t newest = stream.first_row + stream.position(0);
+    const std::uint32_t slot = take_slot();
+    links_.set(newest, links_.get(newest) | (slot + 1));
+    place.moved = slot;
+  }
+  stream.next = stream.after(stream.next);
+  ++stream.kept;
+  ++stream.count;
+  if (stream.size < stream.capacity) resize(stream, stream.size + 1);
+  stream.phase = stream.phase + 1 == stream.capacity ? 0 : stream.phase + 1;
+  stream.head_valid = !terminated && !truncated;
+  std::uint32_t word = (terminated ? kTerminated : 0) | (truncated ? kTruncated : 0);
+  if (stream.head_valid) {
+    place.successor = static_cast<std::int64_t>(stream.first_row + stream.next);
+  } else {
+    const std::uint32_t slot = take_slot();
+    word |= slot + 1;
+    place.successor = -1 - static_cast<std::int64_t>(slot);
+  }
+  links_.set(place.row, word);
+  return place;
+}
+
+void ReplayIndex::rewind(std::size_t s, std::uint64_t count) noexcept {
+  Stream& stream = streams_[s];
+  while (stream.count > count && stream.kept > 0) {
+    stream.next = stream.position(0);
+    release(stream.first_row + stream.next);
+    --stream.kept;
+    --stream.count;
+    stream.phase = stream.phase == 0 ? stream.capacity - 1 : stream.phase - 1;
+    resize(stream, std::min(stream.size, stream.kept));
+    stream.head_valid = false;
+  }
+}
+
+void ReplayIndex::clear() noexcept {
+  for (std::size_t s = 0; s < streams_.size(); ++s) {
+    rewind(s, 0);
+    adopt(s, 0, 0, 0);
+    streams_[s].next = 0;
+  }
+  refresh();
+}
+
+void ReplayIndex::adopt(std::size_t s, std::uint64_t count, std::uint32_t size,
+                        std::uint32_t phase) noexcept {
+  streams_[s].count = count;
+  streams_[s].phase = phase;
+  resize(streams_[s], size);
+}
+
+void ReplayIndex::refresh() noexcept {
+  if (!stale_) return;
+  Group& group = all_.groups[0];
+  group.streams.clear();
+  group.ends.clear();
+  group.equal = 0;
+  for (std::size_t s = 0; s < streams_.size(); ++s) add_to(group, s);
+  stale_ = false;
+}
+
+void ReplayIndex::add_to(Group& group, std::size_t s) const noexcept {
+  const std::uint32_t reach = streams_[s].reach();
+  if (reach == 0) return;
+  group.equal = group.ends.empty() || group.equal == reach ? reach : 0;
+  group.ends.push_back((group.ends.empty() ? 0 : group.ends.back()) + reach);
+  group.streams.push_back(static_cast<std::uint32_t>(s));
+}
+
+void ReplayIndex::require_request(const Request& request, std::size_t batch_size) const {
+  const auto require_stored = [batch_size](std::size_t stored, const std::string& where) {
+    if (batch_size <= stored) return;
+    refuse("batch_size " + to_string(batch_size) + " exceeds the " + to_string(stored) +
+           " transitions stored" + where + "; collect more or lower batch_size");
+  };
+  if (batch_size < 1 || batch_size >= kShareIndex) {
+    refuse("batch_size must lie in 1.." + to_string(kShareIndex - 1) + ", got " + to_string(batch_size));
+  }
+  const auto& weights = request.weights;
+  const std::size_t listed = request.tasks.empty() ? tasks() : request.tasks.size();
+  if (!weights.empty() && weights.size() != listed) {
+    refuse("weights must hold one share for each of " + to_string(listed) + " tasks, got " +
+           to_string(weights.size()));
+  }
+  std::vector<bool> seen(tasks());
+  std::size_t stored = 0;
+  for (std::size_t t = 0; t < listed; ++t) {
+    const std::int64_t task = request.tasks.empty() ? static_cast<std::int64_t>(t) : request.tasks[t];
+    if (task < 0 || static_cast<std::size_t>(task) >= tasks()) {
+      refuse("tasks must lie in 0.." + to_string(tasks() - 1) + ", got " + to_string(task));
+    }
+    if (seen[static_cast<std::size_t>(task)]) refuse("tasks must differ, got " + to_string(task) + " twice");
+    seen[static_cast<std::size_t>(task)] = true;
+    stored += sizes_[static_cast<std::size_t>(task)];
+    if (!weights.empty() && weights[t] > 0.0 && sizes_[static_cast<std::size_t>(task)] == 0) {
+      refuse("task " + to_string(task) + " has weight " + to_string(weights[t]) +
+             " and no transition stored; collect some or give it weight 0");
+    }
+  }
+  require_stored(stored, request.tasks.empty() ? "" : " of the tasks named");
+}
+
+const Strata& ReplayIndex::strata(const Request& request, Strata& scratch) const {
+  if (request.tasks.empty() && request.weights.empty()) return all_;
+  const bool weighted = !request.weights.empty();
+  std::vector<std::size_t> group_of(tasks(), SIZE_MAX);
+  double sum = 0.0;
+  for (std::size_t t = 0; t < std::max(request.tasks.size(), request.weights.size()); ++t) {
+    if (weighted && request.weights[t] == 0.0) continue;
+    if (weighted || scratch.groups.empty()) {
+      scratch.groups.emplace_back();
+      scratch.shares.push_back(sum += weighted ? request.weights[t] : 1.0);
+    }
+    group_of[request.tasks.empty() ? t : static_cast<std::size_t>(request.tasks[t])] =
+        scratch.groups.size() - 1;
+  }
+  for (std::size_t s = 0; s < streams_.size(); ++s) {
+    const std::size_t group = group_of[static_cast<std::size_t>(streams_[s].task)];
+    if (group != SIZE_MAX) add_to(scratch.groups[group], s);
+  }
+  return scratch;
+}
+
+void ReplayIndex::pick(const Strata& strata, std::uint64_t draw, std::span<Pick> picks) const noexcept {
+  const double offset = draw_word(seed, draw, kShareIndex, 0) / 4294967296.0;
+  std::size_t i = 0;
+  for (std::size_t g = 0; g < strata.groups.size(); ++g) {
+    std::size_t end = picks.size();
+    if (g + 1 < strata.groups.size()) {
+      // Element i stands at (i + offset) / B of the shares.
+      const double share = strata.shares[g] / strata.shares.back();
+      const double first_after = std::ceil(share * static_cast<double>(picks.size()) - offset);
+      end = std::min(end, static_cast<std::size_t>(std::max(first_after, 0.0)));
+    }
+    const Group& group = strata.groups[g];
+    const BoundedDraw bounded(group.ends.back());
+    for (; i < end; ++i) picks[i] = pick_one(group, bounded, draw, static_cast<std::uint32_t>(i));
+  }
+}
+
+Pick ReplayIndex::pick_one(const Group& group, const BoundedDraw& bounded, std::uint64_t draw,
+                           std::uint32_t i) const noexcept {
+  for (std::uint32_t attempt = 0;; ++attempt) {
+    std::uint32_t k = 0;
+    if (!bounded(draw_word(seed, draw, i, attempt), k)) continue;
+    const std::size_t member =
+        group.equal != 0
+            ? k / group.equal
+            : static_cast<std::size_t>(std::ranges::upper_bound(group.ends, k) - group.ends.begin());
+    const Stream& stream = streams_[group.streams[member]];
+    const std::uint32_t back = stream.back_of(k - (member == 0 ? 0 : group.ends[member - 1]));
+    if (back < stream.size) return {group.streams[member], 0, stream.count - 1 - back};
+  }
+}
+
+Window ReplayIndex::window(const Pick& pick, std::size_t n_step) const noexcept {
+  const Stream& stream = streams_[pick.stream];
+  std::uint32_t back = stream.back(pick.sequence);
+  std::uint32_t pos = stream.position(back);
+  Window window{stream.first_row + pos, pos, 1, pos, 0, false};
+  std::uint32_t word = links_.get(window.row);
+  while (window.steps < n_step && (word & kSlot) == 0 && back > 0) {
+    --back;
+    ++window.steps;
+    window.last = stream.after(window.last);
+    word = links_.get(stream.first_row + window.last);
+  }
+  const std::uint32_t slot = word & kSlot;
+  window.successor = slot != 0 ? -static_cast<std::int64_t>(slot)
+                               : static_cast<std::int64_t>(stream.first_row + stream.after(window.last));
+  window.terminated = (word & kTerminated) != 0;
+  return window;
+}
+
+void ReplayIndex::frames(const Stream& stream, std::uint32_t position, std::uint32_t back,
+                         std::span<std::uint32_t> out) const noexcept {
+  for (std::size_t f = out.size(); f-- > 0;) {
+    out[f] = position;
+    if (f == 0 || back + 1 >= stream.kept) continue;  // the oldest row kept begins an episode
+    const std::uint32_t before = position == 0 ? stream.ring - 1 : position - 1;
+    if ((links_.get(stream.first_row + before) & kSlot) != 0) continue;
+    position = before;
+    ++back;
+  }
+}
+
+}  // namespace brc

@@ -1,0 +1,209 @@
+// Which transition lies where: the rings, their ends and the draws of a replay store, without its data.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <vector>
+
+#include "philox.hpp"
+#include "replay_layout.hpp"
+
+namespace brc {
+
+// A row's link: two flags, and the side slot of the successor plus one (zero: no slot).
+constexpr std::uint32_t kTerminated = 1u << 31;
+constexpr std::uint32_t kTruncated = 1u << 30;
+constexpr std::uint32_t kSlot = kTruncated - 1;
+
+/// The links of all rows, `stride` bytes apart in memory that somebody else owns.
+class Links {
+ public:
+  Links() = default;
+  Links(std::byte* first, std::size_t stride) noexcept : first_(first), stride_(stride) {}
+  [[nodiscard]] std::uint32_t get(std::size_t row) const noexcept {
+    std::uint32_t word;
+    std::memcpy(&word, first_ + row * stride_, sizeof(word));
+    return word;
+  }
+  void set(std::size_t row, std::uint32_t word) noexcept {
+    std::memcpy(first_ + row * stride_, &word, sizeof(word));
+  }
+
+ private:
+  std::byte* first_ = nullptr;
+  std::size_t stride_ = 0;
+};
+
+/// The ring of one environment slot.
+struct Stream {
+  std::int64_t task;
+  std::size_t first_row;    // of the ring; rings follow each other without a gap
+  std::uint32_t capacity;   // transitions that can be sampled
+  std::uint32_t ring;       // rows: capacity + stack, for the head and the frames before the oldest
+  std::uint32_t next = 0;   // ring position of the next row to write
+  std::uint32_t size = 0;   // transitions that can be sampled, the newest ones of those kept
+  std::uint32_t kept = 0;   // rows kept, < ring: size, and up to stack - 1 older ones for their frames
+  std::uint32_t phase = 0;  // cell of the next transition, < capacity; equals size until that is capacity
+  std::uint64_t count = 0;  // transitions ever added: the sequence number of the next one
+  bool head_valid = false;  // row next holds the successor of the newest row, whose link then names no slot
+
+  /// Ring position of the transition `back` before the newest.
+  [[nodiscard]] std::uint32_t position(std::uint32_t back) const noexcept {
+    return next > back ? next - 1 - back : next + ring - 1 - back;
+  }
+  [[nodiscard]] std::uint32_t after(std::uint32_t pos) const noexcept {
+    return pos + 1 == ring ? 0 : pos + 1;
+  }
+  /// Transition number c lies in cell c mod capacity, in which it stays until it is replaced.
+  [[nodiscard]] std::uint32_t back_of(std::uint32_t cell) const noexcept {
+    return phase > cell ? phase - 1 - cell : phase + capacity - 1 - cell;
+  }
+  /// Cells among which one is drawn: the size rounded up to a power of two, or the capacity.
+  [[nodiscard]] std::uint32_t reach() const noexcept {
+    return size == 0 ? 0 : std::min(std::bit_ceil(size), capacity);
+  }
+  [[nodiscard]] std::uint32_t back(std::uint64_t sequence) const noexcept {
+    return static_cast<std::uint32_t>(count - 1 - sequence);
+  }
+};
+
+/// What to sample. Several steps are summed to one transition, which stops at the end of an episode, at a
+/// jump and at the newest transition.
+struct Request {
+  /// `n_step` >= 1; powers of `discount` in [0, 1].
+  Request(std::int64_t n_step, double discount, std::vector<std::int64_t> tasks, std::vector<double> weights);
+  std::vector<float> powers;        // [n_step] discount^i
+  std::vector<std::int64_t> tasks;  // sampled from; empty: all
+  std::vector<double> weights;      // [tasks] shares of a batch; empty: every transition equally likely
+};
+
+/// A sampled transition: which one, and over how many steps. What it holds never changes.
+struct Pick {
+  std::uint32_t stream;
+  std::uint32_t steps;  // 0: not yet known
+  std::uint64_t sequence;
+};
+
+/// Streams among whose transitions one is drawn, all equally likely.
+struct Group {
+  std::vector<std::uint32_t> streams;
+  std::vector<std::uint32_t> ends;  // cells in reach of the streams up to and with each
+  std::uint32_t equal = 0;          // the reach of each, where it is the same
+};
+
+/// How the elements of a batch spread over groups: by `shares`, in order, each rounded by less than one.
+struct Strata {
+  std::vector<Group> groups;   // one per task with weights, else one
+  std::vector<double> shares;  // cumulative; the last is the sum
+};
+
+/// Where an appended transition goes. A place is a row, or -1 - slot in the side store.
+struct Placement {
+  std::size_t row;
+  std::int64_t moved;      // side slot for what the row's observation holds now, or -1
+  std::int64_t successor;  // place of the successor
+};
+
+/// Where the parts of a sampled transition are.
+struct Window {
+  std::size_t row;         // of the first step
+  std::uint32_t position;  // of the first step in the ring
+  std::uint32_t steps;
+  std::uint32_t last;      // ring position of the last step
+  std::int64_t successor;  // place of the last step's successor
+  bool terminated;         // at the last step
+};
+
+/// The index of N streams of T tasks.
+///
+/// It holds no lock and no data: its owner locks, and moves observations where it says. Links are read and
+/// written through `Links`, whose memory the owner provides (one link per row, all zero at first or not).
+///
+/// Draws: element i of batch number d is the first acceptable one of attempts 0, 1, ...; attempt a reads word
+/// 0 of the Philox block (d low, d high, i, a), takes from it an unbiased integer below the cells in reach of
+/// the streams and accepts it if that cell holds a transition. At least half of the cells do. Cells keep
+/// their place while streams grow, so that a batch drawn ahead stays right but for what was added meanwhile.
+class ReplayIndex {
+ public:
+  /// `capacities` [T] transitions per task; a task with n streams keeps ceil(capacity / n) of each.
+  /// `task_ids` [N]: the task of each stream, every task of 0..T-1 at least once. Throws
+  /// std::invalid_argument. O(N).
+  ReplayIndex(std::span<const std::int64_t> capacities, std::span<const std::int64_t> task_ids,
+              std::int64_t stack, std::uint64_t seed);
+
+  /// Must be called after construction and after a copy, before anything else.
+  void bind(Links links);
+  [[nodiscard]] const std::vector<Stream>& streams() const noexcept { return streams_; }
+  [[nodiscard]] std::size_t tasks() const noexcept { return sizes_.size(); }
+  [[nodiscard]] std::size_t rows() const noexcept { return streams_.back().first_row + streams_.back().ring; }
+  [[nodiscard]] std::size_t size() const noexcept { return size_; }
+  [[nodiscard]] std::uint32_t link(std::size_t row) const noexcept { return links_.get(row); }
+
+  /// Refuses streams that are unknown or named twice. O(M).
+  void require_streams(std::span<const std::int64_t> ids);
+  /// The row where the next transition of a stream goes; its observation is the last successor if
+  /// `streams()[s].head_valid`.
+  [[nodiscard]] std::size_t head_row(std::size_t s) const noexcept {
+    return streams_[s].first_row + streams_[s].next;
+  }
+  /// Makes `more` side slots free. Throws std::bad_alloc, with everything as it was.
+  void reserve_slots(std::size_t more);
+  /// Appends a transition; `departs`: its observation differs from a valid head, which must be moved away.
+  /// Precondition: as many slots are reserved as this needs (one for a departure, one for an end). O(1).
+  Placement append(std::size_t s, bool departs, bool terminated, bool truncated) noexcept;
+  /// Forgets that the transition at `row` was truncated: its caller jumped, and only the place is needed.
+  void unmark_truncated(std::size_t row) noexcept { links_.set(row, links_.get(row) & ~kTruncated); }
+  /// Takes the newest transitions of a stream off until `count` were ever added. Precondition: they are kept.
+  void rewind(std::size_t s, std::uint64_t count) noexcept;
+  /// Empties every stream.
+  void clear() noexcept;
+  /// Must follow appends, rewinds and adoptions before the next draw. O(1), or O(N) where a reach changed.
+  void refresh() noexcept;
+  /// Sets what a stream that was filled by `append` cannot know: numbers of another life. Precondition: size
+  /// <= kept, phase < capacity, and phase equals size below the capacity.
+  void adopt(std::size_t s, std::uint64_t count, std::uint32_t size, std::uint32_t phase) noexcept;
+
+  /// Refuses a request that this index cannot serve now. O(1), or O(N) with tasks.
+  void require_request(const Request& request, std::size_t batch_size) const;
+  /// The streams a request draws from. O(1) or O(N). Precondition: require_request passed.
+  [[nodiscard]] const Strata& strata(const Request& request, Strata& scratch) const;
+  /// Fills `picks` [B] with batch number `draw`; steps are left 0.
+  void pick(const Strata& strata, std::uint64_t draw, std::span<Pick> picks) const noexcept;
+  /// Where a picked transition is; `n_step` bounds its steps. O(n_step).
+  [[nodiscard]] Window window(const Pick& pick, std::size_t n_step) const noexcept;
+  /// Ring positions of the `frames` [F] up to and with `position`, oldest first; before the first frame of an
+  /// episode, that frame again. `back` is the transition's distance from the newest. O(F).
+  void frames(const Stream& stream, std::uint32_t position, std::uint32_t back,
+              std::span<std::uint32_t> out) const noexcept;
+
+  [[nodiscard]] std::size_t slots() const noexcept { return slots_; }
+  [[nodiscard]] std::size_t used_slots() const noexcept { return slots_ - free_.size(); }
+  [[nodiscard]] const std::vector<std::size_t>& sizes() const noexcept { return sizes_; }
+
+  std::uint64_t seed;  // the key of the random numbers
+
+ private:
+  [[nodiscard]] std::uint32_t take_slot() noexcept;
+  void release(std::size_t row) noexcept;
+  void resize(Stream& stream, std::uint32_t size) noexcept;
+  void add_to(Group& group, std::size_t s) const noexcept;
+  [[nodiscard]] Pick pick_one(const Group& group, const BoundedDraw& bounded, std::uint64_t draw,
+                              std::uint32_t i) const noexcept;
+
+  std::vector<Stream> streams_;     // N
+  std::vector<std::size_t> sizes_;  // [T] transitions of each task
+  std::size_t size_ = 0;            // their sum
+  Links links_;
+  std::vector<std::uint32_t> free_;  // side slots, each once, the last first to go; its capacity is slots_
+  std::size_t slots_ = 0;
+  Strata all_;                       // of the request without tasks and weights
+  bool stale_ = false;               // a reach changed since all_ was made
+  std::vector<std::uint32_t> seen_;  // [N] the call of require_streams that named a stream last
+  std::uint32_t calls_ = 0;
+};
+
+}  // namespace brc
