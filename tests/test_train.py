@@ -14,6 +14,7 @@ import pytest
 from brc_fast import checkpoint, cli
 from brc_fast.checkpoint import RunFolder
 from brc_fast.metrics import read_rows
+from brc_fast.replay import ReplayBuffer
 from brc_fast.train import Trainer
 
 TINY = [
@@ -52,7 +53,23 @@ def rows_without_time(run: Path) -> list[dict[str, Any]]:
 
 
 def arrays(run: Path) -> dict[str, dict[str, np.ndarray]]:
-    return RunFolder(run).load("agent", "environments", "replay", "progress")[1]
+    return {**RunFolder(run).load("agent", "environments", "progress")[1], "replay": replay(run)}
+
+
+def replay(run: Path) -> dict[str, np.ndarray]:
+    """What the newest checkpoint's replay holds: its counters, and many samples of its transitions."""
+    folder = RunFolder(run).newest() / "replay"
+    manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
+    fields, content = manifest["fields"], manifest["content"]
+    buffer = ReplayBuffer(
+        sum(content["capacity"]),
+        fields["observation"]["shape"],
+        fields["action"]["shape"],
+        task_ids=fields["task_ids"],
+    )
+    buffer.load(folder)
+    counters = {name: np.array(content[name]) for name in ("count", "size", "draws")}
+    return {**counters, **buffer.sample(len(buffer), 5).numpy()}
 
 
 def assert_same_run(one: Path, two: Path) -> None:
@@ -158,7 +175,7 @@ def test_a_dropped_transition_is_counted_and_never_stored(toy: dict, tmp_path: P
     assert train(tmp_path / "run") == 0
     last = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "train/updates" in row][-1]
     assert last["train/dropped/toy/One"] == 1
-    assert len(arrays(tmp_path / "run")["replay"]["rewards"]) == 600 - 1
+    assert arrays(tmp_path / "run")["replay"]["count"].sum() == 600 - 1
 
 
 @pytest.mark.parametrize("field", ["rewards", "successors"])
@@ -183,7 +200,7 @@ def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(
     save_file = checkpoint.save_file
 
     def failing(data: dict, file: Path) -> None:
-        if "partial-400" in str(file) and file.name == "replay.safetensors":
+        if "partial-400" in str(file) and file.name == "progress.safetensors":
             file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(data, file)
@@ -221,6 +238,10 @@ def damage(run: Path, how: str) -> None:
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     elif how == "missing":
         file.unlink()
+    elif how == "replay":
+        segment = min(folder.glob("replay/*.bin"))
+        data = segment.read_bytes()
+        segment.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     elif how == "newer":
         manifest.write_text(json.dumps(told | {"format": told["format"] + 1}))
     elif how == "manifest":
@@ -233,7 +254,7 @@ def damage(run: Path, how: str) -> None:
         ("truncated", "is truncated: "),
         ("flipped", "is damaged: its checksum differs"),
         ("missing", "is missing"),
-        ("newer", "has format 2, this version of brc-fast reads format 1: upgrade brc-fast"),
+        ("newer", "has format 3, this version of brc-fast reads format 2: upgrade brc-fast"),
         ("manifest", "manifest.json is damaged"),
     ],
 )
@@ -251,6 +272,26 @@ def test_a_damaged_checkpoint_is_refused_by_name(
         assert message in told
         assert len(told.splitlines()) == 1
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_replay_is_refused_by_name(
+    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run) == 0
+    damage(run, "replay")
+    assert cli.main(["train", "--resume", str(run), "--steps", "800"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "segment-" in told
+    assert "is damaged: the checksum of block 0 differs" in told
+    assert "000000000600 to go on from the checkpoint of step 400" in told
+
+
+def test_checkpoints_share_the_replay_rows_that_they_have_in_common(toy: dict, tmp_path: Path) -> None:
+    assert train(tmp_path / "run") == 0
+    folders = [tmp_path / "run" / "checkpoints" / f"{step:012d}" / "replay" for step in (400, 600)]
+    first, second = ({file.name: file.stat().st_ino for file in folder.glob("*.bin")} for folder in folders)
+    assert first.items() < second.items()
 
 
 def test_a_checkpoint_of_another_shape_is_refused(
