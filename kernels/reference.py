@@ -245,3 +245,57 @@ def adamw_(
 def ema_(target: Tensor, param: Tensor, tau: float) -> None:
     """Move a target network: `target = (1 - tau) * target + tau * param`, in place over [P]."""
     target.lerp_(param, tau)
+
+
+def gather_rows(
+    rows: Tensor,
+    index: Tensor,
+    *,
+    side: Tensor | None = None,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rows of a store, or of a second one beside it where the index is negative.
+
+        out[m] = rows[index[m]] where index[m] >= 0, else side[-1 - index[m]]
+
+    Args:
+        rows: [R, W], R >= 1. index: [M] int64. side: [S, W]. out: [M, W]. dtype: of the result.
+    Returns:
+        [M, W] of `dtype` (default: that of rows); `out` where given.
+    """
+    same = dtype is None or dtype == rows.dtype
+    beside = index < 0
+    inside = index if side is None else index.masked_fill(beside, 0)
+    gathered = torch.index_select(rows, 0, inside, out=out if same else None)
+    if side is not None:
+        gathered[beside] = side[-1 - index[beside]]
+    if out is None:
+        return gathered if same else gathered.to(dtype)
+    return out.copy_(gathered)
+
+
+def n_step_rewards(
+    rewards: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    *,
+    scale: Tensor | None = None,
+    task_ids: Tensor | None = None,
+) -> Tensor:
+    """Weighted sum of the n rewards of each transition, divided by the scale of its task where one is given.
+
+        out[m] = sum_i weights[i] * rewards[index[m, i]] / scale[task_ids[m]]
+
+    The sum starts at 0 and adds with i ascending; a negative index stands for a reward of 0.
+
+    Args:
+        rewards: [R], R >= 1. index: [M, n] int64. weights: [n]. scale: [T]. task_ids: [M] int64.
+    Returns:
+        [M].
+    Source: Sutton and Barto 2018, section 7.1.
+    """
+    total = rewards.new_zeros(index.shape[0])
+    for step, weight in zip(index.unbind(-1), weights, strict=True):
+        total = total + weight * torch.where(step >= 0, rewards[step.clamp_min(0)], 0.0)
+    return total if scale is None or task_ids is None else total / scale[task_ids]

@@ -1,0 +1,425 @@
+"""The gathers against plain indexing, and their kernels against the twins.
+
+The tests of the kernels are marked gpu. A plain run sends them through Triton's interpreter, in a process of
+its own, and compiles the kernels for a GPU that is not there.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from brc_fast.kernels import gather, reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+EVERY_DTYPE = pytest.mark.parametrize("dtype", gather.DTYPES, ids=str)
+# one element; fewer than a vector; no multiple of one; fills a program almost
+WIDTHS = pytest.mark.parametrize("width", [1, 3, 67, 1000])
+CASTS = [(a, b) for a in gather.FLOATS for b in gather.FLOATS if a != b]
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if os.environ.get("BRC_FAST_GPU_DRY") != "1":
+        pytest.skip("torch sees no CUDA device (BRC_FAST_GPU_DRY=1 runs this on the CPU)")
+    if INTERPRETED:
+        assert gather._takes_kernel(torch.zeros(1))
+        round_to_bfloat16(monkeypatch)
+    return "cpu"
+
+
+def round_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter cuts a float32 off where it becomes a bfloat16; a GPU rounds it to nearest even."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cut = InterpreterBuilder.cast_impl
+
+    def cast(self: Any, source: Any, to: Any) -> Any:
+        if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cut(self, source, to)
+        rounded = torch.tensor(source.data).to(torch.bfloat16).view(torch.int16)
+        return TensorHandle(rounded.numpy().view(np.uint16), to.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """Random; floats from 1e-8 to 1e8, so that a cast to float16 meets its subnormal numbers and infinity."""
+    rng = torch.Generator().manual_seed(seed)
+    if dtype.is_floating_point:
+        size = 10.0 ** (16.0 * torch.rand(shape, generator=rng) - 8.0)
+        return (size * torch.randn(shape, generator=rng).sign()).to(dtype)
+    if dtype == torch.bool:
+        return torch.randint(2, shape, generator=rng).bool()
+    limits = torch.iinfo(dtype)
+    return torch.randint(limits.min, limits.max, shape, generator=rng, dtype=torch.int64).to(dtype)
+
+
+def store(
+    width: int, dtype: torch.dtype, *, first: int = 0, wide: int = 0, wanted: int = 150
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and side as columns `first` onward of rows of width `wide`, and an index into both."""
+    wide = wide or first + width
+    rows, side = (values((n, wide), dtype, n)[:, first : first + width] for n in (40, 7))
+    rng = torch.Generator().manual_seed(2)
+    return rows, side, torch.randint(-7, 40, (wanted,), generator=rng)
+
+
+def one_by_one(rows: Tensor, side: Tensor, index: Tensor) -> Tensor:
+    return torch.stack([rows[i] if i >= 0 else side[-1 - i] for i in index.tolist()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    bits = BITS[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+
+
+def gather_into_poison(rows: Tensor, index: Tensor, dtype: torch.dtype, side: Tensor | None) -> Tensor:
+    """The gather into the middle of a buffer of 0xFF (NaN in a float), whose first and last row must stay."""
+    row_bytes = rows.shape[1] * dtype.itemsize
+    buffer = torch.full((len(index) + 2, row_bytes), 0xFF, dtype=torch.uint8, device=rows.device)
+    out = buffer.view(dtype)[1:-1]
+    assert gather.gather_rows(rows, index, side=side, out=out, dtype=dtype) is out
+    assert (buffer[[0, -1]] == 0xFF).all()
+    return out
+
+
+def check_gather(device: str, rows: Tensor, side: Tensor | None, index: Tensor, dtype: torch.dtype) -> None:
+    """The gather gives the bits of the twin on the CPU, with and without `out`."""
+    expected = reference.gather_rows(rows, index, side=side, dtype=dtype)
+    there = [None if t is None else strided_to(device, t) for t in (rows, side)]
+    place = index.to(device)
+    assert same_bits(gather_into_poison(there[0], place, dtype, there[1]).cpu(), expected)
+    assert same_bits(gather.gather_rows(there[0], place, side=there[1], dtype=dtype).cpu(), expected)
+
+
+def strided_to(device: str, x: Tensor) -> Tensor:
+    """A copy on the device with the strides and the offset of `x`; a plain copy would close the gaps."""
+    whole = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).to(device)
+    return whole.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+# the twins
+
+
+@EVERY_DTYPE
+@WIDTHS
+def test_gathered_rows_are_those_of_plain_indexing(dtype: torch.dtype, width: int) -> None:
+    rows, side, index = store(width, dtype, first=2, wide=width + 5)
+    expected = one_by_one(rows, side, index)
+    assert same_bits(reference.gather_rows(rows, index, side=side), expected)
+    assert same_bits(reference.gather_rows(rows, index.abs()), one_by_one(rows, side, index.abs()))
+    out = torch.zeros_like(expected)
+    assert reference.gather_rows(rows, index, side=side, out=out) is out
+    assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize(("dtype", "to"), CASTS, ids=str)
+def test_gathered_rows_are_cast_once(dtype: torch.dtype, to: torch.dtype) -> None:
+    rows, side, index = store(67, dtype)
+    expected = one_by_one(rows, side, index).to(to)
+    assert same_bits(reference.gather_rows(rows, index, side=side, dtype=to), expected)
+    out = torch.zeros_like(expected)
+    assert reference.gather_rows(rows, index, side=side, dtype=to, out=out) is out
+    assert same_bits(out, expected)
+
+
+def test_a_cpu_is_served_without_triton_and_refuses_an_index_outside() -> None:
+    rows, _, _ = store(3, torch.float32)
+    assert torch.equal(gather.gather_rows(rows, torch.tensor([39, 0])), rows[[39, 0]])
+    rewards = gather.n_step_rewards(rows[:, 1], torch.tensor([[7], [-1]]), torch.ones(1))
+    assert torch.equal(rewards, torch.stack([rows[7, 1], torch.tensor(0.0)]))
+    for outside in (-1, 40):
+        with pytest.raises(IndexError):
+            reference.gather_rows(rows, torch.tensor([outside]))
+
+
+def transitions(steps: int, wanted: int = 300) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rewards as a column of wider rows, n-step indices that end early, weights, scale, task ids."""
+    rng = torch.Generator().manual_seed(steps)
+    wide = torch.randn(51, 6, generator=rng)
+    wide[0] = math.nan  # what index -1 would read
+    index = torch.randint(50, (wanted, steps), generator=rng)
+    index[torch.arange(steps) >= torch.randint(1, steps + 1, (wanted, 1), generator=rng)] = -1
+    scale = torch.tensor([0.3, math.inf, 7.0])
+    return wide[1:, 4], index, 0.97 ** torch.arange(steps), scale, torch.randint(3, (wanted,), generator=rng)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_n_step_rewards_are_the_sum_rounded_at_every_step(steps: int, scaled: bool) -> None:
+    rewards, index, weights, scale, task_ids = transitions(steps)
+    expected = np.zeros(len(index), np.float32)
+    for m, places in enumerate(index.tolist()):
+        for weight, place in zip(weights.numpy(), places, strict=True):
+            expected[m] += weight * (rewards[place].numpy() if place >= 0 else np.float32(0))
+        if scaled:
+            expected[m] /= scale.numpy()[task_ids[m]]
+    options = {"scale": scale, "task_ids": task_ids} if scaled else {}
+    ours = reference.n_step_rewards(rewards, index, weights, **options)
+    assert same_bits(ours, torch.from_numpy(expected))
+    if scaled:
+        assert (ours[task_ids == 1] == 0).all()
+        assert (ours[task_ids != 1] != 0).all()
+    elif steps == 1:
+        assert torch.equal(ours, rewards[index[:, 0]])
+
+
+# the kernels
+
+
+@pytest.mark.gpu
+@EVERY_DTYPE
+@WIDTHS
+def test_the_gather_kernel_copies_what_its_twin_copies(device: str, dtype: torch.dtype, width: int) -> None:
+    rows, side, index = store(width, dtype, first=1, wide=width + 3, wanted=150 if width < 10 else 9)
+    if dtype.is_floating_point:
+        rows[::5, 0] = math.nan
+    check_gather(device, rows, side, index, dtype)
+    check_gather(device, rows, None, index.abs(), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "to"), CASTS, ids=str)
+@pytest.mark.parametrize(("first", "width"), [(0, 64), (3, 67)])
+def test_the_gather_kernel_rounds_as_its_twin(
+    device: str, dtype: torch.dtype, to: torch.dtype, first: int, width: int
+) -> None:
+    rows, side, index = store(width, dtype, first=first, wide=128, wanted=30)
+    check_gather(device, rows, side, index, to)
+    check_gather(device, rows, None, index.abs(), to)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("first", [0, 1, 2, 4, 8, 16])  # bytes into a word of 8 and a vector of 16
+@pytest.mark.parametrize(
+    "width", [24, 32, 5000]
+)  # 5000 bytes as words of 8, and more than a program as bytes
+def test_the_gather_kernel_takes_rows_that_start_anywhere(device: str, first: int, width: int) -> None:
+    rows, side, index = store(width, torch.uint8, first=first, wide=5056, wanted=9)
+    check_gather(device, rows, side, index, torch.uint8)
+    check_gather(device, rows, None, index.abs(), torch.uint8)
+
+
+@pytest.mark.gpu
+def test_the_gather_kernel_reads_rows_beyond_two_to_the_31_elements(device: str) -> None:
+    distance = 2**20 + 1  # odd: the bytes cannot be taken as wider words
+    whole = torch.empty(2049 * distance + 64, dtype=torch.uint8, device=device)
+    rows = whole.as_strided((2050, 63), (distance, 1))
+    places = torch.tensor([2049, 0, 2048, 7])
+    expected = values((4, 63), torch.uint8, 0)
+    rows[places.to(device)] = expected.to(device)
+    assert torch.equal(gather.gather_rows(rows, places.to(device)).cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize("wanted", [1, 300])
+def test_the_n_step_kernel_gives_the_bits_of_its_twin(device: str, steps: int, wanted: int) -> None:
+    rewards, index, weights, scale, task_ids = transitions(steps, wanted)
+    place = (strided_to(device, rewards), index.to(device), weights.to(device))
+    plain = reference.n_step_rewards(rewards, index, weights)
+    assert same_bits(gather.n_step_rewards(*place).cpu(), plain)
+    gaps = (place[0], place[1].T.contiguous().T, place[2].repeat_interleave(2)[::2])
+    assert same_bits(gather.n_step_rewards(*gaps).cpu(), plain)
+    ours = gather.n_step_rewards(*place, scale=scale.to(device), task_ids=task_ids.to(device))
+    twin = reference.n_step_rewards(rewards, index, weights, scale=scale, task_ids=task_ids)
+    assert same_bits(ours.cpu(), twin)
+
+
+@pytest.mark.gpu
+def test_nothing_wanted_gives_nothing(device: str) -> None:
+    rows, side, _ = (x.to(device) for x in store(3, torch.float32))
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    assert gather.gather_rows(rows, none, side=side, dtype=torch.float16).shape == (0, 3)
+    assert gather.gather_rows(rows[:, :0], none.new_zeros(4)).shape == (4, 0)
+    assert gather.n_step_rewards(rows[:, 0], none.view(0, 3), rows.new_ones(3)).shape == (0,)
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_the_gathers_with_new_indices(device: str) -> None:
+    if device == "cpu":
+        pytest.skip("a CPU has no CUDA graphs")
+    rows, side, index = (x.to(device) for x in store(67, torch.float32))
+    places, weights = index.abs().view(-1, 3), rows.new_ones(3)
+    calls = [
+        lambda: gather.gather_rows(rows, index, side=side),
+        lambda: gather.n_step_rewards(rows[:, 1], places, weights),
+    ]
+    for call in calls:  # compiles outside of the capture
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call() for call in calls]
+    for tensor in (index, places):
+        tensor.copy_(tensor.flip(0))
+    graph.replay()
+    for output, call in zip(outputs, calls, strict=True):
+        assert torch.equal(output, call())
+
+
+def test_the_kernels_pass_their_gpu_tests_through_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    words = ["-q", "-m", "gpu", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
+    switches = {"TRITON_INTERPRET": "1", "BRC_FAST_GPU_DRY": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words],
+        cwd=tmp_path,  # not the checkout, which would hide an installed package
+        env=os.environ | switches,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(r"\d\d passed", done.stdout)
+
+
+def compiled(kernel: Any, types: dict[str, str], sizes: dict[str, int], aligned: list[str]) -> Any:
+    """The kernel for an H200, without one. Arguments of no type are None; those aligned divide by 16."""
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    if INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 puts the interpreter in the compiler's place")
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    for tool in ("ptxas", "cuobjdump", "nvdisasm"):
+        if not (tools / tool).exists():
+            pytest.skip(f"this triton ships no {tool}")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    fixed = {name: sizes.get(name) for name in names if name not in types}
+    signature = {name: types.get(name, "constexpr") for name in names}
+    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=hints)
+    options = {"enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize(("rows", "out"), [("i64", "i64"), ("fp32", "bf16")])
+@pytest.mark.parametrize(("block_m", "block_w"), [(1, 1024), (8, 128)])
+def test_the_gather_kernel_compiles_for_an_h200_without_spills(
+    block_m: int, block_w: int, rows: str, out: str, aligned: bool, beside: bool
+) -> None:
+    types = {"rows_ptr": f"*{rows}", "index_ptr": "*i64", "out_ptr": f"*{out}"}
+    types |= {"side_ptr": f"*{rows}"} if beside else {}
+    numbers = ["row_stride", "side_stride", "M", "W"]
+    hinted = [*types, *numbers] if aligned else ["index_ptr"]
+    types |= dict.fromkeys(numbers, "i32")
+    code = compiled(gather._gather_kernel, types, {"BLOCK_M": block_m, "BLOCK_W": block_w}, hinted).asm[
+        "sass"
+    ]
+    assert not re.search(r"\b(STL|LDL)\b", code)
+    if aligned:
+        assert len(re.findall(r"LDG\.E\.128", code)) >= 2  # 8 B and 4 B elements, 8 per thread
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_the_n_step_kernel_compiles_for_an_h200_without_spills_or_fused_sums(
+    steps: int, scaled: bool
+) -> None:
+    types = {"rewards_ptr": "*fp32", "index_ptr": "*i64", "weights_ptr": "*fp32", "out_ptr": "*fp32"}
+    types |= {"scale_ptr": "*fp32", "task_ids_ptr": "*i64"} if scaled else {}
+    hinted = list(types)
+    types |= {"reward_stride": "i32", "M": "i32"}
+    code = compiled(gather._n_step_kernel, types, {"N": steps, "BLOCK_M": gather.MAX_ROWS}, hinted).asm
+    assert not re.search(r"\b(STL|LDL)\b", code["sass"])
+    assert not re.search(r"\bfma\.", code["ptx"])
+    assert ("div.rn.f32" in code["ptx"]) == scaled
+
+
+# refusals
+
+ROWS, INDEX = torch.zeros(4, 6), torch.zeros(5, dtype=torch.int64)
+FLOAT_NAMES = "(torch.float32, torch.float16, torch.bfloat16)"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        ({"rows": ROWS[0]}, ValueError, "rows must have shape [R, W], got [6]"),
+        ({"rows": ROWS[:0]}, ValueError, "rows must have shape [R, W] with R >= 1, got [0, 6]"),
+        ({"rows": ROWS.T}, ValueError, "a row of rows must be contiguous, got strides [1, 6]"),
+        (
+            {"rows": ROWS.double()},
+            TypeError,
+            f"rows must be of one of the dtypes {gather.DTYPES}, got torch.float64",
+        ),
+        ({"index": INDEX.int()}, TypeError, "index must be of dtype torch.int64, got torch.int32"),
+        ({"index": INDEX[:, None]}, ValueError, "index must have shape [M], got [5, 1]"),
+        ({"index": INDEX.to("meta")}, ValueError, "index must be on cpu like the rows, got meta"),
+        ({"side": ROWS[:, 1:]}, ValueError, "side must have shape [S, W] with W = 6, got [4, 5]"),
+        ({"side": ROWS.half()}, TypeError, "side must be of dtype torch.float32, got torch.float16"),
+        (
+            {"side": torch.zeros(6, 2).T},
+            ValueError,
+            "a row of side must be contiguous, got strides [1, 2]",
+        ),
+        (
+            {"out": torch.zeros(4, 6)},
+            ValueError,
+            "out must have shape [M, W] with M = 5, W = 6, got [4, 6]",
+        ),
+        ({"out": torch.zeros(6, 5).T}, ValueError, "out must be contiguous, got strides [1, 5]"),
+        (
+            {"out": torch.zeros(5, 6), "dtype": torch.float16},
+            TypeError,
+            "out must be of dtype torch.float16, got torch.float32",
+        ),
+        (
+            {"dtype": torch.int32},
+            TypeError,
+            f"dtype must be that of rows, or both one of {FLOAT_NAMES}, got torch.int32 for torch.float32",
+        ),
+        (
+            {"rows": ROWS.int(), "dtype": torch.float32},
+            TypeError,
+            f"dtype must be that of rows, or both one of {FLOAT_NAMES}, got torch.float32 for torch.int32",
+        ),
+    ],
+)
+def test_a_gather_refuses_what_does_not_fit(change: dict[str, Any], error: type, told: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(told)}$"):
+        gather.gather_rows(**{"rows": ROWS, "index": INDEX} | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        ({"rewards": ROWS}, ValueError, "rewards must have shape [R], got [4, 6]"),
+        ({"rewards": ROWS[:0, 0]}, ValueError, "rewards must have shape [R] with R >= 1, got [0]"),
+        (
+            {"rewards": ROWS[0].double()},
+            TypeError,
+            "rewards must be of dtype torch.float32, got torch.float64",
+        ),
+        ({"index": INDEX}, ValueError, "index must have shape [M, n], got [5]"),
+        ({"weights": torch.ones(2)}, ValueError, "weights must have shape [n] with n = 3, got [2]"),
+        ({"task_ids": None}, ValueError, "scale needs task_ids of shape [M] with M = 5, got None"),
+        ({"task_ids": INDEX[1:]}, ValueError, "task_ids must have shape [M] with M = 5, got [4]"),
+        ({"task_ids": INDEX.int()}, TypeError, "task_ids must be of dtype torch.int64, got torch.int32"),
+        ({"scale": torch.ones(())}, ValueError, "scale must have shape [T], got []"),
+        ({"scale": torch.ones(2, device="meta")}, ValueError, "scale must be on cpu like the rows, got meta"),
+    ],
+)
+def test_n_step_rewards_refuse_what_does_not_fit(change: dict[str, Any], error: type, told: str) -> None:
+    fitting = {"rewards": ROWS[0], "index": INDEX[:, None].expand(-1, 3), "weights": torch.ones(3)}
+    fitting |= {"scale": torch.ones(2), "task_ids": INDEX}
+    assert gather.n_step_rewards(**fitting).shape == (5,)
+    with pytest.raises(error, match=f"^{re.escape(told)}$"):
+        gather.n_step_rewards(**fitting | change)
