@@ -10,7 +10,7 @@ from .batch import Batch
 from .config import ActorConfig, CriticConfig, LearningConfig, TrainConfig
 from .errors import InputError, MissingExtraError
 from .normalizer import RewardNormalizer
-from .replay import ReplayBuffer
+from .replay import DeviceReplayBuffer, Field, ReplayBuffer
 
 try:
     __version__ = version("brc-fast")
@@ -22,6 +22,8 @@ __all__ = [
     "ActorConfig",
     "Batch",
     "CriticConfig",
+    "DeviceReplayBuffer",
+    "Field",
     "InputError",
     "LearningConfig",
     "MissingExtraError",

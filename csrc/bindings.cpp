@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <memory>
 #include <system_error>
 
@@ -265,7 +266,7 @@ void index_adopt(DeviceIndex& index, const BoundStore& self) {
   index.adopt(from, self.store.draws(), links);
 }
 
-/// Views of the store's memory: `count` rows from `first`, and one side slot.
+/// A view of the store's memory: `count` rows from `first`.
 py::array rows_view(BoundStore& self, py::object owner, std::size_t first, std::size_t count) {
   const std::size_t stride = self.store.layout().stride;
   if (first + count > self.store.index().rows()) throw std::out_of_range("no such rows");
@@ -273,15 +274,28 @@ py::array rows_view(BoundStore& self, py::object owner, std::size_t first, std::
                               owner);
 }
 
-py::array slot_view(BoundStore& self, py::object owner, std::size_t slot) {
-  const auto bytes = static_cast<py::ssize_t>(self.store.layout().observation.bytes);
-  return Array<unsigned char>({bytes}, reinterpret_cast<unsigned char*>(self.store.slot(slot)), owner);
+/// The first side slots [count, bytes of an observation], written or read.
+void put_slots(BoundStore& self, const Array<unsigned char>& slots) {
+  const std::size_t bytes = self.store.layout().observation.bytes;
+  for (py::ssize_t slot = 0; slot < slots.shape(0); ++slot) {
+    std::memcpy(self.store.slot(static_cast<std::size_t>(slot)), slots.data(slot, 0), bytes);
+  }
 }
 
-std::vector<std::int64_t> index_sizes(const brc::ReplayIndex& index) {
-  std::vector<std::int64_t> sizes;
-  for (const brc::Stream& stream : index.streams()) sizes.push_back(stream.size);
-  return sizes;
+py::array get_slots(BoundStore& self, std::size_t count) {
+  const std::size_t bytes = self.store.layout().observation.bytes;
+  Array<unsigned char> slots({count, bytes});
+  for (std::size_t slot = 0; slot < count; ++slot) {
+    std::memcpy(slots.mutable_data(static_cast<py::ssize_t>(slot), 0), self.store.slot(slot), bytes);
+  }
+  return slots;
+}
+
+template <class Value>
+py::array_t<std::int64_t> of_streams(const DeviceIndex& index, Value value) {
+  std::vector<std::int64_t> values;
+  for (const brc::Stream& stream : index.index().streams()) values.push_back(stream.*value);
+  return to_array(values);
 }
 
 py::arg exact(const char* name) {
@@ -351,8 +365,8 @@ PYBIND11_MODULE(_core, module) {
            [](BoundStore& self, const DeviceIndex& index) { self.store.adopt(index.index(), index.draws()); })
       .def("rows", [](py::object self, std::size_t first,
                       std::size_t count) { return rows_view(self.cast<BoundStore&>(), self, first, count); })
-      .def("slot",
-           [](py::object self, std::size_t slot) { return slot_view(self.cast<BoundStore&>(), self, slot); })
+      .def("put_slots", &put_slots, exact("slots"))
+      .def("get_slots", &get_slots, "count"_a)
       .def("sizes", [](const BoundStore& self) { return to_array(self.store.sizes()); })
       .def("capacities", [](const BoundStore& self) { return to_array(self.store.capacities()); })
       .def_property_readonly("size", [](const BoundStore& self) { return self.store.size(); })
@@ -379,7 +393,8 @@ PYBIND11_MODULE(_core, module) {
       .def("plan", &plan, "request"_a, "num_batches"_a, "batch_size"_a, exact("steps"), exact("observations"),
            exact("successors"), exact("masks"), exact("task_ids"))
       .def("adopt", &index_adopt)
-      .def("sizes", [](const DeviceIndex& index) { return to_array(index_sizes(index.index())); })
+      .def("sizes", [](const DeviceIndex& index) { return of_streams(index, &brc::Stream::size); })
+      .def("capacities", [](const DeviceIndex& index) { return of_streams(index, &brc::Stream::capacity); })
       .def_property_readonly("rows", [](const DeviceIndex& index) { return index.index().rows(); })
       .def_property_readonly("size", [](const DeviceIndex& index) { return index.index().size(); })
       .def_property_readonly("slots", [](const DeviceIndex& index) { return index.index().slots(); })

@@ -65,6 +65,10 @@ std::uint32_t crc32c(std::uint32_t before, const std::byte* data, std::size_t by
   static const bool has_instruction = __builtin_cpu_supports("sse4.2") != 0;
   if (has_instruction) return ~by_instruction(~before, data, bytes);
 #endif
+  return crc32c_by_tables(before, data, bytes);
+}
+
+std::uint32_t crc32c_by_tables(std::uint32_t before, const std::byte* data, std::size_t bytes) noexcept {
   return ~by_tables(~before, data, bytes);
 }
 

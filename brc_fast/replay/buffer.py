@@ -6,9 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from brc_fast import _core
@@ -16,12 +14,13 @@ from brc_fast.batch import Batch
 
 from . import files
 from .arena import Arena
+from .base import Buffer, require_choices
 from .fields import Array, Field, Spec, checked
 from .prefetch import Prefetcher
-from .request import Requests, require_sizes
+from .request import require_sizes
 
 
-class ReplayBuffer:
+class ReplayBuffer(Buffer):
     """Keeps the newest transitions of N environment slots and samples them.
 
     A slot is called a stream here: its transitions are stored in the order in which they come, and each
@@ -67,12 +66,10 @@ class ReplayBuffer:
         non_finite: str = "error",
         seed: int = 0,
     ) -> None:
-        self.spec = Spec.of(capacity, observation_size, action_size, extras, task_ids)
-        require_seed(seed)
-        if non_finite not in ("error", "allow"):
-            raise ValueError(f'non_finite must be "error" or "allow", got {non_finite!r}')
+        super().__init__(Spec.of(capacity, observation_size, action_size, extras, task_ids))
+        require_choices(seed, non_finite)
         observation, action = self.spec.observation, self.spec.action
-        self._store = _core.ReplayStore(
+        self._store: _core.ReplayStore = _core.ReplayStore(
             self.spec.layout(),
             list(self.spec.capacities),
             self.spec.task_ids.tolist(),
@@ -81,39 +78,13 @@ class ReplayBuffer:
             _exact(observation),
             _exact(action),
         )
-        self._streams = np.arange(self.num_streams, dtype=np.int64)
         self._arena = Arena(self.spec, pinned=torch.cuda.is_available())
-        self._requests = Requests(self.spec)
         self._saved: str | None = None  # the generation on disk that this buffer goes on from
-
-    def __len__(self) -> int:
-        """Transitions stored, over all tasks."""
-        return self._store.size
-
-    @property
-    def capacity_per_task(self) -> NDArray[np.int64]:
-        """Transitions that fit, [T]: n * ceil(capacity / n) for a task with n streams."""
-        return self._per_task(self._store.capacities())
-
-    @property
-    def size_per_task(self) -> NDArray[np.int64]:
-        """Transitions stored, [T]."""
-        return self._per_task(self._store.sizes())
-
-    @property
-    def num_streams(self) -> int:
-        """N."""
-        return self.spec.task_ids.size
 
     @property
     def nbytes(self) -> int:
         """Bytes reserved. It grows by about 2 MB at a time with the successors that are kept aside."""
         return self._store.nbytes
-
-    @property
-    def draws(self) -> int:
-        """Batches sampled so far; `sample(batch_size, U)` counts U. It and the seed decide the next draw."""
-        return self._store.draws
 
     def add(
         self,
@@ -282,24 +253,6 @@ class ReplayBuffer:
             OSError: the files cannot be read.
         """
         self._saved = files.load(self._store, self.spec, Path(folder), previous)
-
-    def _require_stored(self, batch_size: int) -> None:
-        if batch_size > len(self):
-            raise ValueError(
-                f"batch_size {batch_size} exceeds the {len(self)} transitions stored; "
-                "collect more or lower batch_size"
-            )
-
-    def _per_task(self, per_stream: NDArray[np.int64]) -> NDArray[np.int64]:
-        total = np.zeros(len(self.spec.capacities), np.int64)
-        np.add.at(total, self.spec.task_ids, per_stream)
-        return total
-
-
-def require_seed(seed: int) -> None:
-    """ValueError for a seed that the random numbers do not have."""
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must lie in 0..2**64-1, got {seed}")
 
 
 def _exact(field: Field) -> tuple[int, list[int]]:

@@ -1,233 +1,217 @@
-// ReplayStore against a list of transitions, for a build with sanitizers:
-//   cmake -B build -DBRC_FAST_BUILD_TESTS=ON -DBRC_FAST_SANITIZE=address,undefined; ctest --test-dir build
+// ReplayStore, its files and DeviceIndex against a list of transitions, for builds with sanitizers (make
+// sanitize).
 #include "replay_store.hpp"
 
-#include <algorithm>
-#include <array>
-#include <cstdint>
+#include <cmath>
 #include <cstdio>
-#include <deque>
 #include <limits>
-#include <numeric>
-#include <stdexcept>
-#include <thread>
-#include <vector>
 
-#include "philox.hpp"
+#include "finite.hpp"
+#include "replay_walk.hpp"
 
+namespace brc::test {
 namespace {
 
+// Salmon et al. 2011, the known answers of their library Random123.
 using Block = std::array<std::uint32_t, 4>;
-static_assert(brc::philox4x32({0, 0, 0, 0}, {0, 0}) == Block{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8});
-static_assert(brc::philox4x32({0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}, {0xffffffff, 0xffffffff}) ==
+static_assert(philox4x32({0, 0, 0, 0}, {0, 0}) == Block{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8});
+static_assert(philox4x32({0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}, {0xffffffff, 0xffffffff}) ==
               Block{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd});
-static_assert(brc::philox4x32({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, {0xa4093822, 0x299f31d0}) ==
+static_assert(philox4x32({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, {0xa4093822, 0x299f31d0}) ==
               Block{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
 
-constexpr std::size_t O = 3;
-constexpr std::size_t A = 2;
-
-void check(bool holds, const char* rule) {
-  if (!holds) throw std::logic_error(rule);
-}
-
-template <class Exception, class Call>
-void check_throws(const Call& call, const char* rule) {
-  try {
-    call();
-  } catch (const Exception&) {
-    return;
-  }
-  throw std::logic_error(rule);
-}
-
-struct Rows {
-  explicit Rows(std::size_t count)
-      : observations(count * O),
-        actions(count * A),
-        rewards(count),
-        terminated(count),
-        truncated(count),
-        successors(count * O) {}
-  [[nodiscard]] brc::TransitionColumns<true> columns() const {
-    return {observations, actions, rewards, terminated, truncated, successors};
-  }
-  std::vector<float> observations, actions, rewards;
-  std::vector<unsigned char> terminated, truncated;
-  std::vector<float> successors;
-};
-
-struct Sampled {
-  explicit Sampled(std::size_t count)
-      : observations(count * O),
-        actions(count * A),
-        rewards(count),
-        masks(count),
-        next_observations(count * O),
-        task_ids(count) {}
-  [[nodiscard]] brc::BatchColumns columns() {
-    return {observations, actions, rewards, masks, next_observations, task_ids};
-  }
-  std::vector<float> observations, actions, rewards, masks, next_observations;
-  std::vector<std::int64_t> task_ids;
-};
-
-struct Saved {
-  Saved(std::size_t streams, std::size_t rows, std::size_t side_rows)
-      : sizes(streams), rows(rows), has_successor(rows), heads(streams * O), head_valid(streams) {
-    this->rows.successors.resize(side_rows * O);
-  }
-  std::vector<std::int64_t> sizes;
-  Rows rows;
-  std::vector<unsigned char> has_successor;
-  std::vector<float> heads;
-  std::vector<unsigned char> head_valid;
-};
-
-/// Moves the content of `from` to `to` by way of its saved state.
-void restore(const brc::ReplayStore& from, brc::ReplayStore& to, std::size_t streams) {
-  Saved saved(streams, from.size(), from.side_size());
-  from.save({saved.sizes,
-             {saved.rows.observations, saved.rows.actions, saved.rows.rewards, saved.rows.terminated,
-              saved.rows.truncated, saved.rows.successors},
-             saved.has_successor,
-             saved.heads,
-             saved.head_valid});
-  to.load({saved.sizes, saved.rows.columns(), saved.has_successor, saved.heads, saved.head_valid},
-          from.seed(), from.draws());
-}
-
-struct Kept {
-  float observation, successor;
-  bool terminated;
-};
-
-/// Random adds, ends, jumps and restores; after each, every stored transition is compared.
-void matches_a_list(std::int64_t capacity, const std::vector<std::int64_t>& task_ids, std::uint64_t seed) {
-  const std::size_t N = task_ids.size();
-  brc::ReplayStore stores[] = {{capacity, O, A, task_ids, seed}, {capacity, O, A, task_ids, seed + 1}};
-  brc::ReplayStore* store = &stores[0];
-  std::vector<std::deque<Kept>> kept(N);
-  const auto capacities = store->capacities();
-  float tag = 0;
-  std::uint32_t draws = 0;
-  const auto chance = [&](std::uint32_t bound) { return brc::bounded_draw(seed, 0, draws++, bound); };
-  for (int step = 0; step < 150; ++step) {
-    std::vector<std::int64_t> streams;
-    for (std::size_t s = 0; s < N; ++s) {
-      if (chance(3) != 0) streams.push_back(static_cast<std::int64_t>(s));
-    }
-    Rows rows(streams.size());
-    for (std::size_t i = 0; i < streams.size(); ++i) {
-      auto& list = kept[static_cast<std::size_t>(streams[i])];
-      const float observation = list.empty() || chance(4) == 0 ? ++tag : list.back().successor;
-      list.push_back({observation, ++tag, chance(5) == 0});
-      if (list.size() > static_cast<std::size_t>(capacities[static_cast<std::size_t>(streams[i])]))
-        list.pop_front();
-      std::fill_n(rows.observations.data() + i * O, O, observation);
-      std::fill_n(rows.actions.data() + i * A, A, -observation);
-      rows.rewards[i] = observation;
-      rows.terminated[i] = list.back().terminated;
-      rows.truncated[i] = chance(5) == 0;
-      std::fill_n(rows.successors.data() + i * O, O, tag);
-    }
-    store->add(streams, rows.columns());
-    if (chance(10) == 0) {
-      brc::ReplayStore* other = store == &stores[0] ? &stores[1] : &stores[0];
-      restore(*store, *other, N);
-      store = other;
-    }
-    Sampled one(1);
-    std::size_t total = 0;
-    for (std::size_t s = 0; s < N; ++s) {
-      total += kept[s].size();
-      for (std::size_t age = 0; age < kept[s].size(); ++age) {
-        store->read(static_cast<std::int64_t>(s), static_cast<std::int64_t>(age), one.columns());
-        const Kept& expected = kept[s][age];
-        check(one.observations == std::vector<float>(O, expected.observation), "observations are kept");
-        check(one.actions == std::vector<float>(A, -expected.observation), "actions are kept");
-        check(one.rewards[0] == expected.observation, "rewards are kept");
-        check(one.next_observations == std::vector<float>(O, expected.successor), "successors are kept");
-        check(one.masks[0] == (expected.terminated ? 0.0f : 1.0f), "masks are kept");
-        check(one.task_ids[0] == task_ids[s], "tasks are kept");
+/// Random lives; an error names the one that it ended.
+void agrees_with_a_list(std::uint64_t lives) {
+  for (std::uint64_t seed = 0; seed < lives; ++seed) {
+    Walk walk(seed);
+    for (int step = 0; step < 50; ++step) {
+      try {
+        walk.step();
+      } catch (const std::exception& error) {
+        throw std::logic_error(error.what() + (", seed " + to_string(seed)) + ", step " + to_string(step));
       }
     }
-    check(store->size() == total, "sizes are kept");
-    if (total == 0) continue;
-    Sampled batches(2 * 33);
-    store->sample(2, 33, batches.columns());
   }
 }
+
+const Field kByte{"action", 1, 1, Kind::integer};
 
 void grows_past_one_block_of_side_slots() {
-  const std::int64_t capacity = 60'000;
-  brc::ReplayStore store(capacity, O, A, std::vector<std::int64_t>{0}, 0);
-  Rows row(1);
+  const Layout layout({"observation", 4, 4, Kind::integer}, {kByte}, 1);
+  const Ids capacities{60'000}, ids{0};
+  ReplayStore store(layout, capacities, ids, 0, false);
+  Rows row(layout, 1);
   row.terminated[0] = 1;
-  const std::vector<std::int64_t> streams{0};
-  for (int step = 0; step < 2 * capacity; ++step) {
-    std::fill(row.successors.begin(), row.successors.end(), static_cast<float>(step));
-    store.add(streams, row.columns());
+  const auto number = [](std::int32_t value) {
+    const auto bytes = std::as_bytes(std::span(&value, 1));
+    return Values(bytes.begin(), bytes.end());
+  };
+  for (std::int32_t step = 0; step < 120'000; ++step) {
+    row.successors = number(step);
+    store.add(row.columns());
   }
-  Sampled one(1);
-  for (std::int64_t age = 0; age < capacity; age += 997) {
-    store.read(0, age, one.columns());
-    check(one.next_observations[0] == static_cast<float>(capacity + age), "successors in any block are kept");
+  Batch one(layout, 1);
+  for (std::int32_t age = 0; age < 60'000; age += 997) {
+    store.read(0, age, {1, 1.0, {}, {}}, one.columns());
+    check(one.next_observations == number(60'000 + age), "successors in any block are kept");
   }
-  check(store.side_size() == static_cast<std::size_t>(capacity), "freed slots are used again");
+  check(store.side_size() == 60'000, "slots are used again");
 }
 
-void refuses_and_stays_as_it_was() {
-  const std::vector<std::int64_t> tasks{0, 1};
-  brc::ReplayStore store(4, O, A, tasks, 0);
-  Sampled batch(2);
-  using Invalid = std::invalid_argument;
-  check_throws<Invalid>([&] { store.sample(1, 2, batch.columns()); }, "an empty store is refused");
-  Rows rows(2);
-  const auto add = [&](std::vector<std::int64_t> streams) { store.add(streams, rows.columns()); };
-  add({0, 1});
-  check_throws<Invalid>([&] { add({1, 1}); }, "a stream named twice is refused");
-  check_throws<Invalid>([&] { add({0, 2}); }, "an unknown stream is refused");
-  check_throws<Invalid>([&] { add({0}); }, "another length is refused");
-  rows.successors.back() = std::numeric_limits<float>::quiet_NaN();
-  check_throws<Invalid>([&] { add({0, 1}); }, "a value that is not finite is refused");
-  check_throws<Invalid>([&] { store.sample(1, 3, batch.columns()); }, "short columns are refused");
-  check_throws<std::out_of_range>([&] { store.read(0, 1, Sampled(1).columns()); },
-                                  "an unknown age is refused");
-  check(store.size() == 2 && store.draws() == 0, "a refusal changes nothing");
-  check_throws<Invalid>([&] { brc::ReplayStore(0, O, A, tasks, 0); }, "capacity 0 is refused");
+void refusals_change_nothing(std::uint64_t seed) {
+  Walk walk(seed);
+  for (int step = 0; step < 12; ++step) walk.add();
+  const auto streams = static_cast<std::int64_t>(walk.task_ids.size());
+  const auto tasks = static_cast<std::int64_t>(walk.capacities.size());
+  Rows one(walk.layout, 1), two(walk.layout, 2);
+  const auto add = [&](const Ids& ids, const Rows& rows) {
+    return [&, ids] { walk.store->add(ids, rows.columns()); };
+  };
+  walk.check_unchanged("streams must lie in", add({streams}, one));
+  walk.check_unchanged("streams must lie in", add({0, -1}, two));
+  walk.check_unchanged("streams must differ, got 0 twice", add({0, 0}, two));
+  walk.check_unchanged("observations must hold", add({0}, two));
+  walk.check_unchanged("observations must hold", [&] { walk.store->add(Rows(walk.layout, 99).columns()); });
+  one.fields[0].pop_back();
+  walk.check_unchanged(walk.layout.fields[0].name + " must hold", add({0}, one));
+  const auto sample = [&](const Request& request, std::size_t batch_size, std::size_t rows) {
+    return [&, request, batch_size, rows] {
+      walk.store->sample(request, 1, batch_size, Batch(walk.layout, rows).columns());
+    };
+  };
+  walk.check_unchanged("observations must hold", sample({1, 1.0, {}, {}}, 1, 2));
+  walk.check_unchanged("batch_size must lie in", sample({1, 1.0, {}, {}}, 0, 0));
+  walk.check_unchanged("transitions stored", sample({1, 1.0, {}, {}}, 999, 999));
+  walk.check_unchanged("tasks must lie in", sample({1, 1.0, {tasks}, {}}, 1, 1));
+  walk.check_unchanged("tasks must differ", sample({1, 1.0, {0, 0}, {}}, 1, 1));
+  walk.check_unchanged("weights must hold one share", sample({1, 1.0, {0}, {1.0, 1.0}}, 1, 1));
+  const auto read = [&](std::int64_t stream, std::int64_t age) {
+    walk.store->read(stream, age, {1, 1.0, {}, {}}, Batch(walk.layout, 1).columns());
+  };
+  check_refuses<std::out_of_range>([&] { read(streams, 0); }, "stream must lie below");
+  check_refuses<std::out_of_range>([&] { read(0, walk.store->sizes()[0]); }, "age must lie below");
+  check_refuses<std::out_of_range>([&] { read(0, -1); }, "age must lie below");
+  walk.step();
 }
 
-void serves_several_threads() {
-  const std::vector<std::int64_t> tasks(8, 0);
-  std::vector<std::int64_t> streams(8);
-  std::iota(streams.begin(), streams.end(), 0);
-  brc::ReplayStore store(64, O, A, tasks, 0);
-  store.add(streams, Rows(8).columns());
-  std::jthread writer([&] {
-    for (int step = 0; step < 500; ++step) store.add(streams, Rows(8).columns());
-  });
-  Sampled batch(32);
-  for (int step = 0; step < 500; ++step) store.sample(2, 16, batch.columns());
-  check(store.draws() == 1000, "each batch counts once");
+void unusable_arguments_are_refused() {
+  const Field observation{"observation", 4, 4, Kind::float32};
+  const auto make = [&](const Ids& capacities, const Ids& task_ids, std::size_t stack = 1) {
+    return [&, capacities, task_ids, stack] {
+      const ReplayStore store(Layout(observation, {kByte}, stack), capacities, task_ids, 0, false);
+    };
+  };
+  check_refuses(make({0}, {0}), "capacity must be at least 1, got 0");
+  check_refuses(make({1 << 30}, {0}), "capacity must be at most");
+  check_refuses(make({}, {}), "at least one task");
+  check_refuses(make({1}, {}), "at least one stream");
+  check_refuses(make({1}, {1}), "task_ids must lie in 0..0, got 1");
+  check_refuses(make({1, 1}, {0}), "none is 1");
+  check_refuses(make({1}, {0}, 0), "stack must be at least 1");
+  check_refuses(make({1 << 29}, {0}), "rows, and a store has at most");
+  check_refuses([&] { Layout(observation, {}, 1); }, "1 to 16 fields");
+  check_refuses([&] { Layout(observation, std::vector(17, kByte), 1); }, "1 to 16 fields");
+  check_refuses([&] { Layout(observation, {{"action", 0, 1, Kind::integer}}, 1); }, "action must have 1 to");
+  check_refuses([] { Request(0, 1.0, {}, {}); }, "n_step must be at least 1");
+  check_refuses([] { Request(1, 1.5, {}, {}); }, "discount must lie in");
+  check_refuses([] { Request(1, 1.0, {}, {-1.0}); }, "not negative");
+  check_refuses([] { Request(1, 1.0, {}, {0.0}); }, "positive, finite sum");
 }
 
-}  // namespace
+using Bits = std::vector<std::uint32_t>;
 
-int main() {
-  try {
-    for (const std::int64_t capacity : {1, 2, 3, 8}) {
-      for (std::uint64_t seed = 0; seed < 5; ++seed) {
-        matches_a_list(capacity, {0}, seed);
-        matches_a_list(capacity, {1, 0, 1, 0, 2}, seed);
+struct Floats {
+  Kind kind;
+  std::size_t item;
+  Bits finite, not_finite;  // the largest and smallest ones; NaN and infinity
+};
+const Floats kFloats[] = {
+    {Kind::float16, 2, {0x7BFF, 0xFBFF, 0x0001, 0x8000}, {0x7C00, 0xFC00, 0x7C01, 0x7E00, 0xFFFF}},
+    {Kind::bfloat16, 2, {0x7F7F, 0xFF7F, 0x7C00, 0x0001}, {0x7F80, 0xFF80, 0x7F81, 0x7FC0, 0xFFFF}},
+    {Kind::float32,
+     4,
+     {0x7F7FFFFF, 0xFF7FFFFF, 0x7C007C00, 0x00000001},
+     {0x7F800000, 0xFF800000, 0x7F800001, 0x7FC00000, 0xFFFFFFFF}},
+};
+
+void not_finite_values_are_found() {
+  for (const Floats& floats : kFloats) {
+    for (std::size_t count = 0; count < 70; ++count) {
+      Values values(1 + count * floats.item);  // at an odd address
+      const auto put_at = [&](std::size_t i, std::uint32_t bits) {
+        std::memcpy(values.data() + 1 + i * floats.item, &bits, floats.item);
+      };
+      const Bytes all = Bytes(values).subspan(1);
+      for (std::size_t i = 0; i < count; ++i) put_at(i, floats.finite[i % floats.finite.size()]);
+      check(first_not_finite(all, floats.kind) == count, "finite values of any size are finite");
+      for (std::size_t i = count; i-- > 0;) {
+        put_at(i, floats.not_finite[i % floats.not_finite.size()]);
+        check(first_not_finite(all, floats.kind) == i, "the first value that is not finite is found");
+        check(!std::isfinite(value_at(all, floats.kind, i)), "its value can be named");
+        check(first_not_finite(all, Kind::integer) == all.size(), "integers are always finite");
       }
     }
+  }
+}
+
+/// A transition of one stream with one value that is not finite, in each of its columns in turn.
+void not_finite_values_are_refused(const Floats& floats, std::size_t items) {
+  const Field observation{"observation", items * floats.item, floats.item, floats.kind};
+  const Layout layout(observation, {kByte, {"extra", observation.bytes, floats.item, floats.kind}}, 1);
+  const Ids capacities{3}, task_ids{0, 0};
+  ReplayStore store(layout, capacities, task_ids, 0, false), lenient(layout, capacities, task_ids, 0, true);
+  Rows clean(layout, 2);
+  const Request request(1, 1.0, {}, {});
+  Batch before(layout, 1), after = before;
+  const auto refused = [&](const char* name, auto column, std::size_t i, std::uint32_t bits) {
+    Rows rows = clean;
+    auto& values = column(rows);
+    const std::size_t bytes = values.size() * sizeof(values[0]);
+    std::memcpy(reinterpret_cast<char*>(values.data()) + bytes / 2 + i, &bits, std::min(bytes, floats.item));
+    check_refuses([&] { store.add(rows.columns()); },
+                  std::string(name) + " of stream 1 (task 0) must be finite");
+    lenient.add(rows.columns());
+  };
+  for (int round = 0; round < 4; ++round) {
+    for (std::size_t i = 0; i < items * floats.item; i += floats.item) {
+      for (const std::uint32_t bits : floats.not_finite) {
+        refused("observations", [](Rows& rows) -> Values& { return rows.observations; }, i, bits);
+        refused("successors", [](Rows& rows) -> Values& { return rows.successors; }, i, bits);
+        refused("extra", [](Rows& rows) -> Values& { return rows.fields[1]; }, i, bits);
+      }
+    }
+    for (const float reward : {INFINITY, -INFINITY, NAN}) {
+      refused(
+          "rewards", [](Rows& rows) -> auto& { return rows.rewards; }, 0,
+          std::bit_cast<std::uint32_t>(reward));
+    }
+    check(store.size() == static_cast<std::size_t>(std::min(2 * round, 4)), "nothing of them was stored");
+    store.add(clean.columns());
+  }
+  check(lenient.size() == 4, "who allows them keeps them");
+}
+
+int run() {
+  try {
+    agrees_with_a_list(80);
     grows_past_one_block_of_side_slots();
-    refuses_and_stays_as_it_was();
-    serves_several_threads();
+    for (std::uint64_t seed = 0; seed < 10; ++seed) refusals_change_nothing(seed);
+    unusable_arguments_are_refused();
+    not_finite_values_are_found();
+    for (const Floats& floats : kFloats) {
+      for (const std::size_t items : {1, 3, 8}) not_finite_values_are_refused(floats, items);
+    }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "failed: %s\n", error.what());
     return 1;
   }
-  std::puts("passed");
+  std::puts("replay store: all checks passed");
+  return 0;
+}
+
+}  // namespace
+}  // namespace brc::test
+
+int main() {
+  return brc::test::run();
 }

@@ -1,0 +1,66 @@
+"""What every kind of buffer has: its sizes, and the checks of its arguments."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brc_fast import _core
+
+from .fields import Spec
+from .request import Requests
+
+
+class Buffer:
+    """Streams of transitions, of tasks; `_store` counts them."""
+
+    _store: _core.ReplayStore | _core.DeviceIndex
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self._streams = np.arange(self.num_streams, dtype=np.int64)
+        self._requests = Requests(spec)
+
+    def __len__(self) -> int:
+        """Transitions stored, over all tasks."""
+        return self._store.size
+
+    @property
+    def capacity_per_task(self) -> NDArray[np.int64]:
+        """Transitions that fit, [T]: n * ceil(capacity / n) for a task with n streams."""
+        return self._per_task(self._store.capacities())
+
+    @property
+    def size_per_task(self) -> NDArray[np.int64]:
+        """Transitions stored, [T]."""
+        return self._per_task(self._store.sizes())
+
+    @property
+    def num_streams(self) -> int:
+        """N."""
+        return self.spec.task_ids.size
+
+    @property
+    def draws(self) -> int:
+        """Batches sampled so far; `sample(batch_size, U)` counts U. It and the seed decide the next draw."""
+        return self._store.draws
+
+    def _require_stored(self, batch_size: int) -> None:
+        if batch_size > len(self):
+            raise ValueError(
+                f"batch_size {batch_size} exceeds the {len(self)} transitions stored; "
+                "collect more or lower batch_size"
+            )
+
+    def _per_task(self, per_stream: NDArray[np.int64]) -> NDArray[np.int64]:
+        total = np.zeros(len(self.spec.capacities), np.int64)
+        np.add.at(total, self.spec.task_ids, per_stream)
+        return total
+
+
+def require_choices(seed: int, non_finite: str) -> None:
+    """ValueError for a seed that the random numbers do not have, and for an unknown policy."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must lie in 0..2**64-1, got {seed}")
+    if non_finite not in ("error", "allow"):
+        raise ValueError(f'non_finite must be "error" or "allow", got {non_finite!r}')

@@ -1,0 +1,380 @@
+"""A replay buffer whose transitions lie on a GPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brc_fast import _core
+from brc_fast.batch import Batch
+
+from . import files
+from .arena import batch_of
+from .base import Buffer, require_choices
+from .buffer import ReplayBuffer
+from .fields import Array, Field, Spec, checked
+from .request import require_sizes
+
+COPY_ROWS = 1 << 16  # rows per copy between device and host
+FIRST_SLOTS = 1024  # places for successors kept aside, at first
+log = logging.getLogger("brc_fast")
+
+
+class DeviceReplayBuffer(Buffer):
+    """A ReplayBuffer in device memory, with the same contract and, for equal seeds, the same batches.
+
+    Rows lie on the device, what names them on the host: `add` and `sample` launch a few kernels each. `add`
+    waits once for the device, to learn where an episode ended and where an observation is not the last
+    successor; `sample` never waits.
+
+        >>> buffer = DeviceReplayBuffer(1_000_000, 67, 24, task_ids=[0] * 1024, device="cuda")
+        >>> buffer.add(observations, actions, rewards, terminated, truncated, successors)  # CUDA tensors
+        >>> batch = buffer.sample(1024, num_batches=2, reward_scale=scale, dtype=torch.bfloat16)
+
+    Args:
+        capacity, observation_size, action_size, task_ids, extras, non_finite, seed: as for ReplayBuffer.
+        device: where the transitions are kept.
+
+    Its size is logged (logger "brc_fast", level INFO) before it is allocated; `bytes_needed` tells it without
+    a buffer.
+
+    Raises:
+        ValueError: as ReplayBuffer.
+        MemoryError: the device has less memory free; the message holds the numbers.
+    """
+
+    _store: _core.DeviceIndex
+
+    def __init__(
+        self,
+        capacity: int | Sequence[int],
+        observation_size: int | Sequence[int] | Field,
+        action_size: int | Sequence[int] | Field,
+        *,
+        task_ids: Sequence[int] | Array = (0,),
+        extras: Mapping[str, int | Sequence[int] | Field] | None = None,
+        non_finite: str = "error",
+        seed: int = 0,
+        device: str | torch.device = "cuda",
+    ) -> None:
+        from brc_fast.kernels import gather  # brings Triton, where it is installed
+
+        super().__init__(Spec.of(capacity, observation_size, action_size, extras, task_ids))
+        require_choices(seed, non_finite)
+        self._gather = gather
+        self.device = torch.device(device)
+        self._allow = non_finite == "allow"
+        spec = self.spec
+        self._layout = spec.layout()
+        tasks = spec.task_ids.tolist()
+        self._store = _core.DeviceIndex(list(spec.capacities), tasks, spec.observation.stack, seed)
+        self._saved: str | None = None
+        self._rows = self._allocate()
+        self._side = self._empty(FIRST_SLOTS, self._observation_bytes)
+        self._weights: dict[tuple[float, ...], Tensor] = {}
+
+    @staticmethod
+    def bytes_needed(
+        capacity: int | Sequence[int],
+        observation_size: int | Sequence[int] | Field,
+        action_size: int | Sequence[int] | Field,
+        *,
+        task_ids: Sequence[int] | Array = (0,),
+        extras: Mapping[str, int | Sequence[int] | Field] | None = None,
+    ) -> int:
+        """Bytes that such a buffer reserves at first. Nothing is allocated."""
+        spec = Spec.of(capacity, observation_size, action_size, extras, task_ids)
+        index = _core.DeviceIndex(list(spec.capacities), spec.task_ids.tolist(), spec.observation.stack, 0)
+        return index.rows * spec.layout().stride
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved on the device. It doubles what is kept aside when that is full."""
+        return self._rows.numel() + self._side.numel()
+
+    def add(
+        self,
+        observations: Tensor | Array,
+        actions: Tensor | Array,
+        rewards: Tensor | Array,
+        terminated: Tensor | Array,
+        truncated: Tensor | Array,
+        successors: Tensor | Array,
+        streams: Tensor | Array | None = None,
+        extras: Mapping[str, Tensor | Array] | None = None,
+    ) -> None:
+        """As ReplayBuffer.add; arguments may lie on any device."""
+        ids = self._streams if streams is None else self._host_streams(streams)
+        m, frame = len(ids), self.spec.observation
+        given = {"actions": actions, **(extras or {})}
+        if given.keys() != self.spec.fields.keys():
+            raise ValueError(f"extras must hold {sorted(self.spec.extras)}, got {sorted(extras or {})}")
+        seen = self._here("observations", observations, "[M, O]", m, frame)
+        led = self._here("successors", successors, "[M, O]", m, frame)
+        values = {
+            name: self._here(name, given[name], "[M, A]" if name == "actions" else "[M, ...]", m, field)
+            for name, field in self.spec.fields.items()
+        }
+        reward = self._here("rewards", rewards, "[M]", m, Field())
+        ends = [
+            self._here(name, value, "[M]", m, Field((), "bool"))[:, 0]
+            for name, value in (("terminated", terminated), ("truncated", truncated))
+        ]
+        if m == 0:
+            return
+        heads = np.empty(m, np.int64)
+        self._store.heads(ids, heads)
+        finite = {"observations": seen, **values, "rewards": reward, "successors": led}
+        told = [self._departs(heads, seen), *ends, *(_not_finite(value) for value in finite.values())]
+        flags = torch.stack(told).cpu().numpy()  # the only wait
+        if not self._allow:
+            self._require_finite(ids, dict(zip(finite, flags[3:], strict=True)))
+
+        places = np.empty((3, m), np.int64)
+        row, moved, successor = places
+        self._grow(self._store.side_size + 2 * m)
+        self._store.add(ids, flags[0].copy(), flags[1].copy(), flags[2].copy(), row, moved, successor)
+        frames, side = self._view(0, frame), self._side_view()
+        self._move(side, moved, moved >= 0, frames[self._index(row[moved >= 0])])
+        rows = self._index(row)
+        frames[rows] = seen
+        for (_, view), value in zip(self._field_views(), values.values(), strict=True):
+            view[rows] = value
+        self._rewards()[rows] = reward[:, 0]
+        self._move(frames, successor, successor >= 0, led)
+        self._move(side, -1 - successor, successor < 0, led)
+
+    def sample(
+        self,
+        batch_size: int,
+        num_batches: int = 1,
+        n_step: int = 1,
+        discount: float | None = None,
+        tasks: Sequence[int] | None = None,
+        weights: Sequence[float] | str | None = None,
+        copy: bool = False,
+        *,
+        reward_scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Batch:
+        """As ReplayBuffer.sample, on the device and always in fresh memory.
+
+        Args:
+            batch_size ... copy: as for ReplayBuffer.sample.
+            reward_scale: [T] float32; the rewards are divided by the scale of their task.
+            dtype: of floating observations and actions, by default as stored.
+        """
+        require_sizes(batch_size, num_batches)
+        request = self._requests(n_step, discount, tasks, weights)
+        self._require_stored(batch_size)
+        total, stack = num_batches * batch_size, self.spec.observation.stack
+        sizes = (total * n_step, total * stack, total * stack, total)
+        plan, masks = self._pinned(sum(sizes), torch.int64), self._pinned(total, torch.float32)
+        where = np.split(plan.numpy(), np.cumsum(sizes)[:-1])
+        self._store.plan(
+            request, num_batches, batch_size, where[0], where[1], where[2], masks.numpy(), where[3]
+        )
+        steps, seen, led, ids = torch.split(plan.to(self.device, non_blocking=True), list(sizes))
+        steps = steps.view(total, n_step)
+        frame = self.spec.observation
+        frames, side = self._view(0, frame), self._side_view()
+        cast = dtype if frame.torch_dtype.is_floating_point else None
+        out = {
+            "observations": self._gather.gather_rows(frames, seen, side=side, dtype=cast),
+            "next_observations": self._gather.gather_rows(frames, led, side=side, dtype=cast),
+            "rewards": self._gather.n_step_rewards(
+                self._rewards(),
+                steps,
+                self._powers(request),
+                scale=reward_scale,
+                task_ids=None if reward_scale is None else ids,
+            ),
+            "masks": masks.to(self.device, non_blocking=True),
+            "task_ids": ids,
+        }
+        first = steps[:, 0].contiguous()
+        for (name, view), field in zip(self._field_views(), self.spec.fields.values(), strict=True):
+            cast = dtype if name == "actions" and field.torch_dtype.is_floating_point else None
+            out[name] = self._gather.gather_rows(view, first, dtype=cast)
+        shapes = {
+            "observations": frame.stacked_shape,
+            "next_observations": frame.stacked_shape,
+            **{name: field.shape for name, field in self.spec.fields.items()},
+        }
+        size = (num_batches, batch_size)
+        return batch_of({name: value.view(*size, *shapes.get(name, ())) for name, value in out.items()})
+
+    def prefetch(self, *arguments: Any, depth: int = 2, **settings: Any) -> DevicePrefetcher:
+        """The batches that repeated calls of `sample` would return.
+
+        `sample` only queues work on the device, so nothing is gathered in advance, whatever the depth.
+        """
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
+        return DevicePrefetcher(self, arguments, settings)
+
+    def save(self, folder: str | os.PathLike[str], *, previous: str | os.PathLike[str] | None = None) -> None:
+        """As ReplayBuffer.save, in the same format. Holds a copy of the buffer in host memory meanwhile."""
+        host = self._host()
+        for first in range(0, self._store.rows, COPY_ROWS):
+            part = self._rows[first : first + COPY_ROWS]
+            torch.from_numpy(host.rows(first, len(part))).copy_(part)
+        slots = self._side[: min(self._store.slots, len(self._side)), : self._observation_bytes]
+        host.put_slots(slots.cpu().contiguous().numpy())
+        host.adopt(self._store)
+        self._saved = files.save(host, self.spec, Path(folder), self._saved, previous)
+
+    def load(self, folder: str | os.PathLike[str], *, previous: bool = False) -> None:
+        """As ReplayBuffer.load, in the same format. Holds a copy of the buffer in host memory meanwhile."""
+        host = self._host()
+        self._saved = files.load(host, self.spec, Path(folder), previous)
+        slots = torch.from_numpy(host.get_slots(host.side_size))
+        self._grow(len(slots))
+        self._side[: len(slots), : self._observation_bytes] = slots.to(self.device)
+        for first in range(0, self._store.rows, COPY_ROWS):
+            part = self._rows[first : first + COPY_ROWS]
+            part.copy_(torch.from_numpy(host.rows(first, len(part))))
+        self._store.adopt(host)
+
+    # ---- Memory
+
+    @property
+    def _observation_bytes(self) -> int:
+        return prod(self.spec.observation.shape) * self.spec.observation.numpy_dtype.itemsize
+
+    def _allocate(self) -> Tensor:
+        rows, stride = self._store.rows, self._layout.stride
+        told = f"{rows * stride} bytes for {rows} rows of {stride} bytes on {self.device}"
+        log.info("the replay buffer takes %s", told)
+        if self.device.type == "cuda":
+            free, whole = torch.cuda.mem_get_info(self.device)
+            if rows * stride > free:
+                raise MemoryError(
+                    f"the replay buffer needs {told}, and {free} of {whole} are free; lower capacity"
+                )
+        return self._empty(rows, stride)
+
+    def _empty(self, rows: int, nbytes: int) -> Tensor:
+        stride = -(-nbytes // 64) * 64
+        return torch.empty(rows, stride, dtype=torch.uint8, device=self.device)
+
+    def _grow(self, slots: int) -> None:
+        """Make place for so many successors kept aside. Slots are used lowest first."""
+        if slots > len(self._side):
+            side = self._empty(max(slots, 2 * len(self._side)), self._observation_bytes)
+            side[: len(self._side)] = self._side
+            self._side = side
+
+    def _view(self, offset: int, field: Field) -> Tensor:
+        """A field of all rows, [R, W]."""
+        item = field.numpy_dtype.itemsize
+        return self._rows.view(field.torch_dtype)[:, offset // item : offset // item + prod(field.shape)]
+
+    def _field_views(self) -> Iterator[tuple[str, Tensor]]:
+        for (name, field), offset in zip(self.spec.fields.items(), self._layout.offsets, strict=True):
+            yield name, self._view(offset, field)
+
+    def _rewards(self) -> Tensor:
+        return self._rows.view(torch.float32)[:, self._layout.reward // 4]
+
+    def _side_view(self) -> Tensor:
+        frame = self.spec.observation
+        return self._side.view(frame.torch_dtype)[:, : prod(frame.shape)]
+
+    def _host(self) -> _core.ReplayStore:
+        spec = self.spec
+        return ReplayBuffer(
+            spec.capacities,
+            spec.observation,
+            spec.action,
+            task_ids=spec.task_ids,
+            extras=spec.extras,
+            non_finite="allow" if self._allow else "error",
+            seed=self._store.seed,
+        )._store
+
+    # ---- Moving values
+
+    def _host_streams(self, streams: Tensor | Array) -> NDArray[np.int64]:
+        host = streams.cpu() if isinstance(streams, Tensor) else streams
+        ids: NDArray[np.int64] = checked("streams", host, "[M]", (-1,), "int64")
+        return ids
+
+    def _here(self, name: str, value: object, label: str, count: int, field: Field) -> Tensor:
+        """A checked argument on the device, [M, W]."""
+        tensor: Tensor = checked(name, value, label, (count, *field.shape), field.dtype, device=True)
+        return tensor.to(self.device, non_blocking=True).reshape(count, prod(field.shape))
+
+    def _index(self, values: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
+
+    def _pinned(self, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, dtype=dtype, pin_memory=self.device.type == "cuda")
+
+    def _move(self, to: Tensor, places: NDArray[np.int64], chosen: NDArray[np.bool_], values: Tensor) -> None:
+        """Write the rows of `values` that are chosen, or are as many as those, to their places."""
+        if not chosen.any():
+            return
+        picked = values if len(values) == chosen.sum() else values[self._index(np.flatnonzero(chosen))]
+        to[self._index(places[chosen])] = picked
+
+    def _departs(self, heads: NDArray[np.int64], seen: Tensor) -> Tensor:
+        """Whether an observation has other bits than the last successor, [M]."""
+        known = self._index(heads)
+        last = self._rows[known.clamp(min=0), : self._observation_bytes]
+        return (last != seen.contiguous().view(torch.uint8)).any(1) & (known >= 0)
+
+    def _require_finite(self, ids: NDArray[np.int64], wrong: Mapping[str, NDArray[np.bool_]]) -> None:
+        for name, flags in wrong.items():
+            if flags.any():
+                stream = ids[flags.argmax()]
+                raise ValueError(
+                    f"{name} of stream {stream} (task {self.spec.task_ids[stream]}) must be finite, "
+                    "got NaN or infinity; nothing was stored"
+                )
+
+    def _powers(self, request: _core.Request) -> Tensor:
+        powers = tuple(request.powers)
+        if powers not in self._weights:
+            self._weights[powers] = torch.tensor(powers, dtype=torch.float32, device=self.device)
+        return self._weights[powers]
+
+
+class DevicePrefetcher(Iterator[Batch]):
+    """An endless iterator over the batches of a DeviceReplayBuffer."""
+
+    def __init__(self, buffer: DeviceReplayBuffer, arguments: Any, settings: Any) -> None:
+        self._buffer: DeviceReplayBuffer | None = buffer
+        self._arguments, self._settings = arguments, settings
+
+    def __next__(self) -> Batch:
+        if self._buffer is None:
+            raise RuntimeError("this prefetcher is closed")
+        return self._buffer.sample(*self._arguments, **self._settings)
+
+    def __enter__(self) -> DevicePrefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the buffer go."""
+        self._buffer = None
+
+
+def _not_finite(value: Tensor) -> Tensor:
+    """Whether a row holds NaN or infinity, [M]."""
+    return (~value.isfinite()).any(1)

@@ -1,0 +1,289 @@
+// A random life of a replay store beside those of a list, of a twin and of a device index.
+#pragma once
+
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <optional>
+
+#include "device_index.hpp"
+#include "replay_oracle.hpp"
+
+namespace brc::test {
+
+/// A device index, and what a GPU would keep for it.
+class Device {
+ public:
+  Device(const Layout& layout, const Ids& capacities, const Ids& task_ids, std::uint64_t seed)
+      : index(capacities, task_ids, static_cast<std::int64_t>(layout.stack), seed),
+        layout_(layout),
+        rows_(index.index().rows(), Values(layout.link)) {}
+
+  void add(const Ids& ids, const Rows& rows) {
+    const std::size_t frame = layout_.observation.bytes;
+    Ids heads(ids.size()), to(ids.size()), moved(ids.size()), successors(ids.size());
+    std::vector<unsigned char> departs(ids.size());
+    index.heads(ids, heads);
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      departs[i] = heads[i] >= 0 && std::memcmp(place(heads[i]), &rows.observations[i * frame], frame) != 0;
+    }
+    index.add(ids, departs, rows.terminated, rows.truncated, to, moved, successors);
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      std::byte* row = place(to[i]);
+      if (moved[i] >= 0) std::memcpy(place(-1 - moved[i]), row, frame);
+      std::memcpy(row, &rows.observations[i * frame], frame);
+      for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
+        const std::size_t bytes = layout_.fields[f].bytes;
+        std::memcpy(row + layout_.offsets[f], &rows.fields[f][i * bytes], bytes);
+      }
+      std::memcpy(row + layout_.reward, &rows.rewards[i], sizeof(float));
+      std::memcpy(place(successors[i]), &rows.successors[i * frame], frame);
+    }
+  }
+
+  void sample(const Request& request, std::size_t num_batches, std::size_t batch_size, Batch& out) {
+    const std::size_t total = num_batches * batch_size;
+    const std::size_t n_step = request.powers.size();
+    const std::size_t frame = layout_.observation.bytes;
+    Ids steps(total * n_step), observations(total * layout_.stack), successors(total * layout_.stack);
+    index.plan(request, num_batches, batch_size, {steps, observations, successors, out.masks, out.task_ids});
+    for (std::size_t i = 0; i < observations.size(); ++i) {
+      std::memcpy(&out.observations[i * frame], place(observations[i]), frame);
+      std::memcpy(&out.next_observations[i * frame], place(successors[i]), frame);
+    }
+    for (std::size_t i = 0; i < total; ++i) {
+      const std::byte* row = place(steps[i * n_step]);
+      for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
+        const std::size_t bytes = layout_.fields[f].bytes;
+        std::memcpy(&out.fields[f][i * bytes], row + layout_.offsets[f], bytes);
+      }
+      out.rewards[i] = 0.0f;
+      for (std::size_t step = 0; step < n_step && steps[i * n_step + step] >= 0; ++step) {
+        float reward;
+        std::memcpy(&reward, place(steps[i * n_step + step]) + layout_.reward, sizeof(reward));
+        out.rewards[i] = step == 0 ? reward : out.rewards[i] + request.powers[step] * reward;
+      }
+    }
+  }
+
+  /// Takes over the content of a store, and the other way round.
+  void take(ReplayStore& store) {
+    std::vector<std::uint32_t> links(rows_.size());
+    for (std::size_t row = 0; row < links.size(); ++row) links[row] = store.link(row);
+    index.adopt(store.index(), store.draws(), links);
+    copy(store, [](std::byte* own, std::byte* its, std::size_t bytes) { std::memcpy(own, its, bytes); });
+  }
+  void give(ReplayStore& store) {
+    store.adopt(index.index(), index.draws());
+    copy(store, [](std::byte* own, std::byte* its, std::size_t bytes) { std::memcpy(its, own, bytes); });
+  }
+
+  DeviceIndex index;
+
+ private:
+  std::byte* place(std::int64_t place) {
+    if (place >= 0) return rows_[static_cast<std::size_t>(place)].data();
+    const auto slot = static_cast<std::size_t>(-1 - place);
+    if (slot >= slots_.size()) slots_.resize(slot + 1, Values(layout_.observation.bytes));
+    return slots_[slot].data();
+  }
+  template <class Copy>
+  void copy(ReplayStore& store, const Copy& bytes) {
+    for (std::size_t row = 0; row < rows_.size(); ++row)
+      bytes(rows_[row].data(), store.row(row), layout_.link);
+    for (std::size_t slot = 0; slot < index.index().slots(); ++slot) {
+      bytes(place(-1 - static_cast<std::int64_t>(slot)), store.slot(slot), layout_.observation.bytes);
+    }
+  }
+
+  Layout layout_;
+  std::vector<Values> rows_;
+  std::vector<Values> slots_;
+};
+
+/// The same random life of a list, two stores and a device index, which must agree at every step.
+class Walk {
+ public:
+  explicit Walk(std::uint64_t seed_) : random(seed_), seed(seed_), layout(random.layout()) {
+    const std::uint32_t tasks = 1 + random.below(3);
+    for (std::uint32_t task = 0; task < tasks; ++task) {
+      for (std::uint32_t count = 1 + random.below(3); count > 0; --count) {
+        task_ids.insert(task_ids.begin() + random.below(1 + static_cast<std::uint32_t>(task_ids.size())),
+                        task);
+      }
+    }
+    resize();
+    list.emplace(layout, capacities, task_ids);
+    twin = make();
+    device = std::make_unique<Device>(layout, capacities, task_ids, seed);
+  }
+
+  void step() {
+    const Request request = random.request(capacities.size());
+    const std::size_t num_batches = 1 + random.below(2), batch_size = 1 + random.below(9);
+    Batch batch(layout, num_batches * batch_size);
+    Ahead ahead;
+    if (list->serves(request, batch_size)) {
+      store->gather_ahead(request, store->draws(), num_batches, batch_size, batch.columns(), ahead);
+    }
+    for (std::uint32_t adds = random.below(3); adds > 0; --adds) add();
+    if (random.one_in(5)) save();
+    if (random.one_in(8) && reload()) ahead = {};
+    if (random.one_in(8)) exchange();
+    check_transitions(*store);
+    check_draws(request, num_batches, batch_size, batch, ahead);
+  }
+
+  void add() {
+    Ids ids;
+    for (std::size_t s = 0; s < task_ids.size(); ++s) {
+      if (!random.one_in(3)) {
+        ids.insert(ids.begin() + random.below(1 + static_cast<std::uint32_t>(ids.size())),
+                   static_cast<std::int64_t>(s));
+      }
+    }
+    Rows rows(layout, ids.size());
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      const auto s = static_cast<std::size_t>(ids[i]);
+      Transition transition = any(s);
+      put(rows.observations, i, transition.observation);
+      for (std::size_t f = 0; f < rows.fields.size(); ++f) put(rows.fields[f], i, transition.fields[f]);
+      rows.rewards[i] = transition.reward;
+      rows.terminated[i] = transition.terminated ? 2 : 0;
+      rows.truncated[i] = transition.truncated ? 1 : 0;
+      put(rows.successors, i, transition.successor);
+      list->add(s, std::move(transition));
+    }
+    store->add(ids, rows.columns());
+    twin->add(ids, rows.columns());
+    device->add(ids, rows);
+  }
+
+  /// Every transition, over one and over several steps; sizes and the successors kept aside.
+  void check_transitions(const ReplayStore& of) {
+    const Request requests[] = {{1, 1.0, {}, {}}, {1 + random.below(5), 0.9, {}, {}}};
+    Batch got(layout, 1), expected(layout, 1);
+    std::size_t total = 0;
+    for (std::size_t s = 0; s < task_ids.size(); ++s) {
+      const List::Stream& stream = list->streams[s];
+      total += stream.size;
+      check(of.sizes()[s] == static_cast<std::int64_t>(stream.size), "the newest transitions can be sampled");
+      check(of.capacities()[s] == static_cast<std::int64_t>(stream.capacity),
+            "streams share a task's capacity");
+      for (std::size_t age = 0; age < 2 * stream.size; ++age) {
+        const Request& request = requests[age % 2];
+        of.read(static_cast<std::int64_t>(s), static_cast<std::int64_t>(age / 2), request, got.columns());
+        list->put(s, stream.all.size() - stream.size + age / 2, request, 0, expected);
+        check(got == expected, "a stored transition never changes");
+      }
+    }
+    check(of.size() == total, "the size is that of all streams");
+    check(of.side_size() == list->aside(), "a slot is used exactly while its row is kept");
+  }
+
+  void check_draws(const Request& request, std::size_t num_batches, std::size_t batch_size, Batch& batch,
+                   Ahead& ahead) {
+    Batch other(layout, num_batches * batch_size), expected = other;
+    if (!list->serves(request, batch_size)) {
+      check_refuses([&] { store->sample(request, num_batches, batch_size, batch.columns()); }, "stored");
+      check_refuses([&] { device->sample(request, num_batches, batch_size, other); }, "stored");
+      return;
+    }
+    for (std::size_t u = 0; u < num_batches; ++u) {
+      list->sample(request, store->seed(), store->draws() + u, u * batch_size, batch_size, expected);
+    }
+    const std::size_t changed = store->settle(request, num_batches, batch_size, batch.columns(), ahead);
+    check(changed <= num_batches * batch_size, "only elements of the batch are gathered anew");
+    check(batch == expected, "a batch is drawn as documented, ahead or not");
+    twin->sample(request, num_batches, batch_size, other.columns());
+    check(other == expected, "what is gathered ahead and settled is what would be sampled");
+    device->sample(request, num_batches, batch_size, other);
+    check(other == expected, "a plan leads to what a store samples");
+    const std::uint64_t draw = store->draws() - num_batches;
+    store->gather_ahead(request, draw, num_batches, batch_size, other.columns(), ahead);
+    check(other == expected, "gathering ahead is sampling without counting");
+    store->set_draws(draw);
+    check(store->settle(request, num_batches, batch_size, other.columns(), ahead) == 0,
+          "nothing has changed");
+    check(other == expected && store->draws() == twin->draws() && store->draws() == device->index.draws(),
+          "each batch counts once");
+  }
+
+  void save() {
+    saves.write(*store, random.one_in(4));
+    saved = *list;
+    for (std::size_t s = 0; s < task_ids.size(); ++s) {
+      const List::Stream& stream = list->streams[s];
+      check(saves.content.count[s] == stream.all.size() && saves.content.kept[s] == stream.kept,
+            "a snapshot counts what was added and is kept");
+    }
+  }
+  /// Loads the last save, of now or of before, into this store or one of other capacities, which it tells.
+  bool reload() {
+    if (!saved || random.one_in(2)) save();
+    const bool replaced = random.one_in(2);
+    if (replaced) resize();
+    saves.load(*store, ++seed);
+    list = saved;
+    list->recapacitate(capacities);
+    check(store->draws() == saves.content.draws && store->seed() == seed, "draws go on after a load");
+    device = std::make_unique<Device>(layout, capacities, task_ids, 0);
+    device->take(*store);
+    twin = make();
+    device->give(*twin);
+    check_transitions(*twin);
+    return replaced;
+  }
+  /// The content moves to the device and back; a store that was adopted must go on like any other.
+  void exchange() {
+    device->take(*store);
+    device->give(*store);
+  }
+
+  /// The walk's store must be as it was.
+  void check_unchanged(const std::string& words, const std::function<void()>& refused) {
+    const std::uint64_t draws = store->draws(), own_seed = store->seed();
+    check_refuses(refused, words);
+    check_transitions(*store);
+    check(store->draws() == draws && store->seed() == own_seed, "a refusal changes nothing");
+  }
+
+  [[nodiscard]] std::unique_ptr<ReplayStore> make() const {
+    return std::make_unique<ReplayStore>(layout, capacities, task_ids, seed, false);
+  }
+
+  Random random;
+  std::uint64_t seed;
+  Layout layout;
+  Ids task_ids, capacities;
+  std::unique_ptr<ReplayStore> store, twin;
+  std::unique_ptr<Device> device;
+  std::optional<List> list, saved;
+  Saves saves;
+
+ private:
+  void resize() {
+    const auto tasks = static_cast<std::size_t>(*std::ranges::max_element(task_ids) + 1);
+    if (capacities.empty() || !random.one_in(4)) {
+      capacities.clear();
+      while (capacities.size() < tasks) capacities.push_back(random.of({1, 2, 3, 5, 8, 13, 21}));
+    }
+    store = make();
+  }
+  Transition any(std::size_t s) {
+    const auto& all = list->streams[s].all;
+    const bool goes_on = !all.empty() && !random.one_in(7);
+    Transition transition{goes_on ? all.back().successor : random.values(layout.observation),
+                          {},
+                          0.0f,
+                          random.one_in(9),
+                          random.one_in(9),
+                          random.values(layout.observation)};
+    for (const Field& field : layout.fields) transition.fields.push_back(random.values(field));
+    constexpr float scales[] = {1e-3f, 1.0f, 300.0f};  // so that the order of a sum matters
+    transition.reward = (static_cast<float>(random.below(2001)) - 1000.0f) / 7.0f * scales[random.below(3)];
+    return transition;
+  }
+};
+
+}  // namespace brc::test
