@@ -1,9 +1,10 @@
 """Tests and timings on a CUDA machine, with what is installed there.
 
-    python bench/gpu.py [--budget SECONDS] [--parts build test update envs train] [--dry]
+    python bench/gpu.py [--budget SECONDS] [--parts build test update replay envs train] [--dry]
 
-Builds the package into .site, runs `pytest -m gpu`, then times the update, the environment step and the
-training loop, and writes bench/results/gpu-<part>.json. What is not installed is skipped with its reason.
+Builds the package into .site, runs `pytest -m gpu`, then times the update, the replay, the environment step
+and the training loop, and writes bench/results/gpu-<part>.json. What is not installed is skipped with its
+reason.
 `--dry` runs the same code, tests included, on the CPU at tiny sizes and writes to build/gpu-dry.
 """
 
@@ -18,12 +19,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / ".site"
-PARTS = ("build", "test", "update", "envs", "train")
+PARTS = ("build", "test", "update", "replay", "envs", "train")
 GRID = [(256, 256), (512, 256), (512, 1024), (1024, 1024), (2048, 1024), (4096, 256), (4096, 1024)]
 DRY_GRID = [(32, 16)]
 
@@ -79,6 +81,47 @@ def update(part: Part) -> dict[str, Any]:
         )
         print(f"  {told}, ratio {row['ratio']:.2f}", flush=True)
     return {"rows": rows}
+
+
+def replay(part: Part) -> dict[str, Any]:
+    """Batches on the device: from a buffer there, prefetched from the host, and copied from there."""
+    import torch
+    from harness import interleave
+
+    from brc_fast import DeviceReplayBuffer, ReplayBuffer
+
+    capacity, streams = (2_000, 8) if part.dry else (1_000_000, 1024)
+    sizes = ((1, 64),) if part.dry else ((1, 1024), (16, 1024))
+    there = DeviceReplayBuffer(capacity, 67, 24, task_ids=[0] * streams, device=part.device)
+    host = ReplayBuffer(capacity, 67, 24, task_ids=[0] * streams)
+    flags = torch.zeros(streams, dtype=torch.bool)
+    successors = torch.randn(streams, 67)
+    for _ in range(capacity // streams):
+        seen, successors = successors, torch.randn(streams, 67)
+        arguments = (seen, torch.rand(streams, 24), torch.rand(streams), flags, flags, successors)
+        host.add(*arguments)
+        there.add(*(value.to(part.device) for value in arguments))
+    for updates, size in sizes:  # equality first
+        with host.prefetch(size, updates, device=part.device) as batches:
+            for _ in range(3):
+                pairs = zip(next(batches), there.sample(size, updates), strict=True)
+                if not all(torch.equal(a, b) for a, b in pairs):
+                    raise RuntimeError("the buffers return different batches")
+    rows = []
+    for updates, size in sizes:
+        with host.prefetch(size, updates, device=part.device) as batches:
+            providers: dict[str, Callable[[], object]] = {
+                "device": partial(there.sample, size, updates),
+                "prefetched": partial(next, batches),
+            }
+            times = interleave(providers, seconds=part.seconds / 4, calls=20, device=part.device)
+        copied = {"copied": lambda size=size, updates=updates: host.sample(size, updates).to(part.device)}
+        times |= interleave(copied, seconds=part.seconds / 8, calls=20, device=part.device)
+        per = {name: statistics.median(t) / (updates * size) * 1e9 for name, t in times.items()}
+        rows.append({"num_batches": updates, "batch_size": size, "nanoseconds_per_transition": per})
+        told = ", ".join(f"{name} {value:.1f}" for name, value in per.items())
+        print(f"  {updates} x {size}, ns per transition: {told}", flush=True)
+    return {"capacity": capacity, "streams": streams, "device": part.device, "rows": rows}
 
 
 def envs(part: Part) -> dict[str, Any]:
@@ -178,7 +221,7 @@ def main() -> int:
 
     device = "cpu" if arguments.dry else "cuda"
     folder = ROOT / "build" / "gpu-dry" if arguments.dry else ROOT / "bench" / "results"
-    work = {"build": build, "test": test, "update": update, "envs": envs, "train": train}
+    work = {"build": build, "test": test, "update": update, "replay": replay, "envs": envs, "train": train}
     seconds = (2.0 if arguments.dry else arguments.budget) / max(1, len(parts) - ("build" in parts))
     table = []
     for name in parts:

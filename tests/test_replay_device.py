@@ -1,0 +1,270 @@
+"""DeviceReplayBuffer against ReplayBuffer: equal calls, equal bits.
+
+On a CPU through the gather's twins and, in a process of its own, through Triton's interpreter; on a GPU by
+`make gpu`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from brc_fast import Batch, DeviceReplayBuffer, Field, ReplayBuffer
+
+FLOATS: dict[str, Any] = {"observation_size": 3, "action_size": 2}
+FRAMES: dict[str, Any] = {
+    "observation_size": Field((4, 3), "uint8", stack=3),
+    "action_size": Field((), "int64"),
+    "extras": {"state": Field((2, 2), "bfloat16"), "step": Field((), "int32")},
+}
+REQUESTS: list[dict[str, Any]] = [
+    {},
+    {"n_step": 3, "discount": 0.9},
+    {"weights": "equal"},
+    {"tasks": [1], "n_step": 2, "discount": 0.5},
+    {"tasks": [1, 0], "weights": [0.25, 0.75]},
+]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        if os.environ.get("BRC_FAST_GPU_DRY") == "1":
+            return "cpu"
+        pytest.skip("torch sees no CUDA device (BRC_FAST_GPU_DRY=1 runs this on the CPU)")
+    return str(request.param)
+
+
+class Pair:
+    """A buffer on the host and one on a device that get the same random calls."""
+
+    def __init__(self, device: str, spec: dict[str, Any], **changes: Any) -> None:
+        self.settings = {"capacity": [37, 20], "task_ids": [0, 0, 1], "seed": 5, **spec, **changes}
+        self.host = ReplayBuffer(**self.settings)
+        self.device = DeviceReplayBuffer(**self.settings, device=device)
+        self.rng = np.random.default_rng(0)
+        self.last: dict[int, torch.Tensor] = {}
+
+    def values(self, field: Field, count: int) -> torch.Tensor:
+        return torch.tensor(self.rng.integers(0, 120, (count, *field.shape))).to(field.torch_dtype)
+
+    def arguments(self) -> dict[str, Any]:
+        """One transition for some of the streams, with ends and jumps now and then."""
+        spec = self.host.spec
+        streams = np.flatnonzero(self.rng.random(3) < 0.8)
+        count = len(streams)
+        observations, successors = (self.values(spec.observation, count) for _ in range(2))
+        for i, stream in enumerate(streams.tolist()):
+            if stream in self.last and self.rng.random() < 0.8:
+                observations[i] = self.last[stream]
+            self.last[stream] = successors[i]
+        return {
+            "observations": observations,
+            "actions": self.values(spec.action, count),
+            "rewards": torch.tensor(self.rng.standard_normal(count), dtype=torch.float32),
+            "terminated": torch.tensor(self.rng.random(count) < 0.1),
+            "truncated": torch.tensor(self.rng.random(count) < 0.1),
+            "successors": successors,
+            "streams": torch.tensor(streams),
+            "extras": {name: self.values(field, count) for name, field in spec.extras.items()} or None,
+        }
+
+    def add(self, times: int) -> None:
+        for _ in range(times):
+            arguments = self.arguments()
+            self.host.add(**arguments)
+            extras = {name: self.there(value) for name, value in (arguments.pop("extras") or {}).items()}
+            self.device.add(**{name: self.there(v) for name, v in arguments.items()}, extras=extras or None)
+
+    def there(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self.device.device)
+
+    def check(self, **request: Any) -> None:
+        assert_equal(self.host.sample(5, 2, **request), self.device.sample(5, 2, **request))
+
+
+def assert_equal(host: Batch, other: Batch) -> None:
+    assert host.extras.keys() == other.extras.keys()
+    for name, value in {**host._asdict(), **host.extras}.items():
+        got = getattr(other, name, None) if name in host._fields else other.extras[name]
+        assert got.dtype == value.dtype
+        assert torch.equal(got.cpu(), value), name
+
+
+@pytest.mark.parametrize("spec", [FLOATS, FRAMES], ids=["floats", "frames"])
+def test_the_batches_are_those_of_the_host_while_it_grows_and_after_it_wraps(
+    device: str, spec: dict[str, Any]
+) -> None:
+    pair = Pair(device, spec)
+    pair.add(12)
+    for _ in range(40):
+        pair.add(2)
+        for request in REQUESTS:
+            pair.check(**request)
+    assert len(pair.device) == len(pair.host)
+    assert pair.device.draws == pair.host.draws
+    assert pair.device.size_per_task.tolist() == pair.host.size_per_task.tolist()
+    assert pair.device.capacity_per_task.tolist() == pair.host.capacity_per_task.tolist()
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3])
+def test_small_capacities_wrap_as_on_the_host(device: str, capacity: int) -> None:
+    pair = Pair(device, FLOATS, capacity=capacity)
+    for _ in range(30):
+        pair.add(1)
+        if min(len(pair.host), len(pair.device)) >= 5:
+            pair.check()
+
+
+@pytest.mark.parametrize("spec", [FLOATS, FRAMES], ids=["floats", "frames"])
+def test_files_pass_between_host_and_device_both_ways(
+    device: str, spec: dict[str, Any], tmp_path: Path
+) -> None:
+    pair = Pair(device, spec)
+    pair.add(60)
+    pair.device.save(tmp_path / "device")
+    pair.host.save(tmp_path / "host")
+    pair.host.load(tmp_path / "device")
+    pair.device = DeviceReplayBuffer(**pair.settings, device=device)
+    pair.device.load(tmp_path / "host")
+    for _ in range(30):
+        pair.add(1)
+        pair.check()
+    pair.device.save(tmp_path / "device")  # only what is new
+    pair.host.load(tmp_path / "device")
+    pair.check(n_step=3, discount=0.9)
+
+
+def test_rewards_are_divided_by_the_scale_of_their_task_and_floats_are_cast(device: str) -> None:
+    pair = Pair(device, FLOATS)
+    pair.add(60)
+    scale = torch.tensor([2.5, float("inf")])
+    host = pair.host.sample(8, 3, n_step=3, discount=0.9)
+    there = pair.device.sample(
+        8, 3, n_step=3, discount=0.9, reward_scale=pair.there(scale), dtype=torch.bfloat16
+    )
+    assert torch.equal(there.rewards.cpu(), host.rewards / scale[host.task_ids])
+    for name in ("observations", "actions", "next_observations"):
+        assert torch.equal(getattr(there, name).cpu(), getattr(host, name).bfloat16()), name
+    assert there.masks.dtype == torch.float32
+
+
+def test_more_successors_than_there_was_place_for_are_kept(device: str) -> None:
+    settings = {"capacity": 3000, "observation_size": 1, "action_size": 1, "task_ids": [0] * 500}
+    host, there = ReplayBuffer(**settings), DeviceReplayBuffer(**settings, device=device)
+    before = there.nbytes
+    flags = torch.ones(500, dtype=torch.bool)
+    for step in range(8):
+        seen = torch.arange(500.0)[:, None] + 1000 * step
+        arguments = (seen, seen, seen[:, 0], flags, flags, seen + 0.5)
+        host.add(*arguments)
+        there.add(*(value.to(there.device) for value in arguments))
+    assert there.nbytes > before
+    assert_equal(host.sample(3000), there.sample(3000))
+
+
+def test_prefetch_gives_the_batches_of_sample(device: str) -> None:
+    pair = Pair(device, FLOATS)
+    pair.add(40)
+    with (
+        pair.device.prefetch(4, 2, n_step=2, discount=0.9, depth=3) as there,
+        pair.host.prefetch(4, 2, n_step=2, discount=0.9, depth=3, device=device) as host,
+    ):
+        for _ in range(10):
+            pair.add(1)
+            first, second = next(there), next(host)
+            assert second.observations.device.type == torch.device(device).type
+            assert_equal(first.to("cpu"), second)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(there)
+
+
+def test_batches_prefetched_to_the_device_stay_as_they_were(device: str) -> None:
+    """Host memory is used again while copies are still under way; no batch may see it."""
+    host, twin = (ReplayBuffer(500, 64, 8, task_ids=[0] * 4, seed=1) for _ in range(2))
+    flags = torch.zeros(4, dtype=torch.bool)
+    for step in range(200):
+        seen = torch.arange(4.0)[:, None] * 1000 + step + torch.zeros(4, 64)
+        for buffer in (host, twin):
+            buffer.add(seen, seen[:, :8].contiguous(), seen[:, 0].clone(), flags, flags, seen + 1)
+    with host.prefetch(256, 4, depth=3, device=device) as batches:
+        got = [next(batches) for _ in range(20)]
+    for batch in got:
+        assert_equal(twin.sample(256, 4), batch)
+
+
+def test_a_refused_transition_changes_nothing(device: str) -> None:
+    pair = Pair(device, FLOATS)
+    pair.add(20)
+    good = {**pair.arguments(), "streams": torch.tensor([0, 1])}
+    shapes = {"observations": (2, 3), "actions": (2, 2), "rewards": (2,), "successors": (2, 3)}
+    good |= {name: torch.zeros(shape) for name, shape in shapes.items()}
+    good |= {name: torch.zeros(2, dtype=torch.bool) for name in ("terminated", "truncated")}
+    for name in shapes:
+        bad = good[name].clone()
+        bad[1] = float("nan")
+        with pytest.raises(ValueError, match=rf"{name} of stream 1 \(task 0\) must be finite"):
+            pair.device.add(**{**good, name: bad})
+    with pytest.raises(ValueError, match=r"streams must lie in 0..2, got 3"):
+        pair.device.add(**{**good, "streams": torch.tensor([0, 3])})
+    with pytest.raises(ValueError, match=r"streams must differ, got 0 twice"):
+        pair.device.add(**{**good, "streams": torch.tensor([0, 0])})
+    with pytest.raises(TypeError, match="rewards must be float32, got float64"):
+        pair.device.add(**{**good, "rewards": good["rewards"].double()})
+    with pytest.raises(ValueError, match=r"actions must have shape \[M, A\] = \[2, 2\], got \[2, 1\]"):
+        pair.device.add(**{**good, "actions": torch.zeros(2, 1)})
+    with pytest.raises(ValueError, match="batch_size 99 exceeds the"):
+        pair.device.sample(99)
+    pair.check()
+    allowing = DeviceReplayBuffer(4, 1, 1, non_finite="allow", device=device)
+    value, flag = torch.full((1, 1), float("nan")), torch.zeros(1, dtype=torch.bool)
+    allowing.add(value, value, value[0], flag, flag, value)
+    assert allowing.sample(1).observations.isnan().all()
+
+
+def test_what_does_not_fit_is_an_error_with_the_numbers(
+    device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    needed = DeviceReplayBuffer.bytes_needed(1000, 67, 24)
+    assert needed == 1001 * 384
+    with caplog.at_level("INFO", logger="brc_fast"):
+        buffer = DeviceReplayBuffer(1000, 67, 24, device=device)
+    assert buffer.nbytes >= needed
+    assert f"takes {needed} bytes for 1001 rows of 384 bytes" in caplog.text
+    if device == "cpu":
+        # The check itself, with the answer that a full device would give.
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed - 1, 2 * needed))
+        buffer.device = torch.device("cuda")
+        monkeypatch.setattr(buffer, "_empty", lambda *_: pytest.fail("allocated all the same"))
+        with pytest.raises(
+            MemoryError, match=f"needs {needed} bytes .* and {needed - 1} of {2 * needed} are"
+        ):
+            buffer._allocate()
+    else:
+        free, _ = torch.cuda.mem_get_info()
+        with pytest.raises(MemoryError, match=r"bytes for .* rows of 384 bytes on cuda"):
+            DeviceReplayBuffer(free // 384 + 1000, 67, 24, device=device)
+
+
+def test_the_kernels_give_the_same_through_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("this is the process of its own")
+    chosen = "grows and floats or frames and files or scale or nothing"
+    words = ["-q", "-m", "not gpu", "-p", "no:cacheprovider", "-k", chosen, str(Path(__file__).resolve())]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words],
+        cwd=tmp_path,
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
