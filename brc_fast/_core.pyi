@@ -35,6 +35,10 @@ class Request:
 
 class Ahead: ...
 
+class Views:
+    def __init__(self, parts: Sequence[tuple[np.dtype[Any], Sequence[int], int]], /) -> None: ...
+    def make(self, address: int, holder: object, /) -> list[Array]: ...
+
 class ReplayStore:
     def __init__(
         self,

@@ -83,7 +83,7 @@ class DeviceIndex {
     std::vector<Pick> picks(batch_size);
     std::vector<std::uint32_t> positions(stack_);
     for (std::size_t u = 0; u < num_batches; ++u, ++draws_) {
-      index_.pick(strata, draws_, picks);
+      Picker(index_, strata, draws_, batch_size).fill(picks);
       for (std::size_t i = 0; i < batch_size; ++i) {
         plan_one(picks[i], request, u * batch_size + i, positions, out);
       }

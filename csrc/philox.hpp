@@ -22,12 +22,13 @@ namespace brc {
   return counter;
 }
 
-/// Word 0 of the block that belongs to one attempt at element `index` of draw number `draw` under `seed`.
-[[nodiscard]] constexpr std::uint32_t draw_word(std::uint64_t seed, std::uint64_t draw, std::uint32_t index,
-                                                std::uint32_t attempt) noexcept {
-  return philox4x32(
-      {static_cast<std::uint32_t>(draw), static_cast<std::uint32_t>(draw >> 32), index, attempt},
-      {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)})[0];
+/// Four random words: those of one attempt at elements 4 quad to 4 quad + 3 of draw number `draw` under
+/// `seed`.
+[[nodiscard]] constexpr std::array<std::uint32_t, 4> draw_words(std::uint64_t seed, std::uint64_t draw,
+                                                                std::uint32_t quad,
+                                                                std::uint32_t attempt) noexcept {
+  return philox4x32({static_cast<std::uint32_t>(draw), static_cast<std::uint32_t>(draw >> 32), quad, attempt},
+                    {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)});
 }
 
 /// Turns a random word into an integer below `bound` >= 1, or rejects it with a probability below bound /

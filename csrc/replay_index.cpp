@@ -11,7 +11,8 @@ namespace {
 // Side slots: one per row, one more per stream and what an add reserves stay below kSlot.
 constexpr std::size_t kMaxRows = std::size_t{1} << 29;
 constexpr std::size_t kMaxStack = 1024;
-constexpr std::uint32_t kShareIndex = 0xFFFFFFFFu;  // of the word that places the shares; no element has it
+constexpr std::uint32_t kLargestBatch = 0xFFFFFFFFu;
+constexpr std::uint32_t kShareQuad = 0xFFFFFFFFu;  // of the word that places the shares; no element has it
 
 std::size_t require_size(const char* name, std::int64_t value, std::size_t largest) {
   if (value < 1) refuse(std::string(name) + " must be at least 1, got " + to_string(value));
@@ -224,8 +225,8 @@ void ReplayIndex::require_request(const Request& request, std::size_t batch_size
     refuse("batch_size " + to_string(batch_size) + " exceeds the " + to_string(stored) +
            " transitions stored" + where + "; collect more or lower batch_size");
   };
-  if (batch_size < 1 || batch_size >= kShareIndex) {
-    refuse("batch_size must lie in 1.." + to_string(kShareIndex - 1) + ", got " + to_string(batch_size));
+  if (batch_size < 1 || batch_size > kLargestBatch) {
+    refuse("batch_size must lie in 1.." + to_string(kLargestBatch) + ", got " + to_string(batch_size));
   }
   const auto& weights = request.weights;
   const std::size_t listed = request.tasks.empty() ? tasks() : request.tasks.size();
@@ -272,35 +273,59 @@ const Strata& ReplayIndex::strata(const Request& request, Strata& scratch) const
   return scratch;
 }
 
-void ReplayIndex::pick(const Strata& strata, std::uint64_t draw, std::span<Pick> picks) const noexcept {
-  const double offset = draw_word(seed, draw, kShareIndex, 0) / 4294967296.0;
-  std::size_t i = 0;
-  for (std::size_t g = 0; g < strata.groups.size(); ++g) {
-    std::size_t end = picks.size();
-    if (g + 1 < strata.groups.size()) {
-      // Element i stands at (i + offset) / B of the shares.
-      const double share = strata.shares[g] / strata.shares.back();
-      const double first_after = std::ceil(share * static_cast<double>(picks.size()) - offset);
-      end = std::min(end, static_cast<std::size_t>(std::max(first_after, 0.0)));
-    }
-    const Group& group = strata.groups[g];
-    const BoundedDraw bounded(group.ends.back());
-    for (; i < end; ++i) picks[i] = pick_one(group, bounded, draw, static_cast<std::uint32_t>(i));
-  }
+Picker::Picker(const ReplayIndex& index, const Strata& strata, std::uint64_t draw, std::size_t count) noexcept
+    : index_(index),
+      strata_(strata),
+      seed_(index.seed),
+      draw_(draw),
+      count_(count),
+      offset_(draw_words(index.seed, draw, kShareQuad, 0)[0] / 4294967296.0) {
+  begin_group();
 }
 
-Pick ReplayIndex::pick_one(const Group& group, const BoundedDraw& bounded, std::uint64_t draw,
-                           std::uint32_t i) const noexcept {
-  for (std::uint32_t attempt = 0;; ++attempt) {
-    std::uint32_t k = 0;
-    if (!bounded(draw_word(seed, draw, i, attempt), k)) continue;
-    const std::size_t member =
-        group.equal != 0
-            ? k / group.equal
-            : static_cast<std::size_t>(std::ranges::upper_bound(group.ends, k) - group.ends.begin());
-    const Stream& stream = streams_[group.streams[member]];
-    const std::uint32_t back = stream.back_of(k - (member == 0 ? 0 : group.ends[member - 1]));
-    if (back < stream.size) return {group.streams[member], 0, stream.count - 1 - back};
+void Picker::begin_group() noexcept {
+  bounded_ = BoundedDraw(strata_.groups[group_].ends.back());
+  end_ = count_;
+  if (group_ + 1 == strata_.groups.size()) return;
+  const double share = strata_.shares[group_] / strata_.shares.back();
+  const double first_after = std::ceil(share * static_cast<double>(count_) - offset_);
+  end_ = std::min(end_, static_cast<std::size_t>(std::max(first_after, 0.0)));
+}
+
+void Picker::fill(std::span<Pick> picks) noexcept {
+  const Stream* const streams = index_.streams().data();
+  std::array<std::uint32_t, 4> words{};
+  std::uint32_t quad = kShareQuad;  // that the words belong to
+  for (std::size_t i = 0; i < picks.size();) {
+    while (i_ == end_) {
+      ++group_;
+      begin_group();
+    }
+    const Group& group = strata_.groups[group_];
+    const std::uint32_t* const ends = group.ends.data();
+    for (; i < picks.size() && i_ < end_; ++i, ++i_) {
+      const auto element = static_cast<std::uint32_t>(i_);
+      if (element / 4 != quad) words = draw_words(seed_, draw_, quad = element / 4, 0);
+      std::uint32_t word = words[element % 4];
+      for (std::uint32_t attempt = 0;; word = draw_words(seed_, draw_, quad, ++attempt)[element % 4]) {
+        std::uint32_t k = 0;
+        if (!bounded_(word, k)) continue;
+        std::size_t member = 0;
+        std::uint32_t cell = k;
+        if (group.equal != 0) {
+          member = k / group.equal;
+          cell = k - static_cast<std::uint32_t>(member) * group.equal;
+        } else {
+          member = static_cast<std::size_t>(std::ranges::upper_bound(group.ends, k) - group.ends.begin());
+          if (member != 0) cell = k - ends[member - 1];
+        }
+        const std::uint32_t s = group.streams[member];
+        const std::uint32_t back = streams[s].back_of(cell);
+        if (back >= streams[s].size) continue;
+        picks[i] = {s, 0, streams[s].count - 1 - back};
+        break;
+      }
+    }
   }
 }
 

@@ -124,9 +124,10 @@ struct Window {
 /// written through `Links`, whose memory the owner provides (one link per row, all zero at first or not).
 ///
 /// Draws: element i of batch number d is the first acceptable one of attempts 0, 1, ...; attempt a reads word
-/// 0 of the Philox block (d low, d high, i, a), takes from it an unbiased integer below the cells in reach of
-/// the streams and accepts it if that cell holds a transition. At least half of the cells do. Cells keep
-/// their place while streams grow, so that a batch drawn ahead stays right but for what was added meanwhile.
+/// i mod 4 of the Philox block (d low, d high, i / 4, a), takes from it an unbiased integer below the cells
+/// in reach of the streams and accepts it if that cell holds a transition. At least half of the cells do.
+/// Cells keep their place while streams grow, so that a batch drawn ahead stays right but for what was added
+/// meanwhile.
 class ReplayIndex {
  public:
   /// `capacities` [T] transitions per task; a task with n streams keeps ceil(capacity / n) of each.
@@ -171,8 +172,6 @@ class ReplayIndex {
   void require_request(const Request& request, std::size_t batch_size) const;
   /// The streams a request draws from. O(1) or O(N). Precondition: require_request passed.
   [[nodiscard]] const Strata& strata(const Request& request, Strata& scratch) const;
-  /// Fills `picks` [B] with batch number `draw`; steps are left 0.
-  void pick(const Strata& strata, std::uint64_t draw, std::span<Pick> picks) const noexcept;
   /// Where a picked transition is; `n_step` bounds its steps. O(n_step).
   [[nodiscard]] Window window(const Pick& pick, std::size_t n_step) const noexcept;
   /// Ring positions of the `frames` [F] up to and with `position`, oldest first; before the first frame of an
@@ -191,8 +190,6 @@ class ReplayIndex {
   void release(std::size_t row) noexcept;
   void resize(Stream& stream, std::uint32_t size) noexcept;
   void add_to(Group& group, std::size_t s) const noexcept;
-  [[nodiscard]] Pick pick_one(const Group& group, const BoundedDraw& bounded, std::uint64_t draw,
-                              std::uint32_t i) const noexcept;
 
   std::vector<Stream> streams_;     // N
   std::vector<std::size_t> sizes_;  // [T] transitions of each task
@@ -204,6 +201,29 @@ class ReplayIndex {
   bool stale_ = false;               // a reach changed since all_ was made
   std::vector<std::uint32_t> seen_;  // [N] the call of require_streams that named a stream last
   std::uint32_t calls_ = 0;
+};
+
+/// The elements of one batch, in order.
+class Picker {
+ public:
+  /// Batch number `draw`, of `count` elements. The index and the strata must outlive it unchanged.
+  Picker(const ReplayIndex& index, const Strata& strata, std::uint64_t draw, std::size_t count) noexcept;
+  /// The next elements, their steps 0: `count` at most over all calls. O(log N) each.
+  void fill(std::span<Pick> picks) noexcept;
+
+ private:
+  void begin_group() noexcept;
+
+  const ReplayIndex& index_;
+  const Strata& strata_;
+  const std::uint64_t seed_;
+  const std::uint64_t draw_;
+  const std::size_t count_;
+  const double offset_;  // in [0, 1): element i stands at (i + offset) / count of the shares
+  std::size_t group_ = 0;
+  std::size_t end_ = 0;  // element after the last of the group
+  std::size_t i_ = 0;
+  BoundedDraw bounded_{1};
 };
 
 }  // namespace brc

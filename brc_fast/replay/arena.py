@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from brc_fast import _core
 from brc_fast.batch import Batch
 
 from .fields import Field, Spec
@@ -42,37 +43,64 @@ class Lease:
 
     arrays: list[NDArray[Any]]
     batch: Batch
-    flat: NDArray[np.uint8]
+    memory: NDArray[np.uint8]
 
 
 class _Use:
-    """One use of a slot. Arrays made from it, and tensors made from those, keep it alive."""
+    """One use of a slot. Its arrays, and the tensors made from those, keep it alive."""
+
+    __slots__ = ("__weakref__", "memory")
 
     def __init__(self, memory: NDArray[np.uint8]) -> None:
         self.memory = memory
-        self.__array_interface__ = memory.__array_interface__
 
 
 class _Slot:
+    """Memory for one batch, and the use that is made of it."""
+
     def __init__(self, nbytes: int, pinned: bool) -> None:
+        self.memory: NDArray[np.uint8]
         if pinned:
             self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
         else:
             self.memory = np.empty(nbytes, np.uint8)
-        self.use: weakref.ref[_Use] | None = None
+        self.address = self.memory.ctypes.data
+        self.use: Callable[[], _Use | None] = lambda: None
 
-    def take(self) -> NDArray[np.uint8]:
+    def take(self) -> _Use:
         use = _Use(self.memory)
         self.use = weakref.ref(use)
-        return np.asarray(use)  # its base is `use`
+        return use
 
-    @property
-    def free(self) -> bool:
-        return self.use is None or self.use() is None
+
+class _Shape:
+    """Where the columns of batches [U, B] lie, and the slots for such batches."""
+
+    def __init__(self, columns: Mapping[str, Field], num_batches: int, batch_size: int) -> None:
+        size = (num_batches, batch_size)
+        self.names = list(columns)
+        self.shapes = [size + field.shape for field in columns.values()]
+        self.dtypes = [field.torch_dtype for field in columns.values()]
+        self.bfloat16 = [i for i, dtype in enumerate(self.dtypes) if dtype is torch.bfloat16]
+        self.offsets, self.nbytes = [], 0
+        for shape, field in zip(self.shapes, columns.values(), strict=True):
+            self.offsets.append(self.nbytes)
+            self.nbytes += -(-prod(shape) * field.numpy_dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        numpy_dtypes = [field.numpy_dtype for field in columns.values()]
+        self.views = _core.Views(list(zip(numpy_dtypes, self.shapes, self.offsets, strict=True)))
+        self.slots: list[_Slot] = []
+        self.in_batch = [self.names.index(name) for name in Batch._fields]
+        self.further = [name for name in self.names if name not in Batch._fields]
+
+    def batch(self, tensors: list[Tensor]) -> Batch:
+        batch = Batch(*[tensors[i] for i in self.in_batch])
+        if self.further:
+            batch.extras = {name: tensors[self.names.index(name)] for name in self.further}
+        return batch
 
 
 class Arena:
-    """Slots for batches [U, B]. A slot is handed out again when every tensor and array on it is gone.
+    """Slots for batches. A slot is handed out again when every tensor and array on it is gone.
 
     Holding a batch is therefore always safe: another slot is made instead. Safe to use from several threads.
     """
@@ -80,46 +108,40 @@ class Arena:
     def __init__(self, spec: Spec, pinned: bool) -> None:
         self.columns = columns(spec)
         self.pinned = pinned
-        self._slots: dict[tuple[int, int], list[_Slot]] = {}
+        self._shapes: dict[tuple[int, int], _Shape] = {}
         self._lock = threading.Lock()
-
-    def offsets(self, rows: int) -> tuple[dict[str, int], int]:
-        """Where each column of `rows` transitions begins, and the bytes of all."""
-        offsets, end = {}, 0
-        for name, field in self.columns.items():
-            offsets[name] = end
-            end += rows * prod(field.shape) * field.numpy_dtype.itemsize
-            end = -(-end // ALIGNMENT) * ALIGNMENT
-        return offsets, end
 
     def lease(self, num_batches: int, batch_size: int, fresh: bool = False) -> Lease:
         """Memory for U batches; `fresh` memory is never handed out again."""
-        size = (num_batches, batch_size)
-        offsets, nbytes = self.offsets(num_batches * batch_size)
-        if fresh:
-            flat = _Slot(nbytes, False).take()
-        else:
-            with self._lock:
-                slots = self._slots.setdefault(size, [])
-                slot = next((slot for slot in slots if slot.free), None)
-                if slot is None:
-                    slots.append(slot := _Slot(nbytes, self.pinned))
-                flat = slot.take()
-        arrays, tensors = [], {}
-        for name, field in self.columns.items():
-            array = np.ndarray(size + field.shape, field.numpy_dtype, flat, offsets[name])
-            tensor = torch.from_numpy(array)
-            arrays.append(array)
-            tensors[name] = tensor.view(torch.bfloat16) if field.dtype == "bfloat16" else tensor
-        return Lease(arrays, batch_of(tensors), flat)
+        with self._lock:
+            shape = self._shape(num_batches, batch_size)
+            slot = _Slot(shape.nbytes, False) if fresh else self._free(shape)
+            use = slot.take()
+        arrays = shape.views.make(slot.address, use)
+        tensors = [torch.from_numpy(array) for array in arrays]
+        for i in shape.bfloat16:
+            tensors[i] = tensors[i].view(torch.bfloat16)
+        return Lease(arrays, shape.batch(tensors), slot.memory)
 
-    def on_device(self, flat: Tensor, num_batches: int, batch_size: int) -> Batch:
+    def on_device(self, memory: Tensor, num_batches: int, batch_size: int) -> Batch:
         """A batch from a copy of a slot's bytes on another device."""
-        offsets, _ = self.offsets(num_batches * batch_size)
-        tensors = {}
-        for name, field in self.columns.items():
-            shape = (num_batches, batch_size, *field.shape)
-            nbytes = prod(shape) * field.numpy_dtype.itemsize
-            part = flat[offsets[name] : offsets[name] + nbytes]
-            tensors[name] = part.view(field.torch_dtype).view(shape)
-        return batch_of(tensors)
+        layout = self._shape(num_batches, batch_size)
+        tensors = []
+        for shape, dtype, offset in zip(layout.shapes, layout.dtypes, layout.offsets, strict=True):
+            part = memory[offset : offset + prod(shape) * dtype.itemsize]
+            tensors.append(part.view(dtype).view(shape))
+        return layout.batch(tensors)
+
+    def _free(self, shape: _Shape) -> _Slot:
+        for slot in shape.slots:
+            if slot.use() is None:
+                return slot
+        shape.slots.append(_Slot(shape.nbytes, self.pinned))
+        return shape.slots[-1]
+
+    def _shape(self, num_batches: int, batch_size: int) -> _Shape:
+        shape = self._shapes.get((num_batches, batch_size))
+        if shape is None:
+            shape = _Shape(self.columns, num_batches, batch_size)
+            self._shapes[num_batches, batch_size] = shape
+        return shape

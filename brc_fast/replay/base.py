@@ -46,9 +46,10 @@ class Buffer:
         return self._store.draws
 
     def _require_stored(self, batch_size: int) -> None:
-        if batch_size > len(self):
+        stored = self._store.size
+        if batch_size > stored:
             raise ValueError(
-                f"batch_size {batch_size} exceeds the {len(self)} transitions stored; "
+                f"batch_size {batch_size} exceeds the {stored} transitions stored; "
                 "collect more or lower batch_size"
             )
 

@@ -119,16 +119,15 @@ class ReplayBuffer(Buffer):
             TypeError: another type, dtype or device; nothing is cast.
             ValueError: another shape, a value that is not finite, a stream that is unknown or named twice.
         """
-        # Numpy arrays that are exactly right are checked in the compiled store: the checks below would cost
-        # more than the rest.
-        if extras is None and self._store.try_add(
-            streams, observations, actions, rewards, terminated, truncated, successors
-        ):
+        # Arrays that are exactly right are checked in the compiled store: the checks below would cost more
+        # than the rest.
+        given = (streams, observations, actions, rewards, terminated, truncated, successors)
+        if extras is None and (self._store.try_add(*given) or self._store.try_add(*map(_as_array, given))):
             return
         ids = self._streams if streams is None else checked("streams", streams, "[M]", (-1,), "int64")
         m, observation = len(ids), self.spec.observation
-        given = {"actions": actions, **(extras or {})}
-        if given.keys() != self.spec.fields.keys():
+        fields = {"actions": actions, **(extras or {})}
+        if fields.keys() != self.spec.fields.keys():
             wanted = sorted(self.spec.extras)
             raise ValueError(f"extras must hold {wanted}, got {sorted(extras or {})}")
         self._store.add(
@@ -137,7 +136,7 @@ class ReplayBuffer(Buffer):
             [
                 checked(
                     name,
-                    given[name],
+                    fields[name],
                     "[M, A]" if name == "actions" else "[M, ...]",
                     (m, *field.shape),
                     field.dtype,
@@ -253,6 +252,16 @@ class ReplayBuffer(Buffer):
             OSError: the files cannot be read.
         """
         self._saved = files.load(self._store, self.spec, Path(folder), previous)
+
+
+def _as_array(value: object) -> object:
+    """The numpy array on a tensor's memory, where there is one."""
+    if isinstance(value, Tensor):
+        try:
+            return value.numpy()
+        except (TypeError, RuntimeError):  # on a GPU, bfloat16, or part of a graph
+            return value
+    return value
 
 
 def _exact(field: Field) -> tuple[int, list[int]]:

@@ -117,7 +117,7 @@ class _Worker:
     def copy(self, lease: Lease) -> tuple[Tensor, torch.cuda.Event]:
         assert self.stream is not None
         with torch.cuda.stream(self.stream):
-            flat = torch.from_numpy(lease.flat).to(self.device, non_blocking=True)
+            flat = torch.from_numpy(lease.memory).to(self.device, non_blocking=True)
             return flat, self.stream.record_event()
 
 

@@ -32,7 +32,7 @@ class Requests:
         weights: Sequence[float] | str | None,
     ) -> _core.Request:
         """See ReplayBuffer.sample."""
-        if n_step == 1 and all(value is None for value in (discount, tasks, weights)):
+        if n_step == 1 and discount is None and tasks is None and weights is None:
             return self._plain
         if n_step > 1 and discount is None:
             raise ValueError(f"discount must be given with n_step {n_step}: it weighs the rewards summed")
