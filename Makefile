@@ -26,16 +26,24 @@ lint: $(STAMP)
 	cp -R brc_fast build/types/ && cp -R kernels build/types/brc_fast/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p brc_fast
 
-## C++ tests under address and undefined-behaviour sanitizers
+## C++ tests under address and undefined-behaviour sanitizers, those with threads under a thread sanitizer
 sanitize: $(STAMP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -DBRC_FAST_BUILD_TESTS=ON -DBRC_FAST_SANITIZE=address,undefined \
-	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize --target replay_store_test cpu_kernels_test
-	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/sanitize --output-on-failure
+	export PATH="$(CURDIR)/$(BIN):$$PATH"; set -e; \
+	for build in "sanitize address,undefined" "sanitize-thread thread"; do set -- $$build; \
+	  cmake -S . -B build/$$1 -DBRC_FAST_BUILD_TESTS=ON -DBRC_FAST_SANITIZE=$$2 \
+	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)"; \
+	  cmake --build build/$$1 --parallel 2 --target brc_fast_tests; \
+	  ctest --test-dir build/$$1 --output-on-failure; \
+	done
 
-## Speed on this CPU
-bench: $(STAMP)
+$(VENV)/.bench: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
+	@touch $@
+
+## Speed on this CPU: the update, and the replay buffer among others
+bench: $(VENV)/.bench
 	$(BIN)/python bench/bench_update.py $(ARGS)
+	$(BIN)/python bench/bench_replay.py $(ARGS)
 
 ## Tests and timings on a CUDA machine, with what is installed there
 gpu:

@@ -322,7 +322,7 @@ void Picker::fill(std::span<Pick> picks) noexcept {
         const std::uint32_t s = group.streams[member];
         const std::uint32_t back = streams[s].back_of(cell);
         if (back >= streams[s].size) continue;
-        picks[i] = {s, 0, streams[s].count - 1 - back};
+        picks[i] = {s, 0, streams[s].count - 1 - back, streams[s].first_row + streams[s].position(back)};
         break;
       }
     }

@@ -86,6 +86,7 @@ struct Pick {
   std::uint32_t stream;
   std::uint32_t steps;  // 0: not yet known
   std::uint64_t sequence;
+  std::size_t row;  // where it was when it was picked
 };
 
 /// Streams among whose transitions one is drawn, all equally likely.

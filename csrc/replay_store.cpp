@@ -195,38 +195,65 @@ void ReplayStore::read(std::int64_t stream, std::int64_t age, const Request& req
   const std::size_t s = check("stream", stream, num_streams());
   const Stream& from = index_.streams()[s];
   const std::size_t known_age = check("age", age, from.size);
-  Pick pick{static_cast<std::uint32_t>(s), 0, from.count - from.size + known_age};
+  const std::uint64_t sequence = from.count - from.size + known_age;
+  const std::uint32_t pos = from.position(from.back(sequence));
+  Pick pick{static_cast<std::uint32_t>(s), 0, sequence, from.first_row + pos};
   gather_one(pick, request, 0, out);
 }
 
 // Inlined by force: a call of a function that only prefetches has no result, and GCC 12 removes it. The
-// processor follows a row by itself after its first lines; its end is asked for, as it is read first.
+// processor follows a row by itself after its first lines. Past a ring's edge this fetches for nothing.
 [[gnu::always_inline]] inline void ReplayStore::prefetch(const Pick& pick,
                                                          std::size_t n_step) const noexcept {
-  const Stream& stream = index_.streams()[pick.stream];
-  const std::uint32_t pos = stream.position(stream.back(pick.sequence));
-  const std::byte* row = rows_.row(stream.first_row + pos);
+  const std::byte* row = rows_.row(pick.row);
   fetch(row, std::min(layout_.used, kPrefetchBytes));
-  __builtin_prefetch(row + layout_.link);
-  if (pos + n_step >= stream.ring) {  // across the ring's edge; rare
-    __builtin_prefetch(rows_.row(stream.first_row + stream.after(pos)));
-    return;
-  }
-  for (std::size_t step = 1; step < n_step; ++step) {
-    __builtin_prefetch(row + step * layout_.stride + layout_.reward);
+  if (n_step == 1) return;
+  for (std::size_t step = 0; step < n_step; ++step)
     __builtin_prefetch(row + step * layout_.stride + layout_.link);
-  }
-  __builtin_prefetch(row + n_step * layout_.stride);
+  fetch(row + n_step * layout_.stride, std::min(layout_.observation.bytes, kPrefetchBytes));
 }
 
 void ReplayStore::gather(std::span<Pick> picks, const Request& request, std::size_t first,
                          const BatchColumns& out) const noexcept {
   const std::size_t n_step = request.powers.size();
+  const bool plain = n_step == 1 && layout_.stack == 1;
   for (std::size_t i = 0; i < std::min(kAhead, picks.size()); ++i) prefetch(picks[i], n_step);
   for (std::size_t i = 0; i < picks.size(); ++i) {
     if (i + kAhead < picks.size()) prefetch(picks[i + kAhead], n_step);
-    gather_one(picks[i], request, first + i, out);
+    if (plain) {
+      gather_plain(picks[i], first + i, out);
+    } else {
+      gather_one(picks[i], request, first + i, out);
+    }
   }
+}
+
+void ReplayStore::gather_fields(const std::byte* row, std::size_t i, const BatchColumns& out) const noexcept {
+  for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
+    put(out.fields[f], i, row + layout_.offsets[f], layout_.fields[f].bytes);
+  }
+}
+
+void ReplayStore::gather_plain(Pick& pick, std::size_t i, const BatchColumns& out) const noexcept {
+  const Stream& stream = index_.streams()[pick.stream];
+  const std::byte* row = rows_.row(pick.row);
+  const std::size_t bytes = layout_.observation.bytes;
+  put(out.observations, i, row, bytes);
+  gather_fields(row, i, out);
+  const std::uint32_t word = index_.link(pick.row);
+  const std::uint32_t slot = word & kSlot;
+  // Branches, which the processor guesses: an address made from the link would wait for it to arrive.
+  if (slot != 0) {
+    put(out.next_observations, i, side_.at(slot - 1), bytes);
+  } else if (pick.row + 1 == stream.first_row + stream.ring) {
+    put(out.next_observations, i, rows_.row(stream.first_row), bytes);
+  } else {
+    put(out.next_observations, i, row + layout_.stride, bytes);
+  }
+  out.rewards[i] = reward_at(row, layout_);
+  out.masks[i] = (word & kTerminated) != 0 ? 0.0f : 1.0f;
+  out.task_ids[i] = stream.task;
+  pick.steps = 1;
 }
 
 void ReplayStore::gather_one(Pick& pick, const Request& request, std::size_t i,
@@ -241,9 +268,7 @@ void ReplayStore::gather_one(Pick& pick, const Request& request, std::size_t i,
   } else {
     gather_frames(pick, window, i, out);
   }
-  for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
-    put(out.fields[f], i, row + layout_.offsets[f], layout_.fields[f].bytes);
-  }
+  gather_fields(row, i, out);
   float reward = reward_at(row, layout_);
   std::uint32_t pos = window.position;
   for (std::uint32_t step = 1; step < window.steps; ++step) {

@@ -261,10 +261,14 @@ class List {
     return batch_size <= stored;
   }
 
-  /// Batch number `draw`, in the order that philox.hpp and ReplayIndex define.
+  /// Batch number `draw`, drawn as ReplayIndex says.
   void sample(const Request& request, std::uint64_t seed, std::uint64_t draw, std::size_t first,
               std::size_t batch_size, Batch& out) const {
-    const double offset = draw_word(seed, draw, 0xFFFFFFFF, 0) / 4294967296.0;
+    const auto word = [&](std::uint32_t quad, std::uint32_t attempt, std::size_t i) {
+      const auto low = [](std::uint64_t value) { return static_cast<std::uint32_t>(value); };
+      return philox4x32({low(draw), low(draw >> 32), quad, attempt}, {low(seed), low(seed >> 32)})[i % 4];
+    };
+    const double offset = word(0xFFFFFFFF, 0, 0) / 4294967296.0;
     const Groups groups = groups_of(request);
     for (std::size_t i = 0; i < batch_size; ++i) {
       std::size_t g = 0;
@@ -277,8 +281,11 @@ class List {
       const BoundedDraw bounded(static_cast<std::uint32_t>(cells.size()));
       std::uint32_t k = 0;
       std::uint32_t attempt = 0;
-      const auto refused = [&](std::uint32_t word) { return !bounded(word, k) || cells[k].second == kEmpty; };
-      while (refused(draw_word(seed, draw, static_cast<std::uint32_t>(i), attempt))) ++attempt;
+      const auto refused = [&] {
+        const std::uint32_t random = word(static_cast<std::uint32_t>(i / 4), attempt, i);
+        return !bounded(random, k) || cells[k].second == kEmpty;
+      };
+      while (refused()) ++attempt;
       put(cells[k].first, cells[k].second, request, first + i, out);
     }
   }

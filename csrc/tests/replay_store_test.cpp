@@ -58,6 +58,35 @@ void grows_past_one_block_of_side_slots() {
   check(store.side_size() == 60'000, "slots are used again");
 }
 
+/// What was gathered ahead is void once other content with the same numbers takes its place.
+void replaced_content_is_gathered_anew() {
+  const Layout layout({"observation", 1, 1, Kind::integer}, {kByte}, 1);
+  const Ids capacities{4}, task_ids{0};
+  for (const bool adopts : {false, true}) {
+    ReplayStore store(layout, capacities, task_ids, 0, false), other(layout, capacities, task_ids, 0, false);
+    Rows row(layout, 1);
+    for (int step = 0; step < 4; ++step) store.add(row.columns());
+    row.fields[0][0] = std::byte{1};
+    for (int step = 0; step < 4; ++step) other.add(row.columns());
+    const Request request(1, 1.0, {}, {});
+    Batch batch(layout, 3), expected(layout, 3);
+    Ahead ahead;
+    store.gather_ahead(request, 0, 1, 3, batch.columns(), ahead);
+    if (adopts) {
+      Device device(layout, capacities, task_ids, 0);
+      device.take(other);
+      device.give(store);
+    } else {
+      Saves saves;
+      saves.write(other, true);
+      saves.load(store, 0);
+    }
+    check(store.settle(request, 1, 3, batch.columns(), ahead) == 3, "all of it is gathered anew");
+    other.sample(request, 1, 3, expected.columns());
+    check(batch == expected, "none of the content before is left");
+  }
+}
+
 void refusals_change_nothing(std::uint64_t seed) {
   Walk walk(seed);
   for (int step = 0; step < 12; ++step) walk.add();
@@ -161,30 +190,27 @@ void not_finite_values_are_refused(const Floats& floats, std::size_t items) {
   const Ids capacities{3}, task_ids{0, 0};
   ReplayStore store(layout, capacities, task_ids, 0, false), lenient(layout, capacities, task_ids, 0, true);
   Rows clean(layout, 2);
-  const Request request(1, 1.0, {}, {});
-  Batch before(layout, 1), after = before;
-  const auto refused = [&](const char* name, auto column, std::size_t i, std::uint32_t bits) {
-    Rows rows = clean;
-    auto& values = column(rows);
-    const std::size_t bytes = values.size() * sizeof(values[0]);
-    std::memcpy(reinterpret_cast<char*>(values.data()) + bytes / 2 + i, &bits, std::min(bytes, floats.item));
+  Rows rows = clean;
+  const auto refused = [&](const char* name, auto& column, std::size_t i, const auto& value) {
+    std::memcpy(&column[column.size() / 2 + i], &value, sizeof(value));
     check_refuses([&] { store.add(rows.columns()); },
-                  std::string(name) + " of stream 1 (task 0) must be finite");
+                  name + std::string(" of stream 1 (task 0) must be finite"));
     lenient.add(rows.columns());
+    rows = clean;
+  };
+  const auto refused_bits = [&](std::size_t i, const auto& value) {
+    refused("observations", rows.observations, i, value);
+    refused("successors", rows.successors, i, value);
+    refused("extra", rows.fields[1], i, value);
   };
   for (int round = 0; round < 4; ++round) {
-    for (std::size_t i = 0; i < items * floats.item; i += floats.item) {
+    for (std::size_t i = 0; i < observation.bytes; i += floats.item) {
       for (const std::uint32_t bits : floats.not_finite) {
-        refused("observations", [](Rows& rows) -> Values& { return rows.observations; }, i, bits);
-        refused("successors", [](Rows& rows) -> Values& { return rows.successors; }, i, bits);
-        refused("extra", [](Rows& rows) -> Values& { return rows.fields[1]; }, i, bits);
+        if (floats.item == 4) refused_bits(i, bits);
+        if (floats.item == 2) refused_bits(i, static_cast<std::uint16_t>(bits));
       }
     }
-    for (const float reward : {INFINITY, -INFINITY, NAN}) {
-      refused(
-          "rewards", [](Rows& rows) -> auto& { return rows.rewards; }, 0,
-          std::bit_cast<std::uint32_t>(reward));
-    }
+    for (const float reward : {INFINITY, -INFINITY, NAN}) refused("rewards", rows.rewards, 0, reward);
     check(store.size() == static_cast<std::size_t>(std::min(2 * round, 4)), "nothing of them was stored");
     store.add(clean.columns());
   }
@@ -193,8 +219,9 @@ void not_finite_values_are_refused(const Floats& floats, std::size_t items) {
 
 int run() {
   try {
-    agrees_with_a_list(80);
+    agrees_with_a_list(60);
     grows_past_one_block_of_side_slots();
+    replaced_content_is_gathered_anew();
     for (std::uint64_t seed = 0; seed < 10; ++seed) refusals_change_nothing(seed);
     unusable_arguments_are_refused();
     not_finite_values_are_found();

@@ -25,7 +25,7 @@ class Device {
     std::vector<unsigned char> departs(ids.size());
     index.heads(ids, heads);
     for (std::size_t i = 0; i < ids.size(); ++i) {
-      departs[i] = heads[i] >= 0 && std::memcmp(place(heads[i]), &rows.observations[i * frame], frame) != 0;
+      departs[i] = heads[i] < 0 || std::memcmp(place(heads[i]), &rows.observations[i * frame], frame) != 0;
     }
     index.add(ids, departs, rows.terminated, rows.truncated, to, moved, successors);
     for (std::size_t i = 0; i < ids.size(); ++i) {
@@ -112,6 +112,7 @@ class Walk {
                         task);
       }
     }
+    late_task = 1 + random.below(3);
     resize();
     list.emplace(layout, capacities, task_ids);
     twin = make();
@@ -120,13 +121,13 @@ class Walk {
 
   void step() {
     const Request request = random.request(capacities.size());
-    const std::size_t num_batches = 1 + random.below(2), batch_size = 1 + random.below(9);
+    const std::size_t num_batches = 1 + random.below(2), batch_size = 1 + random.below(13);
     Batch batch(layout, num_batches * batch_size);
     Ahead ahead;
     if (list->serves(request, batch_size)) {
       store->gather_ahead(request, store->draws(), num_batches, batch_size, batch.columns(), ahead);
     }
-    for (std::uint32_t adds = random.below(3); adds > 0; --adds) add();
+    for (std::uint32_t times = random.below(3); times > 0; --times) add();
     if (random.one_in(5)) save();
     if (random.one_in(8) && reload()) ahead = {};
     if (random.one_in(8)) exchange();
@@ -135,9 +136,11 @@ class Walk {
   }
 
   void add() {
+    ++adds;
     Ids ids;
     for (std::size_t s = 0; s < task_ids.size(); ++s) {
-      if (!random.one_in(3)) {
+      const bool late = task_ids[s] == late_task && adds < 15;
+      if (!late && !random.one_in(3)) {
         ids.insert(ids.begin() + random.below(1 + static_cast<std::uint32_t>(ids.size())),
                    static_cast<std::int64_t>(s));
       }
@@ -179,6 +182,21 @@ class Walk {
     }
     check(of.size() == total, "the size is that of all streams");
     check(of.side_size() == list->aside(), "a slot is used exactly while its row is kept");
+    check_links(of.index());
+  }
+
+  void check_links(const ReplayIndex& index) const {
+    for (std::size_t s = 0; s < task_ids.size(); ++s) {
+      const Stream& stream = index.streams()[s];
+      const auto& all = list->streams[s].all;
+      check(stream.kept == list->streams[s].kept, "older rows are kept for their frames alone");
+      for (std::uint32_t back = 0; back < stream.kept; ++back) {
+        const Transition& transition = all[all.size() - 1 - back];
+        const std::uint32_t word = index.link(stream.first_row + stream.position(back));
+        check(((word & kTerminated) != 0) == transition.terminated, "a row knows that it was terminated");
+        check(((word & kTruncated) != 0) == transition.truncated, "a row knows that it was truncated");
+      }
+    }
   }
 
   void check_draws(const Request& request, std::size_t num_batches, std::size_t batch_size, Batch& batch,
@@ -256,6 +274,8 @@ class Walk {
   std::uint64_t seed;
   Layout layout;
   Ids task_ids, capacities;
+  std::int64_t late_task;  // no transitions at first, if there is such a task
+  int adds = 0;
   std::unique_ptr<ReplayStore> store, twin;
   std::unique_ptr<Device> device;
   std::optional<List> list, saved;
