@@ -50,7 +50,9 @@ class BlockWriter {
 /// Reads blocks, each checked before a byte of it is given out.
 class BlockReader {
  public:
-  explicit BlockReader(const SegmentFile& segment) : segment_(segment), buffer_(kBlockBytes) {}
+  explicit BlockReader(const SegmentFile& segment)
+      : segment_(segment),
+        buffer_(static_cast<std::size_t>(std::min<std::uint64_t>(kBlockBytes, segment.table.bytes))) {}
   void get(std::byte* to, std::size_t bytes) {
     while (bytes > 0) {
       if (at_ == end_) refill();
@@ -111,6 +113,7 @@ Snapshot ReplayStore::write_segment(int file, std::span<const std::uint64_t> fro
   SegmentTable& table = snapshot.table;
   BlockWriter writer(file, table);
   const std::size_t frame = layout_.observation.bytes;
+  std::vector<std::byte> image(layout_.used);
   for (std::size_t s = 0; s < num_streams(); ++s) {
     const Stream& stream = index_.streams()[s];
     Content& content = snapshot.content;
@@ -123,16 +126,22 @@ Snapshot ReplayStore::write_segment(int file, std::span<const std::uint64_t> fro
     const auto rows = static_cast<std::uint32_t>(stream.count - first);
     std::vector<std::uint32_t> aside;
     for (std::uint32_t back = rows; back-- > 0;) {
-      const std::byte* row = rows_.row(stream.first_row + stream.position(back));
-      const std::uint32_t word = index_.link(stream.first_row + stream.position(back));
+      const std::size_t at = stream.first_row + stream.position(back);
+      const std::byte* row = rows_.row(at);
+      const std::uint32_t word = index_.link(at);
       const std::uint32_t slot = word & kSlot;
       const std::uint32_t flags = (word & ~kSlot) | (slot != 0 ? kAside : 0);
       if (slot != 0) aside.push_back(slot - 1);
-      writer.put(row, layout_.link);
-      writer.put(reinterpret_cast<const std::byte*>(&flags), sizeof(flags));
+      std::memcpy(image.data(), row, frame);  // part by part: the gaps between them stay zero
+      for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
+        std::memcpy(image.data() + layout_.offsets[f], row + layout_.offsets[f], layout_.fields[f].bytes);
+      }
+      std::memcpy(image.data() + layout_.reward, row + layout_.reward, sizeof(float));
+      std::memcpy(image.data() + layout_.link, &flags, sizeof(flags));
+      writer.put(image.data(), image.size());
     }
     for (const std::uint32_t slot : aside) writer.put(side_.at(slot), frame);
-    const bool head = stream.head_valid;
+    const bool head = stream.head_valid && rows > 0;  // the successor of the newest row written
     if (head) writer.put(rows_.row(index_.head_row(s)), frame);
     table.first.push_back(first);
     table.rows.push_back(rows);

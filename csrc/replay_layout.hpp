@@ -48,6 +48,10 @@ struct Layout {
         refuse(field.name + " must have 1 to " + to_string(kMaxBytes) + " bytes, got " +
                to_string(field.bytes));
       }
+      if (field.item < 1 || field.item > 8 || field.bytes % field.item != 0) {
+        refuse(field.name + " must be of whole elements of 1 to 8 bytes, got elements of " +
+               to_string(field.item));
+      }
     };
     require(observation);
     std::size_t end = observation.bytes;

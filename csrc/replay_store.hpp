@@ -37,7 +37,7 @@ struct Ahead {
 /// further one replaces the oldest of its stream, whose side slot is freed.
 ///
 /// Threads: every method locks. Those that only read the content (sample, gather_ahead, settle, write_segment
-/// and the rest that is const) run side by side; add, load, adopt and clear run alone. No method calls back
+/// and the rest that is const) run side by side; add, load and adopt run alone. No method calls back
 /// into its caller.
 ///
 /// Failure: a method that throws leaves the store as it was, except for load, which says so.
