@@ -16,6 +16,8 @@ constexpr std::size_t kLine = 64;               // bytes of a cache line
 constexpr std::size_t kPrefetchBytes = 256;     // of a row to read
 constexpr std::size_t kPrefetchWritten = 4096;  // of a row to write
 
+constexpr std::uint32_t kEdge = 1u << 31;  // marks the last row of a ring; rows have 29 bits
+
 template <int write = 0>
 [[gnu::always_inline]] inline void fetch(const std::byte* data, std::size_t bytes) noexcept {
   for (std::size_t i = 0; i < std::min(bytes, kPrefetchBytes); i += kLine)
@@ -216,15 +218,14 @@ void ReplayStore::read(std::int64_t stream, std::int64_t age, const Request& req
 void ReplayStore::gather(std::span<Pick> picks, const Request& request, std::size_t first,
                          const BatchColumns& out) const noexcept {
   const std::size_t n_step = request.powers.size();
-  const bool plain = n_step == 1 && layout_.stack == 1;
+  if (n_step == 1 && layout_.stack == 1) {
+    gather_plain(picks, first, out);
+    return;
+  }
   for (std::size_t i = 0; i < std::min(kAhead, picks.size()); ++i) prefetch(picks[i], n_step);
   for (std::size_t i = 0; i < picks.size(); ++i) {
     if (i + kAhead < picks.size()) prefetch(picks[i + kAhead], n_step);
-    if (plain) {
-      gather_plain(picks[i], first + i, out);
-    } else {
-      gather_one(picks[i], request, first + i, out);
-    }
+    gather_one(picks[i], request, first + i, out);
   }
 }
 
@@ -234,26 +235,71 @@ void ReplayStore::gather_fields(const std::byte* row, std::size_t i, const Batch
   }
 }
 
-void ReplayStore::gather_plain(Pick& pick, std::size_t i, const BatchColumns& out) const noexcept {
-  const Stream& stream = index_.streams()[pick.stream];
-  const std::byte* row = rows_.row(pick.row);
-  const std::size_t bytes = layout_.observation.bytes;
-  put(out.observations, i, row, bytes);
-  gather_fields(row, i, out);
-  const std::uint32_t word = index_.link(pick.row);
-  const std::uint32_t slot = word & kSlot;
-  // Branches, which the processor guesses: an address made from the link would wait for it to arrive.
-  if (slot != 0) {
-    put(out.next_observations, i, side_.at(slot - 1), bytes);
-  } else if (pick.row + 1 == stream.first_row + stream.ring) {
-    put(out.next_observations, i, rows_.row(stream.first_row), bytes);
-  } else {
-    put(out.next_observations, i, row + layout_.stride, bytes);
+void ReplayStore::gather_plain(std::span<Pick> picks, std::size_t first,
+                               const BatchColumns& out) const noexcept {
+  // The loads that wait for memory take all places for lines on their way into the first cache. So the loop
+  // that copies reads as little else as it can: one word per row, not picks and streams.
+  std::array<std::uint32_t, 1024> rows;
+  for (std::size_t begin = 0; begin < picks.size(); begin += rows.size()) {
+    const std::span<Pick> part = picks.subspan(begin, std::min(rows.size(), picks.size() - begin));
+    for (std::size_t i = 0; i < part.size(); ++i) {
+      const Stream& stream = index_.streams()[part[i].stream];
+      const bool edge = part[i].row + 1 == stream.first_row + stream.ring;
+      rows[i] = static_cast<std::uint32_t>(part[i].row) | (edge ? kEdge : 0);
+      out.task_ids[first + begin + i] = stream.task;
+      part[i].steps = 1;
+    }
+    copy_plain(std::span(rows).first(part.size()), part, first + begin, out);
   }
-  out.rewards[i] = reward_at(row, layout_);
-  out.masks[i] = (word & kTerminated) != 0 ? 0.0f : 1.0f;
-  out.task_ids[i] = stream.task;
-  pick.steps = 1;
+}
+
+void ReplayStore::copy_plain(std::span<const std::uint32_t> rows, std::span<const Pick> picks,
+                             std::size_t first, const BatchColumns& out) const noexcept {
+  // In locals, as a copy through a byte pointer makes the compiler read members again; instructions between
+  // the loads that wait cost time here.
+  const std::byte* const base = rows_.row(0);
+  const std::size_t stride = layout_.stride;
+  const std::size_t bytes = layout_.observation.bytes;
+  const std::size_t action_offset = layout_.offsets[0];
+  const std::size_t action_bytes = layout_.fields[0].bytes;
+  const std::size_t reward_offset = layout_.reward;
+  const bool more = layout_.fields.size() > 1;
+  const bool long_rows = layout_.used >= kPrefetchBytes;
+  std::byte* observations = out.observations.data() + first * bytes;
+  std::byte* next_observations = out.next_observations.data() + first * bytes;
+  std::byte* actions = out.fields[0].data() + first * action_bytes;
+  float* rewards = out.rewards.data() + first;
+  float* masks = out.masks.data() + first;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    if (i + kAhead < rows.size()) {
+      const std::byte* ahead = base + (rows[i + kAhead] & ~kEdge) * stride;
+      __builtin_prefetch(ahead);
+      if (long_rows) {
+        __builtin_prefetch(ahead + kLine);
+        __builtin_prefetch(ahead + 2 * kLine);
+        __builtin_prefetch(ahead + 3 * kLine);
+      }
+    }
+    const std::byte* const row = base + (rows[i] & ~kEdge) * stride;
+    std::memcpy(observations, row, bytes);
+    std::memcpy(actions, row + action_offset, action_bytes);
+    std::uint32_t word;
+    std::memcpy(&word, row + reward_offset + sizeof(float), sizeof(word));
+    // Branches, which the processor guesses: an address made from the link would wait for it to arrive.
+    if ((word & kSlot) != 0) {
+      std::memcpy(next_observations, side_.at((word & kSlot) - 1), bytes);
+    } else if ((rows[i] & kEdge) != 0) {
+      std::memcpy(next_observations, rows_.row(index_.streams()[picks[i].stream].first_row), bytes);
+    } else {
+      std::memcpy(next_observations, row + stride, bytes);
+    }
+    std::memcpy(rewards + i, row + reward_offset, sizeof(float));
+    masks[i] = (word & kTerminated) != 0 ? 0.0f : 1.0f;
+    if (more) gather_fields(row, first + i, out);
+    observations += bytes;
+    next_observations += bytes;
+    actions += action_bytes;
+  }
 }
 
 void ReplayStore::gather_one(Pick& pick, const Request& request, std::size_t i,

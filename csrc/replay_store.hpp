@@ -120,7 +120,9 @@ class ReplayStore {
   void require_finite(const char* name, const Field& field, Bytes values, std::int64_t stream) const;
   void gather(std::span<Pick> picks, const Request& request, std::size_t first,
               const BatchColumns& out) const noexcept;
-  void gather_plain(Pick& pick, std::size_t i, const BatchColumns& out) const noexcept;
+  void gather_plain(std::span<Pick> picks, std::size_t first, const BatchColumns& out) const noexcept;
+  void copy_plain(std::span<const std::uint32_t> rows, std::span<const Pick> picks, std::size_t first,
+                  const BatchColumns& out) const noexcept;
   void gather_fields(const std::byte* row, std::size_t i, const BatchColumns& out) const noexcept;
   void gather_one(Pick& pick, const Request& request, std::size_t i, const BatchColumns& out) const noexcept;
   void gather_frames(const Pick& pick, const Window& window, std::size_t i,
