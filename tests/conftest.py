@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 from brc_fast.envs.base import Step
 
 EVALUATION_SLOTS = 2
+sys.path.append(str(Path(__file__).parent))  # for replay_oracle, which several tests share
 
 
 class ToyEnv:

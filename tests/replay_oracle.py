@@ -1,0 +1,379 @@
+"""What a replay buffer must hold and draw: lists of all transitions, and integers that pick from them."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from brc_fast import _core
+from brc_fast.batch import Batch
+from brc_fast.replay import Field, ReplayBuffer
+from brc_fast.replay.arena import columns
+
+ENDS = [(False, False), (True, False), (False, True), (True, True)]  # terminated, truncated
+Arrays = dict[str, np.ndarray]
+Picked = tuple[int, int]  # stream, number of the transition in it
+
+
+class Transition(NamedTuple):
+    values: Arrays  # observations, actions, extras and successors by name
+    reward: np.float32
+    terminated: bool
+    truncated: bool
+    jumped: bool  # its observation is not the successor of the one before
+
+    @property
+    def ended(self) -> bool:
+        return self.terminated or self.truncated
+
+
+class Feed:
+    """Makes tagged transitions for a buffer, remembers them all, and knows which the buffer keeps where."""
+
+    def __init__(
+        self,
+        capacity: int | Sequence[int],
+        task_ids: Sequence[int] = (0,),
+        observation: Field = Field((3,)),  # noqa: B008
+        action: Field = Field((2,)),  # noqa: B008
+        extras: Mapping[str, Field] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.task_ids, self.seed, self.options = list(task_ids), seed, options
+        self.observation, self.action, self.extras = observation, action, dict(extras or {})
+        self.fields = {"observations": observation, "actions": action, **self.extras}
+        self.draws = self.tag = 0
+        self.history: list[list[Transition]] = [[] for _ in task_ids]
+        self.capacity = capacity
+        self.cells: list[list[int | None]] = [[None] * ring for ring in self.rings]
+        self.next_cell = [0] * len(self.task_ids)
+        self.buffer = self.empty(seed)
+
+    @property
+    def rings(self) -> list[int]:
+        """Transitions that each stream keeps."""
+        capacities = (
+            [self.capacity] * len(self.task_ids) if isinstance(self.capacity, int) else list(self.capacity)
+        )
+        return [math.ceil(capacities[task] / self.task_ids.count(task)) for task in self.task_ids]
+
+    def empty(self, seed: int = 0) -> ReplayBuffer:
+        """Another buffer that this one's content fits into."""
+        return ReplayBuffer(
+            self.capacity,
+            self.observation,
+            self.action,
+            task_ids=self.task_ids,
+            extras=self.extras or None,
+            seed=seed,
+            **self.options,
+        )
+
+    def copied(self, capacity: int | Sequence[int] | None = None) -> Feed:
+        """What a load into another buffer must lead to; its buffer holds something else until then."""
+        other = Feed.__new__(Feed)
+        other.__dict__.update(self.__dict__)
+        other.history = [list(rows) for rows in self.history]
+        other.capacity = self.capacity if capacity is None else capacity
+        other.cells, other.next_cell = [], []
+        for cells, following, ring in zip(self.cells, self.next_cell, other.rings, strict=True):
+            if len(cells) != ring:  # numbered anew, oldest first
+                kept = sorted(number for number in cells if number is not None)[-ring:]
+                cells, following = kept + [None] * (ring - len(kept)), len(kept) % ring
+            other.cells.append(list(cells))
+            other.next_cell.append(following)
+        other.buffer = other.empty(seed=self.seed + 1 & 2**64 - 1)
+        streams = list(range(len(self.task_ids)))
+        for end in ENDS:
+            other.give(self.arguments(streams, [True] * len(streams), [end] * len(streams)), other.buffer)
+        return other
+
+    def loaded(
+        self, folder: str | os.PathLike[str], capacity: int | Sequence[int] | None = None, **options: Any
+    ) -> Feed:
+        """A copy whose buffer was loaded from a folder."""
+        other = self.copied(capacity)
+        other.buffer.load(folder, **options)
+        return other
+
+    # ---- Adding
+
+    def tagged(self, field: Field, stream: int) -> np.ndarray:
+        """A value of its own for each of the first thousands of tags, exact in every dtype."""
+        numbers = np.resize([self.tag % 113, stream, self.tag // 113 % 113], field.shape)
+        if field.dtype == "bfloat16":
+            return torch.tensor(numbers).to(torch.bfloat16).view(torch.uint16).numpy()
+        return (numbers % 2 if field.dtype == "bool" else numbers).astype(field.numpy_dtype)
+
+    def arguments(
+        self, streams: Sequence[int], jumps: Sequence[bool], ends: Sequence[tuple[bool, bool]]
+    ) -> dict[str, Any]:
+        """One transition per stream; it goes on from the last successor unless it jumps elsewhere."""
+        made: dict[str, list[Any]] = {name: [] for name in (*self.fields, "successors")}
+        rewards = []
+        for stream, jump in zip(streams, jumps, strict=True):
+            for name, field in self.fields.items():
+                self.tag += 1
+                made[name].append(self.tagged(field, stream))
+            if not jump and self.history[stream]:
+                made["observations"][-1] = self.history[stream][-1].values["successors"]
+            self.tag += 1
+            made["successors"].append(self.tagged(self.observation, stream))
+            rewards.append(self.tag * 0.7)
+        arrays = {
+            name: np.array(values, field.numpy_dtype).reshape(len(streams), *field.shape)
+            for (name, values), field in zip(
+                made.items(), (*self.fields.values(), self.observation), strict=True
+            )
+        }
+        flags = np.array(ends, bool).reshape(-1, 2)
+        return {
+            "observations": arrays["observations"],
+            "actions": arrays["actions"],
+            "rewards": np.array(rewards, np.float32),
+            "terminated": flags[:, 0].copy(),
+            "truncated": flags[:, 1].copy(),
+            "successors": arrays["successors"],
+            "streams": np.array(streams, np.int64),
+            **({"extras": {name: arrays[name] for name in self.extras}} if self.extras else {}),
+        }
+
+    def give(self, added: dict[str, Any], *buffers: ReplayBuffer) -> None:
+        """Arguments of `add`, with bfloat16 as torch has it."""
+        fields = {**self.fields, "successors": self.observation}
+
+        def one(name: str, value: Any) -> Any:
+            if name == "extras":
+                return {extra: one(extra, each) for extra, each in value.items()}
+            halves = name in fields and fields[name].dtype == "bfloat16"
+            return torch.from_numpy(value).view(torch.bfloat16) if halves else value
+
+        for buffer in buffers:
+            buffer.add(**{name: one(name, value) for name, value in added.items()})
+
+    def remember(self, added: dict[str, Any]) -> None:
+        """The buffer has taken these arguments."""
+        columns = {**{name: added.get(name) for name in self.fields}, **added.get("extras", {})}
+        for i, stream in enumerate(added["streams"].tolist()):
+            rows = self.history[stream]
+            values = {name: columns[name][i].copy() for name in self.fields}
+            values["successors"] = added["successors"][i].copy()
+            goes_on = rows and rows[-1].values["successors"].tobytes() == values["observations"].tobytes()
+            cell = self.next_cell[stream]
+            self.cells[stream][cell] = len(rows)
+            self.next_cell[stream] = (cell + 1) % len(self.cells[stream])
+            flags = bool(added["terminated"][i]), bool(added["truncated"][i])
+            rows.append(Transition(values, added["rewards"][i], *flags, not goes_on))
+
+    def add(
+        self,
+        streams: Sequence[int] | None = None,
+        jumps: Sequence[bool] | None = None,
+        ends: Sequence[tuple[bool, bool]] | None = None,
+        *others: ReplayBuffer,
+    ) -> None:
+        """To the buffer and to others."""
+        streams = list(range(len(self.task_ids))) if streams is None else streams
+        added = self.arguments(streams, jumps or [False] * len(streams), ends or [ENDS[0]] * len(streams))
+        self.give(added, self.buffer, *others)
+        self.remember(added)
+
+    # ---- What it must return
+
+    def stored(self) -> list[Picked]:
+        """Stream after stream and oldest first."""
+        kept = (sorted(number for number in cells if number is not None) for cells in self.cells)
+        return [(stream, number) for stream, numbers in enumerate(kept) for number in numbers]
+
+    def frames(self, stream: int, number: int, count: int) -> list[np.ndarray]:
+        """The observations up to this one; before the first of an episode, that again."""
+        rows, out = self.history[stream], []
+        for _ in range(count):
+            out.insert(0, rows[number].values["observations"])
+            if number > 0 and not rows[number - 1].ended and not rows[number].jumped:
+                number -= 1
+        return out
+
+    def steps(self, stream: int, number: int, n_step: int) -> list[Transition]:
+        rows = self.history[stream][number : number + n_step]
+        for i, row in enumerate(rows):
+            if row.ended or (i + 1 < len(rows) and rows[i + 1].jumped):
+                return rows[: i + 1]
+        return rows
+
+    def expected(self, picked: Sequence[Picked], n_step: int = 1, discount: float | None = None) -> Arrays:
+        """The columns of these transitions."""
+        powers = [1.0]
+        while len(powers) < n_step:
+            powers.append(powers[-1] * (1.0 if discount is None else discount))
+        out: dict[str, list[Any]] = {name: [] for name in columns(self.buffer.spec)}
+        stack = self.observation.stack
+        for stream, number in picked:
+            rows = self.steps(stream, number, n_step)
+            reward = rows[0].reward
+            for power, row in list(zip(powers, rows, strict=False))[1:]:
+                reward = np.float32(reward + np.float32(np.float32(power) * row.reward))
+            last = number + len(rows) - 1
+            following = [*self.frames(stream, last, stack - 1), rows[-1].values["successors"]]
+            out["observations"].append(self.frames(stream, number, stack))
+            out["next_observations"].append(following)
+            out["rewards"].append(reward)
+            out["masks"].append(0.0 if rows[-1].terminated else powers[len(rows) - 1])
+            out["task_ids"].append(self.task_ids[stream])
+            for name in ("actions", *self.extras):
+                out[name].append(rows[0].values[name])
+        return {
+            name: np.array(out[name], field.numpy_dtype).reshape(len(picked), *field.shape)
+            for name, field in columns(self.buffer.spec).items()
+        }
+
+    def pick(self, number: int, i: int, tasks: set[int]) -> Picked:
+        """Element i of batch `number`: the first attempt that names a cell which holds a transition."""
+        reach = {}
+        for stream, cells in enumerate(self.cells):
+            size = sum(cell is not None for cell in cells)
+            if size > 0 and self.task_ids[stream] in tasks:
+                reach[stream] = min(1 << (size - 1).bit_length(), len(cells))
+        streams, ends = list(reach), list(itertools.accumulate(reach.values()))
+        for attempt in itertools.count():
+            product = word(self.seed, number, i // 4, attempt, i % 4) * ends[-1]
+            if product % 2**32 < 2**32 % ends[-1]:
+                continue
+            member = bisect.bisect_right(ends, product >> 32)
+            stream = streams[member]
+            kept = self.cells[stream][(product >> 32) - ends[member] + reach[stream]]
+            if kept is not None:
+                return stream, kept
+        raise AssertionError
+
+    def picks(
+        self,
+        number: int,
+        batch_size: int,
+        tasks: Sequence[int] | None = None,
+        weights: Sequence[float] | str | None = None,
+    ) -> list[Picked]:
+        """Batch `number`."""
+        named = list(range(max(self.task_ids) + 1)) if tasks is None else list(tasks)
+        if weights is None:
+            groups = [(1.0, set(named))]
+        else:
+            shares = [1.0] * len(named) if weights == "equal" else list(weights)
+            groups = [(share, {task}) for share, task in zip(shares, named, strict=True) if share > 0]
+        passed = list(itertools.accumulate(share for share, _ in groups))
+        offset = word(self.seed, number, 2**32 - 1, 0) / 2**32
+        picked = []
+        for i in range(batch_size):
+            at = (i + offset) / batch_size * passed[-1]
+            group = next((g for g, end in enumerate(passed) if at < end), len(groups) - 1)
+            picked.append(self.pick(number, i, groups[group][1]))
+        return picked
+
+    # ---- Checks
+
+    def check_content(self, n_step: int = 1, discount: float = 1.0) -> None:
+        """Every stored transition, read one by one, is the one that was added."""
+        stored = self.stored()
+        sizes = np.bincount([stream for stream, _ in stored], minlength=len(self.task_ids))
+        assert len(self.buffer) == len(stored)
+        assert self.buffer._store.sizes().tolist() == sizes.tolist()
+        assert self.buffer.size_per_task.tolist() == np.bincount(self.task_ids, sizes).tolist()
+        assert (self.buffer.draws, self.buffer._store.seed) == (self.draws, self.seed)
+        assert_same(read_all(self.buffer, n_step, discount), self.expected(stored, n_step, discount))
+
+    def check_sample(self, batch_size: int, num_batches: int = 1, **request: Any) -> Batch:
+        """The sampled transitions are those that the documented random numbers name."""
+        batch = self.buffer.sample(batch_size, num_batches, **request)
+        self.check_batch(batch, batch_size, num_batches, **request)
+        return batch
+
+    def check_batch(
+        self,
+        batch: Batch,
+        batch_size: int,
+        num_batches: int = 1,
+        n_step: int = 1,
+        discount: float | None = None,
+        **spread: Any,
+    ) -> None:
+        """`batch` is what comes next."""
+        numbers = range(self.draws, self.draws + num_batches)
+        picked = [pick for number in numbers for pick in self.picks(number, batch_size, **spread)]
+        sizes = num_batches, batch_size
+        expected = self.expected(picked, n_step, discount)
+        assert_same(
+            arrays_of(batch),
+            {name: value.reshape(*sizes, *value.shape[1:]) for name, value in expected.items()},
+        )
+        self.draws += num_batches
+        assert self.buffer.draws == self.draws
+
+
+def filled(
+    capacity: int | Sequence[int] = 5, task_ids: Sequence[int] = (0, 1, 0), steps: int = 9, **options: Any
+) -> Feed:
+    """A buffer whose rings have wrapped, with ends and jumps in it."""
+    feed = Feed(capacity, task_ids, **{"seed": 3, **options})
+    more(feed, steps)
+    return feed
+
+
+def more(feed: Feed, steps: int, *others: ReplayBuffer) -> None:
+    """Further transitions of every stream, with ends and jumps."""
+    streams = range(len(feed.task_ids))
+    for _ in range(steps):
+        step = len(feed.history[0])
+        ends = [ENDS[(step + stream) % 7 % 4 if (step + stream) % 3 else 0] for stream in streams]
+        feed.add(None, [(step + 2 * stream) % 5 == 0 for stream in streams], ends, *others)
+
+
+def word(seed: int, draw: int, quad: int, attempt: int, of_quad: int = 0) -> int:
+    """One of the four words of a Philox block."""
+    counter = (draw % 2**32, draw >> 32, quad, attempt)
+    return _core.philox4x32(counter, (seed % 2**32, seed >> 32))[of_quad]
+
+
+def read_all(buffer: ReplayBuffer, n_step: int = 1, discount: float = 1.0) -> Arrays:
+    """Every stored transition, stream after stream and oldest first."""
+    arrays = {
+        name: np.empty((len(buffer), *field.shape), field.numpy_dtype)
+        for name, field in columns(buffer.spec).items()
+    }
+    request, row = _core.Request(n_step, discount, [], []), 0
+    for stream, size in enumerate(buffer._store.sizes().tolist()):
+        for age in range(size):
+            parts = [array[row : row + 1] for array in arrays.values()]
+            buffer._store.read(stream, age, request, parts)
+            row += 1
+    return arrays
+
+
+def arrays_of(batch: Batch) -> Arrays:
+    """By name, bfloat16 as its bytes."""
+    named = {**batch._asdict(), **batch.extras}
+    return {
+        name: (value.view(torch.uint16) if value.dtype == torch.bfloat16 else value).numpy()
+        for name, value in named.items()
+    }
+
+
+def assert_same(got: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    """The same names, dtypes, shapes and bits."""
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert (value.dtype, value.shape) == (expected[name].dtype, expected[name].shape), name
+        if value.tobytes() != expected[name].tobytes():
+            np.testing.assert_array_equal(value, expected[name], err_msg=name)
+            raise AssertionError(f"{name} differs in bits alone")
+
+
+def assert_same_batch(got: Batch, expected: Batch) -> None:
+    assert_same(arrays_of(got), arrays_of(expected))

@@ -1,0 +1,367 @@
+"""Saved replay buffers: generations, incremental saves, damage, contradictions and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from brc_fast.replay import Field
+
+pytest.importorskip("hypothesis", reason="needs the [test] extra")
+
+from replay_oracle import Feed, assert_same, assert_same_batch, filled, more, read_all
+
+Manifest = dict[str, Any]
+
+
+def manifest_of(folder: Path, name: str = "manifest.json") -> Manifest:
+    manifest: Manifest = json.loads((folder / name).read_text())["manifest"]
+    return manifest
+
+
+def rewrite(folder: Path, change: Callable[[Manifest], Any]) -> None:
+    """Changes the manifest and its checksum with it."""
+    manifest = manifest_of(folder)
+    change(manifest)
+    checksum = zlib.crc32(json.dumps(manifest).encode())
+    (folder / "manifest.json").write_text(json.dumps({"checksum": checksum, "manifest": manifest}))
+
+
+def newest_segment(folder: Path) -> Path:
+    return folder / manifest_of(folder)["segments"][-1]["file"]
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def named_by(folder: Path, *manifests: str) -> set[str]:
+    named = (segment["file"] for name in manifests for segment in manifest_of(folder, name)["segments"])
+    return {*manifests, *named}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Feed:
+    """A buffer saved twice to `tmp_path`, in two segments; two streams are full and one still grows."""
+    feed = filled([5, 20], (0, 1, 0), steps=9)
+    feed.buffer.save(tmp_path)
+    more(feed, 1)
+    feed.buffer.sample(3)
+    feed.draws += 1
+    feed.buffer.save(tmp_path)
+    assert len(manifest_of(tmp_path)["segments"]) == 2
+    return feed
+
+
+def refused(feed: Feed, folder: Path, message: str, **options: Any) -> None:
+    """The load is refused with a message that begins so, and the buffer goes on as if nothing had been."""
+    with pytest.raises(ValueError, match=str(folder)) as caught:
+        feed.buffer.load(folder, **options)
+    assert str(caught.value).startswith(message)
+    feed.check_content(2, 0.9)
+    feed.check_sample(3, 2)
+
+
+def test_a_loaded_buffer_goes_on_exactly_as_one_that_was_never_saved(tmp_path: Path) -> None:
+    for steps in (0, 1, 6, 11, 40):
+        feed = filled(9, (0, 1, 0), steps)
+        if steps > 0:
+            feed.check_sample(2, 3)
+        feed.buffer.save(tmp_path)
+        loaded = feed.loaded(tmp_path)
+        loaded.check_content()
+        for _ in range(20):
+            more(feed, 1, loaded.buffer)
+            assert_same_batch(
+                loaded.buffer.sample(3, 2, n_step=2, discount=0.9),
+                feed.buffer.sample(3, 2, n_step=2, discount=0.9),
+            )
+        assert_same(read_all(loaded.buffer), read_all(feed.buffer))
+
+
+def test_a_loaded_buffer_saves_the_same_bytes(tmp_path: Path) -> None:
+    feed = filled([5, 20], (0, 1, 0), observation=Field((3,), stack=3))
+    feed.buffer.save(tmp_path / "a")
+    more(feed, 1)
+    feed.buffer.save(tmp_path / "a")
+    loaded = feed.loaded(tmp_path / "a")
+    for one, name in ((feed, "b"), (loaded, "c")):
+        one.buffer.save(tmp_path / name)
+    assert newest_segment(tmp_path / "b").read_bytes() == newest_segment(tmp_path / "c").read_bytes()
+    assert manifest_of(tmp_path / "b")["content"] == manifest_of(tmp_path / "c")["content"]
+
+
+def test_a_second_save_writes_only_what_is_new(tmp_path: Path) -> None:
+    feed = filled(3000, steps=800)
+    feed.buffer.save(tmp_path)
+    first = newest_segment(tmp_path)
+    before = first.stat()
+    more(feed, 2)
+    feed.buffer.save(tmp_path)
+    assert newest_segment(tmp_path) != first
+    assert newest_segment(tmp_path).stat().st_size < 0.01 * before.st_size
+    assert first.stat().st_mtime_ns == before.st_mtime_ns
+    loaded = feed.loaded(tmp_path)
+    loaded.check_content(3, 0.9)
+    more(loaded, 2)
+    loaded.buffer.save(tmp_path)
+    assert newest_segment(tmp_path).stat().st_size < 0.01 * before.st_size
+    loaded.loaded(tmp_path).check_content(3, 0.9)
+
+
+def test_the_generation_before_the_last_can_be_loaded(tmp_path: Path) -> None:
+    feed = filled()
+    feed.buffer.save(tmp_path)
+    refused(
+        feed, tmp_path, f"{tmp_path} holds no saved replay: manifest.previous.json is missing", previous=True
+    )
+    first = feed.copied()
+    feed.buffer.save(tmp_path)
+    for _ in range(4):
+        older = feed.copied()
+        more(feed, 2)
+        feed.buffer.save(tmp_path)
+    older.loaded(tmp_path, previous=True).check_content()
+    feed.loaded(tmp_path).check_content()
+    assert first.stored() != older.stored()
+
+
+def test_a_save_to_another_folder_links_the_files_of_the_last(tmp_path: Path) -> None:
+    feed = filled()
+    feed.buffer.save(tmp_path / "a")
+    first = newest_segment(tmp_path / "a")
+    older = feed.copied()
+    more(feed, 1)
+    feed.buffer.save(tmp_path / "b", previous=tmp_path / "a")
+    assert (tmp_path / "b" / first.name).samefile(first)
+    shutil.rmtree(tmp_path / "a")
+    feed.loaded(tmp_path / "b").check_content()
+    more(feed, 1)
+    feed.buffer.save(tmp_path / "c", previous=tmp_path / "nowhere")  # then everything is written
+    assert len(manifest_of(tmp_path / "c")["segments"]) == 1
+    feed.loaded(tmp_path / "c").check_content()
+    older.buffer.save(tmp_path / "d", previous=tmp_path / "c")  # not its own save
+    assert len(manifest_of(tmp_path / "d")["segments"]) == 1
+
+
+def test_files_are_copied_where_they_cannot_be_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*paths: Path) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    feed = filled()
+    feed.buffer.save(tmp_path / "a")
+    first = newest_segment(tmp_path / "a")
+    more(feed, 1)
+    monkeypatch.setattr(os, "link", fail)
+    feed.buffer.save(tmp_path / "b", previous=tmp_path / "a")
+    copy = tmp_path / "b" / first.name
+    assert copy.read_bytes() == first.read_bytes()
+    assert not copy.samefile(first)
+    feed.loaded(tmp_path / "b").check_content()
+
+
+def test_saves_back_and_forth_between_two_folders_keep_both(tmp_path: Path) -> None:
+    feed = filled(20)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for step in range(6):
+        feed.buffer.save(folders[step % 2], previous=folders[1 - step % 2])
+        kept = feed.copied()
+        kept.loaded(folders[step % 2]).check_content()
+        more(feed, 1)
+        assert len(manifest_of(folders[step % 2])["segments"]) == step + 1
+
+
+@pytest.mark.parametrize("busy", [[0, 1], [0]])
+def test_many_saves_leave_few_files_and_little_more_than_the_content(tmp_path: Path, busy: list[int]) -> None:
+    """Also where one stream stands still."""
+    feed = filled(40, (0, 0), steps=30)
+    feed.buffer.save(tmp_path)
+    whole = newest_segment(tmp_path).stat().st_size
+    for step in range(150):
+        for _ in range(step % 3):
+            feed.add(busy)
+        feed.buffer.save(tmp_path)
+        assert files_in(tmp_path) == named_by(tmp_path, "manifest.json", "manifest.previous.json")
+        segments = manifest_of(tmp_path)["segments"]
+        assert len(segments) <= 65
+        assert sum((tmp_path / segment["file"]).stat().st_size for segment in segments) < 4 * whole
+    feed.loaded(tmp_path).check_content(2, 0.9)
+
+
+def test_another_buffer_in_the_same_folder_writes_everything_anew(tmp_path: Path) -> None:
+    feed, other = filled(), filled(seed=8, steps=14)
+    for step in range(4):
+        one = (feed, other)[step % 2]
+        more(one, 1)
+        one.buffer.save(tmp_path)
+        assert len(manifest_of(tmp_path)["segments"]) == 1
+        one.loaded(tmp_path).check_content()
+        if step > 0:
+            (other, feed)[step % 2].loaded(tmp_path, previous=True).check_content()
+    twin = other.loaded(tmp_path)  # two buffers that go on from the same save
+    for one in (twin, other, twin):
+        more(one, 2)
+        one.buffer.save(tmp_path)
+        one.loaded(tmp_path).check_content()
+
+
+def test_a_buffer_loaded_from_the_generation_before_does_not_mix_it_with_the_last(tmp_path: Path) -> None:
+    feed = filled()
+    feed.buffer.save(tmp_path)
+    older = feed.copied()
+    more(feed, 3)
+    feed.buffer.save(tmp_path)
+    older.buffer.load(tmp_path, previous=True)
+    older.add([1], [True])
+    older.buffer.save(tmp_path)
+    older.loaded(tmp_path).check_content()
+    feed.loaded(tmp_path, previous=True).check_content()
+
+
+def test_an_incremental_save_after_a_load_into_other_capacities_is_whole(tmp_path: Path) -> None:
+    feed = filled(9, (0, 1, 0), steps=30)
+    feed.buffer.save(tmp_path)
+    for capacity in (20, 4, 4, 1, 50):
+        feed = feed.loaded(tmp_path, capacity)
+        more(feed, 3)
+        feed.buffer.save(tmp_path)
+        feed.loaded(tmp_path).check_content(2, 0.9)
+        feed.loaded(tmp_path, 30).check_content(2, 0.9)
+
+
+# ---- Damage
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_truncated_missing_or_flipped_segment_is_refused_by_name(
+    saved: Feed, tmp_path: Path, which: int
+) -> None:
+    path = tmp_path / manifest_of(tmp_path)["segments"][which]["file"]
+    whole, before = path.read_bytes(), saved.copied()
+    for length in (0, 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        refused(
+            saved,
+            tmp_path,
+            f"{path} is truncated: it ends after {length} of {len(whole)} bytes; the generation",
+        )
+    for place in {*range(0, len(whole), 97), len(whole) - 1}:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        refused(saved, tmp_path, f"{path} is damaged: the checksum of block 0 differs; the generation before")
+    path.unlink()
+    refused(saved, tmp_path, f"{path} is missing; the generation before is there: load it with previous=True")
+    path.write_bytes(whole)
+    before.loaded(tmp_path).check_content()
+
+
+def test_a_flipped_bit_of_a_manifest_is_refused_by_name_wherever_it_is(saved: Feed, tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    whole = path.read_bytes()
+    before = read_all(saved.buffer)
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place * 5 % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="json is damaged: ") as caught:
+            saved.buffer.load(tmp_path)
+        assert str(caught.value).startswith(str(path))
+    for length in (0, 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        refused(saved, tmp_path, f"{path} is damaged: ")
+    assert_same(read_all(saved.buffer), before)
+
+
+def test_a_damaged_last_generation_leaves_the_one_before(tmp_path: Path) -> None:
+    feed = filled()
+    feed.buffer.save(tmp_path)
+    older = feed.copied()
+    more(feed, 2)
+    feed.buffer.save(tmp_path)
+    newest_segment(tmp_path).unlink()
+    refused(feed, tmp_path, f"{tmp_path}/segment-")
+    older = older.loaded(tmp_path, previous=True)
+    older.check_content()
+    (tmp_path / "manifest.json").write_text("{")
+    older.loaded(tmp_path, previous=True).check_content()
+    more(older, 1)
+    older.buffer.save(tmp_path)  # over the damaged one
+    older.loaded(tmp_path).check_content()
+    assert files_in(tmp_path) == named_by(tmp_path, "manifest.json", "manifest.previous.json")
+
+
+def test_another_format_or_byte_order_is_refused_with_both(saved: Feed, tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    reads = f"{path} has replay format 99, this version of brc-fast reads format 1: upgrade brc-fast"
+    rewrite(tmp_path, lambda manifest: manifest.update(format=99))
+    refused(saved, tmp_path, reads)
+    rewrite(tmp_path, lambda manifest: manifest.update(format=0))
+    refused(
+        saved, tmp_path, reads.replace("99", "0").replace("upgrade brc-fast", "use the version that wrote it")
+    )
+    rewrite(tmp_path, lambda manifest: manifest.update(format=1, byte_order="big"))
+    refused(saved, tmp_path, f"{path} was written in big-endian order, this machine is little-endian")
+
+
+FIELD = {"shape": [3], "dtype": "float32", "stack": 1}
+ACTION = {"shape": [2], "dtype": "float32", "stack": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "own", "got"),
+    [
+        ({"observation": Field((4,))}, "observation", {**FIELD, "shape": [4]}, FIELD),
+        ({"observation": Field((3,), "float16")}, "observation", {**FIELD, "dtype": "float16"}, FIELD),
+        ({"observation": Field((3,), stack=2)}, "observation", {**FIELD, "stack": 2}, FIELD),
+        ({"action": Field((2,), "int32")}, "action", {**ACTION, "dtype": "int32"}, ACTION),
+        ({"extras": {"x": Field()}}, "extras", {"x": {**FIELD, "shape": []}}, {}),
+        ({"task_ids": (0, 0, 1)}, "task_ids", [0, 0, 1], [0, 1, 0]),
+        ({"task_ids": (0, 1)}, "task_ids", [0, 1], [0, 1, 0]),
+    ],
+)
+def test_a_save_with_other_fields_is_refused_with_both(
+    tmp_path: Path, options: dict[str, Any], name: str, own: Any, got: Any
+) -> None:
+    filled().buffer.save(tmp_path)
+    other = filled(**options)
+    refused(other, tmp_path, f"{name} of the replay in {tmp_path} must be {own}, got {got}")
+
+
+def test_what_is_not_finite_is_refused_by_a_buffer_that_refuses_it(tmp_path: Path) -> None:
+    for name in ("observations", "actions", "rewards", "successors"):
+        feed = filled(non_finite="allow")
+        added = feed.arguments([0, 1, 2], [True] * 3, [(False, True)] * 3)
+        added[name][1:2].flat[-1] = np.inf
+        feed.give(added, feed.buffer)
+        feed.remember(added)
+        feed.buffer.save(tmp_path)
+        feed.loaded(tmp_path).check_content()
+        segment = newest_segment(tmp_path)
+        refused(filled(), tmp_path, f"{segment} holds {name} of stream 1 that are not finite, and this store")
+
+
+def test_a_folder_without_a_save_or_with_other_files_is_refused(tmp_path: Path) -> None:
+    feed = filled()
+    refused(feed, tmp_path / "no", f"{tmp_path / 'no'} holds no saved replay: manifest.json is missing")
+    for name in ("notes.txt", "manifest.json.bak", ".hidden"):
+        folder = tmp_path / f"with-{name}"
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(ValueError, match="must hold replay files only, found") as caught:
+            feed.buffer.save(folder)
+        assert str(caught.value) == f"{folder} must hold replay files only, found {name}; name another folder"
+        assert files_in(folder) == {name}
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="file"):
+        feed.buffer.save(tmp_path / "file")

@@ -1,0 +1,327 @@
+"""What the replay buffer refuses, in which words, and that nothing has changed then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from brc_fast import _core
+from brc_fast.replay import Field, ReplayBuffer
+
+pytest.importorskip("hypothesis", reason="needs the [test] extra")
+
+from replay_oracle import ENDS, Feed, assert_same, filled, read_all
+
+
+def one(**changes: Any) -> dict[str, Any]:
+    """A transition of one stream with O = 3 and A = 2."""
+    return {
+        "observations": np.ones((1, 3), np.float32),
+        "actions": np.full((1, 2), 0.5, np.float32),
+        "rewards": np.ones(1, np.float32),
+        "terminated": np.zeros(1, bool),
+        "truncated": np.zeros(1, bool),
+        "successors": np.full((1, 3), 2.0, np.float32),
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"observations": np.ones((1, 3))},
+            TypeError,
+            'observations must be float32, got float64; convert it with .astype("float32")',
+        ),
+        (
+            {"actions": torch.ones(1, 2).half()},
+            TypeError,
+            "actions must be float32, got float16; convert it with .to(torch.float32)",
+        ),
+        (
+            {"terminated": np.zeros(1, np.uint8)},
+            TypeError,
+            'terminated must be bool, got uint8; convert it with .astype("bool")',
+        ),
+        ({"rewards": 1.0}, TypeError, "rewards must be a torch tensor or a numpy array, got float"),
+        (
+            {"rewards": torch.ones(1, device="meta")},
+            TypeError,
+            "rewards must be on the CPU, got meta; copy it with .cpu()",
+        ),
+        (
+            {"streams": np.zeros(1, np.int32)},
+            TypeError,
+            'streams must be int64, got int32; convert it with .astype("int64")',
+        ),
+        (
+            {"successors": np.ones((1, 3), ">f4")},
+            TypeError,
+            'successors must be float32, got >f4; convert it with .astype("float32")',
+        ),
+        (
+            {"streams": np.zeros(1, ">i8")},
+            TypeError,
+            'streams must be int64, got >i8; convert it with .astype("int64")',
+        ),
+        (
+            {"observations": np.ones((1, 4), np.float32)},
+            ValueError,
+            "observations must have shape [M, O] = [1, 3], got [1, 4]",
+        ),
+        (
+            {"successors": np.ones((1, 1, 3), np.float32)},
+            ValueError,
+            "successors must have shape [M, O] = [1, 3], got [1, 1, 3]",
+        ),
+        (
+            {"rewards": np.ones((1, 1), np.float32)},
+            ValueError,
+            "rewards must have shape [M] = [1], got [1, 1]",
+        ),
+        (
+            {"actions": np.ones(2, np.float32)},
+            ValueError,
+            "actions must have shape [M, A] = [1, 2], got [2]",
+        ),
+        (
+            {"truncated": np.zeros(2, bool)},
+            ValueError,
+            "truncated must have shape [M] = [1], got [2]",
+        ),
+        ({"streams": np.array([1])}, ValueError, "streams must lie in 0..0, got 1"),
+        ({"streams": np.array([-1])}, ValueError, "streams must lie in 0..0, got -1"),
+        (
+            {"streams": np.zeros((1, 1), np.int64)},
+            ValueError,
+            "streams must have shape [M] = [any], got [1, 1]",
+        ),
+        ({"extras": {"cost": np.zeros(1)}}, ValueError, "extras must hold [], got ['cost']"),
+        (
+            {"observations": np.full((1, 3), np.nan, np.float32)},
+            ValueError,
+            "observations of stream 0 (task 0) must be finite, got nan; nothing was stored",
+        ),
+        (
+            {"actions": torch.tensor([[0.0, np.inf]])},
+            ValueError,
+            "actions of stream 0 (task 0) must be finite, got inf; nothing was stored",
+        ),
+        (
+            {"rewards": np.array([-np.inf], np.float32)},
+            ValueError,
+            "rewards of stream 0 (task 0) must be finite, got -inf; nothing was stored",
+        ),
+        (
+            {"successors": np.array([[0.0, 1.0, np.nan]], np.float32)},
+            ValueError,
+            "successors of stream 0 (task 0) must be finite, got nan; nothing was stored",
+        ),
+    ],
+)
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_a_refused_transition_changes_nothing(
+    changes: dict[str, Any], error: type[Exception], message: str, earlier: int
+) -> None:
+    feed, twin = Feed(4), Feed(4)
+    for _ in range(earlier):
+        feed.add()
+        twin.add()
+    with pytest.raises(error) as refused:
+        feed.buffer.add(**one(**changes))
+    assert str(refused.value) == message
+    feed.check_content()
+    feed.add([0], [True])
+    twin.add([0], [True])
+    feed.check_content()
+    assert_same(read_all(feed.buffer), read_all(twin.buffer))
+
+
+def test_the_message_names_stream_and_task_among_several() -> None:
+    feed = filled(task_ids=(0, 1, 0))
+    added = feed.arguments([1, 2, 1], [True] * 3, [ENDS[0]] * 3)
+    with pytest.raises(ValueError, match=r"^streams must differ, got 1 twice$"):
+        feed.give(added, feed.buffer)
+    added = feed.arguments([2, 1], [True] * 2, [ENDS[0]] * 2)
+    added["successors"][1, 2] = np.nan
+    with pytest.raises(ValueError, match=r"^successors of stream 1 \(task 1\) must be finite, got nan"):
+        feed.give(added, feed.buffer)
+    added = feed.arguments([0, 1, 2], [True] * 3, [ENDS[1]] * 3)
+    added["observations"] = added["observations"][:2]
+    with pytest.raises(ValueError, match=r"^observations must have shape \[M, O\] = \[3, 3\], got \[2, 3\]$"):
+        feed.buffer.add(**{**added, "streams": None})
+    feed.check_content()
+
+
+@pytest.mark.parametrize("place", range(35))
+def test_a_value_that_is_not_finite_is_found_wherever_it_stands(place: int) -> None:
+    feed = Feed(3, observation=Field((35,)), action=Field((35,)))
+    feed.add()
+    for name in ("observations", "actions", "successors"):
+        added = feed.arguments([0], [True], [ENDS[0]])
+        added[name][0, place] = -np.inf
+        with pytest.raises(ValueError, match=f"^{name} of stream 0 .* got -inf"):
+            feed.give(added, feed.buffer)
+    feed.check_content()
+
+
+def test_with_allow_what_is_not_finite_comes_back_bit_for_bit() -> None:
+    feed = Feed(6, (0, 1), non_finite="allow")
+    odd = np.array([0x7FC00000, 0x7F800001, 0xFFC12345, 0x7F800000, 0xFF800000, 1], np.uint32)
+    for step in range(9):
+        added = feed.arguments([0, 1], [step % 3 == 0] * 2, [ENDS[step % 4]] * 2)
+        for i, name in enumerate(("actions", "rewards", "successors", "observations")[: 3 + (step % 3 == 0)]):
+            values = added[name].reshape(-1)
+            values[-1:] = np.roll(odd, step + i)[:1].view(np.float32)
+        feed.give(added, feed.buffer)
+        feed.remember(added)
+    assert np.isnan(read_all(feed.buffer)["rewards"]).any()
+    feed.check_content()
+    feed.check_sample(6, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batch_size": 256}, ValueError,
+         "batch_size 256 exceeds the 11 transitions stored; collect more or lower batch_size"),
+        ({"batch_size": 0}, ValueError, "batch_size and num_batches must be at least 1, got 0 and 1"),
+        ({"num_batches": 0}, ValueError, "batch_size and num_batches must be at least 1, got 1 and 0"),
+        ({"batch_size": -1}, ValueError, "batch_size and num_batches must be at least 1, got -1 and 1"),
+        ({"n_step": 0}, ValueError, "n_step must be at least 1, got 0"),
+        ({"n_step": 1025, "discount": 1.0}, ValueError, "n_step must be at most 1024, got 1025"),
+        ({"n_step": 2}, ValueError, "discount must be given with n_step 2: it weighs the rewards summed"),
+        ({"n_step": 2, "discount": 1.5}, ValueError, "discount must lie in 0..1, got 1.500000"),
+        ({"n_step": 2, "discount": -0.1}, ValueError, "discount must lie in 0..1, got -0.100000"),
+        ({"n_step": 2, "discount": np.nan}, ValueError, "discount must lie in 0..1, got nan"),
+        ({"tasks": [2]}, ValueError, "tasks must lie in 0..1, got 2"),
+        ({"tasks": [-1]}, ValueError, "tasks must lie in 0..1, got -1"),
+        ({"tasks": [0, 0]}, ValueError, "tasks must differ, got 0 twice"),
+        ({"tasks": []}, ValueError, "tasks must name at least one task, got none"),
+        ({"tasks": [0.5]}, TypeError, "tasks must be a sequence of integers, got [0.5]"),
+        ({"tasks": 1}, TypeError, "tasks must be a sequence of integers, got 1"),
+        ({"tasks": [1], "batch_size": 6}, ValueError,
+         "batch_size 6 exceeds the 5 transitions stored of the tasks named; "
+         "collect more or lower batch_size"),
+        ({"weights": "even"}, ValueError, "weights must be \"equal\" or one share per task, got 'even'"),
+        ({"weights": []}, ValueError, "weights must hold one share per task, got none"),
+        ({"weights": [1.0]}, ValueError, "weights must hold one share for each of 2 tasks, got 1"),
+        ({"weights": [1.0, 1.0], "tasks": [1]}, ValueError,
+         "weights must hold one share for each of 1 tasks, got 2"),
+        ({"weights": [1.0, -1.0]}, ValueError, "weights must be finite and not negative, got -1.000000"),
+        ({"weights": [1.0, np.nan]}, ValueError, "weights must be finite and not negative, got nan"),
+        ({"weights": [0.0, 0.0]}, ValueError, "weights must have a positive, finite sum, got 0.000000"),
+        ({"weights": [1e308, 1e308]}, ValueError, "weights must have a positive, finite sum, got inf"),
+    ],
+)  # fmt: skip
+def test_a_sample_that_cannot_be_is_refused_and_draws_nothing(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    feed = filled()
+    with pytest.raises(error) as refused:
+        feed.buffer.sample(**{"batch_size": 1, **arguments})
+    assert str(refused.value) == message
+    with (
+        pytest.raises(error, match="^" + message.split(" ")[0]),
+        feed.buffer.prefetch(**{"batch_size": 1, **arguments}) as batches,
+    ):
+        next(batches)
+    assert feed.buffer.draws == 0
+    feed.check_sample(3, 2)
+
+
+def test_a_task_without_transitions_cannot_have_a_weight() -> None:
+    feed = Feed(5, (0, 1))
+    feed.add([0])
+    with pytest.raises(ValueError, match=r"^task 1 has weight 1.000000 and no transition stored; collect "):
+        feed.buffer.sample(1, weights="equal")
+    with pytest.raises(ValueError, match=r"^batch_size 1 exceeds the 0 transitions stored of the tasks nam"):
+        feed.buffer.sample(1, tasks=[1])
+    with pytest.raises(ValueError, match=r"^batch_size 1 exceeds the 0 transitions stored; collect more or "):
+        feed.empty().sample(1)
+    feed.check_sample(1, 3, weights=[2.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"capacity": 0}, ValueError, "capacity must be at least 1, got 0"),
+        ({"capacity": [4, 4]}, ValueError, "capacity must be an integer or one for each of 1 tasks, got 2"),
+        ({"capacity": [0.5]}, TypeError, "capacity must be an integer or one for each task, got [0.5]"),
+        ({"observation_size": -1}, ValueError, "observation_size must be at least 1, got -1"),
+        ({"action_size": 0}, ValueError, "action_size must be at least 1, got 0"),
+        ({"capacity": 0.5}, TypeError, "capacity must be an integer or one for each task, got 0.5"),
+        ({"action_size": 1.5}, TypeError,
+         "action_size must be a number of floats, a shape or a Field, got 1.5"),
+        ({"action_size": (2, 0)}, ValueError, "action_size must be at least 1, got (2, 0)"),
+        ({"action_size": Field((1,), stack=2)}, ValueError,
+         "stack is for observations only, got 2 for action"),
+        ({"extras": {"x": Field((), stack=3)}}, ValueError, "stack is for observations only, got 3 for x"),
+        ({"extras": {"x": 0}}, ValueError, "x must be at least 1, got 0"),
+        ({"observation_size": Field((1,), stack=1025)}, ValueError, "stack must be at most 1024, got 1025"),
+        ({"task_ids": []}, ValueError, "task_ids must have shape [N] with N >= 1, got [0]"),
+        ({"task_ids": [[0]]}, ValueError, "task_ids must have shape [N] with N >= 1, got [1, 1]"),
+        ({"task_ids": [0.0]}, TypeError, "task_ids must be integers, got float64"),
+        ({"task_ids": [0, -1]}, ValueError, "task_ids of 2 streams must lie in 0..1, got -1"),
+        ({"task_ids": [0, 2]}, ValueError, "task_ids of 2 streams must lie in 0..1, got 2"),
+        ({"task_ids": [0, 2, 2]}, ValueError, "task_ids must name every task of 0..2, but none is 1"),
+        ({"seed": -1}, ValueError, "seed must lie in 0..2**64-1, got -1"),
+        ({"seed": 2**64}, ValueError, "seed must lie in 0..2**64-1, got 18446744073709551616"),
+        ({"non_finite": "ignore"}, ValueError, "non_finite must be \"error\" or \"allow\", got 'ignore'"),
+        ({"capacity": 2**29}, ValueError,
+         "capacity for 1 tasks in 1 streams needs 536870913 rows, and a store has at most 536870912"),
+    ],
+)  # fmt: skip
+def test_a_buffer_that_cannot_be_is_refused(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as refused:
+        ReplayBuffer(**{"capacity": 4, "observation_size": 1, "action_size": 1, **arguments})
+    assert str(refused.value) == message
+
+
+def test_memory_that_the_system_does_not_have_is_refused_with_the_sizes() -> None:
+    with pytest.raises(MemoryError, match="268435457 rows of 4194368 bytes"):
+        ReplayBuffer(2**28, 2**20, 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["observations", "actions", "rewards", "masks", "next_observations", "task_ids"]
+)
+def test_an_extra_field_cannot_have_the_name_of_another_column(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        ReplayBuffer(4, 1, 1, extras={name: Field((), "int64")})
+
+
+def test_seventeen_fields_are_too_many() -> None:
+    with pytest.raises(ValueError, match=r"^a row holds 1 to 16 fields beside the observation, got 17$"):
+        ReplayBuffer(4, 1, 1, extras={f"x{i}": 1 for i in range(16)})
+
+
+def test_the_binding_refuses_arrays_that_do_not_fit_the_store() -> None:
+    feed = filled()
+    store, arrays = feed.buffer._store, feed.buffer._arena.lease(1, 4).arrays
+    request = _core.Request(1, 1.0, [], [])
+    with pytest.raises(ValueError, match="observations must hold 36 bytes, got 48"):
+        store.sample(request, 1, 3, arrays)
+    with pytest.raises(ValueError, match="another number of columns is expected"):
+        store.sample(request, 1, 4, arrays[:-1])
+    with pytest.raises(ValueError, match="arrays must be C-contiguous"):
+        store.sample(request, 1, 2, [array[:, ::2] for array in arrays])
+    single = feed.buffer._arena.lease(1, 1).arrays
+    with pytest.raises(IndexError, match="age must lie below 3, got 3"):
+        store.read(0, 3, request, single)
+    with pytest.raises(IndexError, match="stream must lie below 3, got -1"):
+        store.read(-1, 0, request, single)
+    no = np.zeros(1, bool)
+    frame = np.zeros((1, 3), np.float32)
+    with pytest.raises(ValueError, match="actions must hold 8 bytes, got 12"):
+        store.add(np.zeros(1, np.int64), frame, [frame], frame[0, :1], no, no, frame)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        store.add(np.zeros(1), frame, [frame[:, :2].copy()], frame[0, :1], no, no, frame)
+    feed.check_content()
+    feed.check_sample(5, 2)

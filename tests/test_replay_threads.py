@@ -1,0 +1,206 @@
+"""The memory that batches lie in, and calls from several threads."""
+
+from __future__ import annotations
+
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from brc_fast.batch import Batch
+from brc_fast.replay import Field, ReplayBuffer
+
+pytest.importorskip("hypothesis", reason="needs the [test] extra")
+
+from replay_oracle import arrays_of, assert_same_batch, filled, more, read_all
+
+
+def test_what_is_held_never_changes() -> None:
+    feed = filled(50, steps=30, extras={"cost": Field((), "bfloat16")})
+    held: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with feed.buffer.prefetch(16, 2) as batches:
+        for step in range(60):
+            batch = next(batches) if step % 3 == 0 else feed.buffer.sample(16, 2, copy=step % 3 == 1)
+            parts: tuple[torch.Tensor, ...] = tuple(batch)
+            if step % 4 == 1:
+                parts = (*batch.update(1), batch.extras["cost"][1, 2:])
+            elif step % 4 == 2:
+                parts = (batch.observations[0, 3], torch.from_numpy(batch.rewards.numpy()[1:]))
+            elif step % 4 == 3:
+                parts = (batch.masks.view(4, 8), batch.extras["cost"].detach())
+            held += [(part, part.clone()) for part in parts]
+            del batch, parts
+            more(feed, 1)
+    for part, before in held:
+        assert torch.equal(part, before)
+
+
+VIEWS: dict[str, Callable[[Batch], Any]] = {
+    "update": lambda batch: batch.update(0),
+    "element": lambda batch: batch.observations[0, 3],
+    "numpy": lambda batch: batch.rewards.numpy(),
+    "storage": lambda batch: batch.task_ids.untyped_storage(),
+    "extra": lambda batch: batch.extras["cost"],
+}
+
+
+@pytest.mark.parametrize("keep", list(VIEWS))
+def test_memory_is_used_again_when_the_last_view_on_it_is_gone(keep: str) -> None:
+    buffer = filled(extras={"cost": Field((), "bfloat16")}).buffer
+    batch = buffer.sample(4)
+    place = batch.observations.data_ptr()
+    view = VIEWS[keep](batch)
+    del batch
+    assert buffer.sample(4).observations.data_ptr() != place
+    del view
+    places = {buffer.sample(4).observations.data_ptr() for _ in range(3)}
+    assert places == {place}
+    assert buffer.sample(5).observations.data_ptr() != place
+
+
+def test_copies_have_memory_of_their_own_that_goes_back_to_the_system() -> None:
+    buffer, twin = filled().buffer, filled().buffer
+    copies = [buffer.sample(4, copy=True) for _ in range(3)]
+    places = {batch.observations.data_ptr() for batch in (*copies, buffer.sample(4))}
+    assert len(places) == 4
+    for copy in copies:
+        assert_same_batch(copy, twin.sample(4))
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    large = buffer.sample(4, 20_000, copy=True)
+    assert tracemalloc.get_traced_memory()[0] - before > 3_000_000
+    del large
+    assert tracemalloc.get_traced_memory()[0] - before < 100_000
+    tracemalloc.stop()
+
+
+def test_the_numpy_view_shares_the_memory_of_a_batch_and_not_of_the_store() -> None:
+    feed = filled()
+    batch = feed.buffer.sample(4)
+    feed.draws += 1
+    for name, array in batch.numpy().items():
+        array[...] = 7
+        assert bool((getattr(batch, name) == 7).all())
+    feed.check_content()
+    feed.check_sample(4)
+
+
+# ---- Threads
+
+
+def test_two_threads_share_the_draws_of_one() -> None:
+    feed, twin = filled(), filled().buffer
+
+    def sample() -> list[bytes]:
+        return [arrays_of(twin.sample(5, 2))["rewards"].tobytes() for _ in range(200)]
+
+    with ThreadPoolExecutor(2) as pool:
+        drawn = [future.result() for future in (pool.submit(sample), pool.submit(sample))]
+    expected = [arrays_of(feed.buffer.sample(5, 2))["rewards"].tobytes() for _ in range(400)]
+    assert sorted(drawn[0] + drawn[1]) == sorted(expected)
+    assert twin.draws == 800
+
+
+def test_two_threads_may_save_to_the_same_folder(tmp_path: Path) -> None:
+    feed = filled(200, steps=60)
+
+    def save() -> None:
+        for _ in range(40):
+            feed.buffer.save(tmp_path)
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(save), pool.submit(save)]:
+            future.result()
+    feed.loaded(tmp_path).check_content()
+    feed.loaded(tmp_path, previous=True).check_content()
+
+
+STREAMS, EPISODE = 4, 7
+
+
+def tagged(step: int) -> dict[str, np.ndarray]:
+    """Step `step` of four streams: every float of a transition names it; the last of an episode is an end."""
+    tag = (np.arange(STREAMS) * 2.0**20 + step).astype(np.float32)
+    last = step % EPISODE == EPISODE - 1
+    observations = np.repeat(tag[:, None], 9, 1)
+    return {
+        "observations": observations,
+        "actions": np.repeat(tag[:, None], 5, 1),
+        "rewards": tag,
+        "terminated": np.full(STREAMS, last),
+        "truncated": np.zeros(STREAMS, bool),
+        "successors": observations + np.float32(0.5 if last else 1),
+    }
+
+
+def check_tags(batch: Batch | dict[str, np.ndarray], n_step: int) -> None:
+    """Each is a transition, or several of an episode, that was added."""
+    columns = arrays_of(batch) if isinstance(batch, Batch) else batch
+    tag, following = columns["observations"][..., 0], columns["next_observations"][..., 0]
+    for name, first in (("observations", tag), ("actions", tag), ("next_observations", following)):
+        assert (columns[name] == first[..., None]).all()
+    steps = np.ceil(following - tag)
+    assert ((steps >= 1) & (steps <= n_step)).all()
+    ended = following % 1 == 0.5
+    assert (ended == (tag % 2**20 % EPISODE + steps == EPISODE)).all()
+    rewards = sum(np.where(i < steps, 0.5**i * (tag + i), 0) for i in range(n_step))
+    np.testing.assert_allclose(columns["rewards"], rewards, rtol=1e-6)
+    assert (columns["masks"] == np.where(ended, 0, 0.5 ** (steps - 1))).all()
+
+
+def test_adding_sampling_and_saving_at_the_same_time_never_mixes_transitions(tmp_path: Path) -> None:
+    buffer, restored = (ReplayBuffer(STREAMS * 50, 9, 5, task_ids=[0] * STREAMS) for _ in range(2))
+    for step in range(60):
+        buffer.add(**tagged(step))
+    end = time.monotonic() + 2
+
+    def write() -> int:
+        step = 60
+        while time.monotonic() < end:
+            buffer.add(**tagged(step % 2**20))
+            step += 1
+        return step
+
+    def sample() -> int:
+        count = 0
+        while time.monotonic() < end:
+            check_tags(buffer.sample(32, 2), 1)
+            count += 1
+        return count
+
+    def take() -> int:
+        count = 0
+        with buffer.prefetch(32, n_step=3, discount=0.5) as batches:
+            while time.monotonic() < end:
+                check_tags(next(batches), 3)
+                count += 1
+        return count
+
+    def save() -> int:
+        count = 0
+        while time.monotonic() < end:
+            buffer.save(tmp_path)
+            restored.load(tmp_path)
+            stored = read_all(restored, 2, 0.5)
+            check_tags(stored, 2)
+            steps = stored["observations"][:, 0].reshape(STREAMS, 50)
+            assert (np.diff(steps, axis=1) == 1).all()
+            count += 1
+        return count
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            done = [future.result() for future in [pool.submit(task) for task in (write, sample, take, save)]]
+    finally:
+        sys.setswitchinterval(interval)
+    assert min(done) > 1
+    check_tags(buffer.sample(100), 1)
