@@ -72,8 +72,11 @@ const void* exact_data(py::handle value, const Expected& expected, py::ssize_t& 
   if (!api.PyArray_Check_(value.ptr())) return nullptr;
   const auto* array = py::detail::array_proxy(value.ptr());
   const auto ndim = static_cast<int>(expected.shape.size()) + 1;
-  if (py::detail::array_descriptor1_proxy(array->descr)->type_num != expected.type) return nullptr;
-  if (array->nd != ndim || (array->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_) == 0) return nullptr;
+  constexpr int kPlain =
+      py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  const auto* descr = py::detail::array_descriptor1_proxy(array->descr);
+  if (descr->type_num != expected.type || descr->byteorder == '>' || descr->byteorder == '<') return nullptr;
+  if (array->nd != ndim || (array->flags & kPlain) != kPlain) return nullptr;
   if (count < 0) count = array->dimensions[0];
   if (array->dimensions[0] != count) return nullptr;
   for (int d = 1; d < ndim; ++d) {

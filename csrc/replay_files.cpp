@@ -217,6 +217,11 @@ void ReplayStore::load(const Content& content, std::span<const SegmentFile> segm
     for (std::size_t s = 0; s < num_streams(); ++s) {
       // Rows that a later segment does not continue are too old to be wanted.
       const std::uint64_t first = segment.table.first[s];
+      const std::uint64_t kept = std::min<std::uint64_t>(content.kept[s], content.count[s]);
+      if (end[s] > 0 && first > content.count[s] - kept && first + 1 != end[s]) {
+        refuse(segment.name + " contradicts itself: stream " + to_string(s) +
+               " does not go on from the segment before");
+      }
       if (first > end[s] || first < begin[s]) begin[s] = first;
       end[s] = first + segment.table.rows[s];
     }

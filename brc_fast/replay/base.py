@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +22,8 @@ class Buffer:
         self.spec = spec
         self._streams = np.arange(self.num_streams, dtype=np.int64)
         self._requests = Requests(spec)
+        self._saving = threading.Lock()
+        self._saved: str | None = None  # the generation on disk that this buffer goes on from
 
     def __len__(self) -> int:
         """Transitions stored, over all tasks."""

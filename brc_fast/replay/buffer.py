@@ -79,7 +79,6 @@ class ReplayBuffer(Buffer):
             _exact(action),
         )
         self._arena = Arena(self.spec, pinned=torch.cuda.is_available())
-        self._saved: str | None = None  # the generation on disk that this buffer goes on from
 
     @property
     def nbytes(self) -> int:
@@ -234,7 +233,8 @@ class ReplayBuffer(Buffer):
             OSError: the files cannot be written.
             ValueError: the folder holds something else.
         """
-        self._saved = files.save(self._store, self.spec, Path(folder), self._saved, previous)
+        with self._saving:
+            self._saved = files.save(self._store, self.spec, Path(folder), self._saved, previous)
 
     def load(self, folder: str | os.PathLike[str], *, previous: bool = False) -> None:
         """Replaces the content, the seed and the draw counter by those of a saved buffer.
@@ -251,7 +251,8 @@ class ReplayBuffer(Buffer):
             ValueError: no save, another format, other fields or task_ids, or damaged files, with their name.
             OSError: the files cannot be read.
         """
-        self._saved = files.load(self._store, self.spec, Path(folder), previous)
+        with self._saving:
+            self._saved = files.load(self._store, self.spec, Path(folder), previous)
 
 
 def _as_array(value: object) -> object:

@@ -78,7 +78,6 @@ class DeviceReplayBuffer(Buffer):
         self._layout = spec.layout()
         tasks = spec.task_ids.tolist()
         self._store = _core.DeviceIndex(list(spec.capacities), tasks, spec.observation.stack, seed)
-        self._saved: str | None = None
         self._rows = self._allocate()
         self._side = self._empty(FIRST_SLOTS, self._observation_bytes)
         self._weights: dict[tuple[float, ...], Tensor] = {}
@@ -225,26 +224,28 @@ class DeviceReplayBuffer(Buffer):
 
     def save(self, folder: str | os.PathLike[str], *, previous: str | os.PathLike[str] | None = None) -> None:
         """As ReplayBuffer.save, in the same format. Holds a copy of the buffer in host memory meanwhile."""
-        host = self._host()
-        for first in range(0, self._store.rows, COPY_ROWS):
-            part = self._rows[first : first + COPY_ROWS]
-            torch.from_numpy(host.rows(first, len(part))).copy_(part)
-        slots = self._side[: min(self._store.slots, len(self._side)), : self._observation_bytes]
-        host.put_slots(slots.cpu().contiguous().numpy())
-        host.adopt(self._store)
-        self._saved = files.save(host, self.spec, Path(folder), self._saved, previous)
+        with self._saving:
+            host = self._host()
+            for first in range(0, self._store.rows, COPY_ROWS):
+                part = self._rows[first : first + COPY_ROWS]
+                torch.from_numpy(host.rows(first, len(part))).copy_(part)
+            slots = self._side[: min(self._store.slots, len(self._side)), : self._observation_bytes]
+            host.put_slots(slots.cpu().contiguous().numpy())
+            host.adopt(self._store)
+            self._saved = files.save(host, self.spec, Path(folder), self._saved, previous)
 
     def load(self, folder: str | os.PathLike[str], *, previous: bool = False) -> None:
         """As ReplayBuffer.load, in the same format. Holds a copy of the buffer in host memory meanwhile."""
-        host = self._host()
-        self._saved = files.load(host, self.spec, Path(folder), previous)
-        slots = torch.from_numpy(host.get_slots(host.side_size))
-        self._grow(len(slots))
-        self._side[: len(slots), : self._observation_bytes] = slots.to(self.device)
-        for first in range(0, self._store.rows, COPY_ROWS):
-            part = self._rows[first : first + COPY_ROWS]
-            part.copy_(torch.from_numpy(host.rows(first, len(part))))
-        self._store.adopt(host)
+        with self._saving:
+            host = self._host()
+            self._saved = files.load(host, self.spec, Path(folder), previous)
+            slots = torch.from_numpy(host.get_slots(host.side_size))
+            self._grow(len(slots))
+            self._side[: len(slots), : self._observation_bytes] = slots.to(self.device)
+            for first in range(0, self._store.rows, COPY_ROWS):
+                part = self._rows[first : first + COPY_ROWS]
+                part.copy_(torch.from_numpy(host.rows(first, len(part))))
+            self._store.adopt(host)
 
     # ---- Memory
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from brc_fast import _core
+from brc_fast.batch import Batch
 
 Array = NDArray[Any]
 
@@ -80,7 +81,7 @@ class Field:
         """A field from a number of floats, a shape or a field."""
         if isinstance(value, Field):
             return value
-        sizes = (value,) if isinstance(value, (int, np.integer)) else tuple(value)
+        sizes = tuple(value) if isinstance(value, Sequence) else (value,)
         if not all(isinstance(size, (int, np.integer)) for size in sizes):
             raise TypeError(f"{name} must be a number of floats, a shape or a Field, got {value!r}")
         if any(size < 1 for size in sizes):
@@ -140,13 +141,15 @@ class Spec:
             wrong = ids.min() if ids.min() < 0 else ids.max()
             raise ValueError(f"task_ids of {ids.size} streams must lie in 0..{ids.size - 1}, got {wrong}")
         tasks = int(ids.max()) + 1
-        each = (capacity,) * tasks if isinstance(capacity, (int, np.integer)) else tuple(capacity)
+        each = tuple(capacity) if isinstance(capacity, Sequence) else (capacity,) * tasks
         if not all(isinstance(value, (int, np.integer)) for value in each):
             raise TypeError(f"capacity must be an integer or one for each task, got {capacity!r}")
         if len(each) != tasks:
             raise ValueError(f"capacity must be an integer or one for each of {tasks} tasks, got {len(each)}")
         named = {name: Field.of(name, field) for name, field in (extras or {}).items()}
         first, second = Field.of("observation_size", observation), Field.of("action_size", action)
+        if taken := sorted(named.keys() & set(Batch._fields)):
+            raise ValueError(f"extras must have other names than the columns of a batch, got {taken[0]}")
         for name, field in {"action": second, **named}.items():
             if field.stack != 1:
                 raise ValueError(f"stack is for observations only, got {field.stack} for {name}")

@@ -44,7 +44,7 @@ def save(
     foreign = sorted(entry.name for entry in folder.iterdir() if not _own(entry.name))
     if foreign:
         raise ValueError(f"{folder} must hold replay files only, found {foreign[0]}; name another folder")
-    made: list[Path] = []
+    made: list[Path] = []  # files that no manifest names yet
     try:
         base = _base(folder, saved, previous, made)
         identity = uuid.uuid4().hex
@@ -63,7 +63,7 @@ def save(
             "content": content,
             "segments": [*segments, table],
         }
-        _commit(folder, manifest)
+        _commit(folder, manifest, made)
     except OSError as error:
         for path in made:
             path.unlink(missing_ok=True)
@@ -122,12 +122,14 @@ def _base(
             continue
         for segment in manifest["segments"] if source != folder else []:
             target = folder / segment["file"]
-            target.unlink(missing_ok=True)
-            made.append(target)
+            partial = folder / (segment["file"] + ".partial")
+            partial.unlink(missing_ok=True)
+            made += [partial] if target.exists() else [partial, target]
             try:
-                os.link(source / segment["file"], target)
+                os.link(source / segment["file"], partial)
             except OSError:  # another file system, or one without links
-                shutil.copyfile(source / segment["file"], target)
+                _copy(source / segment["file"], partial)
+            os.replace(partial, target)
         return manifest
     return None
 
@@ -161,8 +163,8 @@ def _useful(segment: dict[str, Any], content: dict[str, Any]) -> bool:
     return any(rows > 0 and first + rows > count - kept for first, rows, count, kept in each)
 
 
-def _commit(folder: Path, manifest: Manifest) -> None:
-    """Make it the folder's generation in one step, and the one before the previous."""
+def _commit(folder: Path, manifest: Manifest, made: list[Path]) -> None:
+    """Make it the folder's generation in one step, and the one before the previous; then clear `made`."""
     text = json.dumps(manifest)
     partial = folder / (MANIFEST + ".partial")
     with partial.open("w") as file:
@@ -171,10 +173,21 @@ def _commit(folder: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
     if _readable(folder / MANIFEST):
         older = folder / (PREVIOUS + ".partial")
-        shutil.copyfile(folder / MANIFEST, older)
+        _copy(folder / MANIFEST, older)
         os.replace(older, folder / PREVIOUS)
     os.replace(partial, folder / MANIFEST)
-    handle = os.open(folder, os.O_RDONLY)
+    made.clear()
+    _sync(folder)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    _sync(target)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
