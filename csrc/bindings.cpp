@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <system_error>
@@ -155,17 +156,32 @@ class BoundStore {
 
 // ---- Sampling
 
-/// Numpy arrays side by side in memory that belongs to `holder`, each with it as its base. Numpy's own way to
-/// make one costs several times as much, and a batch has six or more.
+/// Memory for one batch, and whether an array on it is alive.
+struct Slot {
+  explicit Slot(py::array memory_) : memory(std::move(memory_)) {}
+  py::array memory;
+  std::atomic<bool> used = false;
+};
+
+/// Numpy arrays side by side in a slot. Numpy's own way to make one costs several times as much, and a batch
+/// has six or more.
 class Views {
  public:
   /// dtype, shape and offset in bytes of each.
   explicit Views(std::vector<std::tuple<py::dtype, std::vector<py::ssize_t>, std::size_t>> parts)
       : parts_(std::move(parts)) {}
-  [[nodiscard]] py::list make(std::uintptr_t address, const py::object& holder) const {
-    py::list arrays;
-    for (const auto& [dtype, shape, offset] : parts_) {
-      arrays.append(py::array(dtype, shape, reinterpret_cast<const void*>(address + offset), holder));
+  /// Arrays that together keep the slot, and mark it as used until the last of them is gone.
+  [[nodiscard]] py::list make(const std::shared_ptr<Slot>& slot) const {
+    slot->used = true;
+    const py::capsule use(new std::shared_ptr<Slot>(slot), [](void* pointer) {
+      const std::unique_ptr<std::shared_ptr<Slot>> held(static_cast<std::shared_ptr<Slot>*>(pointer));
+      (*held)->used = false;
+    });
+    const auto* data = static_cast<const std::byte*>(slot->memory.data());
+    py::list arrays(parts_.size());
+    for (std::size_t i = 0; i < parts_.size(); ++i) {
+      const auto& [dtype, shape, offset] = parts_[i];
+      arrays[i] = py::array(dtype, shape, static_cast<const void*>(data + offset), use);
     }
     return arrays;
   }
@@ -362,6 +378,10 @@ PYBIND11_MODULE(_core, module) {
            "discount"_a, "tasks"_a, "weights"_a)
       .def_readonly("powers", &Request::powers);
   py::class_<brc::Ahead>(module, "Ahead").def(py::init<>());
+  py::class_<Slot, std::shared_ptr<Slot>>(module, "Slot")
+      .def(py::init<py::array>())
+      .def_readonly("memory", &Slot::memory)
+      .def_property_readonly("used", [](const Slot& slot) { return slot.used.load(); });
   py::class_<Views>(module, "Views")
       .def(py::init<std::vector<std::tuple<py::dtype, std::vector<py::ssize_t>, std::size_t>>>())
       .def("make", &Views::make);

@@ -14,13 +14,25 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_example_runs_and_learns_from_its_own_transitions() -> None:
     pytest.importorskip("mujoco_playground", reason="needs the [mjx] extra")
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = examples()[0]
     shorter = code.replace("range(5_000)", "range(40)").replace(">= 5_000", ">= 300")
     assert shorter != code
     names: dict[str, Any] = {}
     exec(compile(shorter, "README.md", "exec"), names)
     assert len(names["replay"]) == 40 * 16
     assert names["metrics"]["critic_loss"].isfinite()
+
+
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_example_of_the_replay_buffer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(examples()[1], "README.md", "exec"), names)
+    assert names["batch"].observations.shape == (2, 1024, 67)
+    assert (tmp_path / "build" / "replay" / "manifest.json").exists()
 
 
 def test_the_readme_is_short_and_its_pictures_and_files_exist() -> None:

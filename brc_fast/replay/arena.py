@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +35,7 @@ def batch_of(tensors: Mapping[str, Tensor]) -> Batch:
     return batch.with_extras(extras) if extras else batch
 
 
-@dataclass
-class Lease:
+class Lease(NamedTuple):
     """One batch's memory: `arrays` for the store to fill, `batch` for the user, both on the same bytes."""
 
     arrays: list[NDArray[Any]]
@@ -46,31 +43,10 @@ class Lease:
     memory: NDArray[np.uint8]
 
 
-class _Use:
-    """One use of a slot. Its arrays, and the tensors made from those, keep it alive."""
-
-    __slots__ = ("__weakref__", "memory")
-
-    def __init__(self, memory: NDArray[np.uint8]) -> None:
-        self.memory = memory
-
-
-class _Slot:
-    """Memory for one batch, and the use that is made of it."""
-
-    def __init__(self, nbytes: int, pinned: bool) -> None:
-        self.memory: NDArray[np.uint8]
-        if pinned:
-            self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-        else:
-            self.memory = np.empty(nbytes, np.uint8)
-        self.address = self.memory.ctypes.data
-        self.use: Callable[[], _Use | None] = lambda: None
-
-    def take(self) -> _Use:
-        use = _Use(self.memory)
-        self.use = weakref.ref(use)
-        return use
+def _slot(nbytes: int, pinned: bool) -> _core.Slot:
+    if pinned:
+        return _core.Slot(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy())
+    return _core.Slot(np.empty(nbytes, np.uint8))
 
 
 class _Shape:
@@ -88,7 +64,7 @@ class _Shape:
             self.nbytes += -(-prod(shape) * field.numpy_dtype.itemsize // ALIGNMENT) * ALIGNMENT
         numpy_dtypes = [field.numpy_dtype for field in columns.values()]
         self.views = _core.Views(list(zip(numpy_dtypes, self.shapes, self.offsets, strict=True)))
-        self.slots: list[_Slot] = []
+        self.slots: list[_core.Slot] = []
         self.in_batch = [self.names.index(name) for name in Batch._fields]
         self.further = [name for name in self.names if name not in Batch._fields]
 
@@ -115,9 +91,8 @@ class Arena:
         """Memory for U batches; `fresh` memory is never handed out again."""
         with self._lock:
             shape = self._shape(num_batches, batch_size)
-            slot = _Slot(shape.nbytes, False) if fresh else self._free(shape)
-            use = slot.take()
-        arrays = shape.views.make(slot.address, use)
+            slot = _slot(shape.nbytes, False) if fresh else self._free(shape)
+            arrays = shape.views.make(slot)
         tensors = [torch.from_numpy(array) for array in arrays]
         for i in shape.bfloat16:
             tensors[i] = tensors[i].view(torch.bfloat16)
@@ -132,11 +107,11 @@ class Arena:
             tensors.append(part.view(dtype).view(shape))
         return layout.batch(tensors)
 
-    def _free(self, shape: _Shape) -> _Slot:
+    def _free(self, shape: _Shape) -> _core.Slot:
         for slot in shape.slots:
-            if slot.use() is None:
+            if not slot.used:
                 return slot
-        shape.slots.append(_Slot(shape.nbytes, self.pinned))
+        shape.slots.append(_slot(shape.nbytes, self.pinned))
         return shape.slots[-1]
 
     def _shape(self, num_batches: int, batch_size: int) -> _Shape:
