@@ -15,28 +15,31 @@
 namespace brc {
 namespace {
 
-// A float is NaN or infinite exactly where all bits of its exponent are set.
+// Without their signs, the bits of floats are in the order of their values, and NaN comes after infinity.
 BRC_VECTOR_CLONES bool all_finite32(const std::byte* data, std::size_t count) noexcept {
-  std::uint32_t found = 0;
+  std::uint32_t largest = 0;
   for (std::size_t i = 0; i < count; ++i) {
     std::uint32_t word;
     std::memcpy(&word, data + i * sizeof(word), sizeof(word));
-    found |= static_cast<std::uint32_t>((word & 0x7F800000u) == 0x7F800000u);
+    word &= 0x7FFFFFFFu;
+    largest = word > largest ? word : largest;
   }
-  return found == 0;
+  return largest < 0x7F800000u;
 }
 
-BRC_VECTOR_CLONES bool all_finite16(const std::byte* data, std::size_t count, std::uint16_t mask) noexcept {
-  std::uint16_t found = 0;
+BRC_VECTOR_CLONES bool all_finite16(const std::byte* data, std::size_t count,
+                                    std::uint16_t infinity) noexcept {
+  std::uint16_t largest = 0;
   for (std::size_t i = 0; i < count; ++i) {
     std::uint16_t word;
     std::memcpy(&word, data + i * sizeof(word), sizeof(word));
-    found |= static_cast<std::uint16_t>((word & mask) == mask);
+    word &= 0x7FFF;
+    largest = word > largest ? word : largest;
   }
-  return found == 0;
+  return largest < infinity;
 }
 
-constexpr std::uint16_t exponent16(Kind kind) noexcept {
+constexpr std::uint16_t infinity16(Kind kind) noexcept {
   return kind == Kind::float16 ? 0x7C00 : 0x7F80;
 }
 
@@ -47,7 +50,7 @@ std::size_t item(Kind kind) noexcept {
 bool finite(Bytes values, Kind kind) noexcept {
   const std::size_t count = values.size() / item(kind);
   if (kind == Kind::float32) return all_finite32(values.data(), count);
-  return all_finite16(values.data(), count, exponent16(kind));
+  return all_finite16(values.data(), count, infinity16(kind));
 }
 
 }  // namespace

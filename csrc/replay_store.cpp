@@ -65,12 +65,7 @@ void ReplayStore::add(std::span<const std::int64_t> ids, const TransitionColumns
   std::size_t slots = 0;
   for (std::size_t i = 0; i < ids.size(); ++i) {
     if (i + kAhead < ids.size()) {
-      const Stream& ahead = streams[stream_at(i + kAhead)];
-      const std::byte* to = rows_.row(ahead.first_row + ahead.next);
-      const std::byte* following = rows_.row(ahead.first_row + ahead.after(ahead.next));
-      fetch<1>(to, std::min(layout_.used, kPrefetchWritten));
-      fetch<1>(following, std::min(frame, kPrefetchWritten));
-      __builtin_prefetch(following + layout_.link);  // of the row to drop
+      fetch<1>(rows_.row(index_.head_row(stream_at(i + kAhead))), std::min(frame, kPrefetchWritten));
     }
     const std::size_t s = stream_at(i);
     departs_[i] = streams[s].head_valid && std::memcmp(rows_.row(index_.head_row(s)),
@@ -82,6 +77,13 @@ void ReplayStore::add(std::span<const std::int64_t> ids, const TransitionColumns
   reserve_slots(slots);
 
   for (std::size_t i = 0; i < ids.size(); ++i) {
+    if (i + kAhead < ids.size()) {
+      const Stream& ahead = streams[stream_at(i + kAhead)];
+      const std::byte* following = rows_.row(ahead.first_row + ahead.after(ahead.next));
+      __builtin_prefetch(rows_.row(ahead.first_row + ahead.next) + layout_.link, 1);
+      fetch<1>(following, std::min(frame, kPrefetchWritten));
+      __builtin_prefetch(following + layout_.link);  // of the row to drop
+    }
     const std::size_t s = stream_at(i);
     const bool known = streams[s].head_valid && !departs_[i];  // the row holds its observation already
     const Placement to =
