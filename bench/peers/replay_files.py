@@ -14,8 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from brc_fast import ReplayBuffer
-
 from .replay_data import Array, Mismatch, Workload, flat
 from .replay_peers import Ours
 
@@ -117,9 +115,6 @@ class OurFiles:
     name = Ours.name
 
     def __init__(self, workload: Workload) -> None:
-        for method in ("save", "load"):
-            if not hasattr(ReplayBuffer, method):
-                raise NotImplementedError(f"ReplayBuffer has no method {method!r} in this version")
         self.source = Ours(workload)
         for first, steps in workload.chunks():
             self.source.put(first, steps)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from brc_fast import ReplayBuffer
+from brc_fast import Field, ReplayBuffer
 
 from .replay_data import EPISODE, Array, Mismatch
 
@@ -69,11 +68,8 @@ class OursFrames:
     name = "brc-fast"
 
     def __init__(self, rows: int) -> None:
-        field = getattr(importlib.import_module("brc_fast.replay"), "Field", None)
-        if field is None:
-            raise NotImplementedError("brc_fast.replay has no Field in this version")
-        observation = field((SIDE, SIDE), "uint8", stack=STACK)
-        self.buffer = ReplayBuffer(rows, observation, field((), "int64"), task_ids=[0])
+        observation = Field((SIDE, SIDE), "uint8", stack=STACK)
+        self.buffer = ReplayBuffer(rows, observation, Field((), "int64"), task_ids=[0])
         self.rows = rows
         self.bytes_per_row = self.buffer.nbytes / rows
         for number in range(rows):
