@@ -12,6 +12,7 @@ namespace brc {
 namespace {
 
 constexpr std::size_t kHugePage = std::size_t{1} << 21;
+constexpr std::size_t kSideBlock = std::size_t{1} << 18;
 
 }  // namespace
 
@@ -31,7 +32,7 @@ RowBlock::RowBlock(std::size_t rows, std::size_t stride, const char* what) : str
 }
 
 SideStore::SideStore(std::size_t bytes)
-    : stride_(Layout::align(bytes, 64)), slots_per_block_(std::max<std::size_t>(1, kHugePage / stride_)) {}
+    : stride_(Layout::align(bytes, 64)), slots_per_block_(std::max<std::size_t>(1, kSideBlock / stride_)) {}
 
 void SideStore::reserve(std::size_t wanted) {
   while (slots() < wanted) blocks_.emplace_back(slots_per_block_, stride_, "successors kept aside");

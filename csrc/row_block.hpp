@@ -64,7 +64,7 @@ class SideStore {
 
  private:
   std::size_t stride_;           // of a slot, padded to 64 bytes
-  std::size_t slots_per_block_;  // about 2 MB of slots, at least 1
+  std::size_t slots_per_block_;  // about 256 KB of slots, at least 1
   std::vector<RowBlock> blocks_;
 };
 

@@ -82,7 +82,7 @@ class ReplayBuffer(Buffer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes reserved. It grows by about 2 MB at a time with the successors that are kept aside."""
+        """Bytes reserved. It grows by about 256 KB at a time with the successors that are kept aside."""
         return self._store.nbytes
 
     def add(
