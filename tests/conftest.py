@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,23 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
 
     monkeypatch.setattr("brc_fast.envs.make", make)
     return poison
+
+
+@pytest.fixture
+def kernel_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where kernels run: on CUDA, or on the CPU through Triton's interpreter with an honest bfloat16.
+
+    Memory that nothing wrote is NaN.
+    """
+    if torch.cuda.is_available():
+        device = "cuda"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        import honest_bfloat16
+
+        honest_bfloat16.install(monkeypatch)
+        device = "cpu"
+    else:
+        pytest.skip("torch sees no CUDA device (TRITON_INTERPRET=1 runs this on the CPU)")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield device
+    torch.use_deterministic_algorithms(False)

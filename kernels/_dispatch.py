@@ -1,0 +1,133 @@
+"""Which implementation an op takes, and how a kernel is launched.
+
+    auto        kernels on CUDA, otherwise the twin (with the compiled passes of a CPU where they apply)
+    triton      kernels, or an error that says why not; on a CPU only through Triton's interpreter
+    reference   the plain PyTorch twin
+
+The argument `impl` of an op goes before `use(...)`, which goes before the environment variable
+BRC_FAST_KERNELS, which is read when this is imported. Only auto may choose: the others do what they say.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["INTERPRETED", "Launch", "launch", "recording", "takes_kernels", "use"]
+
+# Triton itself is imported with the first kernel, not here: that takes a quarter of a second.
+INSTALLED = importlib.util.find_spec("triton") is not None
+# Triton decides when a kernel is defined whether its interpreter takes the compiler's place.
+INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+
+CHOICES = ("auto", "triton", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _checked(choice: str, source: str) -> str:
+    if choice not in CHOICES:
+        raise ValueError(f"{source} must be one of {', '.join(CHOICES)}, got {choice!r}")
+    return choice
+
+
+_choice = _checked(os.environ.get("BRC_FAST_KERNELS", "auto"), "BRC_FAST_KERNELS")
+
+
+@contextmanager
+def use(choice: str) -> Iterator[None]:
+    """Choose the implementation of every op in the block, in all threads: auto, triton or reference."""
+    global _choice
+    before, _choice = _choice, _checked(choice, "the implementation")
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def takes_kernels(impl: str | None, *tensors: Tensor) -> bool:
+    """Whether an op on these tensors runs its kernels (True) or its twin (False).
+
+    Raises RuntimeError or TypeError where kernels were asked for and cannot run, ValueError for an unknown
+    choice.
+    """
+    choice = _choice if impl is None else _checked(impl, "impl")
+    if choice == "reference":
+        return False
+    first = tensors[0]
+    if choice == "auto":
+        if _recorder is not None:
+            return True
+        if not first.is_cuda or not INSTALLED or _transformed():
+            return False
+        return all(t.is_cuda and t.dtype in DTYPES for t in tensors)
+    if not INSTALLED:
+        raise RuntimeError('kernels were asked for, but triton is not installed; pip install "triton>=3.6"')
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(str(dtype) for dtype in DTYPES)
+            raise TypeError(f"kernels take tensors of {known}, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"tensors must be on one device, got {first.device} and {tensor.device}")
+    if not (first.is_cuda or INTERPRETED or _recorder is not None):
+        raise RuntimeError(
+            f"kernels were asked for, but a tensor is on {first.device}; move it to CUDA, or set "
+            "TRITON_INTERPRET=1 before triton is imported to run them through its interpreter"
+        )
+    return True
+
+
+def _transformed() -> bool:
+    """Inside of torch.func's transforms, which the twins serve in full."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+
+
+class Launch(NamedTuple):
+    """One launch as it would happen: the kernel, its arguments in order, and what is fixed at compilation."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+_recorder: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect launches instead of making them, on tensors of any device; what they would write stays unset."""
+    global _recorder
+    before, _recorder = _recorder, []
+    try:
+        yield _recorder
+    finally:
+        _recorder = before
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    enable_fp_fusion: bool = True,
+    **constants: Any,
+) -> None:
+    """Launch a kernel on the device of its first tensor; `constants` are its constexpr arguments."""
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+    if _recorder is not None:
+        _recorder.append(Launch(kernel, grid, arguments, constants, options))
+        return
+    place = next(a for a in arguments if isinstance(a, Tensor)).device
+    if place.type == "cuda" and place.index != torch.cuda.current_device():
+        with torch.cuda.device(place):
+            kernel[grid](*arguments, **constants, **options)
+    else:
+        kernel[grid](*arguments, **constants, **options)
