@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
@@ -30,3 +32,18 @@ def check_bronet_shapes(x: Tensor, parameters: tuple[Tensor, ...]) -> None:
                     f"vectors of layer {index} must have shape {wanted}, got {list(vector.shape)}"
                 )
         inputs = width
+
+
+def check_bronet_dtypes(x: Tensor, parameters: Sequence[Tensor]) -> None:
+    """The products take one dtype; vectors may have another, all of them the same."""
+    for index, kernel in enumerate([*parameters[:-2:4], parameters[-2]]):
+        if kernel.dtype != x.dtype:
+            name = "the head" if index == len(parameters) // 4 else f"layer {index}"
+            raise TypeError(f"kernel of {name} must be of the dtype of x, {x.dtype}, got {kernel.dtype}")
+    for index in range(len(parameters) // 4):
+        for vector in parameters[4 * index + 1 : 4 * index + 4]:
+            if vector.dtype != parameters[1].dtype:
+                raise TypeError(
+                    f"vectors of layer {index} must be of the dtype of those of layer 0, "
+                    f"{parameters[1].dtype}, got {vector.dtype}"
+                )

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "Launch", "launch", "recording", "takes_kernels", "use"]
+__all__ = ["INTERPRETED", "Launch", "chosen", "launch", "observed", "recording", "takes_kernels", "use"]
 
 # Triton itself is imported with the first kernel, not here: that takes a quarter of a second.
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -50,13 +50,25 @@ def use(choice: str) -> Iterator[None]:
         _choice = before
 
 
+def chosen(impl: str | None) -> str:
+    """The choice that holds for a call with this `impl`; ValueError for an unknown one."""
+    return _choice if impl is None else _checked(impl, "impl")
+
+
+def observed(*tensors: Tensor) -> bool:
+    """Whether a compiler, a transform of torch.func, a dispatch mode or a tensor subclass watches a call."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or _transformed():
+        return True
+    return any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
 def takes_kernels(impl: str | None, *tensors: Tensor) -> bool:
     """Whether an op on these tensors runs its kernels (True) or its twin (False).
 
     Raises RuntimeError or TypeError where kernels were asked for and cannot run, ValueError for an unknown
     choice.
     """
-    choice = _choice if impl is None else _checked(impl, "impl")
+    choice = chosen(impl)
     if choice == "reference":
         return False
     first = tensors[0]

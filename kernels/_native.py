@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._dispatch import observed
+
 try:
     from . import _cpu as compiled
 except ImportError:  # a checkout that was not built
@@ -14,5 +16,7 @@ __all__ = ["compiled", "takes"]
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the compiled passes exist and serve these tensors: float32, on the CPU."""
-    return compiled is not None and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    """Whether the compiled passes exist and serve these tensors: float32, on the CPU, in a plain call."""
+    if compiled is None or observed(*tensors):
+        return False
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)

@@ -14,25 +14,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._dispatch import observed
+
 __all__ = ["Op"]
 
 NAMESPACE = "brc_fast"
-
-
-def _watched(arguments: Sequence[Any]) -> bool:
-    """Whether a dispatch mode or a tensor subclass wants to see this call."""
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    return any(isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter) for a in arguments)
 
 
 def _loop(op: Any, info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
     """vmap by one call per element."""
 
     def element(argument: Any, dim: Any, index: int) -> Any:
+        if dim is None:
+            return argument
         if isinstance(argument, (list, tuple)):
             return [element(a, d, index) for a, d in zip(argument, dim, strict=True)]
-        return argument if dim is None else argument.select(dim, index)
+        return argument.select(dim, index)
 
     pairs = list(zip(arguments, in_dims, strict=True))
     results = [op(*(element(a, d, index) for a, d in pairs)) for index in range(info.batch_size)]
@@ -42,16 +39,36 @@ def _loop(op: Any, info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[
     return kind(torch.stack(parts) for parts in zip(*results, strict=True)), kind(0 for _ in results[0])
 
 
+Shape = tuple[int | None, ...]
+
+
+def _flatten(arguments: Sequence[Any]) -> tuple[list[Any], Shape]:
+    """Arguments with their lists opened, for autograd, which does not look into lists; and how to undo it."""
+    flat: list[Any] = []
+    for argument in arguments:
+        flat += argument if isinstance(argument, (list, tuple)) else [argument]
+    return flat, tuple(len(a) if isinstance(a, (list, tuple)) else None for a in arguments)
+
+
+def _unflatten(flat: Sequence[Any], shape: Shape) -> tuple[Any, ...]:
+    out, place = [], 0
+    for length in shape:
+        out.append(flat[place] if length is None else list(flat[place : place + length]))
+        place += 1 if length is None else length
+    return tuple(out)
+
+
 class Op:
-    """A function of tensors that is also the op brc_fast::name.
+    """A function of tensors, or of lists of them, that is also the op brc_fast::name.
 
     Args:
         function: annotated as torch.library wants it; changes none of its arguments and returns new tensors
             only, which share no memory.
         fake: the same signature; empty tensors of the results' shapes, dtypes and strides.
         setup: setup(ctx, inputs, outputs) keeps what the gradient needs.
-        gradients: gradients(ctx, *output_gradients) -> one per input, made by another `Op`; an output's
-            gradient is None where nothing used it. Without it, a gradient is refused.
+        gradients: gradients(ctx, *output_gradients) -> one per input (a list for a list), made by another `Op`;
+            an output's gradient is None where nothing used it. Without it, a gradient is refused.
+            ctx.needs_input_grad counts the elements of a list one by one.
         kept: how many of the outputs, from the last, only serve the gradient and have none themselves.
     """
 
@@ -77,31 +94,40 @@ class Op:
 
         backward = gradients or refuse
 
+        def flat_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            return (*_flatten(backward(ctx, *grads))[0], None)
+
         class Plain(torch.autograd.Function):
+            """For plain calls. The arguments are flat, their shape is the last."""
+
             @staticmethod
-            def forward(ctx: Any, *inputs: Any) -> Any:
+            def forward(ctx: Any, *flat: Any) -> Any:
+                inputs = _unflatten(flat, flat[-1])
                 output = function(*inputs)
                 prepare(ctx, inputs, output)
                 return output
 
         class Transformed(torch.autograd.Function):
-            """For torch.func, whose gradients an op of torch.library does not have."""
-
-            setup_context = staticmethod(prepare)
+            """For torch.func, whose gradients an op of torch.library does not have; arguments as above."""
 
             @staticmethod
-            def forward(*inputs: Any) -> Any:
-                return self(*inputs)  # one transform further out
+            def forward(*flat: Any) -> Any:
+                return self(*_unflatten(flat, flat[-1]))  # one transform further out
 
             @staticmethod
-            def vmap(info: Any, in_dims: Sequence[Any], *inputs: Any) -> tuple[Any, Any]:
-                return _loop(Transformed.apply, info, in_dims, *inputs)
+            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+                prepare(ctx, _unflatten(inputs, inputs[-1]), output)
 
-        Plain.backward = staticmethod(once_differentiable(backward))  # type: ignore[assignment, no-untyped-call]
-        Transformed.backward = staticmethod(backward)  # type: ignore[assignment]
+            @staticmethod
+            def vmap(info: Any, in_dims: Sequence[Any], *flat: Any) -> tuple[Any, Any]:
+                return _loop(Transformed.apply, info, (*in_dims[: len(flat) - 1], None), *flat)
+
+        Plain.backward = staticmethod(once_differentiable(flat_backward))  # type: ignore[assignment, no-untyped-call]
+        Transformed.backward = staticmethod(flat_backward)  # type: ignore[assignment]
         Plain.__name__ = Plain.__qualname__ = Transformed.__name__ = Transformed.__qualname__ = name
         self._transformed = Transformed.apply
-        self._plain = function if gradients is None else Plain.apply
+        self._plain = None if gradients is None else Plain.apply
+        self._function = function
         self.library = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
         self.library.register_fake(fake)
         self.library.register_autograd(backward, setup_context=prepare)
@@ -110,5 +136,9 @@ class Op:
         if torch.compiler.is_compiling():
             return self.library(*arguments)
         if torch._C._functorch.maybe_current_level() is not None:
-            return self._transformed(*arguments)
-        return self.library(*arguments) if _watched(arguments) else self._plain(*arguments)
+            flat, shape = _flatten(arguments)
+            return self._transformed(*flat, shape)
+        flat, shape = _flatten(arguments)
+        if observed(*(a for a in flat if isinstance(a, Tensor))):
+            return self.library(*arguments)
+        return self._function(*arguments) if self._plain is None else self._plain(*flat, shape)

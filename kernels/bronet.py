@@ -1,163 +1,317 @@
-"""BroNet of stacked networks as one op: on a CPU, fused passes between the GEMMs and one autograd node.
+"""BroNet of stacked networks as one op with one backward written by hand.
 
     x = relu(LN(x W0 + b0));   per block:  x = x + LN(relu(LN(x W1 + b1)) W2 + b2);   out = x Wh + bh
 
-The backward is written by hand. With h = x + b, n the normalised row and g = dy * weight:
+Forward, per layer: one batched product over all networks and one pass (norm.py) for bias, LayerNorm and ReLU
+or residual. Backward, from the head down, with dh_i the gradient of layer i's product:
 
-    dh = rstd * (g - mean(g) - n * mean(g * n)),   db = sum_b dh
-    dweight = sum_b dy * n,   dshift = sum_b dy
+    d hidden = dh W^T;    the residual's gradient is added by the same product (beta = 1)
+    dW_i = below_i^T dh_i, after the last layer: one batched product for all the square layers at once
+    the sums over rows for biases and norms of all layers: one launch at the end
 
-Per layer it is one such pass and two GEMMs; the residual's gradient is added by the GEMM itself, and no
-weight gradient is computed where no parameter wants one.
-
-Memory:  an elementwise pass reads its inputs once and writes its output once (csrc/layer_norm.hpp).
-Numbers: float32 on a CPU; other dtypes and devices take the twin.
+Dims:    N networks (E members, or more stacked), B rows, I inputs, H width, K outputs, L = 1 + 2 * blocks.
+Memory:  kept for the backward: the products [L, N, B, H] and the rows' statistics; the layers' outputs
+         [L, N, B, H] too if a parameter wants a gradient. Without a gradient, four buffers in all.
+Numbers: products in the dtype of x, which the kernels W must have; LayerNorm in float32; vectors of any float.
 Source:  Nauman et al. 2024, arXiv:2405.16158.
 Twin:    reference.bronet
+
+On a CPU, float32 takes compiled passes (_bronet_cpu.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _native, reference
-from ._checks import check_bronet_shapes
+from ._bronet_cpu import bronet_on_cpu
+from ._cases import Case
+from ._checks import check_bronet_dtypes, check_bronet_shapes
+from ._dispatch import chosen, takes_kernels
+from ._ops import Op
+from .reference import EPS
 
-EPS = 1e-6
-SHAPES_KEPT = 16
-_free: dict[tuple[int, ...], list[tuple[Tensor, ...]]] = {}
+__all__ = ["bronet", "cases"]
+
+NOTHING, INPUT, EVERYTHING = range(3)  # what a gradient is wanted for
 
 
-class Workspace:
-    """Scratch memory of one pass through a network; the next pass of the same shape gets it back.
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of statistics and sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
-    Fresh memory costs a page fault per 4 KB, which at these sizes took an eighth of the update. A workspace
-    is returned when its last reference goes, so a graph that is kept alive keeps its activations.
 
-    `slots[i]` is the tensor of shape[1:] in slot i, made once: indexing costs a microsecond each time.
+def _layers(parameters: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """(kernel, bias, norm weight, norm bias) of each layer; the head is left out."""
+    return [parameters[i : i + 4] for i in range(0, len(parameters) - 2, 4)]
+
+
+def _dense_vectors(layer: Sequence[Tensor]) -> list[Tensor]:
+    """The vectors [N, H] of a layer, each dense in its last axis."""
+    return [v if v.stride(-1) == 1 else v.contiguous() for v in layer[1:]]
+
+
+def _stacked(x: Tensor, networks: int) -> Tensor:
+    """[B, I] or [N, B, I] as [N, B, I]."""
+    return x.expand(networks, *x.shape) if x.dim() == 2 else x
+
+
+def _forward(x: Tensor, parameters: list[Tensor], wanted: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out [N, B, K]; then what the backward needs: products, outputs [L, N, B, H], statistics [L, 2, N, B].
+
+    What is not needed is empty.
     """
+    from . import norm
 
-    def __init__(self, *shape: int) -> None:
-        if len(_free) > SHAPES_KEPT:
-            _free.clear()
-        self.shape = shape
-        try:
-            self.slots = _free[shape].pop()
-        except (KeyError, IndexError):
-            self.slots = torch.empty(shape).unbind()
-
-    def __del__(self, free: dict[tuple[int, ...], list[tuple[Tensor, ...]]] = _free) -> None:
-        free.setdefault(self.shape, []).append(self.slots)
-
-
-def _norm_forward(
-    x: Tensor, layer: Sequence[Tensor], residual: Tensor | None, relu: bool, y: Tensor, stats: Tensor
-) -> None:
-    """Fill `y` [E, B, H] and the rows' mean and 1/std [2, E, B]; layer: (bias, weight, shift) [E, H]."""
-    members, rows, width = x.shape
-    bias, weight, shift = (parameter.data_ptr() for parameter in layer)
-    mean = stats.data_ptr()
-    rstd = mean + 4 * members * rows
-    held = 0 if residual is None else residual.data_ptr()
-    _native.compiled.bias_layer_norm_forward(
-        members, rows, width, x.data_ptr(), bias, weight, shift, held, relu, EPS, y.data_ptr(), mean, rstd
+    layers = _layers(parameters)
+    networks, _, width = parameters[0].shape
+    x = _stacked(x, networks)
+    rows = x.shape[1]
+    depth = len(layers)
+    products = x.new_empty(depth if wanted >= INPUT else 1, networks, rows, width)
+    outputs = x.new_empty(depth if wanted == EVERYTHING else 3, networks, rows, width)
+    stats = x.new_empty(len(products), 2, networks, rows, dtype=_wide(x.dtype))
+    hidden = skip = x
+    for index, layer in enumerate(layers):
+        product, held = products[index % len(products)], stats[index % len(stats)]
+        y = outputs[index % len(outputs)]  # of three, the one that is neither `hidden` nor `skip`
+        torch.bmm(hidden, layer[0], out=product)
+        closes_block = index > 0 and index % 2 == 0
+        residual = skip if closes_block else None
+        norm.forward_into(product, *_dense_vectors(layer), residual, not closes_block, EPS, y, held)
+        hidden = y
+        if index % 2 == 0:
+            skip = y
+    out = torch.baddbmm(parameters[-1].to(x.dtype).unsqueeze(1), hidden, parameters[-2])
+    nothing = x.new_empty(0)
+    return (
+        out,
+        products if wanted >= INPUT else nothing,
+        outputs if wanted == EVERYTHING else x.new_empty(0),
+        stats if wanted >= INPUT else stats.new_empty(0),
     )
 
 
-def _norm_backward(
-    dy: Tensor,
-    y: Tensor | None,
+def _forward_fake(x: Tensor, parameters: list[Tensor], wanted: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    networks, _, width = parameters[0].shape
+    depth, rows = len(_layers(parameters)), x.shape[-2]
+    out = x.new_empty(networks, rows, parameters[-2].shape[-1])
+    hidden = (depth, networks, rows, width)
+    return (
+        out,
+        x.new_empty(hidden if wanted >= INPUT else (0,)),
+        x.new_empty(hidden if wanted == EVERYTHING else (0,)),
+        x.new_empty((depth, 2, networks, rows) if wanted >= INPUT else (0,), dtype=_wide(x.dtype)),
+    )
+
+
+def _backward(
+    grad: Tensor,
     x: Tensor,
-    layer: Sequence[Tensor],
+    parameters: list[Tensor],
+    products: Tensor,
+    outputs: Tensor,
     stats: Tensor,
-    dx: Tensor,
-    grads: Tensor | None,
-) -> None:
-    """Fill the gradients of the norm's input, `dx`, and of (bias, weight, shift), `grads` [3, E, H]."""
-    members, rows, width = x.shape
-    bias, weight, _ = (parameter.data_ptr() for parameter in layer)
-    mean = stats.data_ptr()
-    rstd = mean + 4 * members * rows
-    first = 0 if grads is None else grads.data_ptr()
-    size = 0 if grads is None else 4 * members * width
-    output = 0 if y is None else y.data_ptr()
-    _native.compiled.bias_layer_norm_backward(
-        members, rows, width, dy.data_ptr(), output, x.data_ptr(), bias, weight, mean, rstd,
-        dx.data_ptr(), first, first + size, first + 2 * size,
-    )  # fmt: skip
+    wanted: int,
+    wants_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x; of the first kernel, the square kernels [L - 1, N, H, H], the vectors [L, 3, N, H], the
+    head's kernel and bias. What is not wanted is empty.
+    """
+    from . import norm
+
+    layers = _layers(parameters)
+    depth, networks, rows, width = products.shape
+    shared = x.dim() == 2
+    x = _stacked(x, networks)
+    grad = grad.contiguous()
+    everything = wanted == EVERYTHING
+    nothing = x.new_empty(0)
+    partials = None
+    if everything:
+        shape = norm.partial_shape(networks, rows, width, x.dtype, x.device)
+        partials = x.new_empty(depth, *shape, dtype=_wide(x.dtype))
+    dproducts = x.new_empty(depth if everything else 1, networks, rows, width)
+    g = torch.bmm(grad, parameters[-2].mT)  # of a block's ends
+    inner = torch.empty_like(g) if depth > 1 else g  # of a block's hidden layer
+    for index in reversed(range(depth)):
+        layer = layers[index]
+        closes_block, opens_block = index > 0 and index % 2 == 0, index % 2 == 1
+        dproduct = dproducts[index % len(dproducts)]
+        norm.backward_into(
+            inner if opens_block else g,
+            products[index],
+            *_dense_vectors(layer),
+            not closes_block,
+            stats[index],
+            dproduct,
+            None if partials is None else partials[index],
+        )
+        if closes_block:
+            torch.bmm(dproduct, layer[0].mT, out=inner)
+        elif opens_block:
+            g.baddbmm_(dproduct, layer[0].mT)
+    dx = nothing
+    if wants_dx:
+        dx = torch.bmm(dproducts[0], parameters[0].mT)
+        dx = dx.sum(0) if shared else dx
+    if partials is None:
+        return dx, *(x.new_empty(0) for _ in range(5))
+    kernels = torch.bmm(x.mT, dproducts[0])
+    square = x.new_empty(depth - 1, networks, width, width)
+    if depth > 1:
+        flat = (-1, rows, width)
+        torch.bmm(outputs[:-1].view(flat).mT, dproducts[1:].view(flat), out=square.view(-1, width, width))
+    vectors = x.new_empty(depth, 3, networks, width, dtype=parameters[1].dtype)
+    norm.reduce_partials(partials, vectors)
+    dhead = torch.bmm(outputs[-1].mT, grad)
+    return dx, kernels, square, vectors, dhead, grad.sum(1, dtype=parameters[-1].dtype)
 
 
-class _BroNet(torch.autograd.Function):
-    """x [E, B, I], then (kernel, bias, norm weight, norm bias) per layer, then the head's kernel and bias."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        members, rows, _ = x.shape
-        layers = (len(parameters) - 2) // 4
-        width = parameters[0].shape[-1]
-        work = Workspace(2 * layers, members, rows, width)  # per layer: the product, then the layer's output
-        stats = Workspace(layers, 2, members, rows)
-        hidden = x
-        skip = x
-        for index in range(layers):
-            kernel, *norm = parameters[4 * index : 4 * index + 4]
-            product, y = work.slots[2 * index : 2 * index + 2]
-            torch.bmm(hidden, kernel, out=product)
-            closes_block = index > 0 and index % 2 == 0
-            residual = skip if closes_block else None
-            _norm_forward(product, norm, residual, not closes_block, y, stats.slots[index])
-            hidden = y
-            if index % 2 == 0:
-                skip = y
-        ctx.work, ctx.stats = work, stats
-        ctx.save_for_backward(x, *parameters)
-        return torch.baddbmm(parameters[-1].unsqueeze(1), hidden, parameters[-2])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "bronet on a CPU has no second derivative (create_graph=True): use kernels.reference.bronet"
-            )
-        x, *parameters = ctx.saved_tensors
-        products, outputs, stats = ctx.work.slots[::2], ctx.work.slots[1::2], ctx.stats.slots
-        layers = len(products)
-        wanted = any(ctx.needs_input_grad[1:])
-        out: list[Tensor | None] = [None] * len(parameters)
-        scratch = Workspace(3, *products[0].shape)
-        g, inner, dh = scratch.slots  # gradients of a block's ends, of its hidden layer, of a product
-
-        grad = grad.contiguous()
-        if wanted:
-            out[-2:] = torch.bmm(outputs[-1].mT, grad), grad.sum(1)
-        torch.bmm(grad, parameters[-2].mT, out=g)
-        for index in reversed(range(layers)):
-            kernel, *norm = parameters[4 * index : 4 * index + 4]
-            opens_block, closes_block = index % 2 == 1, index > 0 and index % 2 == 0
-            grads = x.new_empty(3, *norm[0].shape) if wanted else None
-            mask = None if closes_block else outputs[index]
-            incoming = inner if opens_block else g
-            _norm_backward(incoming, mask, products[index], norm, stats[index], dh, grads)
-            if grads is not None:
-                below = x if index == 0 else outputs[index - 1]
-                out[4 * index : 4 * index + 4] = torch.bmm(below.mT, dh), *grads
-            if closes_block:
-                torch.bmm(dh, kernel.mT, out=inner)
-            elif opens_block:
-                g.baddbmm_(dh, kernel.mT)
-        dx = torch.bmm(dh, parameters[0].mT) if ctx.needs_input_grad[0] else None
-        return dx, *out
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    parameters: list[Tensor],
+    products: Tensor,
+    outputs: Tensor,
+    stats: Tensor,
+    wanted: int,
+    wants_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    depth, networks, _, width = products.shape
+    dx = x.new_empty(x.shape if wants_dx else (0,))
+    if wanted != EVERYTHING:
+        return dx, *(x.new_empty(0) for _ in range(5))
+    return (
+        dx,
+        x.new_empty(parameters[0].shape),
+        x.new_empty(depth - 1, networks, width, width),
+        x.new_empty(depth, 3, networks, width, dtype=parameters[1].dtype),
+        x.new_empty(parameters[-2].shape),
+        x.new_empty(parameters[-1].shape, dtype=parameters[-1].dtype),
+    )
 
 
-def bronet(x: Tensor, *parameters: Tensor) -> Tensor:
-    """As `reference.bronet`. Raises ValueError for shapes that do not fit."""
+_bronet_backward = Op("bronet_backward", _backward, _backward_fake)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, parameters, ctx.wanted = inputs
+    ctx.save_for_backward(x, *parameters, *output[1:])
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    x, *parameters = ctx.saved_tensors[:-3]
+    if grad is None:
+        return None, [None] * len(parameters), None
+    wants_dx = ctx.needs_input_grad[0]
+    dx, first, square, vectors, *head = _bronet_backward(
+        grad, x, parameters, *ctx.saved_tensors[-3:], ctx.wanted, wants_dx
+    )
+    out: list[Tensor | None] = [None] * len(parameters)
+    if ctx.wanted == EVERYTHING:
+        for index, kernel in enumerate([first, *square.unbind()]):
+            out[4 * index : 4 * index + 4] = kernel, *vectors[index].unbind()
+        out[-2:] = head
+        out = [None if g is None else g.to(p.dtype) for g, p in zip(out, parameters, strict=True)]
+    return dx if wants_dx else None, out, None
+
+
+_bronet = Op("bronet", _forward, _forward_fake, _keep, _gradients, kept=3)
+
+
+def bronet(x: Tensor, *parameters: Tensor, impl: str | None = None) -> Tensor:
+    """BroNet of N stacked networks, head included.
+
+    The networks may be the members of an ensemble, or those of several: online and target critics stacked
+    to 2E run in the same launches.
+
+    Args:
+        x: [B, I], shared by all networks, or [N, B, I].
+        parameters: (kernel [N, in, H], bias, norm weight, norm bias [N, H]) of the input layer and of the two
+            layers of each block, in this order, then the head's kernel [N, H, K] and bias [N, K]. Networks
+            may be any distance apart in memory. Under autocast, x and the kernels are cast to its dtype.
+        impl: auto, triton or reference (`kernels.use`).
+    Returns:
+        [N, B, K] in the dtype of x. Every argument gets its gradient; parameters that want none cost nothing.
+    Raises:
+        ValueError for shapes that do not fit, TypeError for kernels of another dtype than x.
+    Source: Nauman et al. 2024, arXiv:2405.16158.
+    """
     check_bronet_shapes(x, parameters)
-    if not _native.takes(x, *parameters):
+    if not takes_kernels(impl, x, *parameters):
+        plain = chosen(impl) == "auto" and not torch.is_autocast_enabled("cpu")
+        if plain and _native.takes(x, *parameters):
+            return bronet_on_cpu(x, parameters)
         return reference.bronet(x, *parameters)
-    members = parameters[0].shape[0]
-    x = x.expand(members, *x.shape) if x.dim() == 2 else x
-    return _BroNet.apply(x, *(p.contiguous() for p in parameters))  # type: ignore[no-any-return, no-untyped-call]
+    kind = x.device.type
+    given = list(parameters)
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x = x.to(dtype)
+        for place in (*range(0, len(given) - 2, 4), len(given) - 2):
+            given[place] = given[place].to(dtype)
+    check_bronet_dtypes(x, given)
+    wanted = NOTHING
+    if torch.is_grad_enabled():
+        wanted = EVERYTHING if any(p.requires_grad for p in given) else INPUT if x.requires_grad else NOTHING
+    with torch.autocast(kind, enabled=False):  # the products are in the dtype that was just settled
+        out, *_ = _bronet(x, given, wanted)
+    return out  # type: ignore[no-any-return]
+
+
+def cases() -> Iterator[Case]:
+    """The critic and the actor of BRC, from the smallest width to one where products are all that counts."""
+    for networks, inputs, width, depth, outputs, dtype in (
+        (2, 123, 256, 2, 101, torch.bfloat16),
+        (2, 128, 512, 2, 104, torch.bfloat16),
+        (4, 128, 512, 2, 104, torch.bfloat16),
+        (2, 128, 1024, 2, 104, torch.bfloat16),
+        (2, 123, 512, 2, 101, torch.float32),
+        (1, 99, 256, 1, 48, torch.bfloat16),
+    ):
+        sizes = [inputs] + [width] * (2 * depth)
+        weights = sum(i * width for i in sizes) + width * outputs
+        per_row = inputs + 6 * width * len(sizes) + 2 * outputs  # each activation and its gradient, each way
+
+        def prepare(
+            device: torch.device,
+            batch: int,
+            impl: str,
+            sizes: list[int] = sizes,
+            shape: tuple[int, int, int] = (networks, width, outputs),
+            dtype: torch.dtype = dtype,
+        ) -> Callable[[], object]:
+            networks, width, outputs = shape
+            parameters = []
+            for size in sizes:
+                kernel = torch.randn(networks, size, width, device=device) / size**0.5
+                vectors = [torch.rand(networks, width, device=device) for _ in range(3)]
+                parameters += [kernel.to(dtype), *vectors]
+            head = torch.randn(networks, width, outputs, device=device) / width**0.5
+            parameters += [head.to(dtype), torch.zeros(networks, outputs, device=device)]
+            leaves = [p.requires_grad_() for p in parameters]
+            x = torch.randn(batch, sizes[0], device=device).to(dtype)
+            seed = torch.randn(networks, batch, outputs, device=device).to(dtype)
+
+            def call() -> object:
+                out = bronet(x, *leaves, impl=impl)
+                return out, *torch.autograd.grad(out, leaves, seed)
+
+            return call
+
+        def moved(
+            batch: int,
+            networks: int = networks,
+            weights: int = weights,
+            per_row: int = per_row,
+            size: int = dtype.itemsize,
+        ) -> int:
+            return networks * size * (3 * weights + per_row * batch)
+
+        label = f"N={networks} I={inputs} H={width} depth={depth} K={outputs} {str(dtype).removeprefix('torch.')}"
+        yield Case("bronet", label, prepare, moved, ("norm_forward", "norm_backward"))

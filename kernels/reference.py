@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Projection = Callable[[Tensor, Tensor, float], Tensor]
+EPS = 1e-6  # of every LayerNorm
 LOG_STD_MIN = -10.0
 LOG_STD_MAX = 2.0
 

@@ -1,0 +1,128 @@
+"""Which implementation runs: the choice, its refusals, and the launches that are recorded instead of made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from brc_fast import kernels
+from brc_fast.kernels import _dispatch, reference
+
+X = torch.randn(3, 11)
+ATOMS = torch.linspace(-1, 1, 11)
+NEEDS_TRITON = pytest.mark.skipif(not _dispatch.INSTALLED, reason="triton is not installed")
+PLAIN = pytest.mark.skipif(_dispatch.INTERPRETED, reason="the interpreter runs kernels on a CPU")
+
+
+def run(code: str, **switches: str) -> subprocess.CompletedProcess[str]:
+    code = f"import torch; from brc_fast import kernels; x, z = torch.ones(3, 11), torch.ones(11); {code}"
+    without = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "BRC_FAST_KERNELS")}
+    words = [sys.executable, "-c", code]
+    return subprocess.run(words, env=without | switches, capture_output=True, text=True)
+
+
+def test_a_cpu_takes_the_twins_by_itself() -> None:
+    assert _dispatch.takes_kernels(None, X) is False
+    assert torch.equal(kernels.expected_value(X, ATOMS), reference.expected_value(X, ATOMS))
+
+
+@NEEDS_TRITON
+@PLAIN
+@pytest.mark.parametrize("inside", [False, True])
+def test_kernels_asked_for_on_a_cpu_are_refused_and_not_replaced(inside: bool) -> None:
+    with pytest.raises(RuntimeError, match=r"a tensor is on cpu; move it to CUDA, or set TRITON_INTERPRET=1 before"):
+        if inside:
+            with kernels.use("triton"):
+                kernels.expected_value(X, ATOMS)
+        else:
+            kernels.expected_value(X, ATOMS, impl="triton")
+
+
+@NEEDS_TRITON
+def test_an_argument_goes_before_the_block_and_a_block_ends_with_its_own() -> None:
+    with kernels.use("triton"):
+        kernels.expected_value(X, ATOMS, impl="reference")
+        with kernels.use("reference"):
+            assert _dispatch.takes_kernels(None, X) is False
+        with pytest.raises(TypeError, match=r"kernels take tensors of torch.float32.*, got torch.int32"):
+            _dispatch.takes_kernels(None, X.int())
+    assert _dispatch.chosen(None) == os.environ.get("BRC_FAST_KERNELS", "auto")
+
+
+def test_a_block_that_raises_gives_the_choice_back() -> None:
+    with pytest.raises(ZeroDivisionError), kernels.use("reference"):
+        raise ZeroDivisionError
+    assert _dispatch.chosen(None) == os.environ.get("BRC_FAST_KERNELS", "auto")
+
+
+def test_an_unknown_choice_is_refused_with_those_that_exist() -> None:
+    told = r"impl must be one of auto, triton, reference, got 'cuda'"
+    with pytest.raises(ValueError, match=told):
+        kernels.expected_value(X, ATOMS, impl="cuda")
+    with pytest.raises(ValueError, match=r"the implementation must be one of auto, triton, reference, got 'fast'"):
+        with kernels.use("fast"):
+            pass
+
+
+def test_the_environment_variable_chooses_and_is_checked() -> None:
+    wrong = run("", BRC_FAST_KERNELS="fast")
+    assert "ValueError: BRC_FAST_KERNELS must be one of auto, triton, reference, got 'fast'" in wrong.stderr
+    assert run("kernels.expected_value(x, z)", BRC_FAST_KERNELS="reference").returncode == 0
+    if _dispatch.INSTALLED:
+        refused = run("kernels.expected_value(x, z)", BRC_FAST_KERNELS="triton")
+        assert "RuntimeError: kernels were asked for, but a tensor is on cpu" in refused.stderr
+
+
+@NEEDS_TRITON
+def test_the_interpreter_runs_only_when_kernels_are_asked_for() -> None:
+    code = (
+        "from unittest.mock import patch; from brc_fast.kernels import _dispatch, categorical; "
+        "spy = patch.object(categorical, 'launch', wraps=_dispatch.launch).start(); "
+        "kernels.expected_value(x, z); print(spy.call_count)"
+    )
+    assert run(code, TRITON_INTERPRET="1").stdout.strip() == "0"
+    asked = run(code, TRITON_INTERPRET="1", BRC_FAST_KERNELS="triton")
+    assert asked.stdout.strip() == "1", asked.stderr
+
+
+def test_without_triton_everything_but_an_explicit_choice_works() -> None:
+    hide = (
+        "import importlib.util as u, sys; find = u.find_spec; "
+        "u.find_spec = lambda n, *a: None if n == 'triton' else find(n, *a); sys.modules['triton'] = None; "
+    )
+    code = (
+        "from brc_fast import kernels, BRC; import torch; x, z = torch.ones(3, 11), torch.ones(11); "
+        "kernels.expected_value(x, z); kernels.bias_layer_norm(x, z, z, z); BRC(3, 1); "
+        "kernels.expected_value(x, z, impl='triton')"
+    )
+    done = subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True)
+    assert 'RuntimeError: kernels were asked for, but triton is not installed; pip install "triton>=3.6"' in done.stderr
+
+
+@NEEDS_TRITON
+def test_recorded_launches_are_not_made() -> None:
+    with _dispatch.recording() as launches:
+        kernels.expected_value(X, ATOMS, impl="triton")
+    assert len(launches) == 1
+    assert any(argument is not None for argument in launches[0].arguments)
+    assert _dispatch.takes_kernels(None, X) is False
+
+
+def test_every_op_has_a_twin_with_its_arguments() -> None:
+    import inspect
+
+    for name in kernels.__all__:
+        if name in ("reference", "use"):
+            continue
+        ours = list(inspect.signature(getattr(kernels, name)).parameters)
+        twin = list(inspect.signature(getattr(reference, name)).parameters)
+        assert [p for p in ours if p != "impl"] == [p for p in twin if p != "project"], name
+
+
+def test_an_unknown_op_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute nothing"):
+        kernels.nothing  # noqa: B018
