@@ -13,28 +13,23 @@ Numbers: gather_rows copies bits; a cast rounds to nearest even, and a NaN stays
 Source:  Sutton and Barto 2018, section 7.1, for the n-step reward.
 Twins:   reference.gather_rows, reference.n_step_rewards
 
-CUDA tensors go to the kernels, CPU tensors to the twins; through the kernels too, by Triton's interpreter, if
-TRITON_INTERPRET=1 is set when Triton is imported. Nothing here has a gradient.
+Nothing here has a gradient.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from . import reference
+from ._cases import Case
+from ._dispatch import launch, takes_kernels
+from ._triton import jit, tl, triton
 
-try:
-    import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
-except ImportError:  # the twins serve every device
-    triton = None
-
-__all__ = ["gather_rows", "n_step_rewards"]
+__all__ = ["cases", "gather_rows", "n_step_rewards"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = (*FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
@@ -42,10 +37,8 @@ WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TILE = 1024  # elements per program of 4 warps, 8 per thread
 MAX_ROWS = 128  # per program, one per thread
 
-_jit: Callable[[Any], Any] = (lambda function: function) if triton is None else triton.jit
 
-
-@_jit
+@jit
 def _gather_kernel(  # type: ignore[no-untyped-def]
     rows_ptr,
     index_ptr,
@@ -74,7 +67,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + m[:, None] * W + w[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@_jit
+@jit
 def _n_step_kernel(  # type: ignore[no-untyped-def]
     rewards_ptr,
     index_ptr,
@@ -99,11 +92,6 @@ def _n_step_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + m, total, mask=m < M)
 
 
-def _takes_kernel(tensor: Tensor) -> bool:
-    """On CUDA, and on a CPU if the interpreter stands in for the compiler."""
-    return triton is not None and (tensor.is_cuda or not isinstance(_gather_kernel, triton.JITFunction))
-
-
 def _check(name: str, tensor: Tensor, like: Tensor, dtype: torch.dtype, **sizes: int | None) -> None:
     """Refuse a device other than `like`'s, another dtype, and sizes other than those named (None: any)."""
     if tensor.device != like.device:
@@ -124,6 +112,7 @@ def gather_rows(
     side: Tensor | None = None,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """Rows of a store, or of a second one beside it where the index is negative.
 
@@ -136,6 +125,7 @@ def gather_rows(
         out: contiguous [M, W] for the result, apart from rows and side in memory.
         dtype: of the result, by default that of rows. Any of the three floats becomes any other, no other
             dtype changes.
+        impl: auto, triton or reference (`kernels.use`).
     Returns:
         [M, W]; `out` where given.
     """
@@ -158,7 +148,7 @@ def gather_rows(
     for name, tensor in (("rows", rows), ("side", rows if side is None else side)):
         if width > 1 and tensor.stride(1) != 1:
             raise ValueError(f"a row of {name} must be contiguous, got strides {list(tensor.stride())}")
-    if not _takes_kernel(rows):
+    if not takes_kernels(impl, rows, dtypes=DTYPES):
         return reference.gather_rows(rows, index, side=side, out=out, dtype=dtype)
     if out is None:
         out = torch.empty(wanted, width, dtype=dtype, device=rows.device)
@@ -181,8 +171,7 @@ def _launch_gather(rows: Tensor, index: Tensor, side: Tensor | None, out: Tensor
     grid = (triton.cdiv(wanted, block_m) * triton.cdiv(width, block_w),)
     strides = rows.stride(0), 0 if side is None else side.stride(0)
     arguments = (rows, index, side, out, *strides, wanted, width)
-    with torch.cuda.device(out.get_device()):
-        _gather_kernel[grid](*arguments, BLOCK_M=block_m, BLOCK_W=block_w, enable_fp_fusion=False)
+    launch(_gather_kernel, grid, *arguments, BLOCK_M=block_m, BLOCK_W=block_w)
 
 
 def n_step_rewards(
@@ -192,6 +181,7 @@ def n_step_rewards(
     *,
     scale: Tensor | None = None,
     task_ids: Tensor | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """Weighted sum of the n rewards of each transition, divided by the scale of its task where one is given.
 
@@ -200,6 +190,7 @@ def n_step_rewards(
         index: [M, n] int64, -1 where there is no such step. Its values are not checked on a GPU.
         weights: [n] float32, discount**i.
         scale: [T] float32; infinity gives 0. task_ids: [M] int64, 0 <= id < T, needed where scale is given.
+        impl: auto, triton or reference (`kernels.use`).
     Returns:
         [M] float32.
     """
@@ -217,15 +208,60 @@ def n_step_rewards(
         _check("scale", scale, rewards, torch.float32, T=None)
         _check("task_ids", task_ids, rewards, torch.int64, M=wanted)
         scale, task_ids = scale.contiguous(), task_ids.contiguous()
-    if not _takes_kernel(rewards):
+    if not takes_kernels(impl, rewards):
         return reference.n_step_rewards(rewards, index, weights, scale=scale, task_ids=task_ids)
     out = torch.empty(wanted, dtype=torch.float32, device=rewards.device)
     if wanted > 0:
         inputs = (rewards, index.contiguous(), weights.contiguous(), scale, task_ids)
         arguments = (*inputs, out, rewards.stride(0), wanted)
         grid = (triton.cdiv(wanted, MAX_ROWS),)
-        with torch.cuda.device(
-            out.get_device()
-        ):  # no fused multiply-add: every product is rounded, as on a CPU
-            _n_step_kernel[grid](*arguments, N=steps, BLOCK_M=MAX_ROWS, enable_fp_fusion=False)
+        # no fused multiply-add: every product is rounded, as on a CPU
+        launch(_n_step_kernel, grid, *arguments, N=steps, BLOCK_M=MAX_ROWS, enable_fp_fusion=False)
     return out
+
+
+def cases() -> Iterator[Case]:
+    """Observations as they are, cast, as frames of bytes and with gaps; rewards with and without a scale."""
+    for width, wide, dtype, to, beside in (
+        (67, 68, torch.float32, torch.float32, True),
+        (64, 64, torch.float32, torch.float32, True),
+        (64, 64, torch.float32, torch.bfloat16, True),
+        (64, 64, torch.float32, torch.float32, False),
+        (7056, 7056, torch.uint8, torch.uint8, True),
+    ):
+
+        def prepare(
+            device: torch.device,
+            batch: int,
+            impl: str,
+            sizes: tuple[int, int] = (width, wide),
+            dtypes: tuple[torch.dtype, torch.dtype] = (dtype, to),
+            beside: bool = beside,
+        ) -> Callable[[], object]:
+            rows = torch.zeros(4 * batch, sizes[1], device=device, dtype=dtypes[0])[:, : sizes[0]]
+            index = torch.randint(4 * batch, (batch,), device=device)
+            side = rows[:64] if beside else None
+            return lambda: gather_rows(rows, index, side=side, dtype=dtypes[1], impl=impl)
+
+        def moved(batch: int, row: int = width * (dtype.itemsize + to.itemsize)) -> int:
+            return batch * (row + 8)
+
+        label = f"W={width} of {wide} {dtype} to {to}, {'with' if beside else 'without'} side"
+        yield Case("gather_rows", label.replace("torch.", ""), prepare, moved)
+    for steps, scaled in ((1, False), (1, True), (3, True)):
+
+        def prepare_rewards(
+            device: torch.device, batch: int, impl: str, steps: int = steps, scaled: bool = scaled
+        ) -> Callable[[], object]:
+            rewards = torch.randn(4 * batch, device=device)
+            index = torch.randint(4 * batch, (batch, steps), device=device)
+            weights = 0.99 ** torch.arange(steps, device=device)
+            scale = torch.ones(10, device=device) if scaled else None
+            task_ids = torch.randint(10, (batch,), device=device)
+            return lambda: n_step_rewards(rewards, index, weights, scale=scale, task_ids=task_ids, impl=impl)
+
+        def moved_rewards(batch: int, row: int = 12 * steps + (12 if scaled else 4)) -> int:
+            return batch * row
+
+        label = f"n={steps} {'with' if scaled else 'without'} scale"
+        yield Case("n_step_rewards", label, prepare_rewards, moved_rewards)

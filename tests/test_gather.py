@@ -1,17 +1,14 @@
 """The gathers against plain indexing, and their kernels against the twins.
 
-The tests of the kernels are marked gpu. A plain run sends them through Triton's interpreter, in a process of
-its own, and compiles the kernels for a GPU that is not there.
+The tests of the kernels are marked gpu; test_interpreted.py sends them through Triton's interpreter. Others
+compile the kernels for a GPU that is not there.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from brc_fast.kernels import gather, reference
+from brc_fast import kernels
+from brc_fast.kernels import _config, _dispatch, gather, reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 EVERY_DTYPE = pytest.mark.parametrize("dtype", gather.DTYPES, ids=str)
 # one element; fewer than a vector; no multiple of one; fills a program almost
@@ -30,31 +27,10 @@ CASTS = [(a, b) for a in gather.FLOATS for b in gather.FLOATS if a != b]
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    if os.environ.get("BRC_FAST_GPU_DRY") != "1":
-        pytest.skip("torch sees no CUDA device (BRC_FAST_GPU_DRY=1 runs this on the CPU)")
-    if INTERPRETED:
-        assert gather._takes_kernel(torch.zeros(1))
-        round_to_bfloat16(monkeypatch)
-    return "cpu"
-
-
-def round_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter cuts a float32 off where it becomes a bfloat16; a GPU rounds it to nearest even."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    cut = InterpreterBuilder.cast_impl
-
-    def cast(self: Any, source: Any, to: Any) -> Any:
-        if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
-            return cut(self, source, to)
-        rounded = torch.tensor(source.data).to(torch.bfloat16).view(torch.int16)
-        return TensorHandle(rounded.numpy().view(np.uint16), to.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
+def device(kernel_device: str) -> Iterator[str]:
+    """Where the kernels run, and nothing but kernels does."""
+    with kernels.use("triton"):
+        yield kernel_device
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -272,60 +248,36 @@ def test_a_graph_replays_the_gathers_with_new_indices(device: str) -> None:
         assert torch.equal(output, call())
 
 
-def test_the_kernels_pass_their_gpu_tests_through_the_interpreter(tmp_path: Path) -> None:
+def compiled(call: Callable[[], object]) -> Any:
+    """What the one kernel that `call` launches becomes on an H200, without one."""
     pytest.importorskip("triton", reason="triton is not installed")
-    words = ["-q", "-m", "gpu", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-    switches = {"TRITON_INTERPRET": "1", "BRC_FAST_GPU_DRY": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words],
-        cwd=tmp_path,  # not the checkout, which would hide an installed package
-        env=os.environ | switches,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert re.search(r"\d\d passed", done.stdout)
-
-
-def compiled(kernel: Any, types: dict[str, str], sizes: dict[str, int], aligned: list[str]) -> Any:
-    """The kernel for an H200, without one. Arguments of no type are None; those aligned divide by 16."""
-    triton = pytest.importorskip("triton", reason="triton is not installed")
-    if INTERPRETED:
+    if _dispatch.INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 puts the interpreter in the compiler's place")
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    for tool in ("ptxas", "cuobjdump", "nvdisasm"):
-        if not (tools / tool).exists():
-            pytest.skip(f"this triton ships no {tool}")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from brc_fast.kernels import aot
 
-    names = kernel.arg_names
-    fixed = {name: sizes.get(name) for name in names if name not in types}
-    signature = {name: types.get(name, "constexpr") for name in names}
-    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=hints)
-    options = {"enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with kernels.use("triton"), _config.assume("sm_90"), _dispatch.recording() as launches:
+        call()
+    (launch,) = launches
+    code = aot.compile_launch(launch, "90")
+    assert aot.inspect(code, "90")["spilled"] == 0
+    return code.asm
 
 
 @pytest.mark.parametrize("beside", [False, True])
-@pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize(("rows", "out"), [("i64", "i64"), ("fp32", "bf16")])
-@pytest.mark.parametrize(("block_m", "block_w"), [(1, 1024), (8, 128)])
-def test_the_gather_kernel_compiles_for_an_h200_without_spills(
-    block_m: int, block_w: int, rows: str, out: str, aligned: bool, beside: bool
+@pytest.mark.parametrize("first", [0, 1])  # elements into a vector
+@pytest.mark.parametrize(
+    ("dtype", "to"), [(torch.uint8, torch.uint8), (torch.float32, torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("width", [128, 8192])  # several rows to a program, several programs to a row
+def test_the_gather_kernel_compiles_for_an_h200_without_spills_and_with_wide_loads(
+    width: int, dtype: torch.dtype, to: torch.dtype, first: int, beside: bool
 ) -> None:
-    types = {"rows_ptr": f"*{rows}", "index_ptr": "*i64", "out_ptr": f"*{out}"}
-    types |= {"side_ptr": f"*{rows}"} if beside else {}
-    numbers = ["row_stride", "side_stride", "M", "W"]
-    hinted = [*types, *numbers] if aligned else ["index_ptr"]
-    types |= dict.fromkeys(numbers, "i32")
-    code = compiled(gather._gather_kernel, types, {"BLOCK_M": block_m, "BLOCK_W": block_w}, hinted).asm[
-        "sass"
-    ]
-    assert not re.search(r"\b(STL|LDL)\b", code)
-    if aligned:
-        assert len(re.findall(r"LDG\.E\.128", code)) >= 2  # 8 B and 4 B elements, 8 per thread
+    rows = torch.zeros(40, width + 128, dtype=dtype)[:, first : first + width]
+    index = torch.zeros(16, dtype=torch.int64)
+    side = rows if beside else None
+    asm = compiled(lambda: gather.gather_rows(rows, index, side=side, dtype=to))
+    if first == 0:
+        assert asm["sass"].count("LDG.E.128") >= 1 + beside
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -333,14 +285,11 @@ def test_the_gather_kernel_compiles_for_an_h200_without_spills(
 def test_the_n_step_kernel_compiles_for_an_h200_without_spills_or_fused_sums(
     steps: int, scaled: bool
 ) -> None:
-    types = {"rewards_ptr": "*fp32", "index_ptr": "*i64", "weights_ptr": "*fp32", "out_ptr": "*fp32"}
-    types |= {"scale_ptr": "*fp32", "task_ids_ptr": "*i64"} if scaled else {}
-    hinted = list(types)
-    types |= {"reward_stride": "i32", "M": "i32"}
-    code = compiled(gather._n_step_kernel, types, {"N": steps, "BLOCK_M": gather.MAX_ROWS}, hinted).asm
-    assert not re.search(r"\b(STL|LDL)\b", code["sass"])
-    assert not re.search(r"\bfma\.", code["ptx"])
-    assert ("div.rn.f32" in code["ptx"]) == scaled
+    rewards, index, weights, scale, task_ids = transitions(steps)
+    options = {"scale": scale, "task_ids": task_ids} if scaled else {}
+    asm = compiled(lambda: gather.n_step_rewards(rewards, index, weights, **options))
+    assert not re.search(r"\bfma\.", asm["ptx"])
+    assert ("div.rn.f32" in asm["ptx"]) == scaled
 
 
 # refusals

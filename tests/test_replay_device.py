@@ -262,7 +262,7 @@ def test_the_kernels_give_the_same_through_the_interpreter(tmp_path: Path) -> No
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *words],
         cwd=tmp_path,
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"TRITON_INTERPRET": "1", "BRC_FAST_KERNELS": "triton", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
