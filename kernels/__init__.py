@@ -1,7 +1,7 @@
 """The ops of the BRC update: fused Triton kernels, each with a plain PyTorch twin of its name in `reference`.
 
 Kernels run on CUDA, twins elsewhere; `use`, the argument `impl` and BRC_FAST_KERNELS choose (`_dispatch`).
-An op's file, and Triton with it, is imported when the op is first used.
+The files of kernels, and Triton with them, are imported when the first of their ops is used.
 """
 
 from __future__ import annotations
@@ -21,32 +21,34 @@ if TYPE_CHECKING:
         expected_value,
         two_hot,
     )
+    from .inputs import normalized_embedding, pack_inputs
     from .norm import bias_layer_norm
-    from .inputs import pack_inputs, normalized_embedding
     from .optimizer import adamw_, ema_
     from .policy import tanh_gaussian
 
-HOMES = {
-    "categorical": (
-        "categorical_cross_entropy",
-        "categorical_projection",
-        "categorical_target",
-        "expected_value",
-        "two_hot",
-    ),
-    "norm": ("bias_layer_norm",),
-    "optimizer": ("adamw_", "ema_"),
-    "policy": ("tanh_gaussian",),
-    "inputs": ("pack_inputs", "normalized_embedding"),
-}
-_HOME_OF = {name: home for home, names in HOMES.items() for name in names}
-
-__all__ = ["bronet", "reference", "use", *_HOME_OF]  # noqa: PLE0604
+__all__ = [
+    "adamw_",
+    "bias_layer_norm",
+    "bronet",
+    "categorical_cross_entropy",
+    "categorical_projection",
+    "categorical_target",
+    "ema_",
+    "expected_value",
+    "normalized_embedding",
+    "pack_inputs",
+    "reference",
+    "tanh_gaussian",
+    "two_hot",
+    "use",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    if name in __all__:
+        for family in ("categorical", "inputs", "norm", "optimizer", "policy"):
+            module = importlib.import_module(f".{family}", __name__)
+            if name in module.__all__:
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,4 +1,4 @@
-"""Workloads of the ops: what is compiled ahead of time, tuned and timed, each described once beside its op."""
+"""Workloads of the ops, described once beside each: what is compiled ahead of time, tuned and timed."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,33 @@ import torch
 
 from ._dispatch import INTERPRETED
 
-__all__ = ["TABLES", "architecture", "assume", "configuration", "key", "next_power_of_2", "processors", "trial"]
+__all__ = [
+    "TABLES",
+    "architecture",
+    "assume",
+    "configuration",
+    "key",
+    "next_power_of_2",
+    "observing",
+    "processors",
+    "trial",
+]
 
 TABLES = Path(__file__).parent / "tables"
-PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+PROCESSORS = {
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+    "gfx942": 304,
+}
 Config = Mapping[str, int]
 
 _assumed: str | None = None
 _trial: dict[str, Config] = {}
+_observed: dict[tuple[str, str], dict[str, int]] | None = None
 
 
 def next_power_of_2(n: int) -> int:
@@ -33,7 +52,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device_architecture(index: int) -> str:
     properties: Any = torch.cuda.get_device_properties(index)
     if torch.version.hip:
@@ -82,7 +101,18 @@ def trial(kernel: str, config: Config) -> Iterator[None]:
         _trial.update(before)
 
 
-@lru_cache(maxsize=None)
+@contextmanager
+def observing() -> Iterator[dict[tuple[str, str], dict[str, int]]]:
+    """Collect what `configuration` answers in the block: {(kernel, entry of the table): configuration}."""
+    global _observed
+    before, _observed = _observed, {}
+    try:
+        yield _observed
+    finally:
+        _observed = before
+
+
+@cache
 def _table(name: str) -> dict[str, dict[str, Config]]:
     path = TABLES / f"{name}.json"
     return json.loads(path.read_text())["kernels"] if path.exists() else {}  # type: ignore[no-any-return]
@@ -100,4 +130,7 @@ def configuration(
     chosen = _trial.get(kernel)
     if chosen is None:
         chosen = _table(architecture(device)).get(kernel, {}).get(key(size, dtype), {})
-    return {**heuristic, **chosen}
+    answer = {**heuristic, **chosen}
+    if _observed is not None:
+        _observed[kernel, key(size, dtype)] = answer
+    return answer

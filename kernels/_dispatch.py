@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -62,8 +62,8 @@ def observed(*tensors: Tensor) -> bool:
     return any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
-def takes_kernels(impl: str | None, *tensors: Tensor) -> bool:
-    """Whether an op on these tensors runs its kernels (True) or its twin (False).
+def takes_kernels(impl: str | None, *tensors: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> bool:
+    """Whether an op on these tensors, whose kernels take these dtypes, runs them (True) or its twin (False).
 
     Raises RuntimeError or TypeError where kernels were asked for and cannot run, ValueError for an unknown
     choice.
@@ -77,12 +77,12 @@ def takes_kernels(impl: str | None, *tensors: Tensor) -> bool:
             return True
         if not first.is_cuda or not INSTALLED or _transformed():
             return False
-        return all(t.is_cuda and t.dtype in DTYPES for t in tensors)
+        return all(t.is_cuda and t.dtype in dtypes for t in tensors)
     if not INSTALLED:
         raise RuntimeError('kernels were asked for, but triton is not installed; pip install "triton>=3.6"')
     for tensor in tensors:
-        if tensor.dtype not in DTYPES:
-            known = ", ".join(str(dtype) for dtype in DTYPES)
+        if tensor.dtype not in dtypes:
+            known = ", ".join(str(dtype) for dtype in dtypes)
             raise TypeError(f"kernels take tensors of {known}, got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"tensors must be on one device, got {first.device} and {tensor.device}")
@@ -114,7 +114,7 @@ _recorder: list[Launch] | None = None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collect launches instead of making them, on tensors of any device; what they would write stays unset."""
+    """Collect launches instead of making them, for tensors of any device; outputs stay unset."""
     global _recorder
     before, _recorder = _recorder, []
     try:

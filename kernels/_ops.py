@@ -66,8 +66,8 @@ class Op:
             only, which share no memory.
         fake: the same signature; empty tensors of the results' shapes, dtypes and strides.
         setup: setup(ctx, inputs, outputs) keeps what the gradient needs.
-        gradients: gradients(ctx, *output_gradients) -> one per input (a list for a list), made by another `Op`;
-            an output's gradient is None where nothing used it. Without it, a gradient is refused.
+        gradients: gradients(ctx, *output_gradients) -> one per input (a list for a list), made by another
+            `Op`; an output's gradient is None where nothing used it. Without it, a gradient is refused.
             ctx.needs_input_grad counts the elements of a list one by one.
         kept: how many of the outputs, from the last, only serve the gradient and have none themselves.
     """

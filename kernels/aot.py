@@ -170,7 +170,7 @@ def compile_all(arch: str, wanted: Iterable[Case]) -> Iterator[Compiled]:
 
 
 def complaints(row: Compiled) -> list[str]:
-    """What must not be: spills, more shared memory than the chip has, a product that is no wgmma on Hopper."""
+    """What must not be: spills, more shared memory than there is, a product that is no wgmma on Hopper."""
     out = []
     if row.spilled:
         out.append(f"{row.spilled} bytes spilled")
@@ -203,19 +203,17 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"unknown op {name}; there are {', '.join(known)}", file=sys.stderr)
             return 2
     rows, wrong = [], 0
-    print(
-        f"{'kernel':<34}{'arch':>7}{'warps':>6}{'regs':>6}{'spill':>6}{'shared':>8}{'wgmma':>6}{'16B':>5}  case"
-    )
+    head = f"{'arch':>7}{'warps':>6}{'regs':>6}{'spill':>6}{'shared':>8}{'wgmma':>6}{'16B':>5}"
+    print(f"{'kernel':<34}{head}  case")
     for arch in given.arch:
         for row in compile_all(arch, cases(given.ops)):
             told = complaints(row)
             wrong += bool(told)
             rows.append(row)
-            print(
-                f"{row.kernel:<34}{arch:>7}{row.warps:>6}{row.registers:>6}{row.spilled:>6}{row.shared:>8}"
-                f"{row.wgmma:>6}{row.wide_loads:>5}  {row.case}{'  WRONG: ' + '; '.join(told) if told else ''}",
-                flush=True,
-            )
+            numbers = f"{arch:>7}{row.warps:>6}{row.registers:>6}{row.spilled:>6}{row.shared:>8}"
+            numbers += f"{row.wgmma:>6}{row.wide_loads:>5}"
+            wrongs = f"  WRONG: {'; '.join(told)}" if told else ""
+            print(f"{row.kernel:<34}{numbers}  {row.case}{wrongs}", flush=True)
     if given.json is not None:
         given.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
     print(f"{len(rows)} kernels, {wrong} with complaints (triton {triton.__version__})")

@@ -12,7 +12,8 @@ or residual. Backward, from the head down, with dh_i the gradient of layer i's p
 Dims:    N networks (E members, or more stacked), B rows, I inputs, H width, K outputs, L = 1 + 2 * blocks.
 Memory:  kept for the backward: the products [L, N, B, H] and the rows' statistics; the layers' outputs
          [L, N, B, H] too if a parameter wants a gradient. Without a gradient, four buffers in all.
-Numbers: products in the dtype of x, which the kernels W must have; LayerNorm in float32; vectors of any float.
+Numbers: products in the dtype of x, which the kernels W must have; LayerNorm in float32; vectors of any
+         float dtype.
 Source:  Nauman et al. 2024, arXiv:2405.16158.
 Twin:    reference.bronet
 
@@ -313,5 +314,7 @@ def cases() -> Iterator[Case]:
         ) -> int:
             return networks * size * (3 * weights + per_row * batch)
 
-        label = f"N={networks} I={inputs} H={width} depth={depth} K={outputs} {str(dtype).removeprefix('torch.')}"
+        label = (
+            f"N={networks} I={inputs} H={width} depth={depth} K={outputs} {str(dtype).removeprefix('torch.')}"
+        )
         yield Case("bronet", label, prepare, moved, ("norm_forward", "norm_backward"))
