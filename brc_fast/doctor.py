@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__
+from .kernels._dispatch import chosen
 
 EXTRAS = {
     "mjx": ("jax", "mujoco", "mujoco-mjx", "playground", "brax", "gymnasium"),
@@ -33,6 +34,7 @@ def report() -> tuple[str, bool]:
         lines.append(f"{'replay store':<14}missing: the compiled module was not built; pip install brc-fast")
     else:
         lines.append(f"{'replay store':<14}built")
+    lines.append(f"{'kernels':<14}{_kernels()}")
     for extra, names in EXTRAS.items():
         missing = [name for name in names if _version(name) == "missing"]
         lines.append("")
@@ -55,6 +57,19 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "missing"
+
+
+def _kernels() -> str:
+    """Which implementation the ops of the update take here."""
+    choice, triton = chosen(None), _version("triton")
+    if choice == "reference":
+        return "plain PyTorch (BRC_FAST_KERNELS=reference)"
+    if triton == "missing":
+        return 'plain PyTorch: triton is not installed; pip install "triton>=3.6" on a GPU'
+    if choice == "triton":
+        return f"triton {triton} or an error (BRC_FAST_KERNELS=triton)"
+    where = "used on CUDA" if torch.cuda.is_available() else "unused: no CUDA device, plain PyTorch instead"
+    return f"triton {triton}, {where}"
 
 
 def _jax_devices() -> str:

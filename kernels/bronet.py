@@ -165,8 +165,8 @@ def _backward(
     kernels = torch.bmm(x.mT, dproducts[0])
     square = x.new_empty(depth - 1, networks, width, width)
     if depth > 1:
-        flat = (-1, rows, width)
-        torch.bmm(outputs[:-1].view(flat).mT, dproducts[1:].view(flat), out=square.view(-1, width, width))
+        below, above = outputs[:-1].flatten(0, 1), dproducts[1:].flatten(0, 1)
+        torch.bmm(below.mT, above, out=square.flatten(0, 1))
     vectors = x.new_empty(depth, 3, networks, width, dtype=parameters[1].dtype)
     norm.reduce_partials(partials, vectors)
     dhead = torch.bmm(outputs[-1].mT, grad)

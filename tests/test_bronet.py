@@ -37,10 +37,26 @@ def networks(
 
     parameters = []
     for size in [inputs] + [width] * (2 * blocks):
-        parameters += [normal(count, size, width) / math.sqrt(size), *(normal(count, width) for _ in range(3))]
+        parameters += [
+            normal(count, size, width) / math.sqrt(size),
+            *(normal(count, width) for _ in range(3)),
+        ]
     parameters += [normal(count, width, outputs) / math.sqrt(width), normal(count, outputs)]
     x = normal(rows, inputs) if shared else normal(count, rows, inputs)
     return [x, *parameters], [normal(count, rows, outputs)]
+
+
+def without_flips(inputs: list[Tensor]) -> list[Tensor]:
+    """The same with norms whose shifts are far larger than their weights: every ReLU is clearly on or off.
+
+    In 8 or 11 bits a ReLU near its kink is on in one way of rounding and off in another, and the gradients of
+    its whole row differ by as much as they are.
+    """
+    changed = list(inputs)
+    for place in range(3, len(inputs) - 2, 4):
+        changed[place] = 0.2 + 0.3 * torch.rand_like(inputs[place])
+        changed[place + 1] = 3.0 * inputs[place + 1].sign() + 0.3 * inputs[place + 1]
+    return changed
 
 
 @pytest.mark.gpu
@@ -53,6 +69,7 @@ def test_value_and_every_gradient_follow_the_twin(
         pytest.skip("one size is enough in this dtype")
     inputs, seeds = networks(*size)
     wanted = range(len(inputs))
+    inputs = without_flips(inputs) if dtype in (torch.bfloat16, torch.float16) else inputs
     results = assert_follows_twin(bronet, reference.bronet, inputs, seeds, wanted, dtype, kernel_device)
     assert all(grad.abs().sum() > 0 for grad in results[1:])
 
@@ -140,7 +157,9 @@ def test_an_empty_batch_has_empty_values_and_zero_gradients(kernel_device: str) 
 def test_two_runs_give_the_same_bits(kernel_device: str) -> None:
     inputs, seeds = networks(*CRITIC)
     tensors, seed = [t.float().to(kernel_device) for t in inputs], seeds[0].float().to(kernel_device)
-    runs = [outputs_and_gradients(bronet, [guarded(t) for t in tensors], [seed], range(len(inputs))) for _ in "ab"]
+    runs = [
+        outputs_and_gradients(bronet, [guarded(t) for t in tensors], [seed], range(len(inputs))) for _ in "ab"
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -148,7 +167,9 @@ def test_two_runs_give_the_same_bits(kernel_device: str) -> None:
 def test_a_second_derivative_is_refused(kernel_device: str) -> None:
     inputs, _ = networks(1, 4, 3, 8, 0, 2, True)
     x, *parameters = (t.float().to(kernel_device) for t in inputs)
-    (grad,) = torch.autograd.grad(bronet(x.requires_grad_(), *parameters).square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        bronet(x.requires_grad_(), *parameters).square().sum(), x, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -160,7 +181,9 @@ def test_autocast_takes_its_dtype_for_the_products_and_gives_float32_gradients(k
     with torch.autocast(kernel_device, torch.bfloat16):
         out = bronet(*leaves)
     assert out.dtype == torch.bfloat16
-    low = [t.detach().bfloat16().requires_grad_() if t.dim() != 2 or i == 0 else t for i, t in enumerate(leaves)]
+    low = [
+        t.detach().bfloat16().requires_grad_() if t.dim() != 2 or i == 0 else t for i, t in enumerate(leaves)
+    ]
     plain = bronet(*low)
     assert torch.equal(out, plain)
     seed = seeds[0].to(kernel_device, torch.bfloat16)
@@ -210,10 +233,26 @@ def test_compiled_and_transformed_calls_equal_plain_ones(kernel_device: str, sha
 @pytest.mark.parametrize(
     ("place", "dtype", "told"),
     [
-        (1, torch.bfloat16, r"kernel of layer 0 must be of the dtype of x, torch.float32, got torch.bfloat16"),
-        (9, torch.bfloat16, r"kernel of layer 2 must be of the dtype of x, torch.float32, got torch.bfloat16"),
-        (13, torch.bfloat16, r"kernel of the head must be of the dtype of x, torch.float32, got torch.bfloat16"),
-        (6, torch.bfloat16, r"vectors of layer 1 must be of the dtype of those of layer 0, torch.float32, got torch.b"),
+        (
+            1,
+            torch.bfloat16,
+            r"kernel of layer 0 must be of the dtype of x, torch.float32, got torch.bfloat16",
+        ),
+        (
+            9,
+            torch.bfloat16,
+            r"kernel of layer 2 must be of the dtype of x, torch.float32, got torch.bfloat16",
+        ),
+        (
+            13,
+            torch.bfloat16,
+            r"kernel of the head must be of the dtype of x, torch.float32, got torch.bfloat16",
+        ),
+        (
+            6,
+            torch.bfloat16,
+            r"vectors of layer 1 must be of the dtype of those of layer 0, torch.float32, got torch.b",
+        ),
     ],
 )
 def test_kernels_of_another_dtype_are_refused(place: int, dtype: torch.dtype, told: str) -> None:

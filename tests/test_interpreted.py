@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-FILES = sorted(path for path in HERE.glob("test_*.py") if "kernel_device" in path.read_text() and path != Path(__file__).resolve())
+FILES = sorted(
+    path
+    for path in HERE.glob("test_*.py")
+    if "kernel_device" in path.read_text() and path != Path(__file__).resolve()
+)
 
 
 def interpret(path: Path, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -29,7 +33,9 @@ def interpret(path: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
     """One process per file, two at a time."""
     folder = tmp_path_factory.mktemp("interpreted")
     with ThreadPoolExecutor(2) as pool:
