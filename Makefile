@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint sanitize bench gpu gpu-dry clean
+.PHONY: demo test lint sanitize aot bench gpu gpu-dry clean
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp)
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,11 @@ sanitize: $(STAMP)
 	  cmake --build build/$$1 --parallel 2 --target brc_fast_tests; \
 	  ctest --test-dir build/$$1 --output-on-failure; \
 	done
+
+## Compile every kernel for GPUs that are not there, with the oldest Triton supported
+aot: $(STAMP)
+	$(BIN)/pip install -q --no-deps --upgrade --target build/oldest triton==3.6.0
+	PYTHONPATH=build/oldest $(BIN)/python -m brc_fast.kernels.aot $(ARGS)
 
 $(VENV)/.bench: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"

@@ -238,7 +238,8 @@ def cases() -> Iterator[Case]:
             dtypes: tuple[torch.dtype, torch.dtype] = (dtype, to),
             beside: bool = beside,
         ) -> Callable[[], object]:
-            rows = torch.zeros(4 * batch, sizes[1], device=device, dtype=dtypes[0])[:, : sizes[0]]
+            numbers = torch.randint(100, (4 * batch, sizes[1]), device=device)
+            rows = numbers.to(dtypes[0])[:, : sizes[0]]
             index = torch.randint(4 * batch, (batch,), device=device)
             side = rows[:64] if beside else None
             return lambda: gather_rows(rows, index, side=side, dtype=dtypes[1], impl=impl)

@@ -1,12 +1,400 @@
-"""AdamW over one flat buffer, by torch's fused step: one pass over parameter, gradient and moments.
+"""AdamW over flat buffers in one pass, with all that an update wants of the new parameters.
 
-Twin: reference.adamw_
+    c = min(1, max_norm / (|g| + 1e-6)), or 1 without clipping
+    m = m + (1 - b1) (c g - m),   v = b2 v + (1 - b2) (c g)^2
+    p = p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + wd p)
+    target = target + tau (p - target),   low = round(p),   target_low = round(target),   norm = |g|
+
+Dims:     P parameters, flat.
+Memory:   reads p, g, m, v, target and writes p, m, v, target, low, target_low once: 38 bytes per parameter
+          if g is bfloat16 and all are there. Clipping reads g once more, for its norm. A thread moves 4
+          parameters at a time, 16 bytes of a float32, if the buffers start at multiples of 16 bytes; P may
+          be any number. Buffers that start elsewhere work, element by element.
+Launches: 2, and 1 if one program does it all without clipping. Programs stride over the buffers: their
+          number is bounded, and with it that of the partial sums of the norm. Without clipping the second
+          launch adds these up and counts the step, which all programs of the first have read by then. With
+          clipping the first launch sums squares and counts the step, and each program of the second adds up
+          the sums. ema_ takes 1. In float64 a number that is no tensor is first written to the device.
+Numbers:  float32, or float64 where the parameters are. Sums are added in a fixed order. 1 - b^t holds to 3e-7
+          from the first step on: where the difference would cancel, a series takes its place. A norm beyond
+          1.8e19 is infinite, as torch's is. Copies are rounded to nearest.
+Source:   Loshchilov and Hutter 2019, arXiv:1711.05101.
+Twins:    reference.adamw_, reference.ema_
+
+On a CPU the step is torch's fused one. Nothing here has a gradient.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from . import reference
+from ._cases import Case
+from ._config import architecture, configuration, processors
+from ._dispatch import chosen, launch, observed, takes_kernels
+from ._ops import NAMESPACE
+from ._triton import jit, tl
+
+__all__ = ["adamw_", "cases", "ema_"]
+
+WIDE = (torch.float32, torch.float64)
+LOW = (torch.bfloat16, torch.float16)
+FLOATS = (*WIDE, *LOW)
+Dtypes = tuple[torch.dtype, ...]
+Given = dict[str, tuple[Any, Dtypes]]  # name: argument, and what it may be of
+SUMS = 1024  # partial sums that a program adds up at a time
+
+
+@jit
+def _scalar(x_ptr, x, dtype):  # type: ignore[no-untyped-def]
+    """The number at an address, or x where there is none."""
+    if x_ptr is not None:
+        return tl.load(x_ptr).to(dtype)
+    else:
+        return tl.full((), x, dtype)
+
+
+@jit
+def _rounded(x, like_ptr):  # type: ignore[no-untyped-def]
+    """To the type behind a pointer; a float64 by way of float32, as torch does it."""
+    return x.to(tl.float32).to(like_ptr.dtype.element_ty)
+
+
+@jit
+def _lerp(q, p, tau):  # type: ignore[no-untyped-def]
+    """q + tau (p - q), in the form of torch.lerp: exactly p for tau = 1."""
+    d = p - q
+    return tl.where(tau < 0.5, q + tau * d, p - (1.0 - tau) * d)
+
+
+@jit
+def _correction(t, LOG_BETA: tl.constexpr):  # type: ignore[no-untyped-def]
+    """1 - beta**t."""
+    x = t * LOG_BETA
+    if t.dtype == tl.float64:
+        return 1.0 - tl.exp(x)
+    else:  # float64 is slow on many GPUs. Near 0: -x (1 + x/2 (1 + x/3 (... (1 + x/11))))
+        near = tl.maximum(x, -1.0)
+        series = 1.0 + near * (1.0 / 11)
+        for n in tl.static_range(9):
+            series = 1.0 + near * (1.0 / (10 - n)) * series
+        return tl.where(x > -1.0, -near * series, 1.0 - tl.exp(x))
+
+
+@jit
+def _norm(partial_ptr, N, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Square root of the sum of N partial sums."""
+    total = tl.zeros([BLOCK], partial_ptr.dtype.element_ty)
+    for start in range(0, N, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + n, mask=n < N, other=0.0)
+    return tl.sqrt(tl.sum(total))
+
+
+@jit
+def _adamw_kernel(  # type: ignore[no-untyped-def]
+    param_ptr,
+    grad_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    step_ptr,
+    target_ptr,
+    low_ptr,
+    target_low_ptr,
+    norm_ptr,
+    partial_ptr,
+    learning_rate_ptr,
+    tau_ptr,
+    max_norm_ptr,
+    learning_rate,
+    tau,
+    max_norm,
+    P,
+    N,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    LOG_BETA1: tl.constexpr,
+    LOG_BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr,
+    CLIP: tl.constexpr,
+    ALONE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    dtype = param_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    step = tl.load(step_ptr)
+    if not CLIP:
+        step += 1
+    else:  # counted already
+        norm = _norm(partial_ptr, N, BLOCK_N)
+        if norm_ptr is not None:
+            tl.store(norm_ptr, norm, mask=program == 0)
+        clip = _scalar(max_norm_ptr, max_norm, dtype) / (norm + 1e-6)
+        clip = tl.where(clip > 1.0, 1.0, clip)  # NaN stays NaN
+    t = step.to(dtype)
+    mean_scale = 1.0 / _correction(t, LOG_BETA1)
+    root_scale = 1.0 / tl.sqrt(_correction(t, LOG_BETA2))
+    rate = _scalar(learning_rate_ptr, learning_rate, dtype)
+    if target_ptr is not None:
+        share = _scalar(tau_ptr, tau, dtype)
+    squares = tl.zeros([BLOCK_P], dtype)
+    whole = P // BLOCK_P * BLOCK_P
+    each = tl.arange(0, BLOCK_P).to(tl.int64)  # there may be more than 2**31 parameters
+    for TAIL in tl.static_range(2):  # whole blocks without a mask, then what is left
+        first = whole * TAIL + program.to(tl.int64) * BLOCK_P
+        for start in range(first, P if TAIL else whole, tl.num_programs(0) * BLOCK_P):
+            i = start + each
+            mask = i < P if TAIL else None
+            other = 0.0 if TAIL else None
+            # all loads first: a store could change what a later one reads, for all that the compiler knows
+            g = tl.load(grad_ptr + i, mask=mask, other=other).to(dtype)
+            m = tl.load(exp_avg_ptr + i, mask=mask, other=other)
+            v = tl.load(exp_avg_sq_ptr + i, mask=mask, other=other)
+            p = tl.load(param_ptr + i, mask=mask, other=other)
+            if target_ptr is not None:
+                q = tl.load(target_ptr + i, mask=mask, other=other)
+            if CLIP:
+                g *= clip
+            elif norm_ptr is not None:
+                squares += g * g
+            m += (1.0 - BETA1) * (g - m)
+            v = BETA2 * v + (1.0 - BETA2) * g * g
+            p -= rate * (mean_scale * m / (root_scale * tl.sqrt(v) + EPS) + WEIGHT_DECAY * p)
+            tl.store(exp_avg_ptr + i, m, mask=mask)
+            tl.store(exp_avg_sq_ptr + i, v, mask=mask)
+            tl.store(param_ptr + i, p, mask=mask)
+            if low_ptr is not None:
+                tl.store(low_ptr + i, _rounded(p, low_ptr), mask=mask)
+            if target_ptr is not None:
+                q = _lerp(q, p, share)
+                tl.store(target_ptr + i, q, mask=mask)
+                if target_low_ptr is not None:
+                    tl.store(target_low_ptr + i, _rounded(q, target_low_ptr), mask=mask)
+    if not CLIP:
+        if ALONE:
+            if norm_ptr is not None:
+                tl.store(norm_ptr, tl.sqrt(tl.sum(squares)))
+            tl.debug_barrier()  # a barrier: no warp still has to read the step
+            tl.store(step_ptr, step)
+        elif norm_ptr is not None:
+            tl.store(partial_ptr + program, tl.sum(squares))
+
+
+@jit
+def _squares_kernel(grad_ptr, step_ptr, partial_ptr, P, BLOCK_P: tl.constexpr):  # type: ignore[no-untyped-def]
+    dtype = partial_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    squares = tl.zeros([BLOCK_P], dtype)
+    whole = P // BLOCK_P * BLOCK_P
+    each = tl.arange(0, BLOCK_P).to(tl.int64)
+    for TAIL in tl.static_range(2):
+        first = whole * TAIL + program.to(tl.int64) * BLOCK_P
+        for start in range(first, P if TAIL else whole, tl.num_programs(0) * BLOCK_P):
+            i = start + each
+            g = tl.load(grad_ptr + i, mask=i < P if TAIL else None, other=0.0 if TAIL else None).to(dtype)
+            squares += g * g
+    tl.store(partial_ptr + program, tl.sum(squares))
+    tl.store(step_ptr, tl.load(step_ptr) + 1, mask=program == 0)
+
+
+@jit
+def _finish_kernel(step_ptr, norm_ptr, partial_ptr, N, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    if norm_ptr is not None:
+        tl.store(norm_ptr, _norm(partial_ptr, N, BLOCK_N))
+    tl.store(step_ptr, tl.load(step_ptr) + 1)
+
+
+@jit
+def _ema_kernel(target_ptr, param_ptr, low_ptr, tau_ptr, tau, P, BLOCK_P: tl.constexpr):  # type: ignore[no-untyped-def]
+    share = _scalar(tau_ptr, tau, target_ptr.dtype.element_ty)
+    whole = P // BLOCK_P * BLOCK_P
+    each = tl.arange(0, BLOCK_P).to(tl.int64)
+    for TAIL in tl.static_range(2):
+        first = whole * TAIL + tl.program_id(0).to(tl.int64) * BLOCK_P
+        for start in range(first, P if TAIL else whole, tl.num_programs(0) * BLOCK_P):
+            i = start + each
+            mask = i < P if TAIL else None
+            p = tl.load(param_ptr + i, mask=mask, other=0.0 if TAIL else None)
+            q = _lerp(tl.load(target_ptr + i, mask=mask, other=0.0 if TAIL else None), p, share)
+            tl.store(target_ptr + i, q, mask=mask)
+            if low_ptr is not None:
+                tl.store(low_ptr + i, _rounded(q, low_ptr), mask=mask)
+
+
+class InPlaceOp:
+    """A function that changes tensors and returns nothing, which is also the op brc_fast::name.
+
+    A plain call goes straight to the function, and counts the change where autograd looks for it.
+
+    Args:
+        function: annotated as torch.library wants it. changed: the names of the arguments that it changes.
+    """
+
+    def __init__(self, name: str, function: Callable[..., None], changed: Iterable[str]) -> None:
+        names = list(inspect.signature(function).parameters)
+        self._function = function
+        self._changed = [names.index(argument) for argument in changed]
+        self.library = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=tuple(changed))
+        self.library.register_fake(lambda *_: None)
+
+    def __call__(self, *arguments: Any) -> None:
+        if observed(*(a for a in arguments if isinstance(a, Tensor))):
+            self.library(*arguments)
+            return
+        self._function(*arguments)
+        for index in self._changed:
+            if arguments[index] is not None:
+                torch.autograd.graph.increment_version(arguments[index])
+
+
+CANDIDATES = {
+    kernel: [
+        {"BLOCK_P": block, "num_warps": warps, "PROGRAMS": programs}
+        for block in (512, 1024, 2048, 4096)
+        for warps in (4, 8)
+        for programs in (8, 16, 32, 64)
+    ]
+    for kernel in ("adamw", "squares", "ema")
+}
+
+
+def _programs(kernel: str, x: Tensor, loads: int, most: int) -> tuple[int, dict[str, Any]]:
+    """How many programs, and their configuration, whose PROGRAMS is their largest number per multiprocessor.
+
+    Each of 4 warps reads 16 bytes of x per thread, `loads` times: whole sectors of memory, and no exchange
+    between threads where other buffers are read and written in the same layout.
+    """
+    arch = architecture(x.device)
+    block = loads * 4 * (64 if arch.startswith("gfx") else 32) * 16 // x.element_size()
+    heuristic = {"BLOCK_P": 16384 if arch == "cpu" else block, "num_warps": 4, "PROGRAMS": most}
+    config: dict[str, Any] = dict(configuration(kernel, x.numel(), x.dtype, x.device, heuristic))
+    limit = config.pop("PROGRAMS") * processors(x.device)
+    return max(1, min(-(-x.numel() // config["BLOCK_P"]), limit)), config
+
+
+def _at(value: float, tensor: Tensor | None, param: Tensor) -> tuple[Tensor | None, float]:
+    """A scalar for a kernel: its address, or its value, which reaches a kernel as a float32."""
+    if tensor is None and param.dtype == torch.float64:
+        tensor = torch.full((), value, dtype=torch.float64, device=param.device)
+    return tensor, float(value)
+
+
+def _adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    target: Tensor | None,
+    low: Tensor | None,
+    target_low: Tensor | None,
+    gradient_norm: Tensor | None,
+    learning_rate_tensor: Tensor | None,
+    tau_tensor: Tensor | None,
+    max_norm_tensor: Tensor | None,
+    learning_rate: float,
+    tau: float,
+    max_norm: float,
+    clip: bool,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    programs, config = _programs("adamw", param, 1, 32)
+    alone = not clip and programs == 1
+    partial, sums = None, 0
+    if clip:
+        sums, squares = _programs("squares", grad, 4, 8)
+        partial = param.new_empty(sums)
+        launch(_squares_kernel, (sums,), grad, step, partial, param.numel(), **squares)
+    elif gradient_norm is not None and not alone:
+        sums, partial = programs, param.new_empty(programs)
+    rate = _at(learning_rate, learning_rate_tensor, param)
+    share = (None, 0.0) if target is None else _at(tau, tau_tensor, param)
+    limit = _at(max_norm, max_norm_tensor, param) if clip else (None, 0.0)
+    addresses, values = zip(rate, share, limit, strict=True)
+    buffers = (param, grad, exp_avg, exp_avg_sq, step, target, low, target_low, gradient_norm, partial)
+    launch(
+        _adamw_kernel,
+        (programs,),
+        *buffers,
+        *addresses,
+        *values,
+        param.numel(),
+        sums,
+        BETA1=beta1,
+        BETA2=beta2,
+        LOG_BETA1=math.log(max(beta1, 1e-300)),
+        LOG_BETA2=math.log(max(beta2, 1e-300)),
+        EPS=eps,
+        WEIGHT_DECAY=weight_decay,
+        CLIP=clip,
+        ALONE=alone,
+        BLOCK_N=SUMS,
+        **config,
+    )
+    if not (clip or alone):
+        launch(_finish_kernel, (1,), step, gradient_norm, partial, sums, BLOCK_N=4 * SUMS)
+
+
+def _ema(target: Tensor, param: Tensor, low: Tensor | None, tau_tensor: Tensor | None, tau: float) -> None:
+    if target.numel() > 0:
+        programs, config = _programs("ema", target, 1, 32)
+        share = _at(tau, tau_tensor, target)
+        launch(_ema_kernel, (programs,), target, param, low, *share, target.numel(), **config)
+
+
+CHANGED = ("param", "exp_avg", "exp_avg_sq", "step", "target", "low", "target_low", "gradient_norm")
+_adamw_op = InPlaceOp("adamw", _adamw, CHANGED)
+_ema_op = InPlaceOp("ema", _ema, ("target", "low"))
+
+
+def _check(likes: str, like: Tensor, flat: Given, scalars: Given) -> None:
+    """Refuse buffers that are not flat like `like`, and tensors that are no scalars on its device."""
+    device, shape = like.device, like.shape
+    for name, (x, dtypes) in flat.items():
+        if x is None or (
+            x.dtype in dtypes
+            and x.device == device
+            and x.shape == shape
+            and len(shape) == 1
+            and x.is_contiguous()
+        ):
+            continue
+        _check_place(name, x, likes, device, dtypes)
+        if len(shape) != 1:
+            raise ValueError(f"{likes} must be flat, of shape [P], got {list(shape)}")
+        if x.shape != shape:
+            raise ValueError(f"{name} must have shape [P] = {list(shape)}, got {list(x.shape)}")
+        raise ValueError(
+            f"{name} must be contiguous, got strides {list(x.stride())}; flatten it into a buffer"
+        )
+    for name, (x, dtypes) in scalars.items():
+        if not isinstance(x, Tensor):
+            continue
+        _check_place(name, x, likes, device, dtypes)
+        if x.dim() != 0:
+            raise ValueError(f"{name} must be a 0-d tensor, got shape {list(x.shape)}")
+
+
+def _check_place(name: str, x: Tensor, likes: str, device: torch.device, dtypes: Dtypes) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} like {likes}, got {x.device}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be of dtype {' or '.join(map(str, dtypes))}, got {x.dtype}")
+
+
+def _split(x: float | Tensor) -> tuple[Tensor | None, float]:
+    return (x, 0.0) if isinstance(x, Tensor) else (None, x)
 
 
 def adamw_(
@@ -16,12 +404,94 @@ def adamw_(
     exp_avg_sq: Tensor,
     step: Tensor,
     *,
-    learning_rate: float,
+    learning_rate: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    target: Tensor | None = None,
+    tau: float | Tensor = 0.005,
+    low: Tensor | None = None,
+    target_low: Tensor | None = None,
+    max_norm: float | Tensor | None = None,
+    gradient_norm: Tensor | None = None,
+    impl: str | None = None,
 ) -> None:
-    """As `reference.adamw_`."""
+    """One AdamW step in place (Adam with weight_decay 0), over flat buffers; then the target and the copies.
+
+        g = min(1, max_norm / (|grad| + 1e-6)) * grad, or grad without max_norm
+        m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
+        p -= learning_rate * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * p)
+        target += tau * (p - target)
+
+    In a kernel, learning_rate, tau and max_norm may change from call to call; another value of betas, eps or
+    weight_decay compiles it anew. As 0-d tensors the three are read on the device: a CUDA graph that is
+    replayed sees their new values.
+
+    Args:
+        param, exp_avg, exp_avg_sq: [P] contiguous, all float32 or all float64. No buffers share memory.
+        grad: [P] contiguous, of any float dtype; it is not changed.
+        step: 0-d float32 or float64 on the device of param, t - 1 on entry and t on return.
+        learning_rate, tau, max_norm: numbers, or 0-d float tensors on the device of param.
+        target: [P] like param, moved towards the new param.
+        low, target_low: [P] bfloat16 or float16, which receive the new param and the new target, rounded.
+        max_norm: the largest L2 norm of the gradient, as in torch.nn.utils.clip_grad_norm_: there too a NaN
+            in the gradient reaches every parameter.
+        gradient_norm: 0-d float32 or float64, which receives the L2 norm of the gradient as it came.
+        impl: auto, triton or reference (`kernels.use`).
+    Raises:
+        ValueError, TypeError: for a tensor of another device, dtype or shape, or with gaps.
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
+    """
+    same = (param.dtype,)
+    flat: Given = {"param": (param, WIDE), "grad": (grad, FLOATS), "exp_avg": (exp_avg, same)}
+    flat |= {"exp_avg_sq": (exp_avg_sq, same), "target": (target, same)}
+    flat |= {"low": (low, LOW), "target_low": (target_low, LOW)}
+    scalars: Given = {"step": (step, WIDE), "gradient_norm": (gradient_norm, WIDE)}
+    scalars |= {
+        "learning_rate": (learning_rate, FLOATS),
+        "tau": (tau, FLOATS),
+        "max_norm": (max_norm, FLOATS),
+    }
+    _check("param", param, flat, scalars)
+    if target_low is not None and target is None:
+        raise ValueError("target_low needs a target of shape [P], got None")
+    if takes_kernels(impl, param, grad):
+        numbers = [_split(x) for x in (learning_rate, tau, 0.0 if max_norm is None else max_norm)]
+        buffers = (param, grad, exp_avg, exp_avg_sq, step, target, low, target_low, gradient_norm)
+        constants = (max_norm is not None, *betas, eps, weight_decay)
+        _adamw_op(*buffers, *(x[0] for x in numbers), *(x[1] for x in numbers), *constants)
+        return
+    rule: dict[str, Any] = {"learning_rate": learning_rate, "betas": betas, "eps": eps}
+    rule |= {"weight_decay": weight_decay, "max_norm": max_norm, "gradient_norm": gradient_norm}
+    if chosen(impl) == "auto" and not observed(param, grad):
+        _fused(param, grad, exp_avg, exp_avg_sq, step, **rule)
+        if low is not None:
+            low.copy_(param)
+        if target is not None:
+            reference.ema_(target, param, tau, low=target_low)
+        return
+    rule |= {"target": target, "tau": tau, "low": low, "target_low": target_low}
+    reference.adamw_(param, grad, exp_avg, exp_avg_sq, step, **rule)
+
+
+def _fused(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    *,
+    learning_rate: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    max_norm: float | Tensor | None,
+    gradient_norm: Tensor | None,
+) -> None:
+    """The step by torch's own fused pass."""
+    if grad.dtype != param.dtype:
+        grad = grad.to(param.dtype)
+    grad = reference.clipped(grad, max_norm, gradient_norm)
     step += 1
     torch._fused_adamw_(
         [param],
@@ -38,3 +508,100 @@ def adamw_(
         amsgrad=False,
         maximize=False,
     )
+
+
+def ema_(
+    target: Tensor, param: Tensor, tau: float | Tensor, *, low: Tensor | None = None, impl: str | None = None
+) -> None:
+    """Move a target network: `target += tau * (param - target)`, in place over [P].
+
+    Args:
+        target, param: [P] contiguous, both float32 or both float64. tau: a number, or a 0-d float tensor on
+            their device. low: [P] bfloat16 or float16, which receives the new target, rounded to nearest.
+        impl: auto, triton or reference (`kernels.use`).
+    Raises:
+        ValueError, TypeError: for a tensor of another device, dtype or shape, or with gaps.
+    """
+    flat: Given = {"target": (target, WIDE), "param": (param, (target.dtype,)), "low": (low, LOW)}
+    _check("target", target, flat, {"tau": (tau, FLOATS)})
+    if takes_kernels(impl, target, param):
+        _ema_op(target, param, low, *_split(tau))
+    else:
+        reference.ema_(target, param, tau, low=low)
+
+
+def cases() -> Iterator[Case]:
+    """Steps with and without extras, on 1024 parameters per row of the batch or on few; moving a target."""
+    float32, float64, bfloat16 = torch.float32, torch.float64, torch.bfloat16
+    for per_row, more, dtype, grad_dtype, extras, clip in (
+        (1024, 0, float32, float32, False, False),
+        (1024, 0, float32, bfloat16, True, False),
+        (1024, 0, float32, bfloat16, True, True),
+        (1024, 1, float32, float32, False, True),
+        (1024, 0, float64, float64, True, True),
+        (0, 1, float32, float32, False, False),
+        (0, 1, float32, float32, True, False),
+    ):
+
+        def prepare(
+            device: torch.device,
+            batch: int,
+            impl: str,
+            sizes: tuple[int, int] = (per_row, more),
+            dtypes: tuple[torch.dtype, torch.dtype] = (dtype, grad_dtype),
+            extras: bool = extras,
+            clip: bool = clip,
+        ) -> Callable[[], object]:
+            number = sizes[0] * batch + sizes[1]
+            param, target, grad = (torch.randn(number, device=device, dtype=dtypes[0]) for _ in range(3))
+            state = [param, grad.to(dtypes[1]), torch.zeros_like(param), torch.zeros_like(param)]
+            state.append(torch.zeros((), device=device))
+            rule: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
+            rule |= {"learning_rate": torch.full((), 3e-4, device=device) if clip else 3e-4}
+            if clip:
+                rule |= {"max_norm": torch.full((), 1.0, device=device)}
+            if extras:
+                low, target_low = (torch.empty_like(param, dtype=torch.bfloat16) for _ in range(2))
+                rule |= {"target": target, "low": low, "target_low": target_low}
+                rule |= {"gradient_norm": torch.zeros((), device=device)}
+
+            def call() -> object:
+                adamw_(*state, **rule, impl=impl)
+                return [*state, *(x for x in rule.values() if isinstance(x, Tensor))]
+
+            return call
+
+        def moved(
+            batch: int,
+            sizes: tuple[int, int] = (per_row, more),
+            each: int = (8 if extras else 6) * dtype.itemsize
+            + (4 if extras else 0)
+            + (2 if clip else 1) * grad_dtype.itemsize,
+        ) -> int:
+            return (sizes[0] * batch + sizes[1]) * each
+
+        size = " + ".join([f"{per_row}*batch"] * (per_row > 0) + [str(more)] * more)
+        label = f"P={size} {dtype}, gradient {grad_dtype}".replace("torch.", "")
+        label += (", target, copies, norm" if extras else "") + (", clipped" if clip else "")
+        kernels = ("adamw", "squares") if clip else ("adamw",)
+        yield Case("adamw_", label, prepare, moved, kernels)
+    for dtype, copied in ((float32, True), (float32, False), (float64, True)):
+
+        def prepare_ema(
+            device: torch.device, batch: int, impl: str, dtype: torch.dtype = dtype, copied: bool = copied
+        ) -> Callable[[], object]:
+            param, target = (torch.randn(1024 * batch, device=device, dtype=dtype) for _ in range(2))
+            low = torch.empty_like(param, dtype=torch.bfloat16) if copied else None
+
+            def call() -> object:
+                ema_(target, param, 0.005, low=low, impl=impl)
+                return target if low is None else [target, low]
+
+            return call
+
+        label = f"P=1024*batch {dtype}, {'with' if copied else 'without'} copy".replace("torch.", "")
+
+        def moved_ema(batch: int, each: int = 3 * dtype.itemsize + (2 if copied else 0)) -> int:
+            return 1024 * batch * each
+
+        yield Case("ema_", label, prepare_ema, moved_ema, ("ema",))

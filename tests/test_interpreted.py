@@ -1,4 +1,5 @@
-"""The tests marked gpu that need no GPU: through Triton's interpreter, in processes of their own."""
+"""Kernels without a GPU: their tests, and the recorded updates, through Triton's interpreter in processes of
+their own."""
 
 from __future__ import annotations
 
@@ -13,40 +14,41 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-FILES = sorted(
-    path
-    for path in HERE.glob("test_*.py")
-    if "kernel_device" in path.read_text() and path != Path(__file__).resolve()
-)
+OF_KERNELS = [path.name for path in sorted(HERE.glob("test_*.py")) if "kernel_device: str" in path.read_text()]
+RECORDED = "test_published_update.py"
+Done = subprocess.CompletedProcess[str]
 
 
-def interpret(path: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    words = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5", str(path)]
-    switches = {"TRITON_INTERPRET": "1", "BRC_FAST_GPU_DRY": "1", "CUDA_VISIBLE_DEVICES": ""}
+def interpret(name: str, folder: Path) -> Done:
+    """The tests marked gpu of a file of kernels; all of the recorded updates, with nothing but kernels."""
+    words = ["-q", "-p", "no:cacheprovider", "--durations=5", str(HERE / name)]
+    switches = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if name == RECORDED:
+        switches["BRC_FAST_KERNELS"] = "triton"
+    else:
+        words += ["-m", "gpu"]
     return subprocess.run(
         [sys.executable, "-m", "pytest", *words],
         cwd=folder,  # not the checkout, which would hide an installed package
-        env=os.environ | switches | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | switches,
         capture_output=True,
         text=True,
     )
 
 
 @pytest.fixture(scope="module")
-def runs(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Done]]]:
     """One process per file, two at a time."""
     folder = tmp_path_factory.mktemp("interpreted")
     with ThreadPoolExecutor(2) as pool:
-        yield {path.name: pool.submit(interpret, path, folder) for path in FILES}
+        yield {name: pool.submit(interpret, name, folder) for name in (*OF_KERNELS, RECORDED)}
 
 
-@pytest.mark.parametrize("name", [path.name for path in FILES])
-def test_the_kernels_pass_their_gpu_tests_through_the_interpreter(
-    name: str, runs: dict[str, Future[subprocess.CompletedProcess[str]]]
-) -> None:
+@pytest.mark.parametrize("name", [*OF_KERNELS, RECORDED])
+def test_what_a_gpu_would_run_passes_in_the_interpreter(name: str, runs: dict[str, Future[Done]]) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     done = runs[name].result()
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    if name == RECORDED and "no recording with" in done.stdout:
+        pytest.skip("there are no recordings (set BRC_FAST_SHARED)")
     assert re.search(r"\d passed", done.stdout), done.stdout[-2000:]

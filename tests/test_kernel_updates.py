@@ -1,4 +1,4 @@
-"""Whole updates through the kernels: as through the twins, over a hundred of them."""
+"""Whole updates through the kernels: those of the twins, over a hundred of them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from torch import Tensor
 from brc_fast import BRC, ActorConfig, Batch, CriticConfig, Noise, kernels
 
 pytestmark = pytest.mark.gpu
-UPDATES, CALLS, ROWS = 10, 10, 16
-# In float32 two ways of rounding drift apart over a hundred updates; in float64 they do not.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
+UPDATES, ROWS = 10, 16
+# In float32 two ways of rounding drift apart over many updates; in float64 they do not.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
-def learn(choice: str, device: str, dtype: torch.dtype) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Parameters after a hundred updates of a two-task agent, and the metrics after every ten."""
+def learn(
+    choice: str, device: str, dtype: torch.dtype, calls: int
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Parameters after calls of ten updates of a two-task agent, and the metrics after each call."""
     sizes = {"critic": CriticConfig(width=24, num_atoms=21, embedding_size=4), "actor": ActorConfig(width=16)}
     agent = BRC(5, 2, 2, **sizes, device=device, dtype=dtype)
     rng = torch.Generator().manual_seed(0)
@@ -25,7 +27,7 @@ def learn(choice: str, device: str, dtype: torch.dtype) -> tuple[list[Tensor], l
 
     metrics = []
     with kernels.use(choice):
-        for _ in range(CALLS):
+        for _ in range(calls):
             masks = (torch.rand(UPDATES, ROWS, generator=rng) > 0.1).to(device, dtype)
             ids = torch.randint(2, (UPDATES, ROWS), generator=rng).to(device)
             batches = Batch(normal(5), normal(2).tanh(), normal(), masks, normal(5), ids)
@@ -34,12 +36,13 @@ def learn(choice: str, device: str, dtype: torch.dtype) -> tuple[list[Tensor], l
     return [p.detach() for p in (*parameters, agent.temperature.log_alpha)], metrics
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_a_hundred_updates_give_the_losses_and_parameters_of_the_twins(
-    kernel_device: str, dtype: torch.dtype
+@pytest.mark.parametrize(("dtype", "calls"), [(torch.float64, 10), (torch.float32, 2)], ids=str)
+def test_updates_give_the_losses_and_parameters_of_the_twins(
+    kernel_device: str, dtype: torch.dtype, calls: int
 ) -> None:
-    ours, mine = learn("triton", kernel_device, dtype)
-    twins, theirs = learn("reference", kernel_device, dtype)
+    """A hundred updates in float64, twenty in float32."""
+    ours, mine = learn("triton", kernel_device, dtype, calls)
+    twins, theirs = learn("reference", kernel_device, dtype, calls)
     for a, b in zip(mine, theirs, strict=True):
         assert a.keys() == b.keys()
         for name in a:
@@ -47,4 +50,4 @@ def test_a_hundred_updates_give_the_losses_and_parameters_of_the_twins(
             torch.testing.assert_close(a[name], b[name], **close, msg=lambda told, name=name: f"{name}: {told}")
     for a, b in zip(ours, twins, strict=True):
         assert (a - b).norm() <= TOLERANCE[dtype] * b.norm() + TOLERANCE[dtype]
-    assert (ours[-1].exp() - 0.1).abs() > 1e-3  # the temperature has left its start: a hundred steps were made
+    assert (ours[-1].exp() - 0.1).abs() > 5e-4  # the temperature has left its start: steps were made
