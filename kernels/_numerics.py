@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ._triton import jit, tl
 
-__all__ = ["wide"]
+__all__ = ["scalar", "wide"]
 
 
 @jit
@@ -14,3 +14,12 @@ def wide(x):  # type: ignore[no-untyped-def]
         return x
     else:
         return x.to(tl.float32)
+
+
+@jit
+def scalar(x_ptr, x, dtype):  # type: ignore[no-untyped-def]
+    """The number at an address, or x where there is none."""
+    if x_ptr is not None:
+        return tl.load(x_ptr).to(dtype)
+    else:
+        return tl.full((), x, dtype)

@@ -1,33 +1,285 @@
-"""Tanh-Gaussian sample and log-probability in few operations, with a backward written by hand.
+"""Tanh-Gaussian sample and log-probability, with noise given or drawn, and a backward written by hand.
 
-With s = log_std, t = tanh(raw) and s = centre + reach * t:
+With t = tanh(raw), s = log_std = centre + reach * t, u = mean + exp(s) * noise and a = tanh(u):
 
+    log pi = sum_A [-noise^2 / 2 - s - log(2 pi) / 2 - 2 (log 2 - |u| - log(1 + exp(-2 |u|)))]
     d log pi / du = 2 a,   du = da (1 - a^2) + 2 a dlogpi,
-    ds = du std noise - dlogpi,   draw = reach (1 - t^2) ds
+    ds = du exp(s) noise - dlogpi,   draw = reach (1 - t^2) ds
 
-Numbers: any dtype and device; finite for every u.
-Source:  Haarnoja et al. 2018, arXiv:1812.05905, appendix C.
-Twin:    reference.tanh_gaussian
+Noise from a seed and an offset in device memory: Philox4x32-10 with the counter (element, offset), then
+sqrt(-2 log x) cos(2 pi y) of the first two words. Nothing depends on the launch, and a CUDA graph draws anew
+in each replay if the offset moves on.
+
+Dims:    B rows, A action.
+Memory:  forward reads mean, raw and noise (or writes it) and writes the actions and B log-probabilities;
+         backward reads mean, raw, noise and the gradients, recomputes the rest and writes two gradients.
+         mean and raw may be halves of one tensor: rows are read where they lie.
+Numbers: arithmetic and log-probabilities in float32, in float64 if mean is; finite for every u. tanh comes
+         from exp(-2 |x|) and has an absolute error of an eps, 1 - tanh^2 a relative one. The noise drawn
+         differs from the twin's in its last bits only, as the words are the same.
+Source:  Haarnoja et al. 2018, arXiv:1812.05905, appendix C; Salmon et al. 2011, "Parallel random numbers: as
+         easy as 1, 2, 3"; Box and Muller 1958.
+Twins:   reference.tanh_gaussian, reference.standard_normal
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from . import reference
+from ._cases import Case
+from ._config import configuration, next_power_of_2
+from ._dispatch import DTYPES, chosen, launch, observed, takes_kernels
+from ._numerics import wide
+from ._ops import Op, first_derivative
+from ._rows import strided_rows
+from ._triton import jit, tl, triton
 from .reference import LOG_STD_MAX, LOG_STD_MIN
+
+__all__ = ["cases", "standard_normal", "tanh_gaussian"]
 
 REACH = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
 CENTRE = 0.5 * (LOG_STD_MAX + LOG_STD_MIN)
+# Of log pi, per action: the normal's and the slope's.
+CONSTANT = 0.5 * math.log(2.0 * math.pi) + 2.0 * math.log(2.0)
+
+
+@jit
+def _words(rng_ptr, i):  # type: ignore[no-untyped-def]
+    """The four words of elements i (int64): those of reference.philox."""
+    seed, offset = tl.load(rng_ptr), tl.load(rng_ptr + 1)
+    i_low, i_high = i.to(tl.uint32), (i >> 32).to(tl.uint32)
+    return tl.philox(seed, i_low, i_high, offset.to(tl.uint32), (offset >> 32).to(tl.uint32))
+
+
+@jit
+def _normal(rng_ptr, i, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Standard normals of elements i, in float32 or float64."""
+    first, second, _, _ = _words(rng_ptr, i)
+    x = ((first >> 9).to(DTYPE) + 0.5) * 1.1920928955078125e-07  # 2^-23: exact, inside of (0, 1)
+    y = ((second >> 9).to(DTYPE) + 0.5) * 1.1920928955078125e-07
+    # cos(2 pi y) = sin(angle) with |angle| <= pi / 2: no reduction, and its series to angle^19 has every bit
+    angle = 6.283185307179586 * (tl.abs(y - 0.5) - 0.25)
+    square = angle * angle
+    series = tl.full(y.shape, 1.0, DTYPE)
+    for step in tl.static_range(9):
+        series = 1.0 - series * square * (1.0 / ((18 - 2 * step) * (19 - 2 * step)))
+    return tl.sqrt(tl.maximum(-2.0 * tl.log(x), 0.0)) * angle * series
+
+
+@jit
+def _tanh(x):  # type: ignore[no-untyped-def]
+    """tanh(x), its derivative, and -log of that derivative plus log 4; without overflow."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    d = 1.0 + e
+    t = (1.0 - e) / d
+    return tl.where(x < 0.0, -t, t), 4.0 * e / (d * d), 2.0 * (tl.abs(x) + tl.log(d))
+
+
+@jit
+def _tanh_gaussian_kernel(  # type: ignore[no-untyped-def]
+    mean_ptr,
+    raw_ptr,
+    noise_ptr,
+    rng_ptr,
+    actions_ptr,
+    log_probs_ptr,
+    drawn_ptr,
+    mean_stride,
+    raw_stride,
+    noise_stride,
+    B,
+    A: tl.constexpr,
+    CENTRE: tl.constexpr,
+    REACH: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    # int64: row * stride passes 2**31 in a wide tensor
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    a = tl.arange(0, BLOCK_A)[None, :]
+    mask = (row < B) & (a < A)
+    mean = wide(tl.load(mean_ptr + row * mean_stride + a, mask=mask, other=0.0))
+    raw = tl.load(raw_ptr + row * raw_stride + a, mask=mask, other=0.0).to(mean.dtype)
+    if rng_ptr is None:
+        noise = tl.load(noise_ptr + row * noise_stride + a, mask=mask, other=0.0).to(mean.dtype)
+    else:
+        noise = _normal(rng_ptr, row * A + a, mean.dtype)
+        tl.store(drawn_ptr + row * A + a, noise, mask=mask)
+    log_std = CENTRE + REACH * _tanh(raw)[0]
+    action, _, steepness = _tanh(mean + tl.exp(log_std) * noise)
+    per_dim = tl.where(mask, steepness - log_std - 0.5 * noise * noise, 0.0)
+    tl.store(actions_ptr + row * A + a, action.to(actions_ptr.dtype.element_ty), mask=mask)
+    tl.store(log_probs_ptr + row, tl.sum(per_dim, 1, keep_dims=True) - A * CONSTANT, mask=row < B)
+
+
+@jit
+def _tanh_gaussian_backward_kernel(  # type: ignore[no-untyped-def]
+    dactions_ptr,
+    dlog_probs_ptr,
+    mean_ptr,
+    raw_ptr,
+    noise_ptr,
+    dmean_ptr,
+    draw_ptr,
+    dactions_stride,
+    dlog_probs_stride,
+    mean_stride,
+    raw_stride,
+    noise_stride,
+    B,
+    A: tl.constexpr,
+    CENTRE: tl.constexpr,
+    REACH: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    # int64: row * stride passes 2**31 in a wide tensor
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    a = tl.arange(0, BLOCK_A)[None, :]
+    mask = (row < B) & (a < A)
+    mean = wide(tl.load(mean_ptr + row * mean_stride + a, mask=mask, other=0.0))
+    raw = tl.load(raw_ptr + row * raw_stride + a, mask=mask, other=0.0).to(mean.dtype)
+    noise = tl.load(noise_ptr + row * noise_stride + a, mask=mask, other=0.0).to(mean.dtype)
+    da = tl.zeros_like(mean)
+    dlog_prob = da
+    if dactions_ptr is not None:
+        da = tl.load(dactions_ptr + row * dactions_stride + a, mask=mask, other=0.0).to(mean.dtype)
+    if dlog_probs_ptr is not None:
+        dlog_prob = tl.load(dlog_probs_ptr + row * dlog_probs_stride, mask=row < B, other=0.0).to(mean.dtype)
+    t, t_slope, _ = _tanh(raw)
+    spread = tl.exp(CENTRE + REACH * t) * noise
+    action, slope, _ = _tanh(mean + spread)
+    du = da * slope + 2.0 * action * dlog_prob
+    ds = du * spread - dlog_prob
+    tl.store(dmean_ptr + row * A + a, du.to(dmean_ptr.dtype.element_ty), mask=mask)
+    tl.store(draw_ptr + row * A + a, (REACH * t_slope * ds).to(draw_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _standard_normal_kernel(rng_ptr, out_ptr, N, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    DOUBLE: tl.constexpr = out_ptr.dtype.element_ty == tl.float64
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    noise = _normal(rng_ptr, i, tl.float64 if DOUBLE else tl.float32)
+    tl.store(out_ptr + i, noise.to(out_ptr.dtype.element_ty), mask=i < N)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _launch(kernel: Any, name: str, x: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Launch on the rows of x [B, A]."""
+    rows, size = x.shape
+    block = next_power_of_2(size)
+    # About two elements per thread: at the usual sizes that is one program for each multiprocessor.
+    c: dict[str, Any] = configuration(
+        name, size, x.dtype, x.device, {"BLOCK_B": max(1, 256 // block), "num_warps": 4}
+    )
+    grid = (triton.cdiv(rows, c["BLOCK_B"]),)
+    launch(
+        kernel, grid, *arguments, rows, A=size, CENTRE=CENTRE, REACH=REACH, BLOCK_A=block, **constants, **c
+    )
+
+
+def _tanh_gaussian(
+    mean: Tensor, raw_log_std: Tensor, noise: Tensor | None, rng: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Actions, log-probabilities, and the noise where it was drawn (else empty)."""
+    actions, log_probs, drawn = _tanh_gaussian_fake(mean, raw_log_std, noise, rng)
+    if not mean.numel():
+        return actions, log_probs.zero_(), drawn
+    x, raw = strided_rows(mean), strided_rows(raw_log_std)
+    given = None if noise is None else strided_rows(noise)
+    _launch(
+        _tanh_gaussian_kernel,
+        "tanh_gaussian",
+        x,
+        *(x, raw, given, None if rng is None else rng.contiguous()),
+        *(actions, log_probs, None if rng is None else drawn),
+        *(x.stride(0), raw.stride(0), 0 if given is None else given.stride(0)),
+        CONSTANT=CONSTANT,
+    )
+    return actions, log_probs, drawn
+
+
+def _tanh_gaussian_fake(
+    mean: Tensor, raw_log_std: Tensor, noise: Tensor | None, rng: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    actions = mean.new_empty(mean.shape)
+    log_probs = mean.new_empty(mean.shape[:-1], dtype=_wide(mean.dtype))
+    return actions, log_probs, log_probs.new_empty(0 if rng is None else mean.shape)
+
+
+def _tanh_gaussian_backward(
+    dactions: Tensor | None, dlog_probs: Tensor | None, mean: Tensor, raw_log_std: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    dmean, draw = mean.new_empty(mean.shape), raw_log_std.new_empty(mean.shape)
+    if not mean.numel():
+        return dmean, draw
+    x, raw, eps = strided_rows(mean), strided_rows(raw_log_std), strided_rows(noise)
+    da = None if dactions is None else strided_rows(dactions)
+    dlog = None if dlog_probs is None else dlog_probs.reshape(-1)
+    _launch(
+        _tanh_gaussian_backward_kernel,
+        "tanh_gaussian_backward",
+        x,
+        *(da, dlog, x, raw, eps, dmean, draw),
+        *(0 if grad is None else grad.stride(0) for grad in (da, dlog)),
+        *(x.stride(0), raw.stride(0), eps.stride(0)),
+    )
+    return dmean, draw
+
+
+def _tanh_gaussian_backward_fake(
+    dactions: Tensor | None, dlog_probs: Tensor | None, mean: Tensor, raw_log_std: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    return mean.new_empty(mean.shape), raw_log_std.new_empty(mean.shape)
+
+
+def _standard_normal(rng: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    out = _standard_normal_fake(rng, count, dtype)
+    if count:
+        c: dict[str, Any] = configuration(
+            "standard_normal", count, dtype, rng.device, {"BLOCK": 256, "num_warps": 4}
+        )
+        launch(_standard_normal_kernel, (triton.cdiv(count, c["BLOCK"]),), rng.contiguous(), out, count, **c)
+    return out
+
+
+def _standard_normal_fake(rng: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    return rng.new_empty(count, dtype=dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    mean, raw_log_std, noise, _ = inputs
+    ctx.save_for_backward(mean, raw_log_std, output[2] if noise is None else noise)
+
+
+def _gradients(ctx: Any, dactions: Tensor | None, dlog_probs: Tensor | None, _: Any) -> tuple[Any, ...]:
+    dmean = draw = None
+    if dactions is not None or dlog_probs is not None:
+        dmean, draw = _tanh_gaussian_backward_op(dactions, dlog_probs, *ctx.saved_tensors)
+    wants_mean, wants_raw, *_ = ctx.needs_input_grad
+    return dmean if wants_mean else None, draw if wants_raw else None, None, None
+
+
+_tanh_gaussian_backward_op = Op(
+    "tanh_gaussian_backward", _tanh_gaussian_backward, _tanh_gaussian_backward_fake
+)
+_tanh_gaussian_op = Op("tanh_gaussian", _tanh_gaussian, _tanh_gaussian_fake, _keep, _gradients, kept=1)
+_standard_normal_op = Op("standard_normal", _standard_normal, _standard_normal_fake)
 
 
 class _TanhGaussian(torch.autograd.Function):
-    """Keeps t, std * noise and the actions for the backward pass."""
+    """In few operations of torch. Keeps t, std * noise and the actions for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, raw_log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,11 +290,10 @@ class _TanhGaussian(torch.autograd.Function):
         actions = u.tanh()
         per_dim = F.softplus(-2.0 * u).add_(u).mul_(2.0).sub_(log_std).addcmul_(noise, noise, value=-0.5)
         ctx.save_for_backward(t, spread, actions)
-        constant = 0.5 * math.log(2.0 * math.pi) + 2.0 * math.log(2.0)
-        return actions, per_dim.sum(-1).sub_(mean.shape[-1] * constant)
+        return actions, per_dim.sum(-1).sub_(mean.shape[-1] * CONSTANT)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative("tanh_gaussian")
     def backward(ctx: Any, dactions: Tensor, dlog_probs: Tensor) -> tuple[Tensor, Tensor, None]:
         t, spread, actions = ctx.saved_tensors
         dlog_probs = dlog_probs.unsqueeze(-1)
@@ -52,6 +303,151 @@ class _TanhGaussian(torch.autograd.Function):
         return du, torch.addcmul(dlog_std, dlog_std * t, t, value=-1.0).mul_(REACH), None
 
 
-def tanh_gaussian(mean: Tensor, raw_log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """As `reference.tanh_gaussian`, in fewer operations; any dtype and device."""
+def _check_rng(rng: Tensor) -> None:
+    if rng.dtype != torch.int64:
+        raise TypeError(f"rng must be of dtype torch.int64, got {rng.dtype}")
+    if rng.shape != (2,):
+        raise ValueError(f"rng must have shape [2], seed and offset, got {list(rng.shape)}")
+
+
+def standard_normal(
+    rng: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Standard normals, a pure function of a seed and an offset in device memory.
+
+    Element i of the flattened result depends on (seed, offset, i) alone: a larger shape begins with the
+    numbers of a smaller one, and `tanh_gaussian` draws the same. No |normal| exceeds 5.77.
+
+    Args:
+        rng: [2] int64, seed and offset, on the device of the result. One call uses one offset: add 1 to it
+            (`rng[1] += 1`) before the next. The replay store has the same generator: give it another seed.
+        shape: of the result.
+        dtype: of the result; computed in float32, or in float64 for float64, from the same words.
+        impl: auto, triton or reference (`kernels.use`).
+    Returns:
+        Normals of this shape; there is no gradient.
+    Raises:
+        TypeError for a dtype of rng other than int64 or of the result that is none of float32, bfloat16,
+        float16 and float64, ValueError for another shape of rng.
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Box and Muller 1958.
+    """
+    _check_rng(rng)
+    if dtype not in DTYPES:
+        known = ", ".join(str(known) for known in DTYPES)
+        raise TypeError(f"dtype must be one of {known}, got {dtype}")
+    if not takes_kernels(impl, rng, dtypes=(torch.int64,)):
+        return reference.standard_normal(rng, shape, dtype)
+    out: Tensor = _standard_normal_op(rng, math.prod(shape), dtype)
+    return out.view(tuple(shape))
+
+
+def tanh_gaussian(
+    mean: Tensor,
+    raw_log_std: Tensor,
+    noise: Tensor | None = None,
+    *,
+    rng: Tensor | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample of a tanh-squashed Gaussian and its log-probability.
+
+        log_std = LOG_STD_MIN + (LOG_STD_MAX - LOG_STD_MIN) * (1 + tanh(raw_log_std)) / 2
+        a       = tanh(mean + exp(log_std) * noise),   log pi(a), summed over the actions
+
+    Args:
+        mean, raw_log_std: [.., A] of any distance between rows: the halves of one tensor are read in place.
+        noise: [.., A], standard normals; it gets no gradient.
+        rng: in its place, seed and offset [2] int64 on the same device, from which it is drawn as
+            `standard_normal` draws it, in float32 (float64 if mean is). One call uses one offset: add 1 to it
+            (`rng[1] += 1`) before the next. A backward may come after that.
+        impl: auto, triton or reference (`kernels.use`).
+    Returns:
+        actions [.., A] in [-1, 1] of the dtype of mean, and log-probabilities [..] in float32, or in float64
+        if mean is.
+    Raises:
+        ValueError for shapes that differ, for both or none of noise and rng, or an rng that is not [2];
+        TypeError for an rng that is not int64.
+    Source: Haarnoja et al. 2018, arXiv:1812.05905, appendix C.
+    """
+    if (noise is None) == (rng is None):
+        raise ValueError(
+            f"exactly one of noise and rng must be given, got {'both' if rng is not None else 'none'}"
+        )
+    if not mean.dim():
+        raise ValueError("mean must have shape [.., A], got []")
+    for name, x in (("raw_log_std", raw_log_std), ("noise", mean if noise is None else noise)):
+        if x.shape != mean.shape:
+            raise ValueError(f"{name} must have the shape of mean, {list(mean.shape)}, got {list(x.shape)}")
+    if rng is not None:
+        _check_rng(rng)
+        if rng.device != mean.device:
+            raise ValueError(f"rng must be on {mean.device} like mean, got {rng.device}")
+    given = (mean, raw_log_std) if noise is None else (mean, raw_log_std, noise)
+    if takes_kernels(impl, *given):
+        eps = None if noise is None else noise.detach()
+        actions, log_probs, _ = _tanh_gaussian_op(mean, raw_log_std, eps, rng)
+        return actions, log_probs
+    plain = chosen(impl) == "auto" and mean.dtype in (torch.float32, torch.float64)
+    if not plain or any(x.dtype != mean.dtype for x in given) or observed(*given):
+        return reference.tanh_gaussian(mean, raw_log_std, noise, rng=rng)
+    if noise is None:
+        noise = reference.standard_normal(rng, mean.shape, mean.dtype)  # type: ignore[arg-type]
     return _TanhGaussian.apply(mean, raw_log_std, noise.detach())  # type: ignore[no-any-return, no-untyped-call]
+
+
+def cases() -> Iterator[Case]:
+    """Policy heads from a walker to a pair of hands and wider, with noise given and drawn."""
+    for size, drawn, dtype in (
+        (24, False, torch.float32),
+        (24, True, torch.float32),
+        (24, True, torch.bfloat16),
+        (61, True, torch.bfloat16),
+        (300, True, torch.float32),
+        (6, True, torch.float64),
+    ):
+
+        def prepare(
+            device: torch.device,
+            batch: int,
+            impl: str,
+            size: int = size,
+            drawn: bool = drawn,
+            dtype: torch.dtype = dtype,
+        ) -> Callable[[], object]:
+            head = torch.randn(batch, 2 * size, device=device).to(dtype)
+            mean, raw = (half.requires_grad_() for half in head.chunk(2, -1))
+            noise = None if drawn else torch.randn(batch, size, device=device).to(dtype)
+            rng = torch.tensor([1, 2], device=device) if drawn else None
+            seeds = torch.randn(batch, size, device=device).to(dtype), torch.randn(batch, device=device)
+
+            def call() -> object:
+                actions, log_probs = tanh_gaussian(mean, raw, noise, rng=rng, impl=impl)
+                grads = torch.autograd.grad((actions, log_probs), (mean, raw), seeds)
+                return actions, log_probs, *grads
+
+            return call
+
+        def moved(batch: int, size: int = size, itemsize: int = dtype.itemsize) -> int:
+            # mean, raw, action, its gradient and two gradients, mean and raw again; noise once each way
+            return batch * (size * (8 * itemsize + 2 * max(itemsize, 4)) + 8)
+
+        label = f"A={size} {'drawn' if drawn else 'given'} {str(dtype).removeprefix('torch.')}"
+        yield Case("tanh_gaussian", label, prepare, moved, ("tanh_gaussian", "tanh_gaussian_backward"))
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+
+        def draw(
+            device: torch.device, batch: int, impl: str, dtype: torch.dtype = dtype
+        ) -> Callable[[], object]:
+            rng = torch.tensor([1, 2], device=device)
+            return lambda: standard_normal(rng, (batch, 24), dtype, impl=impl)
+
+        def written(batch: int, itemsize: int = dtype.itemsize) -> int:
+            return batch * 24 * itemsize
+
+        label = f"A=24 {str(dtype).removeprefix('torch.')}"
+        yield Case("standard_normal", label, draw, written, ("standard_normal",))

@@ -1,0 +1,441 @@
+"""Network inputs packed in one pass: observation, action, normalised task embedding, zeros.
+
+    out[b] = [observation[b], action[b], n(table[task[b]]), 0 ..],   n(e) = e / |e|  in the L2 or the L1 norm
+
+With g_b the gradient of row b's embedding, s_t = sum over the rows b of task t of g_b, and e = table[t]:
+
+    l2:  dtable[t] = (s - n (n . s)) / |e|          l1:  dtable[t] = (s - sign(e) (n . s)) / |e|
+
+as the Jacobian is the same for all rows of a task. Observations and actions get slices of the gradient.
+
+Dims:    B rows, O observation, A action, D embedding, T tasks, W width of the result.
+Memory:  forward reads B*(O + A) elements, B ids and a row of the table (cached) each, and writes B*W. For the
+         table's gradient the program of a task walks the ids and loads its own rows: T*B ids from the cache
+         and B*D elements. Many rows are walked in chunks by several programs per task, whose sums the same
+         kernel adds in a second launch. The slices are views unless their dtype differs.
+Numbers: copies are exact but for the cast; norms and sums in float32, in float64 if the table is. No atomics:
+         every sum has one order. A zero row of the table gives NaN, as in the twin.
+Source:  Nauman et al. 2025, arXiv:2505.23150.
+Twins:   reference.pack_inputs, reference.normalized_embedding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._cases import Case
+from ._config import configuration, next_power_of_2, processors
+from ._dispatch import DTYPES, launch, takes_kernels
+from ._numerics import wide
+from ._ops import Op
+from ._rows import strided_rows
+from ._triton import jit, tl, triton
+
+__all__ = ["cases", "normalized_embedding", "pack_inputs"]
+
+NORMS = ("l2", "l1")
+ID_DTYPES = (torch.int64, torch.int32)
+LONE_BLOCKS = 4  # of rows that the program of a task walks alone; more are worth a second launch
+
+
+@jit
+def _length(e, L1: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Norm of the rows of e [.., BLOCK_D] as [.., 1]."""
+    if L1:
+        return tl.sum(tl.abs(e), 1, keep_dims=True)
+    else:
+        return tl.sqrt(tl.sum(e * e, 1, keep_dims=True))
+
+
+@jit
+def _pack_inputs_kernel(  # type: ignore[no-untyped-def]
+    observations_ptr,
+    actions_ptr,
+    table_ptr,
+    ids_ptr,
+    out_ptr,
+    observations_stride,
+    actions_stride,
+    table_stride,
+    ids_stride,
+    B,
+    T,
+    O: tl.constexpr,  # noqa: E741
+    A: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    L1: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    # int64: row * stride passes 2**31 in wide tensors
+    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    chunk = tl.program_id(1)
+    inside = b < B
+    out = out_ptr + b * W
+    # All loads come before the first store: no load waits for another but the table's for the ids.
+    if table_ptr is not None:
+        task = tl.load(ids_ptr + b * ids_stride, mask=inside, other=0).to(tl.int64)
+    if observations_ptr is not None:
+        o = chunk * BLOCK_O + tl.arange(0, BLOCK_O)[None, :]
+        x = tl.load(observations_ptr + b * observations_stride + o, mask=inside & (o < O), other=0.0)
+    if actions_ptr is not None:
+        a = chunk * BLOCK_A + tl.arange(0, BLOCK_A)[None, :]
+        action = tl.load(actions_ptr + b * actions_stride + a, mask=inside & (a < A), other=0.0)
+    if table_ptr is not None:
+        d = chunk * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]  # of chunk 0 alone: all of D is in it
+        known = (task >= 0) & (task < T)  # others read nothing and become 0 / 0
+        e = wide(tl.load(table_ptr + task * table_stride + d, mask=known & (d < D), other=0.0))
+        n = e / _length(e, L1)
+        tl.store(out + O + A + d, n.to(out_ptr.dtype.element_ty), mask=inside & (d < D))
+    if observations_ptr is not None:
+        tl.store(out + o, x.to(out_ptr.dtype.element_ty), mask=inside & (o < O))
+    if actions_ptr is not None:
+        tl.store(out + O + a, action.to(out_ptr.dtype.element_ty), mask=inside & (a < A))
+    if O + A + D < W:
+        w = O + A + D + chunk * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+        zeros = tl.zeros([BLOCK_B, BLOCK_W], out_ptr.dtype.element_ty)
+        tl.store(out + w, zeros, mask=inside & (w < W))
+
+
+@jit
+def _embedding_backward_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr,
+    ids_ptr,
+    table_ptr,
+    out_ptr,
+    task_stride,
+    grad_stride,
+    ids_stride,
+    table_stride,
+    B,
+    span,
+    D: tl.constexpr,
+    L1: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (t, c) sums the rows of task t in chunk c of `span` rows. Without ids the task has all rows,
+    those that begin at t * task_stride. The LAST launch, of one chunk, goes on through the norm."""
+    t = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    e = wide(tl.load(table_ptr + t * table_stride + d, mask=d < D, other=0.0))
+    total = tl.zeros([BLOCK_B, BLOCK_D], e.dtype)
+    for start in range(chunk * span, tl.minimum((chunk + 1) * span, B), BLOCK_B):
+        b = (start + tl.arange(0, BLOCK_B)).to(tl.int64)
+        mine = b < B
+        if ids_ptr is not None:
+            mine = mine & (tl.load(ids_ptr + b * ids_stride, mask=mine, other=-1) == t)
+        g = grad_ptr + t * task_stride + b[:, None] * grad_stride + d
+        total += tl.load(g, mask=mine[:, None] & (d < D), other=0.0).to(e.dtype)
+    s = tl.sum(total, 0, keep_dims=True)
+    if LAST:
+        length = _length(e, L1)
+        n = e / length
+        direction = n
+        if L1:
+            direction = (e > 0.0).to(e.dtype) - (e < 0.0).to(e.dtype)
+        s = (s - direction * tl.sum(n * s, 1, keep_dims=True)) / length
+    out = out_ptr + (chunk * tl.num_programs(0) + t) * D + d
+    tl.store(out, s.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def _pack(
+    observations: Tensor | None,
+    actions: Tensor | None,
+    table: Tensor | None,
+    task_ids: Tensor | None,
+    norm: str,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = _pack_fake(observations, actions, table, task_ids, norm, width, dtype)
+    if not out.numel():
+        return out
+    parts = [None if x is None else strided_rows(x) for x in (observations, actions, table)]
+    ids = None if table is None or task_ids is None else task_ids.reshape(-1)
+    sizes = [0 if x is None else x.shape[1] for x in parts]
+    columns = (*sizes, width - sum(sizes))
+    blocks = [min(next_power_of_2(max(1, size)), 1024) for size in columns]
+    blocks[2] = next_power_of_2(max(1, sizes[2]))  # a norm needs the whole row
+    heuristic = {"BLOCK_B": max(1, 1024 // max(blocks)), "num_warps": 4}
+    c: dict[str, Any] = configuration("pack_inputs", width, dtype, out.device, heuristic)
+    rows = out.numel() // width
+    chunks = max(triton.cdiv(size, block) for size, block in zip(columns, blocks, strict=True))
+    launch(
+        _pack_inputs_kernel,
+        (triton.cdiv(rows, c["BLOCK_B"]), chunks),
+        *(*parts, ids, out),
+        *(0 if x is None else x.stride(0) for x in (*parts, ids)),
+        *(rows, 0 if table is None else table.shape[0]),
+        O=sizes[0],
+        A=sizes[1],
+        D=sizes[2],
+        W=width,
+        L1=norm == "l1",
+        BLOCK_O=blocks[0],
+        BLOCK_A=blocks[1],
+        BLOCK_D=blocks[2],
+        BLOCK_W=blocks[3],
+        **c,
+    )
+    return out
+
+
+def _pack_fake(
+    observations: Tensor | None,
+    actions: Tensor | None,
+    table: Tensor | None,
+    task_ids: Tensor | None,
+    norm: str,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    like: Any = task_ids if observations is None else observations
+    rows = like.shape if observations is None else like.shape[:-1]
+    return like.new_empty((*rows, width), dtype=dtype)  # type: ignore[no-any-return]
+
+
+def _embedding_backward(grad: Tensor, table: Tensor, task_ids: Tensor, norm: str) -> Tensor:
+    """Gradient of the table for that of normalised rows [.., D]."""
+    dtable = _embedding_backward_fake(grad, table, task_ids, norm)
+    if not grad.numel() or not dtable.numel():
+        return dtable.zero_()
+    g, ids, rows_of_table = strided_rows(grad), task_ids.reshape(-1), strided_rows(table)
+    (rows, size), tasks = g.shape, table.shape[0]
+    block = next_power_of_2(size)
+    kind = torch.promote_types(table.dtype, torch.float32)
+    # Up to 32 sums of 4 bytes per thread: few steps, and one reduction at the end.
+    heuristic = {"BLOCK_B": min(1024, max(1, 65536 // (block * kind.itemsize))), "num_warps": 16}
+    c: dict[str, Any] = configuration("embedding_backward", size, g.dtype, g.device, heuristic)
+    blocks = triton.cdiv(rows, c["BLOCK_B"])
+    chunks = 1 if blocks <= LONE_BLOCKS else min(blocks, max(1, 2 * processors(g.device) // tasks))
+    span = triton.cdiv(blocks, chunks) * c["BLOCK_B"]
+    chunks = triton.cdiv(rows, span)
+
+    def sum_rows(
+        x: Tensor, ids: Tensor | None, out: Tensor, task_stride: int, chunks: int, span: int
+    ) -> None:
+        launch(
+            _embedding_backward_kernel,
+            (tasks, chunks),
+            *(x, ids, rows_of_table, out, task_stride, x.stride(0), 0 if ids is None else ids.stride(0)),
+            *(rows_of_table.stride(0), x.shape[0], span),
+            D=size,
+            L1=norm == "l1",
+            LAST=out is dtable,
+            BLOCK_D=block,
+            **c,
+        )
+
+    if chunks == 1:
+        sum_rows(g, ids, dtable, 0, 1, span)
+    else:
+        sums = table.new_empty(chunks, tasks * size, dtype=kind)
+        sum_rows(g, ids, sums, 0, chunks, span)
+        sum_rows(sums, None, dtable, size, 1, chunks)
+    return dtable
+
+
+def _embedding_backward_fake(grad: Tensor, table: Tensor, task_ids: Tensor, norm: str) -> Tensor:
+    return table.new_empty(table.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *parts, task_ids, ctx.norm, _, _ = inputs
+    ctx.save_for_backward(parts[2], task_ids)
+    ctx.sizes = [0 if x is None else x.shape[-1] for x in parts]
+    ctx.dtypes = [None if x is None else x.dtype for x in parts]
+
+
+def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 7
+    table, task_ids = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:3]
+    slices: list[Any] = list(torch.split(grad[..., : sum(ctx.sizes)], ctx.sizes, -1))
+    for place in (0, 1):
+        slices[place] = slices[place].to(ctx.dtypes[place]) if wanted[place] else None
+    slices[2] = _embedding_backward_op(slices[2], table, task_ids, ctx.norm) if wanted[2] else None
+    return (*slices, None, None, None, None)
+
+
+_embedding_backward_op = Op("normalized_embedding_backward", _embedding_backward, _embedding_backward_fake)
+_pack_op = Op("pack_inputs", _pack, _pack_fake, _keep, _gradients)
+
+
+def _check_embedding(table: Tensor, task_ids: Tensor, norm: str) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if table.dim() != 2:
+        raise ValueError(f"table must have shape [T, D], got {list(table.shape)}")
+    if task_ids.dtype not in ID_DTYPES:
+        raise TypeError(f"task_ids must be of dtype torch.int64 or torch.int32, got {task_ids.dtype}")
+    if task_ids.device != table.device:
+        raise ValueError(f"task_ids must be on {table.device} like the table, got {task_ids.device}")
+
+
+def normalized_embedding(
+    table: Tensor, task_ids: Tensor, norm: str = "l2", *, impl: str | None = None
+) -> Tensor:
+    """Rows of the task embedding divided by their norm.
+
+    Args:
+        table: [T, D]. task_ids: [..] int64 or int32 in [0, T). A GPU does not check them: one outside gives
+            a row of NaN and no gradient.
+        norm: "l2" (the published code) or "l1" (reported of the paper).
+        impl: auto, triton or reference (`kernels.use`).
+    Returns:
+        [.., D] of the dtype of the table, which gets its gradient.
+    Raises:
+        ValueError for another norm, shape or device, TypeError for ids of another dtype, IndexError on a CPU
+        for an id of T or more.
+    Source: Nauman et al. 2025, arXiv:2505.23150.
+    """
+    _check_embedding(table, task_ids, norm)
+    if not takes_kernels(impl, table):
+        return reference.normalized_embedding(table, task_ids, norm)
+    out: Tensor = _pack_op(None, None, table, task_ids, norm, table.shape[1], table.dtype)
+    return out
+
+
+def pack_inputs(
+    observations: Tensor,
+    actions: Tensor | None = None,
+    table: Tensor | None = None,
+    task_ids: Tensor | None = None,
+    norm: str = "l2",
+    *,
+    width: int | None = None,
+    dtype: torch.dtype | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """One network input [observation, action, normalised task embedding, zeros], each part where given.
+
+    Args:
+        observations: [.., O]. actions: [.., A]. Rows may be any distance apart: columns of a wider tensor are
+            read in place. The parts may differ in dtype.
+        table: [T, D]. task_ids: [..] int64 or int32 in [0, T), needed with a table. A GPU does not check
+            them: one outside gives an embedding of NaN and no gradient.
+        norm: "l2" (the published code) or "l1" (reported of the paper).
+        width: of the result, at least and by default O + A + D; what is beyond is zero.
+        dtype: of the result, by default that of the observations.
+        impl: auto, triton or reference (`kernels.use`).
+    Returns:
+        [.., width]; the observations themselves where there is nothing to do. Gradients reach the
+        observations, the actions and the table.
+    Raises:
+        ValueError for shapes, a width, a norm or devices that do not fit, TypeError for ids of another dtype
+        or a result of a dtype that is none of float32, bfloat16, float16 and float64, IndexError on a CPU for
+        an id of T or more.
+    Source: Nauman et al. 2025, arXiv:2505.23150.
+    """
+    if not observations.dim():
+        raise ValueError("observations must have shape [.., O], got []")
+    rows = observations.shape[:-1]
+    if actions is not None and (not actions.dim() or actions.shape[:-1] != rows):
+        wanted = f"[.., A] with [..] = {list(rows)} of the observations"
+        raise ValueError(f"actions must have shape {wanted}, got {list(actions.shape)}")
+    if table is not None:
+        if task_ids is None:
+            raise ValueError("task_ids [B] are needed with a task embedding table, got None")
+        _check_embedding(table, task_ids, norm)
+        if task_ids.shape != rows:
+            wanted = f"[..] = {list(rows)} of the observations"
+            raise ValueError(f"task_ids must have shape {wanted}, got {list(task_ids.shape)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    parts = [x for x in (observations, actions, table) if x is not None]
+    sizes = [x.shape[-1] for x in parts]
+    if width is not None and width < sum(sizes):
+        total = " + ".join(map(str, sizes))
+        raise ValueError(f"width must be at least O + A + D = {total} = {sum(sizes)}, got {width}")
+    kernels = takes_kernels(impl, *parts)
+    if len(parts) == 1 and width in (None, sizes[0]) and dtype in (None, observations.dtype):
+        return observations
+    if not kernels:
+        return reference.pack_inputs(observations, actions, table, task_ids, norm, width=width, dtype=dtype)
+    ids = None if table is None else task_ids
+    full = sum(sizes) if width is None else width
+    out: Tensor = _pack_op(observations, actions, table, ids, norm, full, dtype or observations.dtype)
+    return out
+
+
+def cases() -> Iterator[Case]:
+    """Critic and actor inputs of one task and of many, padded for products in bfloat16 or as they are."""
+    bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
+    for observation, action, embedding, tasks, width, updates, norm, table_dtype, given, dtype in (
+        (223, 38, 32, 4, 296, 1, "l2", fp32, fp32, bf16),  # the dogs
+        (39, 4, 32, 50, 80, 1, "l2", fp32, fp32, bf16),  # MetaWorld
+        (39, 4, 32, 50, 80, 64, "l2", fp32, fp32, bf16),  # and with so many rows that tasks take chunks
+        (64, 0, 32, 50, 96, 1, "l2", bf16, bf16, bf16),  # an actor's, aligned
+        (67, 24, 0, 0, 91, 1, "l2", fp32, fp32, fp32),  # one task
+        (39, 4, 32, 50, 75, 1, "l1", fp32, fp32, fp32),
+        (39, 4, 256, 7, 299, 1, "l2", fp32, fp32, fp32),
+        (5, 3, 8, 7, 16, 1, "l1", fp64, fp64, fp64),
+        (2000, 100, 0, 0, 4096, 1, "l2", fp32, fp32, bf16),  # parts wider than a block
+    ):
+
+        def prepare(
+            device: torch.device,
+            batch: int,
+            impl: str,
+            sizes: tuple[int, ...] = (observation, action, embedding, tasks, width, updates),
+            norm: str = norm,
+            dtypes: tuple[torch.dtype, ...] = (given, table_dtype, dtype),
+        ) -> Callable[[], object]:
+            observation, action, embedding, tasks, width, updates = sizes
+            rows = batch * updates
+            observations = torch.randn(rows, observation, device=device).to(dtypes[0])
+            actions = table = ids = None
+            if action:
+                actions = torch.randn(rows, action, device=device).to(dtypes[0]).requires_grad_()
+            if tasks:
+                table = torch.randn(tasks, embedding, device=device).to(dtypes[1]).requires_grad_()
+                ids = torch.randint(tasks, (rows,), device=device)
+            leaves = [x for x in (actions, table) if x is not None]
+            seed = torch.randn(rows, width, device=device).to(dtypes[2])
+
+            def call() -> object:
+                out = pack_inputs(
+                    observations, actions, table, ids, norm, width=width, dtype=dtypes[2], impl=impl
+                )
+                return out, *torch.autograd.grad(out, leaves, seed)
+
+            return call
+
+        def moved(
+            batch: int,
+            updates: int = updates,
+            read: int = (observation + action) * given.itemsize + (8 if tasks else 0),
+            written: int = width * dtype.itemsize,
+            gradient: int = embedding * dtype.itemsize + action * given.itemsize * (given != dtype) * 2,
+        ) -> int:
+            return batch * updates * (read + written + gradient)
+
+        label = f"O={observation} A={action} D={embedding} T={tasks} W={width} rows x{updates} {norm} "
+        label += " ".join(str(kind).removeprefix("torch.") for kind in (given, table_dtype, dtype))
+        yield Case("pack_inputs", label, prepare, moved, ("pack_inputs", "embedding_backward"))
+
+    def embed(device: torch.device, batch: int, impl: str) -> Callable[[], object]:
+        table = torch.randn(50, 32, device=device).requires_grad_()
+        ids, seed = torch.randint(50, (batch,), device=device), torch.randn(batch, 32, device=device)
+
+        def call() -> object:
+            out = normalized_embedding(table, ids, impl=impl)
+            return out, *torch.autograd.grad(out, table, seed)
+
+        return call
+
+    kernels = ("pack_inputs", "embedding_backward")
+    yield Case("normalized_embedding", "T=50 D=32 float32", embed, lambda batch: batch * 264, kernels)
