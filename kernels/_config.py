@@ -115,7 +115,7 @@ def observing() -> Iterator[dict[tuple[str, str], dict[str, int]]]:
 @cache
 def _table(name: str) -> dict[str, dict[str, Config]]:
     path = TABLES / f"{name}.json"
-    return json.loads(path.read_text())["kernels"] if path.exists() else {}  # type: ignore[no-any-return]
+    return json.loads(path.read_text())["kernels"] if path.exists() else {}
 
 
 def key(size: int, dtype: torch.dtype) -> str:
@@ -125,7 +125,7 @@ def key(size: int, dtype: torch.dtype) -> str:
 
 def configuration(
     kernel: str, size: int, dtype: torch.dtype, device: torch.device, heuristic: Config
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Block sizes and warps of a kernel: the heuristic's, with what the table says instead."""
     chosen = _trial.get(kernel)
     if chosen is None:

@@ -12,17 +12,22 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from ._cases import Case
 
-__all__ = ["Timing", "cold", "rotated", "seconds_per_call"]
+__all__ = ["PARAMETERS", "Timing", "batches_of", "cold", "rotated", "seconds_per_call"]
 
 Call = Callable[[], object]
 CACHES = 4  # what rotates is this many times as large as the L2 cache
 SETS = (2, 16)
+LARGEST = 2**30  # bytes moved by one call: more takes longer and tells nothing new
+BATCHES = (4096, 256)  # one that fills a GPU, one that does not
+PARAMETERS = 1024  # of the optimizer's cases, per row of a batch
+OPTIMIZER = (132_813, 4096)  # 136 and 4 million parameters
 CALLS_PER_GRAPH = 128  # at most
 REPLAY_SECONDS = 5e-4  # how long a replay should take, at least
 SAMPLE_SECONDS = 2e-3
@@ -56,6 +61,21 @@ def cold(moved: int, device: torch.device) -> bool:
     return _sets(moved, device) * moved >= 2 * _cache(device)
 
 
+def batches_of(case: Case) -> list[int]:
+    """The batch sizes to time a case at, the largest first.
+
+    Those of an op that is not the optimizer's are halved until a call moves a gigabyte at most.
+    """
+    if case.op in ("adamw_", "ema_"):
+        return list(OPTIMIZER)
+    sizes = []
+    for batch in BATCHES:
+        while case.bytes(batch) > LARGEST and batch > 1:
+            batch //= 2
+        sizes.append(batch)
+    return list(dict.fromkeys(sizes))
+
+
 def rotated(case: Case, device: torch.device, batch: int, impl: str, sets: int | None = None) -> list[Call]:
     """The call of a case on several sets of inputs; those of set i are the same for every `impl`."""
     calls = []
@@ -68,8 +88,8 @@ def rotated(case: Case, device: torch.device, batch: int, impl: str, sets: int |
 def seconds_per_call(calls: Sequence[Call], device: torch.device, seconds: float = 0.1) -> Timing:
     """Time these calls in rotation for about `seconds`, after warming each up (which compiles what it needs).
 
-    Calls may allocate, differentiate and change their own inputs in place. On CUDA they must be what a graph
-    can capture.
+    Calls may allocate, differentiate and change their own inputs in place. RuntimeError on CUDA for a call
+    that waits for the device, which no graph can capture.
     """
     sample = _on_cuda(calls) if device.type == "cuda" else _on_the_host(calls)
     times: list[float] = []
@@ -93,13 +113,24 @@ def _on_the_host(calls: Sequence[Call]) -> Callable[[], float]:
     return sample
 
 
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all timings: each has its own cache of memory and its own workspace for products."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def _on_cuda(calls: Sequence[Call]) -> Callable[[], float]:
-    stream = torch.cuda.Stream()
+    stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
+    before = torch.cuda.get_sync_debug_mode()
     with torch.cuda.stream(stream):
-        for _ in range(2):
-            for call in calls:
-                call()
+        for mode in (before, "error"):  # a capture that fails would leave its traces in the allocator
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                for call in calls:
+                    call()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
     rounds = 1
     graph = _captured(calls, rounds, stream)
     once = _replayed(graph, 1, stream)
@@ -109,7 +140,7 @@ def _on_cuda(calls: Sequence[Call]) -> Callable[[], float]:
             del graph  # and with it the memory of its results
             graph = _captured(calls, rounds, stream)
             once = _replayed(graph, 1, stream)
-    replays = max(1, math.ceil(SAMPLE_SECONDS / once))
+    replays = math.ceil(SAMPLE_SECONDS / once)
     return lambda: _replayed(graph, replays, stream) / (replays * rounds * len(calls))
 
 
@@ -128,11 +159,11 @@ def _captured(calls: Sequence[Call], rounds: int, stream: torch.cuda.Stream) -> 
 def _replayed(graph: torch.cuda.CUDAGraph, replays: int, stream: torch.cuda.Stream) -> float:
     """Seconds that this many replays take on the device."""
     with torch.cuda.stream(stream):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         graph.replay()  # keeps the device busy while the host queues the others
         start.record()
         for _ in range(replays):
             graph.replay()
         end.record()
         end.synchronize()
-    return start.elapsed_time(end) * 1e-3
+    return max(float(start.elapsed_time(end)) * 1e-3, 1e-7)
