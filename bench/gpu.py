@@ -1,10 +1,10 @@
 """Tests and timings on a CUDA machine, with what is installed there.
 
-    python bench/gpu.py [--budget SECONDS] [--parts build test update replay envs train] [--dry]
+    python bench/gpu.py [--budget SECONDS] [--parts build test kernels update ...] [--dry]
 
-Builds the package into .site, runs `pytest -m gpu`, then times the update, the replay, the environment step
-and the training loop, and writes bench/results/gpu-<part>.json. What is not installed is skipped with its
-reason.
+Builds the package into .site, runs `pytest -m gpu`, then times the kernels, the update, the replay, the
+environment step and the training loop, and writes bench/results/gpu-<part>.json. What is not installed is
+skipped with its reason.
 `--dry` runs the same code, tests included, on the CPU at tiny sizes and writes to build/gpu-dry.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / ".site"
-PARTS = ("build", "test", "update", "replay", "envs", "train")
+PARTS = ("build", "test", "kernels", "update", "replay", "envs", "train")
 GRID = [(256, 256), (512, 256), (512, 1024), (1024, 1024), (2048, 1024), (4096, 256), (4096, 1024)]
 DRY_GRID = [(32, 16)]
 
@@ -56,16 +56,30 @@ def test(part: Part) -> dict[str, Any]:
     # Only files that hold such tests: the others may import what is not installed here.
     files = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
     words = ["-m", "gpu", "-q", "--import-mode=importlib", *files]
+    if importlib.util.find_spec("xdist") is not None:  # most of the time goes into compiling kernels
+        words += ["-n", str(min(8, os.cpu_count() or 1))]
     code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # keeps the checkout off sys.path
     result = subprocess.run(
         [sys.executable, "-P", "-c", code, *words],
         cwd=ROOT,
         env=environment,
-        timeout=max(120.0, part.seconds),
+        timeout=max(300.0, part.seconds),
     )
     if result.returncode not in (0, 5):
         raise RuntimeError(f"pytest -m gpu ended with {result.returncode}")
     return {"returncode": result.returncode}
+
+
+def kernels(part: Part) -> dict[str, Any]:
+    """Every kernel beside its floor, its twin and others (bench_kernels.py)."""
+    need("triton")
+    import torch
+    from bench_kernels import run
+
+    found = run(torch.device(part.device), 60.0 if part.dry else part.seconds, dry=part.dry)
+    if found["aborted"] is not None:
+        return {**found, "status": "failed", "reason": found["aborted"]}
+    return found
 
 
 def update(part: Part) -> dict[str, Any]:
@@ -221,7 +235,15 @@ def main() -> int:
 
     device = "cpu" if arguments.dry else "cuda"
     folder = ROOT / "build" / "gpu-dry" if arguments.dry else ROOT / "bench" / "results"
-    work = {"build": build, "test": test, "update": update, "replay": replay, "envs": envs, "train": train}
+    work = {
+        "build": build,
+        "test": test,
+        "kernels": kernels,
+        "update": update,
+        "replay": replay,
+        "envs": envs,
+        "train": train,
+    }
     seconds = (2.0 if arguments.dry else arguments.budget) / max(1, len(parts) - ("build" in parts))
     table = []
     for name in parts:

@@ -1,0 +1,277 @@
+"""The benchmark of the kernels times nothing that is wrong and loses nothing that it has timed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from brc_fast.kernels import reference
+from brc_fast.kernels._cases import Case
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, as if kernels ran here."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import bench_kernels
+
+    monkeypatch.setattr(bench_kernels, "INTERPRETED", True)
+    return bench_kernels
+
+
+def expected_value(logits: Tensor, atoms: Tensor) -> Tensor:
+    """In the place of a kernel."""
+    return (torch.softmax(logits, -1) * atoms).sum(-1)
+
+
+def case(kernel: Callable[[Tensor, Tensor], Tensor] = expected_value, op: str = "expected_value") -> Case:
+    def prepare(device: torch.device, batch: int, impl: str) -> Callable[[], object]:
+        logits = torch.randn(2, batch, 51, device=device, requires_grad=True)
+        atoms, seed = torch.linspace(-1, 1, 51, device=device), torch.randn(2, batch, device=device)
+
+        def call() -> object:
+            out = kernel(logits, atoms) if impl == "triton" else reference.expected_value(logits, atoms)
+            return out, torch.autograd.grad(out, logits, seed)
+
+        return call
+
+    return Case(op, "E=2 K=51 float32", prepare, lambda batch: 2**20 * batch)
+
+
+def run(bench: Any, *cases: Case, seconds: float = 60.0) -> dict[str, Any]:
+    return bench.run(CPU, seconds, dry=True, cases=cases)  # type: ignore[no-any-return]
+
+
+def test_a_row_holds_every_provider_its_share_and_the_ratios(
+    bench: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run(bench, case())
+    (row,) = found["rows"]
+    providers = row["providers"]
+    assert providers.keys() == {"kernels", "eager", "compile"}
+    for name, told in providers.items():
+        low, high = told["quartiles"]
+        assert 0 < low <= told["seconds"] <= high
+        assert told["seconds_outside_of_a_graph"] > 0
+        assert row["share_of_copy"][name] == row["floor_seconds"] / told["seconds"]
+    assert row["floor_seconds"] == row["bytes"] / found["machine"]["copy_bytes_per_second"]
+    ratio = providers["compile"]["seconds"] / providers["kernels"]["seconds"]
+    assert row["kernels_speedup_over"]["compile"] == ratio
+    assert row["target"] == {"share": 0.8, "over_compile": None, "bytes_per_parameter": None}
+    assert {p["kind"] for p in found["products"]} == {"bfloat16", "tf32", "float32"}
+    assert {p["K"] for p in found["products"]} > {123, 128}
+    assert found["not_reached"] == 0
+    assert found["aborted"] is None
+    line = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("expected_value"))
+    assert line.endswith(">= 80%")
+
+
+def scaled_gradient(logits: Tensor, atoms: Tensor) -> Tensor:
+    out = expected_value(logits, atoms)
+    return out + 0.02 * (out - out.detach())
+
+
+def last_row_lost(logits: Tensor, atoms: Tensor) -> Tensor:
+    mask = torch.ones_like(logits[..., 0])
+    mask[-1, -1] = 0.0
+    return expected_value(logits, atoms) * mask
+
+
+def broken(logits: Tensor, atoms: Tensor) -> Tensor:
+    raise ValueError("cannot be compiled")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [
+        (lambda logits, atoms: expected_value(logits, 1.01 * atoms), "differs from the twin: result 0"),
+        (scaled_gradient, "differs from the twin: result 1"),
+        (last_row_lost, "differs from the twin: result 0"),
+        (
+            lambda logits, atoms: expected_value(logits, atoms) * float("nan"),
+            "differs from the twin: result 0",
+        ),
+        (broken, "ValueError: cannot be compiled"),
+    ],
+    ids=["value", "gradient", "one row", "nan", "exception"],
+)
+def test_a_wrong_kernel_has_a_reason_and_no_time(
+    kernel: Callable[[Tensor, Tensor], Tensor], reason: str, bench: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row,) = run(bench, case(kernel))["rows"]
+    assert row["providers"]["kernels"].keys() == {"missing"}
+    assert row["providers"]["kernels"]["missing"].startswith(reason)
+    assert row["kernels_speedup_over"] == {}
+    assert "seconds" in row["providers"]["eager"]
+    assert f"    kernels: {reason}" in capsys.readouterr().out
+
+
+def test_the_compiled_twin_is_checked_too(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+        assert options == {"fullgraph": True, "dynamic": False, "backend": "aot_eager"}
+        return lambda *arguments: 1.01 * function(*arguments)
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    (row,) = run(bench, case())["rows"]
+    assert row["providers"]["compile"]["missing"].startswith("differs from the twin")
+    assert "seconds" in row["providers"]["kernels"]
+
+
+def test_only_the_twin_that_the_op_enters_is_compiled_and_it_comes_back(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin, inner = reference.two_hot, reference.expected_value
+    monkeypatch.setattr(reference, "two_hot", outer := lambda x: reference.expected_value(x, x[0]))
+    outer.__module__ = reference.__name__
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    with bench.compiled(lambda: reference.two_hot(torch.ones(2, 3)), "eager"):
+        reference.two_hot(torch.ones(2, 3))
+    assert compiled == [outer]
+    assert (reference.two_hot, reference.expected_value) == (outer, inner)
+    with pytest.raises(AttributeError, match="no_such_twin"), bench.instead({"two_hot": twin}):
+        reference.no_such_twin  # noqa: B018
+    assert reference.two_hot is outer
+
+
+def test_an_op_that_passes_its_twin_by_cannot_be_compared_with_its_compilation(bench: Any) -> None:
+    aside = case()._replace(prepare=lambda device, batch, impl: lambda: torch.ones(batch))
+    (row,) = run(bench, aside)["rows"]
+    assert row["providers"]["compile"] == {
+        "missing": "the op does not call its twin through kernels.reference"
+    }
+
+
+def test_kernels_do_not_run_on_a_cpu_without_the_interpreter(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "INTERPRETED", False)
+    (row,) = run(bench, case())["rows"]
+    assert row["providers"]["kernels"] == {"missing": "not on this device"}
+
+
+def test_liger_is_listed_with_its_reason_for_layer_norm_alone(bench: Any) -> None:
+    rows = run(bench, case(), case(op="bias_layer_norm"))["rows"]
+    assert ["liger" in row["providers"] for row in rows] == [False, True]
+    assert "missing" in rows[1]["providers"]["liger"]
+
+
+def test_liger_in_the_twins_place_computes_what_the_twin_does(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Function:
+        @staticmethod
+        def apply(x: Tensor, weight: Tensor, shift: Tensor, eps: float) -> Tensor:
+            return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, shift, eps)
+
+    module = type(sys)("liger_kernel.ops.layer_norm")
+    module.LigerLayerNormFunction = Function  # type: ignore[attr-defined]
+    for name in ("liger_kernel", "liger_kernel.ops"):
+        monkeypatch.setitem(sys.modules, name, type(sys)(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for lead in ((), (3,)):
+        x, residual = torch.randn(2, *lead, 5, 8)
+        vectors = torch.randn(3, *lead, 8)
+        for options in ({}, {"relu": True}, {"residual": residual}):
+            expected = reference.bias_layer_norm(x, *vectors, **options)
+            with bench.liger():
+                assert reference.bias_layer_norm.__module__ == bench.__name__
+                torch.testing.assert_close(reference.bias_layer_norm(x, *vectors, **options), expected)
+
+
+def test_what_time_does_not_allow_is_counted(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(bench, case(), case(), seconds=0.0)
+    assert found["rows"] == []
+    assert found["not_reached"] == 4  # the second case of an op is not compiled or interpreted in a dry run
+    assert "4 measurements were not made: time was up" in capsys.readouterr().out
+
+
+def test_a_spoilt_device_ends_the_run_and_keeps_what_there_is(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = bench.measure
+
+    def spoilt(subject: Case, device: torch.device, batch: int, name: str, **options: Any) -> dict[str, Any]:
+        if name == "compile":
+            raise RuntimeError("an illegal memory access was encountered")
+        return measure(subject, device, batch, name, **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(bench, "measure", spoilt)
+    found = run(bench, case(), case(op="other"))
+    assert found["aborted"].startswith("expected_value E=2 K=51 float32, compile: an illegal memory access")
+    assert found["not_reached"] == 1
+    assert all("seconds" in row["providers"]["kernels"] for row in found["rows"])
+
+
+def test_the_command_line_writes_rows_with_the_machine(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "all_cases", lambda ops=None: iter([case()]))
+    assert bench.main(["--dry", "--json", str(tmp_path / "kernels.json")]) == 0
+    stored = json.loads((tmp_path / "kernels.json").read_text())
+    assert {"cpu", "gpu", "versions", "commit", "machine", "products"} <= stored.keys()
+    assert stored["rows"][0]["op"] == "expected_value"
+    capsys.readouterr()
+    assert bench.main(["--dry", "--ops", "nothing"]) == 2
+    assert capsys.readouterr().err == "bench_kernels: unknown op nothing; there are expected_value\n"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main([]) == 2
+    assert capsys.readouterr().err == "bench_kernels: torch sees no CUDA device; --dry runs on the CPU\n"
+
+
+def test_targets_are_for_work_that_fills_a_gpu(bench: Any) -> None:
+    subject = case(op="bias_layer_norm")
+    asked = {
+        ("E=2 H=512 bfloat16", 2**20): 1.2,
+        ("E=2 H=1024 float64", 2**20): None,
+        ("E=2 H=256 bfloat16", 2**20): None,
+        ("E=2 H=512 bfloat16", 2**19): None,
+    }
+    for (label, moved), over in asked.items():
+        target = bench.target_of(subject._replace(label=label), moved)
+        assert (target and target.over_compile) == over
+    assert bench.target_of(case(op="tanh_gaussian"), 2**20) is None
+
+
+def test_all_ops_come_first_and_cases_from_all_over_their_lists(bench: Any) -> None:
+    cases = [case(op="a")._replace(label=str(n)) for n in range(8)] + [case(op="b")._replace(label="0")]
+    order = [(rank, c.op, c.label) for rank, c in bench.spread(cases)]
+    assert order == [(0, "a", "0"), (0, "b", "0"), *((i, "a", n) for i, n in enumerate("4261537", 1))]
+
+
+def test_the_optimizer_is_timed_at_136_million_parameters(
+    bench: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subject = case(op="adamw_")._replace(bytes=lambda batch: 38 * 1024 * batch)
+    assert [round(batch * bench.PARAMETERS / 1e6) for batch in bench.batches_of(subject)] == [136, 4]
+    line = str(bench.Row(subject, 132_813, CPU, 4e12, 0, large=True))
+    assert line.endswith(">= 85% and 38 <= 40 B per parameter")
+
+
+def test_real_kernels_agree_with_their_twins_and_have_a_time_in_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    words = ["--dry", "--ops", "ema_", "tanh_gaussian", "--json", str(tmp_path / "kernels.json")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "bench_kernels.py"), *words],
+        cwd=tmp_path,
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    for op in ("ema_", "tanh_gaussian"):
+        providers = next(row["providers"] for row in rows if row["op"] == op)
+        assert all("seconds" in providers[name] for name in ("kernels", "eager", "compile")), providers
