@@ -15,38 +15,53 @@ from .bronet import bronet
 
 if TYPE_CHECKING:
     from .categorical import (
+        categorical_bellman_loss,
+        categorical_bellman_loss_and_gradient,
         categorical_cross_entropy,
         categorical_projection,
         categorical_target,
         expected_value,
+        hl_gauss,
+        hl_gauss_cross_entropy,
         two_hot,
+        two_hot_cross_entropy,
     )
+    from .gather import gather_rows, n_step_rewards
     from .inputs import normalized_embedding, pack_inputs
     from .norm import bias_layer_norm
     from .optimizer import adamw_, ema_
-    from .policy import tanh_gaussian
+    from .policy import standard_normal, tanh_gaussian
 
+FAMILIES = ("categorical", "inputs", "norm", "optimizer", "policy", "gather")
 __all__ = [
     "adamw_",
     "bias_layer_norm",
     "bronet",
+    "categorical_bellman_loss",
+    "categorical_bellman_loss_and_gradient",
     "categorical_cross_entropy",
     "categorical_projection",
     "categorical_target",
     "ema_",
     "expected_value",
+    "gather_rows",
+    "hl_gauss",
+    "hl_gauss_cross_entropy",
+    "n_step_rewards",
     "normalized_embedding",
     "pack_inputs",
     "reference",
+    "standard_normal",
     "tanh_gaussian",
     "two_hot",
+    "two_hot_cross_entropy",
     "use",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for family in ("categorical", "inputs", "norm", "optimizer", "policy"):
+        for family in FAMILIES:
             module = importlib.import_module(f".{family}", __name__)
             if name in module.__all__:
                 globals()[name] = getattr(module, name)

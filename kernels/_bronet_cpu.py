@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._ops import first_derivative
 from .reference import EPS
 
 __all__ = ["bronet_on_cpu"]
@@ -110,11 +111,8 @@ class _BroNet(torch.autograd.Function):
         return torch.baddbmm(parameters[-1].unsqueeze(1), hidden, parameters[-2])
 
     @staticmethod
+    @first_derivative("bronet")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "bronet on a CPU has no second derivative (create_graph=True): use kernels.reference.bronet"
-            )
         x, *parameters = ctx.saved_tensors
         products, outputs, stats = ctx.work.slots[::2], ctx.work.slots[1::2], ctx.stats.slots
         layers = len(products)

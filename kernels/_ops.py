@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._dispatch import observed
 
-__all__ = ["Op"]
+__all__ = ["Op", "first_derivative"]
 
 NAMESPACE = "brc_fast"
 
@@ -56,6 +55,22 @@ def _unflatten(flat: Sequence[Any], shape: Shape) -> tuple[Any, ...]:
         out.append(flat[place] if length is None else list(flat[place : place + length]))
         place += 1 if length is None else length
     return tuple(out)
+
+
+def first_derivative(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a backward refuse create_graph=True, instead of giving gradients cut off from their arguments."""
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{name} has no second derivative (create_graph=True): use kernels.reference.{name}"
+                )
+            return backward(ctx, *grads)
+
+        return checked
+
+    return decorate
 
 
 class Op:
@@ -122,11 +137,11 @@ class Op:
             def vmap(info: Any, in_dims: Sequence[Any], *flat: Any) -> tuple[Any, Any]:
                 return _loop(Transformed.apply, info, (*in_dims[: len(flat) - 1], None), *flat)
 
-        Plain.backward = staticmethod(once_differentiable(flat_backward))  # type: ignore[assignment, no-untyped-call]
-        Transformed.backward = staticmethod(flat_backward)  # type: ignore[assignment]
+        Plain.backward = staticmethod(first_derivative(name)(flat_backward))  # type: ignore[method-assign]
+        Transformed.backward = staticmethod(flat_backward)  # type: ignore[method-assign]
         Plain.__name__ = Plain.__qualname__ = Transformed.__name__ = Transformed.__qualname__ = name
-        self._transformed = Transformed.apply
-        self._plain = None if gradients is None else Plain.apply
+        self._transformed: Any = Transformed.apply
+        self._plain: Any = None if gradients is None else Plain.apply
         self._function = function
         self.library = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
         self.library.register_fake(fake)

@@ -25,14 +25,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import FAMILIES
 from ._cases import Case
 from ._config import assume
 from ._dispatch import INTERPRETED, Launch, recording
 from ._triton import triton
 
-FAMILIES = ("norm", "categorical", "policy", "inputs", "optimizer", "bronet", "gather")
 SHARED_MEMORY = {"80": 166912, "86": 101376, "89": 101376, "90": 232448, "100": 232448, "120": 101376}
 SHARED_MEMORY |= {"gfx942": 65536}
+WIDE_LOAD = r"ld\.global\S*\.v(?:[48]\.b32|[24]\.b64)|cp\.async\.cg"
 POINTERS = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
@@ -59,7 +60,7 @@ class Compiled(NamedTuple):
 def cases(ops: Iterable[str] | None = None) -> Iterator[Case]:
     """Every case of every family, or those of these ops."""
     wanted = None if ops is None else set(ops)
-    for family in FAMILIES:
+    for family in (*FAMILIES, "bronet"):
         for case in importlib.import_module(f".{family}", __package__).cases():
             if wanted is None or case.op in wanted:
                 yield case
@@ -141,7 +142,7 @@ def inspect(code: Any, arch: str) -> dict[str, int]:
         "registers": count(r"Used (\d+) registers"),
         "spilled": count(r"(\d+) bytes spill stores") + count(r"(\d+) bytes spill loads"),
         "wgmma": code.asm["ptx"].count("wgmma.mma_async"),
-        "wide_loads": code.asm["sass"].count("LDG.E.128") if "sass" in code.asm else 0,
+        "wide_loads": len(re.findall(WIDE_LOAD, code.asm["ptx"])),
     }
 
 

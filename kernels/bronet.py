@@ -51,9 +51,10 @@ def _layers(parameters: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     return [parameters[i : i + 4] for i in range(0, len(parameters) - 2, 4)]
 
 
-def _dense_vectors(layer: Sequence[Tensor]) -> list[Tensor]:
-    """The vectors [N, H] of a layer, each dense in its last axis."""
-    return [v if v.stride(-1) == 1 else v.contiguous() for v in layer[1:]]
+def _dense_vectors(layer: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Bias, norm weight and norm bias [N, H] of a layer, each dense in its last axis."""
+    bias, weight, shift = (v if v.stride(-1) == 1 else v.contiguous() for v in layer[1:])
+    return bias, weight, shift
 
 
 def _stacked(x: Tensor, networks: int) -> Tensor:
@@ -161,7 +162,8 @@ def _backward(
         dx = torch.bmm(dproducts[0], parameters[0].mT)
         dx = dx.sum(0) if shared else dx
     if partials is None:
-        return dx, *(x.new_empty(0) for _ in range(5))
+        first, square, vectors, head, bias = (x.new_empty(0) for _ in range(5))
+        return dx, first, square, vectors, head, bias
     kernels = torch.bmm(x.mT, dproducts[0])
     square = x.new_empty(depth - 1, networks, width, width)
     if depth > 1:
@@ -186,7 +188,8 @@ def _backward_fake(
     depth, networks, _, width = products.shape
     dx = x.new_empty(x.shape if wants_dx else (0,))
     if wanted != EVERYTHING:
-        return dx, *(x.new_empty(0) for _ in range(5))
+        first, square, vectors, head, bias = (x.new_empty(0) for _ in range(5))
+        return dx, first, square, vectors, head, bias
     return (
         dx,
         x.new_empty(parameters[0].shape),

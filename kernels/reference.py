@@ -7,7 +7,7 @@ A leading [E] axis on parameters means stacked networks; without it the same cod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ Projection = Callable[[Tensor, Tensor, float], Tensor]
 EPS = 1e-6  # of every LayerNorm
 LOG_STD_MIN = -10.0
 LOG_STD_MAX = 2.0
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The type to compute in: narrower types than float32 become that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def bias_layer_norm(
@@ -33,17 +38,24 @@ def bias_layer_norm(
 
         h = x + bias
         y = weight * (h - mean(h)) / sqrt(var(h) + eps) + shift
-        out = relu(y)  |  residual + y  |  y
+        out = relu(y)  |  residual + y  |  residual + relu(y)  |  y
 
     Args:
-        x: [.., B, H]. bias, weight, shift: [.., H] with the same leading axes. residual: [.., B, H].
+        x: [.., H]. bias, weight, shift: [H], or [E, .., H] with the leading axes of x. residual: as x.
+    Returns:
+        Of the shape and dtype of x.
+    Source: Ba et al. 2016, arXiv:1607.06450, section 3.
     """
-    h = x + bias.unsqueeze(-2)
+
+    def over_rows(p: Tensor) -> Tensor:
+        return p.reshape(*p.shape[:-1], *[1] * (x.dim() - p.dim()), p.shape[-1])
+
+    h = x + over_rows(bias)
     normed = F.layer_norm(h, h.shape[-1:], eps=eps)
-    y = torch.addcmul(shift.unsqueeze(-2), normed, weight.unsqueeze(-2))
+    y = torch.addcmul(over_rows(shift), normed, over_rows(weight))
     if relu:
         y = y.relu()
-    return y if residual is None else residual + y
+    return (y if residual is None else residual + y).to(x.dtype)
 
 
 def bronet(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -68,7 +80,7 @@ def bronet(x: Tensor, *parameters: Tensor) -> Tensor:
         hidden = bias_layer_norm(torch.matmul(x, kernel), bias, weight, shift, relu=True)
         kernel, bias, weight, shift = second
         x = bias_layer_norm(torch.matmul(hidden, kernel), bias, weight, shift, residual=x)
-    return torch.baddbmm(head_bias.unsqueeze(1), x, head_kernel)
+    return torch.baddbmm(head_bias.to(x.dtype).unsqueeze(1), x, head_kernel)
 
 
 def categorical_projection(probs: Tensor, positions: Tensor, v_max: float) -> Tensor:
@@ -78,17 +90,19 @@ def categorical_projection(probs: Tensor, positions: Tensor, v_max: float) -> Te
     positions beyond the support are clipped to its ends, so that the mass of every row is kept.
 
     Args:
-        probs: [B, K] mass. positions: [B, K] where that mass sits, in units of return.
+        probs: [.., K] mass. positions: [.., K] where that mass sits, in units of return.
     Returns:
-        [B, K] mass on the atoms.
+        [.., K] mass on the atoms: float64 for float64 probs, else float32.
     Source: Bellemare et al. 2017, arXiv:1707.06887, section 4.
     """
+    probs = _wide(probs)
+    positions = positions.to(probs.dtype)
     num_atoms = probs.shape[-1]
     spacing = 2.0 * v_max / (num_atoms - 1)
     index = (positions.clamp(-v_max, v_max) + v_max).div(spacing).clamp_(0.0, num_atoms - 1)
     lower = index.floor()
     upper_share = index - lower
-    lower_index = lower.long()
+    lower_index = lower.long().clamp_(0, num_atoms - 1)  # NaN too has an index
     upper_mass = probs * upper_share
     target = torch.zeros_like(probs)
     target.scatter_add_(-1, lower_index, probs - upper_mass)
@@ -116,10 +130,13 @@ def categorical_target(
         next_logits: [E, B, K] of the target critic. rewards, next_log_probs: [B].
         discounts: [B], the discount times the mask. atoms: [K]. project: the projection to use.
     Returns:
-        [B, K] probabilities.
+        [B, K] probabilities: float64 for float64 logits, else float32.
     Source: Nauman et al. 2025, arXiv:2505.23150.
     """
-    probs = next_logits.softmax(-1).mean(0)
+    probs = _wide(next_logits).softmax(-1).mean(0)
+    atoms, rewards, discounts, next_log_probs = (
+        x.to(probs.dtype) for x in (atoms, rewards, discounts, next_log_probs)
+    )
     values = atoms - (temperature * next_log_probs).unsqueeze(-1)  # [B, K]
     positions = torch.addcmul(rewards.unsqueeze(-1), discounts.unsqueeze(-1), values)
     return project(probs, positions, v_max)
@@ -133,53 +150,199 @@ def categorical_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: [.., B, K]. target: [B, K], mass 1 per row, gets no gradient.
     Returns:
-        [.., B].
+        [.., B]: float64 for float64 logits, else float32.
     """
-    return -(target.detach() * logits.log_softmax(-1)).sum(-1)
+    logits = _wide(logits)
+    return -(target.detach().to(logits.dtype) * logits.log_softmax(-1)).sum(-1)
+
+
+def categorical_bellman_loss(
+    logits: Tensor,
+    next_logits: Tensor,
+    rewards: Tensor,
+    discounts: Tensor,
+    next_log_probs: Tensor,
+    temperature: Tensor | float,
+    atoms: Tensor,
+    v_max: float,
+) -> Tensor:
+    """Cross-entropy of `categorical_target` against each member; only the logits get a gradient.
+
+    Args:
+        logits: [E, B, K]. next_logits: [E', B, K]. The others: as in `categorical_target`.
+    Returns:
+        [E, B]: float64 for float64 logits, else float32.
+    Source: Nauman et al. 2025, arXiv:2505.23150.
+    """
+    target = categorical_target(next_logits, rewards, discounts, next_log_probs, temperature, atoms, v_max)
+    return categorical_cross_entropy(logits, target)
+
+
+def categorical_bellman_loss_and_gradient(
+    logits: Tensor,
+    next_logits: Tensor,
+    rewards: Tensor,
+    discounts: Tensor,
+    next_log_probs: Tensor,
+    temperature: Tensor | float,
+    atoms: Tensor,
+    v_max: float,
+    *,
+    scale: Tensor | float = 1.0,
+    columns: int | None = None,
+    project: Projection = categorical_projection,
+) -> tuple[Tensor, Tensor]:
+    """`categorical_bellman_loss`, and scale * (softmax(logits) - target), without autograd.
+
+    Args:
+        scale: of the gradient. columns: of the gradient's rows, 0 beyond K. The others: as above.
+    Returns:
+        losses [E, B], float64 for float64 logits, else float32; gradient [E, B, columns] of the dtype of the
+        logits.
+    """
+    target = categorical_target(
+        next_logits, rewards, discounts, next_log_probs, temperature, atoms, v_max, project
+    ).detach()
+    log_probs = _wide(logits.detach()).log_softmax(-1)
+    target = target.to(log_probs.dtype)
+    grad = (log_probs.exp() - target).mul_(scale).to(logits.dtype)
+    missing = 0 if columns is None else columns - logits.shape[-1]
+    return -(target * log_probs).sum(-1), F.pad(grad, (0, missing)) if missing else grad
 
 
 def expected_value(logits: Tensor, atoms: Tensor) -> Tensor:
     """Mean of the categorical distribution: `sum_k softmax(logits)_k * z_k`, [.., K] -> [..].
 
+    float64 for float64 logits, else float32.
     Source: Bellemare et al. 2017, arXiv:1707.06887, section 2.
     """
-    return logits.softmax(-1) @ atoms
+    probs = _wide(logits).softmax(-1)
+    return probs @ atoms.to(probs.dtype)
 
 
 def two_hot(values: Tensor, num_atoms: int, v_max: float) -> Tensor:
-    """Scalars [..] as mass [.., K] on the two atoms around them (on the end atoms beyond the support)."""
+    """Scalars [..] as mass [.., K] on the two atoms around them (on the end atoms beyond the support).
+
+    float64 for float64 values, else float32.
+    """
+    values = _wide(values)
     spacing = 2.0 * v_max / (num_atoms - 1)
     index = (values.clamp(-v_max, v_max) + v_max).div(spacing).clamp_(0.0, num_atoms - 1).unsqueeze(-1)
     lower = index.floor()
+    lower_index = lower.long().clamp_(0, num_atoms - 1)  # NaN too has an index
     out = torch.zeros(*values.shape, num_atoms, dtype=values.dtype, device=values.device)
-    out.scatter_add_(-1, lower.long(), 1.0 - (index - lower))
-    return out.scatter_add_(-1, (lower.long() + 1).clamp_max_(num_atoms - 1), index - lower)
+    out.scatter_add_(-1, lower_index, 1.0 - (index - lower))
+    return out.scatter_add_(-1, (lower_index + 1).clamp_max_(num_atoms - 1), index - lower)
 
 
-def tanh_gaussian(mean: Tensor, raw_log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def hl_gauss(values: Tensor, num_atoms: int, v_max: float, sigma: float) -> Tensor:
+    """Scalars [..] as the masses [.., K] of a normal distribution in a bin around each atom.
+
+        out_k = (Phi((e_{k+1} - v) / sigma) - Phi((e_k - v) / sigma)) / (the same with e_K and e_0)
+
+    with v the value, clipped to [-v_max, v_max], and e_0 .. e_K the edges of K bins as wide as the spacing of
+    the atoms, each with an atom in its middle. float64 for float64 values, else float32.
+
+    Args:
+        sigma: in units of return.
+    Source: Farebrother et al. 2024, arXiv:2403.03950, section 3.1.
+    """
+    values = _wide(values).clamp(-v_max, v_max).unsqueeze(-1)
+    half = v_max / (num_atoms - 1)
+    edges = torch.linspace(
+        -v_max - half, v_max + half, num_atoms + 1, dtype=values.dtype, device=values.device
+    )
+    below = torch.erf((edges - values) / (math.sqrt(2.0) * sigma))
+    return below.diff(dim=-1) / (below[..., -1:] - below[..., :1])
+
+
+def two_hot_cross_entropy(logits: Tensor, values: Tensor, v_max: float) -> Tensor:
+    """Cross-entropy of `two_hot(values)`: logits [.., K], values [..] or [B] -> [..]."""
+    target = two_hot(values.detach().to(_wide(logits).dtype), logits.shape[-1], v_max)
+    return -(target * _wide(logits).log_softmax(-1)).sum(-1)
+
+
+def hl_gauss_cross_entropy(logits: Tensor, values: Tensor, v_max: float, sigma: float) -> Tensor:
+    """Cross-entropy of `hl_gauss(values)`: logits [.., K], values [..] or [B] -> [..]."""
+    target = hl_gauss(values.detach().to(_wide(logits).dtype), logits.shape[-1], v_max, sigma)
+    return -(target * _wide(logits).log_softmax(-1)).sum(-1)
+
+
+def philox(seed: Tensor, offset: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four random words of 32 bits per index: Philox4x32-10, counter (index, offset), key seed.
+
+    Args:
+        seed, offset, index: int64, of shapes that broadcast; the low half of each is its first word.
+    Returns:
+        Four tensors of int64 in [0, 2^32).
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
+    """
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = index & low, index >> 32 & low, offset & low, offset >> 32 & low
+    k0, k1 = seed & low, seed >> 32 & low
+    for _ in range(10):
+        # the multipliers less 2^32, so that products fit into int64; their high halves get the word back
+        a, b = c0 * (0xD2511F53 - 2**32), c2 * (0xCD9E8D57 - 2**32)
+        c0, c2 = ((b >> 32) + c2) ^ c1 ^ k0, ((a >> 32) + c0) ^ c3 ^ k1
+        c1, c3 = b & low, a & low
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    return c0, c1, c2, c3
+
+
+def standard_normal(rng: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normals, a pure function of `rng`: element i of the flattened result is
+
+        sqrt(-2 log u) * cos(2 pi v),   u, v = (floor(w / 2^9) + 1/2) / 2^23
+
+    with w the first and the second word of `philox` for index i. u and v lie inside of (0, 1); no |normal|
+    exceeds 5.77.
+
+    Args:
+        rng: [2] int64, seed and offset. One call uses one offset: add 1 to it before the next.
+        dtype: of the result; computed in float32, or in float64 for float64.
+    Source: Box and Muller 1958.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    index = torch.arange(math.prod(shape), device=rng.device)
+    first, second, _, _ = philox(rng[0], rng[1], index)
+    u, v = (((word >> 9).to(wide) + 0.5) * 2.0**-23 for word in (first, second))
+    return ((-2.0 * u.log()).sqrt() * (2.0 * math.pi * v).cos()).to(dtype).reshape(tuple(shape))
+
+
+def tanh_gaussian(
+    mean: Tensor, raw_log_std: Tensor, noise: Tensor | None = None, *, rng: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Sample of a tanh-squashed Gaussian and its log-probability.
 
         log_std = LOG_STD_MIN + (LOG_STD_MAX - LOG_STD_MIN) * (1 + tanh(raw_log_std)) / 2
         u       = mean + exp(log_std) * noise,   a = tanh(u)
         log pi  = sum_A [-noise^2 / 2 - log_std - log(2 pi) / 2 - log(1 - a^2)]
 
-    The last term is computed as 2 * (log 2 - u - softplus(-2 u)), which is finite for every u.
+    The last term is computed as 2 * (log 2 - u - softplus(-2 u)), which is finite for every u. Narrower types
+    than float32 are widened to it first.
 
     Args:
-        mean, raw_log_std, noise: [B, A]; noise is standard normal and gets no gradient.
+        mean, raw_log_std, noise: [.., A]; noise is standard normal and gets no gradient.
+        rng: in its place, what `standard_normal` draws the noise from.
     Returns:
-        actions [B, A] in [-1, 1] and log-probabilities [B].
+        actions [.., A] in [-1, 1], of the dtype of mean, and log-probabilities [..], float32 or float64.
     Source: Haarnoja et al. 2018, arXiv:1812.05905, appendix C.
     """
+    dtype, wide = mean.dtype, torch.promote_types(mean.dtype, torch.float32)
+    if noise is None:
+        if rng is None:
+            raise ValueError("one of noise and rng is needed, got neither")
+        noise = standard_normal(rng, mean.shape, wide)
+    mean, raw_log_std, noise = mean.to(wide), raw_log_std.to(wide), noise.detach().to(wide)
     log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (1.0 + raw_log_std.tanh())
     u = torch.addcmul(mean, log_std.exp(), noise)
     log_slope = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
     per_dim = -0.5 * noise.square() - log_std - log_slope
-    return u.tanh(), per_dim.sum(-1) - 0.5 * math.log(2.0 * math.pi) * mean.shape[-1]
+    return u.tanh().to(dtype), per_dim.sum(-1) - 0.5 * math.log(2.0 * math.pi) * mean.shape[-1]
 
 
 def normalized_embedding(table: Tensor, task_ids: Tensor, norm: str = "l2") -> Tensor:
-    """Rows of the task embedding divided by their norm: table [T, D], task_ids [B] -> [B, D].
+    """Rows of the task embedding divided by their norm: table [T, D], task_ids [..] -> [.., D].
 
     `norm` is "l2" (the published code) or "l1" (reported of the paper).
     """
@@ -194,13 +357,18 @@ def pack_inputs(
     table: Tensor | None = None,
     task_ids: Tensor | None = None,
     norm: str = "l2",
+    *,
+    width: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """One network input [observation, action, normalised task embedding], each part where given.
+    """One network input [observation, action, normalised task embedding, zeros], each part where given.
 
     Args:
-        observations: [B, O]. actions: [B, A]. table: [T, D] with task_ids [B].
+        observations: [.., O]. actions: [.., A]. table: [T, D] with task_ids [..].
+        width: of the result, O + A + D by default. dtype: of the result, that of the observations by default.
     Returns:
-        [B, O + A + D]. Gradients reach the actions and the table.
+        [.., width]; the observations themselves where there is nothing to do. Gradients reach the
+        observations, the actions and the table.
     """
     parts = [observations]
     if actions is not None:
@@ -209,7 +377,24 @@ def pack_inputs(
         if task_ids is None:
             raise ValueError("task_ids [B] are needed with a task embedding table, got None")
         parts.append(normalized_embedding(table, task_ids, norm))
-    return torch.cat(parts, -1) if len(parts) > 1 else observations
+    missing = 0 if width is None else width - sum(part.shape[-1] for part in parts)
+    if missing:
+        parts.append(observations.new_zeros(*observations.shape[:-1], missing))
+    packed = torch.cat(parts, -1) if len(parts) > 1 else observations
+    return packed.to(dtype or observations.dtype)
+
+
+def clipped(grad: Tensor, max_norm: float | Tensor | None, gradient_norm: Tensor | None) -> Tensor:
+    """The gradient scaled to an L2 norm of at most `max_norm`; its own norm goes to `gradient_norm`.
+
+    The factor is min(1, max_norm / (norm + 1e-6)), that of torch.nn.utils.clip_grad_norm_.
+    """
+    if max_norm is None and gradient_norm is None:
+        return grad
+    norm: Tensor = torch.linalg.vector_norm(grad)
+    if gradient_norm is not None:
+        gradient_norm.copy_(norm)
+    return grad if max_norm is None else grad * (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def adamw_(
@@ -219,33 +404,49 @@ def adamw_(
     exp_avg_sq: Tensor,
     step: Tensor,
     *,
-    learning_rate: float,
+    learning_rate: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    target: Tensor | None = None,
+    tau: float | Tensor = 0.005,
+    low: Tensor | None = None,
+    target_low: Tensor | None = None,
+    max_norm: float | Tensor | None = None,
+    gradient_norm: Tensor | None = None,
 ) -> None:
-    """One AdamW step in place (Adam with weight_decay 0), over one flat buffer.
+    """One AdamW step in place (Adam with weight_decay 0) over one flat buffer; then target and copies.
 
+        g = min(1, max_norm / (|grad| + 1e-6)) * grad, or grad without max_norm
         m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
         p -= learning_rate * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * p)
+        target += tau * (p - target),   low = p,   target_low = target,   gradient_norm = |grad|
 
     Args:
-        param, grad, exp_avg, exp_avg_sq: [P]. step: 0-d tensor, t - 1 on entry and t on return.
+        param, grad, exp_avg, exp_avg_sq, target, low, target_low: [P]. step: 0-d tensor, t - 1 on entry and t
+            on return. gradient_norm: 0-d, of the gradient before it is clipped.
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
     step += 1
     beta1, beta2 = betas
+    grad = clipped(grad.to(param.dtype), max_norm, gradient_norm)
     exp_avg.lerp_(grad, 1.0 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
     count = step.to(torch.float64)
     denominator = (exp_avg_sq / (1.0 - beta2**count)).sqrt_().add_(eps)
     update = (exp_avg / (1.0 - beta1**count)).div_(denominator).add_(param, alpha=weight_decay)
-    param.sub_(update, alpha=learning_rate)
+    param.sub_(learning_rate * update)
+    if low is not None:
+        low.copy_(param)
+    if target is not None:
+        ema_(target, param, tau, low=target_low)
 
 
-def ema_(target: Tensor, param: Tensor, tau: float) -> None:
-    """Move a target network: `target = (1 - tau) * target + tau * param`, in place over [P]."""
-    target.lerp_(param, tau)
+def ema_(target: Tensor, param: Tensor, tau: float | Tensor, *, low: Tensor | None = None) -> None:
+    """Move a target network in place over [P]: `target += tau * (param - target)`, low = target."""
+    target.lerp_(param, tau.to(target) if isinstance(tau, Tensor) else tau)
+    if low is not None:
+        low.copy_(target)
 
 
 def gather_rows(

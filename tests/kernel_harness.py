@@ -45,7 +45,7 @@ def outputs_and_gradients(
 def assert_close_to_truth(mine: Tensor, exact: Tensor, plain: Tensor, told: str = "") -> None:
     """`mine` is as near to the float64 truth as the twin in the same dtype, within a factor of two.
 
-        max|mine - exact| <= 2 max|plain - exact| + ROUNDINGS * eps(dtype) * max|exact|
+    max|mine - exact| <= 2 max|plain - exact| + ROUNDINGS * eps(dtype) * max|exact|
     """
     assert mine.shape == exact.shape, f"{told}: shape {list(mine.shape)}, expected {list(exact.shape)}"
     assert mine.dtype == plain.dtype, f"{told}: {mine.dtype}, expected {plain.dtype}"

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
+from brc_fast import kernels
 from brc_fast.kernels import _config, _dispatch, aot
 from brc_fast.kernels._triton import jit, tl
 
@@ -24,7 +25,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("family", aot.FAMILIES)
+@pytest.mark.parametrize("family", [*kernels.FAMILIES, "bronet"])
 def test_the_kernels_of_a_family_fit_an_h200(family: str) -> None:
     cases = importlib.import_module(f"brc_fast.kernels.{family}").cases()
     rows = list(aot.compile_all("90", cases))
@@ -125,7 +126,5 @@ def test_the_command_refuses_what_it_cannot_do_in_one_line() -> None:
 
 
 def test_every_public_op_has_a_case() -> None:
-    from brc_fast import kernels
-
     public = set(kernels.__all__) - {"reference", "use"}
     assert public <= {case.op for case in aot.cases()}

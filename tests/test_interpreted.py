@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-OF_KERNELS = [path.name for path in sorted(HERE.glob("test_*.py")) if "kernel_device: str" in path.read_text()]
+FILES = [path for path in sorted(HERE.glob("test_*.py")) if path != Path(__file__).resolve()]
+OF_KERNELS = [path.name for path in FILES if "kernel_device: str" in path.read_text()]
 RECORDED = "test_published_update.py"
 Done = subprocess.CompletedProcess[str]
 

@@ -47,7 +47,9 @@ def test_updates_give_the_losses_and_parameters_of_the_twins(
         assert a.keys() == b.keys()
         for name in a:
             close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
-            torch.testing.assert_close(a[name], b[name], **close, msg=lambda told, name=name: f"{name}: {told}")
+            torch.testing.assert_close(
+                a[name], b[name], **close, msg=lambda told, name=name: f"{name}: {told}"
+            )
     for a, b in zip(ours, twins, strict=True):
         assert (a - b).norm() <= TOLERANCE[dtype] * b.norm() + TOLERANCE[dtype]
     assert (ours[-1].exp() - 0.1).abs() > 5e-4  # the temperature has left its start: steps were made

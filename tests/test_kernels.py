@@ -241,10 +241,9 @@ def test_the_compiled_projection_takes_strided_and_batched_rows() -> None:
 def test_second_derivatives_of_the_fast_forms_are_refused(op) -> None:
     a, b = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
     out = op(a, b, torch.randn(4, 3))
-    total = sum(part.sin().sum() for part in out) if isinstance(out, tuple) else out.sin().sum()
-    (grad,) = torch.autograd.grad(total, a, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    total = sum(part.sum() for part in out) if isinstance(out, tuple) else out.sum()
+    with pytest.raises(RuntimeError, match=r"no second derivative .*: use kernels.reference."):
+        torch.autograd.grad(total, a, create_graph=True)
 
 
 def test_a_graph_kept_alive_keeps_its_activations_while_others_run() -> None:
