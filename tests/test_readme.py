@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+KERNELS = (ROOT / "kernels" / "README.md").read_text()
 
 
 def test_the_example_runs_and_learns_from_its_own_transitions() -> None:
@@ -48,3 +49,17 @@ def test_make_demo_and_make_test_stand_on_the_first_screen_and_every_make_target
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for name in re.findall(r"(?:^    |`)make ([a-z-]+)", README, re.MULTILINE):
         assert name in targets, name
+
+
+def test_the_examples_of_the_kernels_run() -> None:
+    for code in (examples()[2], re.findall(r"```python\n(.*?)```", KERNELS, re.DOTALL)[0]):
+        names: dict[str, Any] = {}
+        exec(compile(code, "README.md", "exec"), names)
+        assert names["logits"].grad.abs().sum() > 0
+
+
+def test_the_kernels_readme_names_every_op() -> None:
+    from brc_fast import kernels
+
+    for name in set(kernels.__all__) - {"reference", "use"}:
+        assert f"`{name}`" in KERNELS or name.endswith("_cross_entropy"), name
