@@ -219,7 +219,7 @@ def _bellman_target(  # type: ignore[no-untyped-def]
     place = source.to(dtype)
     near = K - source
     t = tl.zeros_like(place)
-    for n in tl.static_range(3):  # all there are for a slope above 2/3
+    for n in tl.static_range(3):  # all there are for a slope of 0.67 or more
         t = _add_source(t, spots, maxima, shares, place, n, near, s3, c3, j3, E)
     for n in range(3, tl.max(count, 0).to(tl.int32)):
         t = _add_source(t, spots, maxima, shares, place, n, near, s3, c3, j3, E)
@@ -534,8 +534,8 @@ def _tile(
     block_k = next_power_of_2(columns)
     width = tiles * block_k * (2 if x.dtype == torch.float64 else 1)
     # One warp per program: sums over a row stay inside of it. 512 numbers, 16 per lane, leave registers for
-    # 32 warps per multiprocessor, which together read enough at a time to fill the memory's pipes. More warps
-    # where a single row would take too many registers, but no more lanes than atoms.
+    # some 30 warps per multiprocessor, which together read enough at a time to fill the memory's pipes. More
+    # warps where a single row would take too many registers, but no more lanes than atoms.
     few = 16 if architecture(x.device) == "cpu" else max(1, 512 // width)
     warps = min(8, max(1, block_k // 64), next_power_of_2(-(-width // 1024)))
     config = configuration(name, columns, x.dtype, x.device, {"BLOCK_B": few, "num_warps": warps})
