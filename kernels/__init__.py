@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from .categorical import (
         categorical_bellman_loss,
         categorical_bellman_loss_and_gradient,
-        categorical_cross_entropy,
-        categorical_projection,
         categorical_target,
+    )
+    from .cross_entropy import (
+        categorical_cross_entropy,
         expected_value,
         hl_gauss,
         hl_gauss_cross_entropy,
@@ -31,8 +32,18 @@ if TYPE_CHECKING:
     from .norm import bias_layer_norm
     from .optimizer import adamw_, ema_
     from .policy import standard_normal, tanh_gaussian
+    from .projection import categorical_projection
 
-FAMILIES = ("categorical", "inputs", "norm", "optimizer", "policy", "gather")
+FAMILIES = (
+    "categorical",
+    "cross_entropy",
+    "projection",
+    "inputs",
+    "norm",
+    "optimizer",
+    "policy",
+    "gather",
+)
 __all__ = [
     "adamw_",
     "bias_layer_norm",

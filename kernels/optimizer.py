@@ -38,6 +38,7 @@ from . import reference
 from ._cases import Case
 from ._config import architecture, configuration, processors
 from ._dispatch import chosen, launch, observed, takes_kernels
+from ._numerics import scalar
 from ._ops import NAMESPACE
 from ._triton import jit, tl
 
@@ -49,15 +50,6 @@ FLOATS = (*WIDE, *LOW)
 Dtypes = tuple[torch.dtype, ...]
 Given = dict[str, tuple[Any, Dtypes]]  # name: argument, and what it may be of
 SUMS = 1024  # partial sums that a program adds up at a time
-
-
-@jit
-def _scalar(x_ptr, x, dtype):  # type: ignore[no-untyped-def]
-    """The number at an address, or x where there is none."""
-    if x_ptr is not None:
-        return tl.load(x_ptr).to(dtype)
-    else:
-        return tl.full((), x, dtype)
 
 
 @jit
@@ -137,14 +129,14 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
         norm = _norm(partial_ptr, N, BLOCK_N)
         if norm_ptr is not None:
             tl.store(norm_ptr, norm, mask=program == 0)
-        clip = _scalar(max_norm_ptr, max_norm, dtype) / (norm + 1e-6)
+        clip = scalar(max_norm_ptr, max_norm, dtype) / (norm + 1e-6)
         clip = tl.where(clip > 1.0, 1.0, clip)  # NaN stays NaN
     t = step.to(dtype)
     mean_scale = 1.0 / _correction(t, LOG_BETA1)
     root_scale = 1.0 / tl.sqrt(_correction(t, LOG_BETA2))
-    rate = _scalar(learning_rate_ptr, learning_rate, dtype)
+    rate = scalar(learning_rate_ptr, learning_rate, dtype)
     if target_ptr is not None:
-        share = _scalar(tau_ptr, tau, dtype)
+        share = scalar(tau_ptr, tau, dtype)
     squares = tl.zeros([BLOCK_P], dtype)
     whole = P // BLOCK_P * BLOCK_P
     each = tl.arange(0, BLOCK_P).to(tl.int64)  # there may be more than 2**31 parameters
@@ -214,7 +206,7 @@ def _finish_kernel(step_ptr, norm_ptr, partial_ptr, N, BLOCK_N: tl.constexpr):  
 
 @jit
 def _ema_kernel(target_ptr, param_ptr, low_ptr, tau_ptr, tau, P, BLOCK_P: tl.constexpr):  # type: ignore[no-untyped-def]
-    share = _scalar(tau_ptr, tau, target_ptr.dtype.element_ty)
+    share = scalar(tau_ptr, tau, target_ptr.dtype.element_ty)
     whole = P // BLOCK_P * BLOCK_P
     each = tl.arange(0, BLOCK_P).to(tl.int64)
     for TAIL in tl.static_range(2):

@@ -23,7 +23,7 @@ from kernel_harness import (
 from torch import Tensor
 
 from brc_fast import kernels
-from brc_fast.kernels import _config, categorical, reference
+from brc_fast.kernels import _categorical, _config, categorical, cross_entropy, projection, reference
 from brc_fast.kernels._dispatch import recording
 
 V_MAX = 10.0
@@ -107,7 +107,7 @@ def bellman(name: str, **options: Any) -> tuple[Callable[..., Any], Callable[...
     """A Bellman op through the kernels, and its twin, as functions of all tensors but the atoms."""
 
     def kernel(*tensors: Tensor) -> Any:
-        op = getattr(categorical, name)
+        op = getattr(kernels, name)
         return op(*tensors, atoms_of(tensors[0]), V_MAX, **options, impl="triton")
 
     return kernel, lambda *tensors: getattr(reference, name)(*tensors, atoms_of(tensors[0]), V_MAX, **options)
@@ -122,7 +122,7 @@ def run(name: str, *last: Any, **options: Any) -> tuple[Callable[..., Any], Call
     """An op through the kernels, and its twin, as functions of tensors alone."""
 
     def kernel(*tensors: Tensor) -> Any:
-        return getattr(categorical, name)(*tensors, *last, **options, impl="triton")
+        return getattr(kernels, name)(*tensors, *last, **options, impl="triton")
 
     return kernel, lambda *tensors: getattr(reference, name)(*tensors, *last, **options)
 
@@ -146,7 +146,7 @@ def test_the_target_is_its_definition_for_every_discount(kernel_device: str, num
         tensors = on(kernel_device, dtype, next_logits, rewards, discounts, log_probs)
         atoms = support(num_atoms).to(tensors[0])
         with _config.trial("categorical_target", {"BLOCK_B": 64, "num_warps": 4}):
-            out = categorical.categorical_target(*tensors, 0.1, atoms, V_MAX, impl="triton")
+            out = kernels.categorical_target(*tensors, 0.1, atoms, V_MAX, impl="triton")
         assert out.dtype == dtype
         exact = bellman_target(*(x.to(dtype).double() for x in tensors), 0.1, V_MAX)
         # an index near K is rounded by K * 2**-24, and mass moves by that much
@@ -163,7 +163,7 @@ def test_the_target_keeps_exact_hits_the_mean_and_the_ends(kernel_device: str) -
     rewards = torch.tensor([0.0, 0.4, -0.4, 50.0], dtype=torch.float64)
     discounts = torch.tensor([1.0, 1.0, 0.9, 1.0], dtype=torch.float64)
     tensors = on(kernel_device, torch.float32, next_logits, rewards, discounts, torch.zeros(4))
-    out = categorical.categorical_target(*tensors, 0.5, z.to(tensors[0]), V_MAX, impl="triton").cpu().double()
+    out = kernels.categorical_target(*tensors, 0.5, z.to(tensors[0]), V_MAX, impl="triton").cpu().double()
     probs = next_logits.float().double().softmax(-1).mean(0)
     torch.testing.assert_close(out[0], probs[0], rtol=0, atol=1e-7)  # every atom hits itself
     torch.testing.assert_close(out[1, 2:-1], probs[1, :-3], rtol=0, atol=1e-6)  # and two atoms further up
@@ -230,7 +230,7 @@ def test_the_loss_without_autograd_gives_the_scaled_gradient_in_padded_rows(
     assert (grad[..., 21:] == 0).all()
     tensors = on(kernel_device, dtype, *inputs)
     atoms = atoms_of(tensors[0])
-    call = partial(categorical.categorical_bellman_loss_and_gradient, *tensors, atoms, V_MAX, impl="triton")
+    call = partial(kernels.categorical_bellman_loss_and_gradient, *tensors, atoms, V_MAX, impl="triton")
     scale = torch.tensor(0.3, dtype=torch.float64, device=kernel_device)
     for again, other in (call(scale=scale, columns=24), call(scale=0.3, columns=40)):
         torch.testing.assert_close(again, losses)
@@ -274,11 +274,11 @@ def test_the_rows_of_a_program_do_not_matter(kernel_device: str, block: int) -> 
     calls = {
         "categorical_bellman_loss": lambda: PAIR(*tensors),
         "categorical_target": lambda: TARGET(*tensors[1:]),
-        "expected_value": lambda: categorical.expected_value(tensors[0], atoms_of(tensors[0]), impl="triton"),
-        "categorical_cross_entropy_backward": lambda: categorical._cross_entropy_backward(
+        "expected_value": lambda: kernels.expected_value(tensors[0], atoms_of(tensors[0]), impl="triton"),
+        "categorical_cross_entropy_backward": lambda: cross_entropy._cross_entropy_backward(
             grad, tensors[0], values, V_MAX, 0.5
         ),
-        "value_encoding": lambda: categorical.hl_gauss(values, 21, V_MAX, 0.5, impl="triton"),
+        "value_encoding": lambda: kernels.hl_gauss(values, 21, V_MAX, 0.5, impl="triton"),
     }
     for name, call in calls.items():
         usual = call()
@@ -301,8 +301,8 @@ def test_every_op_is_one_launch_each_way(kernel_device: str) -> None:
         assert len(launches) == 3
         TARGET(*tensors[1:])
         PAIR(*tensors)
-        categorical.hl_gauss_cross_entropy(tensors[0], tensors[2], V_MAX, 1.0, impl="triton").sum().backward()
-        categorical.expected_value(tensors[0], atoms_of(tensors[0]), impl="triton").sum().backward()
+        kernels.hl_gauss_cross_entropy(tensors[0], tensors[2], V_MAX, 1.0, impl="triton").sum().backward()
+        kernels.expected_value(tensors[0], atoms_of(tensors[0]), impl="triton").sum().backward()
         assert len(launches) == 9
 
 
@@ -328,9 +328,9 @@ def test_a_nan_stays_in_its_row(kernel_device: str) -> None:
     values = torch.tensor([1.0, NAN, INF], device=kernel_device)
     same = values[:, None].expand(3, 5)
     for out in (
-        categorical.two_hot(values, 5, V_MAX, impl="triton"),
-        categorical.hl_gauss(values, 5, V_MAX, 1.0, impl="triton"),
-        categorical.categorical_projection(torch.full_like(same, 0.2), same, V_MAX, impl="triton"),
+        kernels.two_hot(values, 5, V_MAX, impl="triton"),
+        kernels.hl_gauss(values, 5, V_MAX, 1.0, impl="triton"),
+        kernels.categorical_projection(torch.full_like(same, 0.2), same, V_MAX, impl="triton"),
     ):
         assert out[1].isnan().all()
         torch.testing.assert_close(out[[0, 2]].sum(-1), torch.ones(2, device=kernel_device))
@@ -353,9 +353,9 @@ def test_extreme_logits_stay_finite(kernel_device: str, far: float, dtype: torch
         grad[0].cpu().double(), exact.softmax(-1) - target.cpu(), rtol=0, atol=1e-2 if far > 1e5 else 1e-3
     )
     atoms = torch.tensor([-1.0, 0.0, 1.0], device=kernel_device)
-    assert categorical.expected_value(logits, atoms, impl="triton").tolist() == [[-1.0, 0.0]]
+    assert kernels.expected_value(logits, atoms, impl="triton").tolist() == [[-1.0, 0.0]]
     zeros = torch.zeros(2, device=kernel_device)
-    out = categorical.categorical_target(logits, zeros, zeros + 1.0, zeros, 0.0, atoms, 1.0, impl="triton")
+    out = kernels.categorical_target(logits, zeros, zeros + 1.0, zeros, 0.0, atoms, 1.0, impl="triton")
     torch.testing.assert_close(out.cpu().double(), exact.softmax(-1), rtol=0, atol=1e-6)
 
 
@@ -478,10 +478,10 @@ def test_rows_may_lie_anyhow_in_memory(kernel_device: str) -> None:
     target = normal(3, 5).softmax(-1).to(dtype).to(device)
     ops: list[Callable[[Tensor, Tensor], Tensor]] = [
         lambda x, y: LOSS(x, y, *rest),
-        lambda x, _: categorical.categorical_cross_entropy(x, target, impl="triton"),
-        lambda x, y: categorical.categorical_cross_entropy(x, y.detach().softmax(-1), impl="triton"),
-        lambda x, _: categorical.two_hot_cross_entropy(x, values, V_MAX, impl="triton"),
-        lambda x, _: categorical.expected_value(x, atoms, impl="triton"),
+        lambda x, _: kernels.categorical_cross_entropy(x, target, impl="triton"),
+        lambda x, y: kernels.categorical_cross_entropy(x, y.detach().softmax(-1), impl="triton"),
+        lambda x, _: kernels.two_hot_cross_entropy(x, values, V_MAX, impl="triton"),
+        lambda x, _: kernels.expected_value(x, atoms, impl="triton"),
     ]
     pairs = zip(layouts(logits.to(dtype)), layouts(next_logits.to(dtype)), strict=True)
     for number, ((told, x), (_, y)) in enumerate(pairs):
@@ -502,8 +502,8 @@ def test_incoming_gradients_and_vectors_may_lie_anyhow_in_memory(kernel_device: 
     atoms = atoms_of(tensors[0])
     ops: list[Callable[[Tensor], Tensor]] = [
         lambda x: LOSS(x, *tensors[1:]),
-        lambda x: categorical.hl_gauss_cross_entropy(x, tensors[2], V_MAX, 1.0, impl="triton"),
-        lambda x: categorical.expected_value(x, atoms, impl="triton"),
+        lambda x: kernels.hl_gauss_cross_entropy(x, tensors[2], V_MAX, 1.0, impl="triton"),
+        lambda x: kernels.expected_value(x, atoms, impl="triton"),
     ]
     seeds = [seed.to(kernel_device) for _, seed in layouts(normal(2, 3).float())]
     seeds.append(torch.ones((), device=kernel_device).expand(2, 3))  # as sum() sends it back
@@ -534,17 +534,17 @@ def test_padded_rows_are_read_where_they_are(kernel_device: str, num_atoms: int,
         return whole[:, :batch, :num_atoms]
 
     views = [padded(dense[0]), padded(dense[1]), *dense[2:]]
-    assert categorical._members(views[0]).data_ptr() == views[0].data_ptr()
+    assert _categorical._members(views[0]).data_ptr() == views[0].data_ptr()
     atoms, values = atoms_of(dense[0]), dense[2]
     target = next_logits[0].softmax(-1).to(kernel_device)
     wide = torch.full((batch, columns), NAN, device=kernel_device)
     wide[:, :num_atoms] = target
     calls: list[Callable[..., Any]] = [
         LOSS,
-        lambda x, *_: categorical.categorical_cross_entropy(x, target.float(), impl="triton"),
-        lambda x, *_: categorical.categorical_cross_entropy(x, wide[:, :num_atoms], impl="triton"),
-        lambda x, *_: categorical.hl_gauss_cross_entropy(x, values, V_MAX, 1.0, impl="triton"),
-        lambda x, *_: categorical.expected_value(x, atoms, impl="triton"),
+        lambda x, *_: kernels.categorical_cross_entropy(x, target.float(), impl="triton"),
+        lambda x, *_: kernels.categorical_cross_entropy(x, wide[:, :num_atoms], impl="triton"),
+        lambda x, *_: kernels.hl_gauss_cross_entropy(x, values, V_MAX, 1.0, impl="triton"),
+        lambda x, *_: kernels.expected_value(x, atoms, impl="triton"),
     ]
     seed = torch.ones(members, batch, device=kernel_device)
     for call in calls:
@@ -556,13 +556,13 @@ def test_padded_rows_are_read_where_they_are(kernel_device: str, num_atoms: int,
 
 def test_only_memory_of_its_own_is_read_beyond_a_row() -> None:
     whole = torch.zeros(2, 4, 104)
-    assert categorical._words(whole[..., :101]) == (8, 104)
-    assert categorical._words(whole[..., 3:104]) == (1, 101)  # the last row ends where the memory does
-    assert categorical._words(whole[:, :3, 3:104]) == (8, 104)  # here another row follows
-    assert categorical._words(torch.zeros(2, 4, 101)) == (1, 101)
-    assert categorical._words(torch.zeros(2, 4, 64)) == (8, 64)
-    assert categorical._words(whole[..., :101], torch.zeros(1, 4, 101)) == (1, 101)
-    assert categorical._words(torch.zeros(1, 1, 101)) == (1, 101)  # one row, but nothing behind it
+    assert _categorical._words(whole[..., :101]) == (8, 104)
+    assert _categorical._words(whole[..., 3:104]) == (1, 101)  # the last row ends where the memory does
+    assert _categorical._words(whole[:, :3, 3:104]) == (8, 104)  # here another row follows
+    assert _categorical._words(torch.zeros(2, 4, 101)) == (1, 101)
+    assert _categorical._words(torch.zeros(2, 4, 64)) == (8, 64)
+    assert _categorical._words(whole[..., :101], torch.zeros(1, 4, 101)) == (1, 101)
+    assert _categorical._words(torch.zeros(1, 1, 101)) == (1, 101)  # one row, but nothing behind it
 
 
 @pytest.mark.gpu
@@ -573,20 +573,20 @@ def test_an_empty_batch_gives_empty_results(kernel_device: str) -> None:
     leaf = tensors[0].requires_grad_()
     target = TARGET(*tensors[1:])
     assert target.shape == (0, 5)
-    assert categorical.two_hot(none, 5, V_MAX, impl="triton").shape == (0, 5)
+    assert kernels.two_hot(none, 5, V_MAX, impl="triton").shape == (0, 5)
     assert bellman("categorical_bellman_loss_and_gradient", columns=8)[0](*tensors)[1].shape == (2, 0, 8)
     for out in (
         LOSS(leaf, *tensors[1:]),
-        categorical.categorical_cross_entropy(leaf, target, impl="triton"),
-        categorical.hl_gauss_cross_entropy(leaf, none, V_MAX, 1.0, impl="triton"),
-        categorical.expected_value(leaf, atoms, impl="triton"),
+        kernels.categorical_cross_entropy(leaf, target, impl="triton"),
+        kernels.hl_gauss_cross_entropy(leaf, none, V_MAX, 1.0, impl="triton"),
+        kernels.expected_value(leaf, atoms, impl="triton"),
     ):
         assert out.shape == (2, 0)
         (grad,) = torch.autograd.grad(out.sum(), leaf)
         assert grad.shape == leaf.shape
     probs = target.requires_grad_()
     (grad,) = torch.autograd.grad(
-        categorical.categorical_projection(probs, target.detach(), V_MAX, impl="triton").sum(), probs
+        kernels.categorical_projection(probs, target.detach(), V_MAX, impl="triton").sum(), probs
     )
     assert grad.shape == (0, 5)
 
@@ -605,16 +605,16 @@ def differentiable(device: str) -> dict[str, tuple[Callable[[Tensor], Tensor], T
             logits,
         ),
         "categorical_cross_entropy": (
-            lambda x: categorical.categorical_cross_entropy(x, target, impl="triton"),
+            lambda x: kernels.categorical_cross_entropy(x, target, impl="triton"),
             logits,
         ),
         "hl_gauss_cross_entropy": (
-            lambda x: categorical.hl_gauss_cross_entropy(x, rest[0], V_MAX, 1.0, impl="triton"),
+            lambda x: kernels.hl_gauss_cross_entropy(x, rest[0], V_MAX, 1.0, impl="triton"),
             logits,
         ),
-        "expected_value": (lambda x: categorical.expected_value(x, atoms_of(x), impl="triton"), logits),
+        "expected_value": (lambda x: kernels.expected_value(x, atoms_of(x), impl="triton"), logits),
         "categorical_projection": (
-            lambda x: categorical.categorical_projection(x, 2.0 * next_logits, V_MAX, impl="triton"),
+            lambda x: kernels.categorical_projection(x, 2.0 * next_logits, V_MAX, impl="triton"),
             logits.softmax(-1),
         ),
     }
@@ -633,14 +633,14 @@ def test_each_op_is_a_sound_op_of_torch(kernel_device: str) -> None:
         (categorical._bellman_op, (leaf, next_logits, *vectors, None, 0.1, V_MAX, None, 1.0, 5)),
         (categorical._bellman_op, (logits, next_logits, *vectors, None, 0.1, V_MAX, temperature, 0.0, 0)),
         (categorical._scale_rows_op, (grad, logits)),
-        (categorical._cross_entropy_op, (leaf, probs[0], 1.0, None)),
-        (categorical._cross_entropy_op, (leaf, vectors[0], V_MAX, 0.5)),
-        (categorical._cross_entropy_backward_op, (grad, logits, vectors[0], V_MAX, 0.0)),
-        (categorical._encode_op, (vectors[0], 5, V_MAX, 0.5)),
-        (categorical._expected_value_op, (leaf, atoms)),
-        (categorical._expected_value_backward_op, (grad, logits, atoms)),
-        (categorical._project_op, (probs.clone().requires_grad_(), next_logits, V_MAX)),
-        (categorical._project_backward_op, (logits, probs, next_logits, V_MAX, True, False)),
+        (cross_entropy._cross_entropy_op, (leaf, probs[0], 1.0, None)),
+        (cross_entropy._cross_entropy_op, (leaf, vectors[0], V_MAX, 0.5)),
+        (cross_entropy._cross_entropy_backward_op, (grad, logits, vectors[0], V_MAX, 0.0)),
+        (cross_entropy._encode_op, (vectors[0], 5, V_MAX, 0.5)),
+        (cross_entropy._expected_value_op, (leaf, atoms)),
+        (cross_entropy._expected_value_backward_op, (grad, logits, atoms)),
+        (projection._project_op, (probs.clone().requires_grad_(), next_logits, V_MAX)),
+        (projection._project_backward_op, (logits, probs, next_logits, V_MAX, True, False)),
     ]
     for op, arguments in calls:
         torch.library.opcheck(op.library, arguments)
@@ -685,10 +685,10 @@ def test_a_second_derivative_is_refused(kernel_device: str, name: str) -> None:
 @pytest.mark.parametrize("num_atoms", [2, 51])
 def test_hl_gauss_is_the_mass_of_a_normal_in_each_bin(num_atoms: int, sigma: float) -> None:
     values = torch.tensor([[-99.0, -V_MAX, 0.0], [0.123, 9.9, 99.0]], dtype=torch.float64)
-    out = kernels.categorical.hl_gauss(values, num_atoms, V_MAX, sigma)
+    out = kernels.hl_gauss(values, num_atoms, V_MAX, sigma)
     expected = [[normal_masses(v, num_atoms, V_MAX, sigma) for v in row] for row in values.tolist()]
     torch.testing.assert_close(out, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
-    low = kernels.categorical.hl_gauss(values.bfloat16(), num_atoms, V_MAX, sigma)
+    low = kernels.hl_gauss(values.bfloat16(), num_atoms, V_MAX, sigma)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low.sum(-1), torch.ones(2, 3))
 
@@ -729,12 +729,12 @@ def test_a_cpu_takes_its_own_forms_of_the_bellman_loss() -> None:
     logits, next_logits, rest = bellman_inputs(2, 10, 51)
     logits, next_logits, *rest = (x.float() for x in (logits, next_logits, *rest, support(51)))
     logits.requires_grad_()
-    losses = categorical.categorical_bellman_loss(logits, next_logits, *rest, V_MAX)
-    target = categorical.categorical_target(next_logits, *rest, V_MAX)
-    assert torch.equal(losses, categorical.categorical_cross_entropy(logits, target))
+    losses = kernels.categorical_bellman_loss(logits, next_logits, *rest, V_MAX)
+    target = kernels.categorical_target(next_logits, *rest, V_MAX)
+    assert torch.equal(losses, kernels.categorical_cross_entropy(logits, target))
     (grad,) = torch.autograd.grad(losses.sum(), logits)
     torch.testing.assert_close(grad, logits.detach().softmax(-1) - target)
-    pair = categorical.categorical_bellman_loss_and_gradient(logits, next_logits, *rest, V_MAX, scale=0.5)
+    pair = kernels.categorical_bellman_loss_and_gradient(logits, next_logits, *rest, V_MAX, scale=0.5)
     torch.testing.assert_close(pair[0], losses.detach())
     torch.testing.assert_close(pair[1], 0.5 * grad)
     assert not pair[0].requires_grad
@@ -744,11 +744,9 @@ def test_float32_on_a_cpu_keeps_its_bits() -> None:
     torch.manual_seed(0)
     logits, atoms = torch.randn(2, 7, 101), torch.linspace(-V_MAX, V_MAX, 101)
     target = torch.randn(7, 101).softmax(-1)
-    assert torch.equal(categorical.expected_value(logits, atoms), logits.softmax(-1) @ atoms)
+    assert torch.equal(kernels.expected_value(logits, atoms), logits.softmax(-1) @ atoms)
     log_probs = logits.log_softmax(-1)
-    assert torch.equal(
-        categorical.categorical_cross_entropy(logits, target), (log_probs * target).sum(-1).neg()
-    )
+    assert torch.equal(kernels.categorical_cross_entropy(logits, target), (log_probs * target).sum(-1).neg())
 
 
 def test_low_precision_logits_give_float32_results_on_a_cpu() -> None:
@@ -757,9 +755,9 @@ def test_low_precision_logits_give_float32_results_on_a_cpu() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         low, low_next, *low_rest = (x.to(dtype) for x in (logits, next_logits, *rest))
         low.requires_grad_()
-        target = categorical.categorical_target(low_next, *low_rest, V_MAX)
-        losses = categorical.categorical_bellman_loss(low, low_next, *low_rest, V_MAX)
-        values = categorical.expected_value(low, low_rest[-1])
+        target = kernels.categorical_target(low_next, *low_rest, V_MAX)
+        losses = kernels.categorical_bellman_loss(low, low_next, *low_rest, V_MAX)
+        values = kernels.expected_value(low, low_rest[-1])
         assert target.dtype == losses.dtype == values.dtype == torch.float32
         (grad,) = torch.autograd.grad(losses.sum(), low)
         assert grad.dtype == dtype
@@ -785,7 +783,7 @@ def test_kernels_on_a_cpu_are_refused_without_the_interpreter() -> None:
         pytest.skip("TRITON_INTERPRET=1 makes it possible")
     pytest.importorskip("triton", reason="triton is not installed")
     with pytest.raises(RuntimeError, match="kernels were asked for, but a tensor is on cpu"):
-        categorical.expected_value(torch.zeros(2, 3), torch.zeros(3), impl="triton")
+        kernels.expected_value(torch.zeros(2, 3), torch.zeros(3), impl="triton")
 
 
 LOGITS, VECTOR, ATOMS_5 = torch.zeros(2, 3, 5), torch.zeros(3), torch.zeros(5)
@@ -830,62 +828,62 @@ def test_the_bellman_ops_refuse_what_does_not_fit(change: dict[str, Any], told: 
     arguments = BELLMAN | change
     pattern = f"^{re.escape(told)}$"
     with pytest.raises(ValueError, match=pattern):
-        categorical.categorical_bellman_loss(**arguments)
+        kernels.categorical_bellman_loss(**arguments)
     with pytest.raises(ValueError, match=pattern):
-        categorical.categorical_bellman_loss_and_gradient(**arguments)
+        kernels.categorical_bellman_loss_and_gradient(**arguments)
     if "logits" not in change:
         del arguments["logits"]
         with pytest.raises(ValueError, match=pattern):
-            categorical.categorical_target(**arguments)
+            kernels.categorical_target(**arguments)
 
 
 @pytest.mark.parametrize(
     ("call", "told"),
     [
         (
-            lambda: categorical.categorical_bellman_loss_and_gradient(**BELLMAN, columns=4),
+            lambda: kernels.categorical_bellman_loss_and_gradient(**BELLMAN, columns=4),
             "columns must be at least K = 5, got 4",
         ),
         (
-            lambda: categorical.categorical_bellman_loss_and_gradient(**BELLMAN, scale=VECTOR),
+            lambda: kernels.categorical_bellman_loss_and_gradient(**BELLMAN, scale=VECTOR),
             "scale must be a number or a tensor of one, got shape [3]",
         ),
         (
-            lambda: categorical.categorical_cross_entropy(VECTOR, VECTOR),
+            lambda: kernels.categorical_cross_entropy(VECTOR, VECTOR),
             "logits must have shape [.., B, K] with K >= 2, got [3]",
         ),
         (
-            lambda: categorical.categorical_cross_entropy(LOGITS, LOGITS[0, :2]),
+            lambda: kernels.categorical_cross_entropy(LOGITS, LOGITS[0, :2]),
             "target must have shape [B, K] = [3, 5] or [2, 3, 5], got [2, 5]",
         ),
         (
-            lambda: categorical.expected_value(LOGITS, VECTOR),
+            lambda: kernels.expected_value(LOGITS, VECTOR),
             "atoms must have shape [K] = [5], got [3]",
         ),
         (
-            lambda: categorical.expected_value(LOGITS[..., :1], VECTOR[:1]),
+            lambda: kernels.expected_value(LOGITS[..., :1], VECTOR[:1]),
             "logits must have shape [.., K] with K >= 2, got [2, 3, 1]",
         ),
         (
-            lambda: categorical.two_hot_cross_entropy(LOGITS, VECTOR[:2], V_MAX),
+            lambda: kernels.two_hot_cross_entropy(LOGITS, VECTOR[:2], V_MAX),
             "values must have shape [..] = [2, 3] or [3], got [2]",
         ),
         (
-            lambda: categorical.hl_gauss_cross_entropy(LOGITS, VECTOR, V_MAX, 0.0),
+            lambda: kernels.hl_gauss_cross_entropy(LOGITS, VECTOR, V_MAX, 0.0),
             "sigma must be positive and finite, got 0.0",
         ),
         (
-            lambda: categorical.hl_gauss(VECTOR, 5, V_MAX, INF),
+            lambda: kernels.hl_gauss(VECTOR, 5, V_MAX, INF),
             "sigma must be positive and finite, got inf",
         ),
-        (lambda: categorical.two_hot(VECTOR, 1, V_MAX), "num_atoms must be at least 2, got 1"),
-        (lambda: categorical.two_hot(VECTOR, 5, -1.0), "v_max must be positive and finite, got -1.0"),
+        (lambda: kernels.two_hot(VECTOR, 1, V_MAX), "num_atoms must be at least 2, got 1"),
+        (lambda: kernels.two_hot(VECTOR, 5, -1.0), "v_max must be positive and finite, got -1.0"),
         (
-            lambda: categorical.categorical_projection(LOGITS, LOGITS[0], V_MAX),
+            lambda: kernels.categorical_projection(LOGITS, LOGITS[0], V_MAX),
             "positions must have shape [.., K] = [2, 3, 5], got [3, 5]",
         ),
         (
-            lambda: categorical.expected_value(LOGITS, ATOMS_5, impl="fast"),
+            lambda: kernels.expected_value(LOGITS, ATOMS_5, impl="fast"),
             "impl must be one of auto, triton, reference, got 'fast'",
         ),
     ],

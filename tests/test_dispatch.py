@@ -78,8 +78,8 @@ def test_the_environment_variable_chooses_and_is_checked() -> None:
 @NEEDS_TRITON
 def test_the_interpreter_runs_only_when_kernels_are_asked_for() -> None:
     code = (
-        "from unittest.mock import patch; from brc_fast.kernels import _dispatch, categorical; "
-        "spy = patch.object(categorical, 'launch', wraps=_dispatch.launch).start(); "
+        "from unittest.mock import patch; from brc_fast.kernels import _dispatch, cross_entropy; "
+        "spy = patch.object(cross_entropy, 'launch', wraps=_dispatch.launch).start(); "
         "kernels.expected_value(x, z); print(spy.call_count)"
     )
     assert run(code, TRITON_INTERPRET="1").stdout.strip() == "0"

@@ -1,0 +1,529 @@
+"""Rows of logits: cross-entropy with a target or an encoded scalar, the encodings alone, the expected value.
+
+    hat(d) = max(0, 1 - |d|),   index = clip((value + v_max) / spacing, 0, K - 1): the value's place in atoms
+    two-hot:   t_j = hat(index - j)
+    HL-Gauss:  t_j = a normal's mass in the bin of one spacing around atom j, over its mass in all bins
+    loss = -sum_k t_k log softmax(logits)_k         d loss / d logits = softmax(logits) - t
+    expected = sum_k p_k z_k                        d expected / d logits_k = p_k (z_k - expected)
+
+Dims:    K atoms; R rows, whatever their leading axes.
+Memory:  reads the logits once each way and writes their gradient. An encoding stays in registers in
+         two_hot_cross_entropy and hl_gauss_cross_entropy. Rows may be padded (_categorical.py).
+Launches: one each way.
+Numbers: arithmetic in float32, in float64 for float64 logits; results are float32 for logits narrower than
+         that, gradients have the dtype of the logits. A NaN makes its row NaN, and no other.
+Source:  Bellemare et al. 2017, arXiv:1707.06887; Farebrother et al. 2024, arXiv:2403.03950 (HL-Gauss).
+Twins:   reference.<name of the op>
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._cases import Case
+from ._categorical import (
+    V_MAX,
+    _check_logits,
+    _check_positive,
+    _check_shape,
+    _cross_entropy,
+    _hat,
+    _index,
+    _keep,
+    _logits,
+    _member_place,
+    _members,
+    _place,
+    _random_logits,
+    _result,
+    _softmax,
+    _spread,
+    _start,
+    _strides,
+    _tile,
+    _words,
+)
+from ._dispatch import chosen, launch, observed, takes_kernels
+from ._numerics import wide
+from ._ops import Op, first_derivative
+from ._triton import jit, tl
+
+__all__ = [
+    "cases",
+    "categorical_cross_entropy",
+    "expected_value",
+    "hl_gauss",
+    "hl_gauss_cross_entropy",
+    "two_hot",
+    "two_hot_cross_entropy",
+]
+
+
+@jit
+def _encoding(values, k, K: tl.constexpr, V_MAX: tl.constexpr, SIGMA: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two-hot, or HL-Gauss where SIGMA > 0."""
+    index = _index(values, K, V_MAX)
+    d = k.to(index.dtype)[None, :] - index[:, None]
+    if SIGMA > 0.0:
+        a: tl.constexpr = 2.0 * V_MAX / ((K - 1) * 1.4142135623730951 * SIGMA)
+        inside = tl.erf((K - 0.5 - index) * a) - tl.erf((-0.5 - index) * a)
+        t = (tl.erf((d + 0.5) * a) - tl.erf((d - 0.5) * a)) * (1.0 / inside)[:, None]
+    else:
+        t = _hat(d)
+    return t + index[:, None] * 0.0  # NaN stays
+
+
+@jit
+def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    source_ptr,
+    grad_ptr,
+    out_ptr,
+    member_stride,
+    row_stride,
+    source_member_stride,
+    source_stride,
+    grad_stride,
+    B,
+    K: tl.constexpr,
+    READ: tl.constexpr,
+    UNIT: tl.constexpr,
+    V_MAX: tl.constexpr,
+    SIGMA: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The source is the target where SIGMA is None, else values. Gradients for a grad_ptr, else losses."""
+    member, rows, out, live = _member_place(B, BLOCK_B)
+    k = tl.arange(0, BLOCK_K)
+    x = _logits(_start(x_ptr, member, member_stride, rows, row_stride, UNIT), k, K, READ)
+    dtype = wide(x).dtype
+    if SIGMA is None:
+        starts = _start(source_ptr, member, source_member_stride, rows, source_stride, UNIT)
+        t = tl.load(starts[:, None] + k[None, :], mask=(k < READ)[None, :], other=0.0).to(dtype)
+        if READ > K:
+            t = tl.where((k < K)[None, :], t, 0.0)
+    else:
+        starts = _start(source_ptr, member, source_member_stride, rows, source_stride, 1)
+        values = tl.load(starts).to(dtype)
+    if grad_ptr is not None:
+        g = tl.load(grad_ptr + (member * B + rows) * grad_stride).to(dtype)
+    x, w, _, total = _softmax(x, k, K, READ)
+    if SIGMA is not None:
+        t = _encoding(values, k, K, V_MAX, SIGMA)
+    out += member * B
+    if grad_ptr is None:
+        tl.store(out_ptr + out, _cross_entropy(x, total, t, k, K), mask=live)
+    else:
+        d = (w * (1.0 / total)[:, None] - t) * g[:, None]
+        mask = live[:, None] & (k < K)[None, :]
+        tl.store(out_ptr + out[:, None] * K + k[None, :], d.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _encoding_kernel(  # type: ignore[no-untyped-def]
+    values_ptr,
+    out_ptr,
+    B,
+    K: tl.constexpr,
+    V_MAX: tl.constexpr,
+    SIGMA: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows, out, live = _place(B, BLOCK_B)
+    k = tl.arange(0, BLOCK_K)
+    t = _encoding(wide(tl.load(values_ptr + rows)), k, K, V_MAX, SIGMA)
+    tl.store(out_ptr + out[:, None] * K + k[None, :], t, mask=live[:, None] & (k < K)[None, :])
+
+
+@jit
+def _expected_value_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    atoms_ptr,
+    grad_ptr,
+    out_ptr,
+    member_stride,
+    row_stride,
+    grad_stride,
+    B,
+    K: tl.constexpr,
+    READ: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Gradients where there is a grad_ptr, else values."""
+    member, rows, out, live = _member_place(B, BLOCK_B)
+    k = tl.arange(0, BLOCK_K)
+    x = _logits(_start(x_ptr, member, member_stride, rows, row_stride, UNIT), k, K, READ)
+    dtype = wide(x).dtype
+    z = tl.load(atoms_ptr + k, mask=k < K, other=0.0).to(dtype)[None, :]
+    if grad_ptr is not None:
+        g = tl.load(grad_ptr + (member * B + rows) * grad_stride).to(dtype)
+    _, w, _, total = _softmax(x, k, K, READ)
+    share = 1.0 / total
+    q = tl.sum(w * z, 1) * share
+    out += member * B
+    if grad_ptr is None:
+        tl.store(out_ptr + out, q, mask=live)
+    else:
+        d = w * (z - q[:, None]) * (share * g)[:, None]
+        mask = live[:, None] & (k < K)[None, :]
+        tl.store(out_ptr + out[:, None] * K + k[None, :], d.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _cross_entropies(
+    name: str,
+    logits: Tensor,
+    source: Tensor,
+    v_max: float,
+    sigma: float | None,
+    grad: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    x = _members(logits)
+    M, B, K = x.shape
+    if not M * B:
+        return out
+    if sigma is None:
+        source = _members(source)
+        strides = _strides(source)
+        unit, read = _words(x, source)
+        grid, config = _tile(name, x, M, B, 2, K)
+    else:
+        source = source.contiguous()
+        strides = [B, 1] if source.numel() == M * B else [0, 1]
+        unit, read = _words(x)
+        grid, config = _tile(name, x, M, B, 1, K)
+    steps = [stride // unit for stride in _strides(x)]
+    steps += strides if sigma is not None else [stride // unit for stride in strides]
+    g, step = (None, 0) if grad is None else _spread(grad)
+    launch(
+        _cross_entropy_kernel, grid, x, source, g, out, *steps, step, B,
+        K=K, READ=read, UNIT=unit, V_MAX=v_max, SIGMA=sigma, **config,
+    )  # fmt: skip
+    return out
+
+
+def _cross_entropy_forward(logits: Tensor, source: Tensor, v_max: float, sigma: float | None) -> Tensor:
+    out = _cross_entropy_fake(logits, source, v_max, sigma)
+    return _cross_entropies("categorical_cross_entropy", logits, source, v_max, sigma, None, out)
+
+
+def _cross_entropy_fake(logits: Tensor, source: Tensor, v_max: float, sigma: float | None) -> Tensor:
+    return logits.new_empty(logits.shape[:-1], dtype=_result(logits))
+
+
+def _cross_entropy_backward(
+    grad: Tensor, logits: Tensor, source: Tensor, v_max: float, sigma: float | None
+) -> Tensor:
+    out = logits.new_empty(logits.shape)
+    return _cross_entropies("categorical_cross_entropy_backward", logits, source, v_max, sigma, grad, out)
+
+
+def _cross_entropy_backward_fake(
+    grad: Tensor, logits: Tensor, source: Tensor, v_max: float, sigma: float | None
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _encode(values: Tensor, num_atoms: int, v_max: float, sigma: float) -> Tensor:
+    out = _encode_fake(values, num_atoms, v_max, sigma)
+    if B := values.numel():
+        grid, config = _tile("value_encoding", values, 1, B, 1, num_atoms)
+        launch(
+            _encoding_kernel,
+            grid,
+            values.contiguous(),
+            out,
+            B,
+            K=num_atoms,
+            V_MAX=v_max,
+            SIGMA=sigma,
+            **config,
+        )
+    return out
+
+
+def _encode_fake(values: Tensor, num_atoms: int, v_max: float, sigma: float) -> Tensor:
+    return values.new_empty(*values.shape, num_atoms, dtype=_result(values))
+
+
+def _expected_values(name: str, logits: Tensor, atoms: Tensor, grad: Tensor | None, out: Tensor) -> Tensor:
+    x = _members(logits)
+    M, B, K = x.shape
+    if M * B:
+        unit, read = _words(x)
+        grid, config = _tile(name, x, M, B, 1, K)
+        g, step = (None, 0) if grad is None else _spread(grad)
+        strides = (stride // unit for stride in _strides(x))
+        arguments = (x, atoms.contiguous(), g, out, *strides, step, B)
+        launch(_expected_value_kernel, grid, *arguments, K=K, READ=read, UNIT=unit, **config)
+    return out
+
+
+def _expected_value_forward(logits: Tensor, atoms: Tensor) -> Tensor:
+    out = _expected_value_fake(logits, atoms)
+    return _expected_values("expected_value", logits, atoms, None, out)
+
+
+def _expected_value_fake(logits: Tensor, atoms: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[:-1], dtype=_result(logits))
+
+
+def _expected_value_backward(grad: Tensor, logits: Tensor, atoms: Tensor) -> Tensor:
+    return _expected_values("expected_value_backward", logits, atoms, grad, logits.new_empty(logits.shape))
+
+
+def _expected_value_backward_fake(grad: Tensor, logits: Tensor, atoms: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _cross_entropy_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, source = ctx.saved_tensors
+    back = None if grad is None else _cross_entropy_backward_op(grad, logits, source, *ctx.inputs)
+    return back, None, None, None
+
+
+def _expected_value_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    return None if grad is None else _expected_value_backward_op(grad, *ctx.saved_tensors), None
+
+
+_cross_entropy_op = Op(
+    "categorical_cross_entropy",
+    _cross_entropy_forward,
+    _cross_entropy_fake,
+    _keep,
+    _cross_entropy_gradients,
+)
+
+_cross_entropy_backward_op = Op(
+    "categorical_cross_entropy_backward", _cross_entropy_backward, _cross_entropy_backward_fake
+)
+
+_encode_op = Op("value_encoding", _encode, _encode_fake)
+
+_expected_value_op = Op(
+    "expected_value", _expected_value_forward, _expected_value_fake, _keep, _expected_value_gradients
+)
+
+_expected_value_backward_op = Op(
+    "expected_value_backward", _expected_value_backward, _expected_value_backward_fake
+)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """On a CPU: keeps the log-softmax for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        log_probs = logits.log_softmax(-1)
+        ctx.save_for_backward(log_probs, target)
+        return (log_probs * target).sum(-1).neg_()
+
+    @staticmethod
+    @first_derivative("categorical_cross_entropy")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        log_probs, target = ctx.saved_tensors
+        return log_probs.exp().sub_(target).mul_(grad.unsqueeze(-1)), None
+
+
+def categorical_cross_entropy(logits: Tensor, target: Tensor, *, impl: str | None = None) -> Tensor:
+    """Cross-entropy of `target` against the log-softmax of `logits`, per row.
+
+        out = -sum_k target_k * log softmax(logits)_k          d out / d logits = softmax(logits) - target
+
+    Args:
+        logits: [.., B, K], K >= 2. Rows may be padded, `padded[..., :K]`.
+        target: [B, K], shared by all leading axes, or of the shape of the logits; mass 1 per row. It gets no
+            gradient.
+        impl: auto, triton or reference (`kernels.use`).
+    Returns:
+        [.., B]: float64 for float64 logits, else float32.
+    Raises:
+        ValueError for shapes that do not fit.
+    """
+    _check_logits("logits", logits, "[.., B, K]", 2)
+    _check_shape("target", target, "[B, K]", logits.shape[-2:], logits.shape)
+    target = target.detach()
+    if takes_kernels(impl, logits, target):
+        out: Tensor = _cross_entropy_op(logits, target, 1.0, None)
+        return out
+    if chosen(impl) == "reference" or observed(logits, target):
+        return reference.categorical_cross_entropy(logits, target)
+    return _CrossEntropy.apply(logits.to(_result(logits)), target)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def two_hot(values: Tensor, num_atoms: int, v_max: float, *, impl: str | None = None) -> Tensor:
+    """Scalars as mass on the two atoms around them; their mean is the value. No gradient.
+
+    Args:
+        values: [..], in units of return; those beyond the support count as its ends.
+        num_atoms: K >= 2, evenly spaced from -v_max to v_max.
+        impl: auto, triton or reference (`kernels.use`).
+    Returns:
+        [.., K]: float64 for float64 values, else float32.
+    Raises:
+        ValueError for numbers that do not fit.
+    """
+    return _encoded(values, num_atoms, v_max, 0.0, impl)
+
+
+def hl_gauss(
+    values: Tensor, num_atoms: int, v_max: float, sigma: float, *, impl: str | None = None
+) -> Tensor:
+    """Scalars as the masses of a normal distribution in a bin around each atom (HL-Gauss). No gradient.
+
+        out_k = m(z_k - h, z_k + h) / m(z_0 - h, z_{K-1} + h)
+        m(a, b) = Phi((b - v) / sigma) - Phi((a - v) / sigma)
+
+    with h half the spacing of the atoms and v the value, clipped to [-v_max, v_max].
+
+    Args:
+        values: [..], in units of return. num_atoms: K >= 2, evenly spaced from -v_max to v_max.
+        sigma: > 0, in units of return; the paper's ratio sigma / spacing = 0.75 is 1.5 * v_max / (K - 1).
+        impl: auto, triton or reference (`kernels.use`).
+    Returns:
+        [.., K] of mass 1: float64 for float64 values, else float32.
+    Raises:
+        ValueError for numbers that do not fit.
+    Source: Farebrother et al. 2024, arXiv:2403.03950, section 3.1.
+    """
+    _check_positive(sigma=sigma)
+    return _encoded(values, num_atoms, v_max, float(sigma), impl)
+
+
+def _encoded(values: Tensor, num_atoms: int, v_max: float, sigma: float, impl: str | None) -> Tensor:
+    if num_atoms < 2:
+        raise ValueError(f"num_atoms must be at least 2, got {num_atoms}")
+    _check_positive(v_max=v_max)
+    values = values.detach()
+    if takes_kernels(impl, values):
+        out: Tensor = _encode_op(values, num_atoms, float(v_max), sigma)
+        return out
+    if sigma:
+        return reference.hl_gauss(values, num_atoms, v_max, sigma)
+    return reference.two_hot(values, num_atoms, v_max)
+
+
+def two_hot_cross_entropy(logits: Tensor, values: Tensor, v_max: float, *, impl: str | None = None) -> Tensor:
+    """Cross-entropy of `two_hot(values)` against the log-softmax of `logits`; the encoding is not stored.
+
+    Args:
+        logits: [.., K], K >= 2. Rows may be padded, `padded[..., :K]`.
+        values: [..], or [B], the last axis before K, shared by all others; they get no gradient.
+        v_max: > 0, the last atom, in units of return.
+        impl: auto, triton or reference (`kernels.use`).
+    Returns:
+        [..]: float64 for float64 logits, else float32.
+    Raises:
+        ValueError for shapes or numbers that do not fit.
+    """
+    return _encoded_cross_entropy(logits, values, v_max, 0.0, impl)
+
+
+def hl_gauss_cross_entropy(
+    logits: Tensor, values: Tensor, v_max: float, sigma: float, *, impl: str | None = None
+) -> Tensor:
+    """As `two_hot_cross_entropy`, with `hl_gauss(values, K, v_max, sigma)` for the encoding."""
+    _check_positive(sigma=sigma)
+    return _encoded_cross_entropy(logits, values, v_max, float(sigma), impl)
+
+
+def _encoded_cross_entropy(
+    logits: Tensor, values: Tensor, v_max: float, sigma: float, impl: str | None
+) -> Tensor:
+    _check_logits("logits", logits, "[.., K]", 1)
+    _check_shape("values", values, "[..]", logits.shape[:-1], logits.shape[:-1][-1:])
+    _check_positive(v_max=v_max)
+    values = values.detach()
+    if takes_kernels(impl, logits, values):
+        out: Tensor = _cross_entropy_op(logits, values, float(v_max), sigma)
+        return out
+    if sigma:
+        return reference.hl_gauss_cross_entropy(logits, values, v_max, sigma)
+    return reference.two_hot_cross_entropy(logits, values, v_max)
+
+
+def expected_value(logits: Tensor, atoms: Tensor, *, impl: str | None = None) -> Tensor:
+    """Mean of the categorical distribution, sum_k softmax(logits)_k * z_k.
+
+    Args:
+        logits: [.., K], K >= 2. Rows may be padded, `padded[..., :K]`.
+        atoms: [K], anywhere. Through the kernels they get no gradient.
+        impl: auto, triton or reference (`kernels.use`).
+    Returns:
+        [..]: float64 for float64 logits, else float32.
+    Raises:
+        ValueError for shapes that do not fit.
+    Source: Bellemare et al. 2017, arXiv:1707.06887, section 2.
+    """
+    _check_logits("logits", logits, "[.., K]", 1)
+    _check_shape("atoms", atoms, "[K]", logits.shape[-1:])
+    if takes_kernels(impl, logits, atoms):
+        out: Tensor = _expected_value_op(logits, atoms.detach())
+        return out
+    return reference.expected_value(logits, atoms)
+
+
+def _row_case(op: str, E: int, K: int, dtype: torch.dtype, padded: bool = False) -> Case:
+    """Ops on rows of logits, forward and backward."""
+    rest = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def prepare(device: torch.device, batch: int, impl: str) -> Callable[[], object]:
+        logits = _random_logits(device, (E, batch, K), dtype, padded).requires_grad_()
+        values = 3.0 * torch.randn(batch, device=device, dtype=rest)
+        target = torch.randn(batch, K, device=device, dtype=rest).softmax(-1)
+        atoms = torch.linspace(-V_MAX, V_MAX, K, device=device, dtype=rest)
+        seed = torch.full((E, batch), 1.0 / batch, device=device, dtype=rest)
+        forward: dict[str, Callable[[], Tensor]] = {
+            "categorical_cross_entropy": lambda: categorical_cross_entropy(logits, target, impl=impl),
+            "two_hot_cross_entropy": lambda: two_hot_cross_entropy(logits, values, V_MAX, impl=impl),
+            "hl_gauss_cross_entropy": lambda: hl_gauss_cross_entropy(logits, values, V_MAX, 0.15, impl=impl),
+            "expected_value": lambda: expected_value(logits, atoms, impl=impl),
+        }
+
+        def call() -> object:
+            out = forward[op]()
+            return out, *torch.autograd.grad(out, logits, seed)
+
+        return call
+
+    def moved(batch: int) -> int:
+        target = 2 * K * rest.itemsize if op == "categorical_cross_entropy" else 0
+        return batch * (3 * E * K * dtype.itemsize + target + 2 * E * rest.itemsize)
+
+    kernel = "expected_value" if op == "expected_value" else "categorical_cross_entropy"
+    label = f"E={E} K={K} {str(dtype).removeprefix('torch.')}{' padded' if padded else ''}"
+    return Case(op, label, prepare, moved, (kernel, f"{kernel}_backward"))
+
+
+def _value_case(op: str, K: int) -> Case:
+    def prepare(device: torch.device, batch: int, impl: str) -> Callable[[], object]:
+        values = 3.0 * torch.randn(batch, device=device)
+        if op == "two_hot":
+            return lambda: two_hot(values, K, V_MAX, impl=impl)
+        return lambda: hl_gauss(values, K, V_MAX, 0.15, impl=impl)
+
+    return Case(op, f"K={K} float32", prepare, lambda batch: batch * (K + 1) * 4, ("value_encoding",))
+
+
+def cases() -> Iterator[Case]:
+    """BRC's critic first: two members of 101 atoms."""
+    bf16, f32, f64 = torch.bfloat16, torch.float32, torch.float64
+    for dtype in (bf16, f32):
+        yield _row_case("categorical_cross_entropy", 2, 101, dtype)
+        yield _row_case("expected_value", 2, 101, dtype)
+        yield _row_case("two_hot_cross_entropy", 2, 101, dtype)
+        yield _row_case("hl_gauss_cross_entropy", 2, 101, dtype)
+    yield _row_case("expected_value", 2, 101, bf16, padded=True)
+    yield _row_case("hl_gauss_cross_entropy", 2, 101, bf16, padded=True)
+    yield _row_case("hl_gauss_cross_entropy", 2, 101, f64)
+    yield _value_case("two_hot", 101)
+    yield _value_case("hl_gauss", 101)
