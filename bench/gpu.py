@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,25 +50,51 @@ def build(_: Part) -> dict[str, Any]:
     return {"site": str(SITE.relative_to(ROOT))}
 
 
-def test(part: Part) -> dict[str, Any]:
-    """The tests marked gpu; a dry run sends them to the CPU (tests/test_gpu.py)."""
-    need("pytest")
+def pytest(files: list[str], part: Part) -> dict[str, Any]:
+    """The tests marked gpu of these files, in a process of their own; a dry run sends them to the CPU."""
     environment = os.environ | {"BRC_FAST_GPU_DRY": "1" if part.dry else "0"}
-    # Only files that hold such tests: the others may import what is not installed here.
-    files = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
-    words = ["-m", "gpu", "-q", "--import-mode=importlib", *files]
-    if importlib.util.find_spec("xdist") is not None:  # most of the time goes into compiling kernels
-        words += ["-n", str(min(8, os.cpu_count() or 1))]
     code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # keeps the checkout off sys.path
-    result = subprocess.run(
-        [sys.executable, "-P", "-c", code, *words],
-        cwd=ROOT,
-        env=environment,
-        timeout=max(300.0, part.seconds),
-    )
-    if result.returncode not in (0, 5):
-        raise RuntimeError(f"pytest -m gpu ended with {result.returncode}")
-    return {"returncode": result.returncode}
+    words = ["-m", "gpu", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", *files]
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, *words],
+            cwd=ROOT,
+            env=environment,
+            timeout=max(300.0, part.seconds),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        returncode, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as late:
+        told = late.stdout or b""
+        returncode, output = 124, told.decode(errors="replace") if isinstance(told, bytes) else told
+    took = time.perf_counter() - start
+    return {"files": files, "returncode": returncode, "seconds": took, "output": output}
+
+
+def test(part: Part) -> dict[str, Any]:
+    """The tests marked gpu, several files at a time: most of the time goes into compiling kernels."""
+    need("pytest")
+    # Only files that hold such tests: the others may import what is not installed here.
+    found = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
+    files = [str(path.relative_to(ROOT)) for path in found]
+    groups = [files] if part.dry else [[name] for name in files]
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
+        runs = list(pool.map(lambda group: pytest(group, part), groups))
+    for run in runs:
+        good = run["returncode"] in (0, 5)
+        lines = run.pop("output").strip().splitlines()
+        run["summary"] = lines[-1] if lines else ""
+        run["failed"] = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        names = ", ".join(Path(name).name for name in run["files"])
+        print(f"  {names}: {run['summary']}" if good else "\n".join(lines[-60:]), flush=True)
+    wrong = [run for run in runs if run["returncode"] not in (0, 5)]
+    if wrong:
+        names = ", ".join(f"{Path(run['files'][0]).name} ({run['returncode']})" for run in wrong)
+        return {"status": "failed", "reason": f"pytest -m gpu failed: {names}", "runs": runs}
+    return {"runs": runs}
 
 
 def kernels(part: Part) -> dict[str, Any]:
