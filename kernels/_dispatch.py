@@ -60,7 +60,7 @@ def observed(*tensors: Tensor) -> bool:
     """Whether a compiler, a transform of torch.func, a dispatch mode or a tensor subclass watches a call."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or _transformed():
         return True
-    for tensor in tensors:  # a loop: half the time of any(..)
+    for tensor in tensors:  # noqa: SIM110 - half the time of any(..)
         if type(tensor) not in PLAIN:
             return True
     return False

@@ -19,7 +19,7 @@ def takes(*tensors: Tensor) -> bool:
     """Whether the compiled passes exist and serve these tensors: float32, on the CPU, in a plain call."""
     if compiled is None or observed(*tensors):
         return False
-    for tensor in tensors:  # a loop: half the time of all(..)
+    for tensor in tensors:  # noqa: SIM110 - half the time of all(..)
         if tensor.dtype is not torch.float32 or not tensor.is_cpu:
             return False
     return True

@@ -1,0 +1,145 @@
+"""The BRC update in JAX, as research code has it: pytrees, vmapped members, optax, U updates in one jitted
+loop.
+
+Single task, float32. It is a yardstick of bench_update.py and starts as a copy of `brc_fast.BRC`; one update
+of each is compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+from brc_fast import BRC, Batch, Noise
+
+Tree = Any
+
+
+def network(state: dict[str, torch.Tensor]) -> Tree:
+    """Parameters of stacked networks [E, ..] as a list of layers and the head."""
+    arrays = {name: jnp.asarray(value.detach().cpu().numpy()) for name, value in state.items()}
+    blocks = sorted({name.rsplit(".", 1)[0] for name in arrays if name.startswith("body.blocks")})
+    names = ("kernel", "bias", "norm_weight", "norm_bias")
+    layers = [[arrays[f"{place}.{name}"] for name in names] for place in ("body.input", *blocks)]
+    return layers, [arrays["body.head.kernel"], arrays["body.head.bias"]]
+
+
+def normed(x: jax.Array, layer: list[jax.Array]) -> jax.Array:
+    kernel, bias, weight, shift = layer
+    h = x @ kernel + bias
+    centred = h - h.mean(-1, keepdims=True)
+    return weight * centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6) + shift
+
+
+def forward(parameters: Tree, x: jax.Array) -> jax.Array:
+    """One network: [B, I] -> [B, outputs]."""
+    (first, *rest), (kernel, bias) = parameters
+    x = jax.nn.relu(normed(x, first))
+    for inner, outer in zip(rest[::2], rest[1::2], strict=True):
+        x = x + normed(jax.nn.relu(normed(x, inner)), outer)
+    return x @ kernel + bias
+
+
+ensemble = jax.vmap(forward, (0, None))
+
+
+class JaxBRC:
+    """Starts as a copy of `agent`."""
+
+    def __init__(self, agent: BRC) -> None:
+        rule, self.target_entropy = agent.learning, agent.target_entropy
+        self.rule, self.v_max, self.num_atoms = rule, agent.v_max, len(agent.atoms)
+        adamw = partial(optax.adamw, rule.learning_rate, rule.beta1, rule.beta2, rule.eps)
+        self.adamw = adamw(weight_decay=rule.weight_decay)
+        self.adam = optax.adam(rule.learning_rate, rule.temperature_beta1, rule.beta2, rule.eps)
+        critic, actor = network(agent.critic.state_dict()), network(agent.actor.state_dict())
+        actor = jax.tree.map(lambda x: x[0], actor)
+        log_alpha = jnp.asarray(agent.temperature.log_alpha.item())
+        self.state = {
+            "critic": critic,
+            "target": jax.tree.map(jnp.copy, critic),
+            "actor": actor,
+            "log_alpha": log_alpha,
+            "critic_moments": self.adamw.init(critic),
+            "actor_moments": self.adamw.init(actor),
+            "alpha_moments": self.adam.init(log_alpha),
+        }
+        self._updates = jax.jit(self._run, donate_argnums=0)
+
+    def _sample(self, actor: Tree, observations: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean, raw = jnp.split(forward(actor, observations), 2, -1)
+        log_std = -10.0 + 6.0 * (1.0 + jnp.tanh(raw))
+        u = mean + jnp.exp(log_std) * noise
+        log_slope = 2.0 * (math.log(2.0) - u - jax.nn.softplus(-2.0 * u))
+        log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2.0 * math.pi) - log_slope
+        return jnp.tanh(u), log_prob.sum(-1)
+
+    def _target(self, state: Tree, batch: dict[str, jax.Array], noise: jax.Array) -> jax.Array:
+        actions, log_prob = self._sample(state["actor"], batch["next_observations"], noise)
+        x = jnp.concatenate([batch["next_observations"], actions], -1)
+        probs = jax.nn.softmax(ensemble(state["target"], x)).mean(0)
+        atoms = jnp.linspace(-self.v_max, self.v_max, self.num_atoms)
+        soft = atoms - jnp.exp(state["log_alpha"]) * log_prob[:, None]
+        y = batch["rewards"][:, None] + self.rule.discount * batch["masks"][:, None] * soft
+        index = (y.clip(-self.v_max, self.v_max) + self.v_max) * ((self.num_atoms - 1) / (2 * self.v_max))
+        shares = (1.0 - jnp.abs(index[:, None, :] - jnp.arange(self.num_atoms)[:, None])).clip(0.0)
+        return jnp.einsum("bjk,bk->bj", shares, probs)
+
+    def _one(self, state: Tree, batch: dict[str, jax.Array], noise: tuple[jax.Array, ...]) -> Tree:
+        target = jax.lax.stop_gradient(self._target(state, batch, noise[0]))
+        x = jnp.concatenate([batch["observations"], batch["actions"]], -1)
+
+        def critic_loss(critic: Tree) -> jax.Array:
+            return -(target * jax.nn.log_softmax(ensemble(critic, x))).sum(-1).mean(-1).sum()
+
+        loss, grads = jax.value_and_grad(critic_loss)(state["critic"])
+        change, critic_moments = self.adamw.update(grads, state["critic_moments"], state["critic"])
+        critic = optax.apply_updates(state["critic"], change)
+        slow = optax.incremental_update(critic, state["target"], self.rule.tau)
+        alpha = jnp.exp(state["log_alpha"])
+        atoms = jnp.linspace(-self.v_max, self.v_max, self.num_atoms)
+
+        def actor_loss(actor: Tree) -> tuple[jax.Array, jax.Array]:
+            actions, log_prob = self._sample(actor, batch["observations"], noise[1])
+            x = jnp.concatenate([batch["observations"], actions], -1)
+            q = jax.nn.softmax(ensemble(critic, x)).mean(0) @ atoms
+            return (alpha * log_prob - q).mean(), -log_prob.mean()
+
+        (policy_loss, entropy), grads = jax.value_and_grad(actor_loss, has_aux=True)(state["actor"])
+        change, actor_moments = self.adamw.update(grads, state["actor_moments"], state["actor"])
+        actor = optax.apply_updates(state["actor"], change)
+        grad = jax.grad(lambda log_alpha: jnp.exp(log_alpha) * (entropy - self.target_entropy))(
+            state["log_alpha"]
+        )
+        change, alpha_moments = self.adam.update(grad, state["alpha_moments"], state["log_alpha"])
+        new = {
+            "critic": critic,
+            "target": slow,
+            "actor": actor,
+            "log_alpha": optax.apply_updates(state["log_alpha"], change),
+            "critic_moments": critic_moments,
+            "actor_moments": actor_moments,
+            "alpha_moments": alpha_moments,
+        }
+        return new, {"critic_loss": loss, "actor_loss": policy_loss, "entropy": entropy}
+
+    def _run(self, state: Tree, batches: dict[str, jax.Array], noise: tuple[jax.Array, ...]) -> Tree:
+        def body(index: jax.Array, carry: Tree) -> Tree:
+            batch = {name: value[index] for name, value in batches.items()}
+            return self._one(carry[0], batch, tuple(part[index] for part in noise))
+
+        zeros = {name: jnp.zeros(()) for name in ("critic_loss", "actor_loss", "entropy")}
+        return jax.lax.fori_loop(0, batches["rewards"].shape[0], body, (state, zeros))
+
+    def update(self, batches: Batch, noise: Noise) -> dict[str, float]:
+        """U updates on [U, B, ...]; the last one's losses."""
+        fields = {name: np.asarray(value) for name, value in batches._asdict().items() if name != "task_ids"}
+        self.state, metrics = self._updates(self.state, fields, tuple(np.asarray(part) for part in noise))
+        return {name: float(value) for name, value in metrics.items()}
