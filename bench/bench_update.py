@@ -134,9 +134,7 @@ def main() -> int:
         return 2
     torch.set_num_threads(arguments.threads)
     if arguments.threads == 1 and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(
-            0, {max(os.sched_getaffinity(0))}
-        )  # JAX takes all cores there are, whatever it is told
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # JAX takes every core it sees
     providers = ["ours", *(name for name in PROVIDERS[1:] if name in arguments.providers)]
     for module in ("jax", "optax"):
         if "jax" in providers and importlib.util.find_spec(module) is None:
