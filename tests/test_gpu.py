@@ -40,7 +40,9 @@ def test_updates_on_the_device_follow_those_in_float64_on_the_cpu(device: str, t
     ours = BRC(5, 2, tasks, device=device, **SMALL)
     truth = BRC(5, 2, tasks, dtype=torch.float64, **SMALL)
     data = batches(5, 64, tasks)
-    noise = Noise(torch.randn(5, 64, 2), torch.randn(5, 64, 2))
+    # From a seed: with one noise in a hundred, float32 switches a ReLU or turns a first step of Adam around.
+    rng = torch.Generator().manual_seed(1)
+    noise = Noise(torch.randn(5, 64, 2, generator=rng), torch.randn(5, 64, 2, generator=rng))
     metrics = ours.update(data.to(device), Noise(*(part.to(device) for part in noise)))
     exact = Batch(*(field.double() if field.is_floating_point() else field for field in data))
     expected = truth.update(exact, Noise(*(part.double() for part in noise)))
