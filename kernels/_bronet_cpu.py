@@ -1,15 +1,12 @@
-"""BroNet on a CPU: compiled passes between the GEMMs and one autograd node (see bronet.py for the maths).
+"""The passes between the products of a BroNet on a CPU, compiled (csrc/layer_norm.hpp), and memory for them.
 
-Per layer the backward is one such pass and two GEMMs; the residual's gradient is added by the GEMM itself,
-and no weight gradient is computed where no parameter wants one.
-
-Memory:  an elementwise pass reads its inputs once and writes its output once (csrc/layer_norm.hpp).
+Memory:  a pass reads its inputs once and writes its output once.
 Numbers: float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
 from typing import Any
 
 import torch
@@ -17,12 +14,67 @@ from torch import Tensor
 
 from . import _native
 from ._ops import first_derivative
+from ._stacked import Arrays, Backward, Forward, Memory
 from .reference import EPS
 
-__all__ = ["bronet_on_cpu"]
+__all__ = ["BATCHED", "bronet_on_cpu", "norm_backward", "norm_forward", "partials"]
 
+PASSES = sys.modules[__name__]
+BATCHED = False
 SHAPES_KEPT = 16
-_free: dict[tuple[int, ...], list[tuple[Tensor, ...]]] = {}
+_free: dict[tuple[int, ...], list[Tensor]] = {}
+
+
+def partials(layers: int, networks: int, rows: int, width: int, like: Tensor) -> None:
+    """Sums over the rows are made at once."""
+
+
+def norm_forward(
+    x: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    y: Tensor,
+    stats: Tensor,
+) -> None:
+    """Fill `y` [N, B, H] and the rows' mean and 1/std, `stats` [2, N, B].
+
+    Networks of the vectors [N, H] may be any distance apart, the same for all three.
+    """
+    networks, rows, width = x.shape
+    mean = stats.data_ptr()
+    _native.compiled.bias_layer_norm_forward(
+        networks, rows, width, bias.stride(0), x.data_ptr(), bias.data_ptr(), weight.data_ptr(),
+        shift.data_ptr(), 0 if residual is None else residual.data_ptr(), relu, EPS, y.data_ptr(),
+        mean, mean + 4 * stats.stride(0),
+    )  # fmt: skip
+
+
+def norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    relu: bool,
+    stats: Tensor,
+    dx: Tensor,
+    partial: None,
+    into: Tensor | None,
+) -> None:
+    """Fill the gradient of x, `dx`, and of bias, weight and shift, `into` [3, N, H], any distance apart."""
+    networks, rows, width = x.shape
+    mean = stats.data_ptr()
+    first = distance = stride = 0
+    if into is not None:
+        first, distance, stride = into.data_ptr(), 4 * into.stride(0), into.stride(1)
+    _native.compiled.bias_layer_norm_backward(
+        networks, rows, width, bias.stride(0), stride, dy.data_ptr(), x.data_ptr(), bias.data_ptr(),
+        weight.data_ptr(), shift.data_ptr(), relu, mean, mean + 4 * stats.stride(0), dx.data_ptr(),
+        first, first + distance, first + 2 * distance,
+    )  # fmt: skip
 
 
 class Workspace:
@@ -30,8 +82,6 @@ class Workspace:
 
     Fresh memory costs a page fault per 4 KB, which at these sizes took an eighth of the update. A workspace
     is returned when its last reference goes, so a graph that is kept alive keeps its activations.
-
-    `slots[i]` is the tensor of shape[1:] in slot i, made once: indexing costs a microsecond each time.
     """
 
     def __init__(self, *shape: int) -> None:
@@ -39,112 +89,53 @@ class Workspace:
             _free.clear()
         self.shape = shape
         try:
-            self.slots = _free[shape].pop()
+            self.tensor = _free[shape].pop()
         except (KeyError, IndexError):
-            self.slots = torch.empty(shape).unbind()
+            self.tensor = torch.empty(shape)
 
-    def __del__(self, free: dict[tuple[int, ...], list[tuple[Tensor, ...]]] = _free) -> None:
-        free.setdefault(self.shape, []).append(self.slots)
-
-
-def _norm_forward(
-    x: Tensor, layer: Sequence[Tensor], residual: Tensor | None, relu: bool, y: Tensor, stats: Tensor
-) -> None:
-    """Fill `y` [E, B, H] and the rows' mean and 1/std [2, E, B]; layer: (bias, weight, shift) [E, H]."""
-    members, rows, width = x.shape
-    bias, weight, shift = (parameter.data_ptr() for parameter in layer)
-    mean = stats.data_ptr()
-    rstd = mean + 4 * members * rows
-    held = 0 if residual is None else residual.data_ptr()
-    _native.compiled.bias_layer_norm_forward(
-        members, rows, width, x.data_ptr(), bias, weight, shift, held, relu, EPS, y.data_ptr(), mean, rstd
-    )
-
-
-def _norm_backward(
-    dy: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    layer: Sequence[Tensor],
-    stats: Tensor,
-    dx: Tensor,
-    grads: Tensor | None,
-) -> None:
-    """Fill the gradients of the norm's input, `dx`, and of (bias, weight, shift), `grads` [3, E, H]."""
-    members, rows, width = x.shape
-    bias, weight, _ = (parameter.data_ptr() for parameter in layer)
-    mean = stats.data_ptr()
-    rstd = mean + 4 * members * rows
-    first = 0 if grads is None else grads.data_ptr()
-    size = 0 if grads is None else 4 * members * width
-    output = 0 if y is None else y.data_ptr()
-    _native.compiled.bias_layer_norm_backward(
-        members, rows, width, dy.data_ptr(), output, x.data_ptr(), bias, weight, mean, rstd,
-        dx.data_ptr(), first, first + size, first + 2 * size,
-    )  # fmt: skip
+    def __del__(self, free: dict[tuple[int, ...], list[Tensor]] = _free) -> None:
+        free.setdefault(self.shape, []).append(self.tensor)
 
 
 class _BroNet(torch.autograd.Function):
-    """x [E, B, I], then (kernel, bias, norm weight, norm bias) per layer, then the head's kernel and bias."""
+    """x [N, B, I] or [B, I], then the parameters as `bronet` has them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        members, rows, _ = x.shape
-        layers = (len(parameters) - 2) // 4
-        width = parameters[0].shape[-1]
-        work = Workspace(2 * layers, members, rows, width)  # per layer: the product, then the layer's output
-        stats = Workspace(layers, 2, members, rows)
-        hidden = x
-        skip = x
-        for index in range(layers):
-            kernel, *norm = parameters[4 * index : 4 * index + 4]
-            product, y = work.slots[2 * index : 2 * index + 2]
-            torch.bmm(hidden, kernel, out=product)
-            closes_block = index > 0 and index % 2 == 0
-            residual = skip if closes_block else None
-            _norm_forward(product, norm, residual, not closes_block, y, stats.slots[index])
-            hidden = y
-            if index % 2 == 0:
-                skip = y
-        ctx.work, ctx.stats = work, stats
+        networks, _, width = parameters[0].shape
+        shape = ((len(parameters) - 2) // 4, networks, x.shape[-2], width)
+        ctx.work = Workspace(2, *shape), Workspace(shape[0], 2, *shape[1:3])
+        products, outputs = ctx.work[0].tensor.unbind()
+        ctx.memory = Memory(products, outputs, ctx.work[1].tensor)
         ctx.save_for_backward(x, *parameters)
-        return torch.baddbmm(parameters[-1].unsqueeze(1), hidden, parameters[-2])
+        return Forward(parameters, ctx.memory)([x], PASSES)
 
     @staticmethod
     @first_derivative("bronet")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        products, outputs, stats = ctx.work.slots[::2], ctx.work.slots[1::2], ctx.stats.slots
-        layers = len(products)
-        wanted = any(ctx.needs_input_grad[1:])
-        out: list[Tensor | None] = [None] * len(parameters)
-        scratch = Workspace(3, *products[0].shape)
-        g, inner, dh = scratch.slots  # gradients of a block's ends, of its hidden layer, of a product
-
-        grad = grad.contiguous()
-        if wanted:
-            out[-2:] = torch.bmm(outputs[-1].mT, grad), grad.sum(1)
-        torch.bmm(grad, parameters[-2].mT, out=g)
-        for index in reversed(range(layers)):
-            kernel, *norm = parameters[4 * index : 4 * index + 4]
-            opens_block, closes_block = index % 2 == 1, index > 0 and index % 2 == 0
-            grads = x.new_empty(3, *norm[0].shape) if wanted else None
-            mask = None if closes_block else outputs[index]
-            incoming = inner if opens_block else g
-            _norm_backward(incoming, mask, products[index], norm, stats[index], dh, grads)
-            if grads is not None:
-                below = x if index == 0 else outputs[index - 1]
-                out[4 * index : 4 * index + 4] = torch.bmm(below.mT, dh), *grads
-            if closes_block:
-                torch.bmm(dh, kernel.mT, out=inner)
-            elif opens_block:
-                g.baddbmm_(dh, kernel.mT)
-        dx = torch.bmm(dh, parameters[0].mT) if ctx.needs_input_grad[0] else None
-        return dx, *out
+        layers, networks, _, width = ctx.memory.whole[0].shape
+        gradients = None
+        if any(ctx.needs_input_grad[1:]):
+            square = x.new_empty(layers - 1, networks, width, width)
+            vectors = x.new_empty(layers, 3, networks, width)
+            ends = (x.new_empty(p.shape) for p in (parameters[0], *parameters[-2:]))
+            first, head, bias = ends
+            gradients = Arrays(first, square, vectors, head, bias)
+        space = Workspace(3, *ctx.memory.whole[0].shape[1:])
+        sweep = Backward(parameters, ctx.memory, gradients, PASSES, space.tensor)
+        dx = sweep(grad.contiguous(), x, ctx.needs_input_grad[0])
+        if dx is not None and x.dim() == 2:
+            dx = dx.sum(0)
+        if gradients is None:
+            return dx, *(None for _ in parameters)
+        return dx, *gradients.ordered()
 
 
-def bronet_on_cpu(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def bronet_on_cpu(x: Tensor, parameters: list[Tensor]) -> Tensor:
     """As `reference.bronet` for float32 tensors on a CPU, shapes checked."""
-    members = parameters[0].shape[0]
-    x = x.expand(members, *x.shape) if x.dim() == 2 else x
-    return _BroNet.apply(x, *(p.contiguous() for p in parameters))  # type: ignore[no-any-return, no-untyped-call]
+    for place in range(1, len(parameters) - 2, 4):
+        strides = {p.stride() for p in parameters[place : place + 3]}
+        if len(strides) > 1 or parameters[place].stride(-1) != 1:
+            parameters[place : place + 3] = [p.contiguous() for p in parameters[place : place + 3]]
+    return _BroNet.apply(x, *parameters)  # type: ignore[no-any-return, no-untyped-call]

@@ -2,12 +2,7 @@
 
     x = relu(LN(x W0 + b0));   per block:  x = x + LN(relu(LN(x W1 + b1)) W2 + b2);   out = x Wh + bh
 
-Forward, per layer: one batched product over all networks and one pass (norm.py) for bias, LayerNorm and ReLU
-or residual. Backward, from the head down, with dh_i the gradient of layer i's product:
-
-    d hidden = dh W^T;    the residual's gradient is added by the same product (beta = 1)
-    dW_i = below_i^T dh_i, after the last layer: one batched product for all the square layers at once
-    the sums over rows for biases and norms of all layers: one launch at the end
+One batched product over all networks and one pass per layer, each way: see _stacked.py for the loop.
 
 Dims:    N networks (E members, or more stacked), B rows, I inputs, H width, K outputs, L = 1 + 2 * blocks.
 Memory:  kept for the backward: the products [L, N, B, H] and the rows' statistics; the layers' outputs
@@ -22,7 +17,7 @@ On a CPU, float32 takes compiled passes (_bronet_cpu.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,7 +29,7 @@ from ._cases import Case
 from ._checks import check_bronet_dtypes, check_bronet_shapes
 from ._dispatch import chosen, takes_kernels
 from ._ops import Op
-from .reference import EPS
+from ._stacked import Arrays, Backward, Forward, Memory, layers_of
 
 __all__ = ["bronet", "cases"]
 
@@ -46,20 +41,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _layers(parameters: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """(kernel, bias, norm weight, norm bias) of each layer; the head is left out."""
-    return [parameters[i : i + 4] for i in range(0, len(parameters) - 2, 4)]
-
-
-def _dense_vectors(layer: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Bias, norm weight and norm bias [N, H] of a layer, each dense in its last axis."""
-    bias, weight, shift = (v if v.stride(-1) == 1 else v.contiguous() for v in layer[1:])
-    return bias, weight, shift
-
-
-def _stacked(x: Tensor, networks: int) -> Tensor:
-    """[B, I] or [N, B, I] as [N, B, I]."""
-    return x.expand(networks, *x.shape) if x.dim() == 2 else x
+def _dense(parameters: list[Tensor]) -> list[Tensor]:
+    """Each vector [N, H] dense in its last axis."""
+    return [p if p.dim() != 2 or p.stride(-1) == 1 else p.contiguous() for p in parameters]
 
 
 def _forward(x: Tensor, parameters: list[Tensor], wanted: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,30 +53,15 @@ def _forward(x: Tensor, parameters: list[Tensor], wanted: int) -> tuple[Tensor, 
     """
     from . import norm
 
-    layers = _layers(parameters)
     networks, _, width = parameters[0].shape
-    x = _stacked(x, networks)
-    rows = x.shape[1]
-    depth = len(layers)
-    products = x.new_empty(depth if wanted >= INPUT else 1, networks, rows, width)
-    outputs = x.new_empty(depth if wanted == EVERYTHING else 3, networks, rows, width)
-    stats = x.new_empty(len(products), 2, networks, rows, dtype=_wide(x.dtype))
-    hidden = skip = x
-    for index, layer in enumerate(layers):
-        product, held = products[index % len(products)], stats[index % len(stats)]
-        y = outputs[index % len(outputs)]  # of three, the one that is neither `hidden` nor `skip`
-        torch.bmm(hidden, layer[0], out=product)
-        closes_block = index > 0 and index % 2 == 0
-        residual = skip if closes_block else None
-        norm.forward_into(product, *_dense_vectors(layer), residual, not closes_block, EPS, y, held)
-        hidden = y
-        if index % 2 == 0:
-            skip = y
-    out = torch.baddbmm(parameters[-1].to(x.dtype).unsqueeze(1), hidden, parameters[-2])
-    nothing = x.new_empty(0)
+    depth, shape = len(layers_of(parameters)), (networks, x.shape[-2], width)
+    products = x.new_empty(depth if wanted >= INPUT else 1, *shape)
+    outputs = x.new_empty(depth if wanted == EVERYTHING else 3, *shape)
+    stats = x.new_empty(len(products), 2, *shape[:2], dtype=_wide(x.dtype))
+    out = Forward(_dense(parameters), Memory(products, outputs, stats))([x], norm)
     return (
         out,
-        products if wanted >= INPUT else nothing,
+        products if wanted >= INPUT else x.new_empty(0),
         outputs if wanted == EVERYTHING else x.new_empty(0),
         stats if wanted >= INPUT else stats.new_empty(0),
     )
@@ -100,7 +69,7 @@ def _forward(x: Tensor, parameters: list[Tensor], wanted: int) -> tuple[Tensor, 
 
 def _forward_fake(x: Tensor, parameters: list[Tensor], wanted: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     networks, _, width = parameters[0].shape
-    depth, rows = len(_layers(parameters)), x.shape[-2]
+    depth, rows = len(layers_of(parameters)), x.shape[-2]
     out = x.new_empty(networks, rows, parameters[-2].shape[-1])
     hidden = (depth, networks, rows, width)
     return (
@@ -121,58 +90,26 @@ def _backward(
     wanted: int,
     wants_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x; of the first kernel, the square kernels [L - 1, N, H, H], the vectors [L, 3, N, H], the
+    """Arrays of x; of the first kernel, the square kernels [L - 1, N, H, H], the vectors [L, 3, N, H], the
     head's kernel and bias. What is not wanted is empty.
     """
     from . import norm
 
-    layers = _layers(parameters)
-    depth, networks, rows, width = products.shape
-    shared = x.dim() == 2
-    x = _stacked(x, networks)
-    grad = grad.contiguous()
-    everything = wanted == EVERYTHING
-    nothing = x.new_empty(0)
-    partials = None
-    if everything:
-        shape = norm.partial_shape(networks, rows, width, x.dtype, x.device)
-        partials = x.new_empty(depth, *shape, dtype=_wide(x.dtype))
-    dproducts = x.new_empty(depth if everything else 1, networks, rows, width)
-    g = torch.bmm(grad, parameters[-2].mT)  # of a block's ends
-    inner = torch.empty_like(g) if depth > 1 else g  # of a block's hidden layer
-    for index in reversed(range(depth)):
-        layer = layers[index]
-        closes_block, opens_block = index > 0 and index % 2 == 0, index % 2 == 1
-        dproduct = dproducts[index % len(dproducts)]
-        norm.backward_into(
-            inner if opens_block else g,
-            products[index],
-            *_dense_vectors(layer),
-            not closes_block,
-            stats[index],
-            dproduct,
-            None if partials is None else partials[index],
-        )
-        if closes_block:
-            torch.bmm(dproduct, layer[0].mT, out=inner)
-        elif opens_block:
-            g.baddbmm_(dproduct, layer[0].mT)
-    dx = nothing
-    if wants_dx:
-        dx = torch.bmm(dproducts[0], parameters[0].mT)
-        dx = dx.sum(0) if shared else dx
-    if partials is None:
-        first, square, vectors, head, bias = (x.new_empty(0) for _ in range(5))
-        return dx, first, square, vectors, head, bias
-    kernels = torch.bmm(x.mT, dproducts[0])
-    square = x.new_empty(depth - 1, networks, width, width)
-    if depth > 1:
-        below, above = outputs[:-1].flatten(0, 1), dproducts[1:].flatten(0, 1)
-        torch.bmm(below.mT, above, out=square.flatten(0, 1))
-    vectors = x.new_empty(depth, 3, networks, width, dtype=parameters[1].dtype)
-    norm.reduce_partials(partials, vectors)
-    dhead = torch.bmm(outputs[-1].mT, grad)
-    return dx, kernels, square, vectors, dhead, grad.sum(1, dtype=parameters[-1].dtype)
+    depth, networks, _, width = products.shape
+    gradients = None
+    if wanted == EVERYTHING:
+        vectors = x.new_empty(depth, 3, networks, width, dtype=parameters[1].dtype)
+        first, head = x.new_empty(parameters[0].shape), x.new_empty(parameters[-2].shape)
+        square = x.new_empty(depth - 1, networks, width, width)
+        bias = x.new_empty(parameters[-1].shape, dtype=parameters[-1].dtype)
+        gradients = Arrays(first, square, vectors, head, bias)
+    memory = Memory(products, outputs, stats)
+    dx = Backward(_dense(parameters), memory, gradients, norm)(grad.contiguous(), x, wants_dx)
+    if dx is None:
+        dx = x.new_empty(0)
+    elif x.dim() == 2:
+        dx = dx.sum(0)
+    return dx, *(gradients or (x.new_empty(0) for _ in range(5)))
 
 
 def _backward_fake(
@@ -250,7 +187,7 @@ def bronet(x: Tensor, *parameters: Tensor, impl: str | None = None) -> Tensor:
     if not takes_kernels(impl, x, *parameters):
         plain = chosen(impl) == "auto" and not torch.is_autocast_enabled("cpu")
         if plain and _native.takes(x, *parameters):
-            return bronet_on_cpu(x, parameters)
+            return bronet_on_cpu(x, list(parameters))
         return reference.bronet(x, *parameters)
     kind = x.device.type
     given = list(parameters)

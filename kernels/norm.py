@@ -58,6 +58,7 @@ def _norm_forward_kernel(  # type: ignore[no-untyped-def]
     bias_stride,
     weight_stride,
     shift_stride,
+    stats_stride,
     B,
     H: tl.constexpr,
     EPS: tl.constexpr,
@@ -95,9 +96,8 @@ def _norm_forward_kernel(  # type: ignore[no-untyped-def]
     if residual_ptr is not None:
         y += residual.to(F)
     tl.store(y_ptr + first * H + place, y.to(y_ptr.dtype.element_ty), mask=mask)
-    total = tl.num_programs(1).to(tl.int64) * B
     tl.store(stats_ptr + first + row, mean, mask=row_mask)
-    tl.store(stats_ptr + total + first + row, rstd, mask=row_mask)
+    tl.store(stats_ptr + stats_stride + first + row, rstd, mask=row_mask)
 
 
 @jit
@@ -109,7 +109,7 @@ def _gradient_tile(  # type: ignore[no-untyped-def]
     weight,
     shift,
     first,
-    total,
+    stats_stride,
     row,
     column,
     row_mask,
@@ -126,7 +126,7 @@ def _gradient_tile(  # type: ignore[no-untyped-def]
     x = tl.load(x_ptr + first * H + place, mask=mask, other=0.0).to(F)
     dy = tl.load(dy_ptr + first * H + place, mask=mask, other=0.0).to(F)
     mean = tl.load(stats_ptr + first + row, mask=row_mask, other=0.0)[:, None]
-    rstd = tl.load(stats_ptr + total + first + row, mask=row_mask, other=0.0)[:, None]
+    rstd = tl.load(stats_ptr + stats_stride + first + row, mask=row_mask, other=0.0)[:, None]
     n = (x + bias - mean) * rstd
     if RELU:
         dy = tl.where(n * weight + shift <= 0.0, 0.0, dy)
@@ -145,6 +145,7 @@ def _norm_sums_kernel(  # type: ignore[no-untyped-def]
     bias_stride,
     weight_stride,
     shift_stride,
+    stats_stride,
     B,
     H: tl.constexpr,
     RELU: tl.constexpr,
@@ -167,7 +168,7 @@ def _norm_sums_kernel(  # type: ignore[no-untyped-def]
         weight = _vector(weight_ptr, network, weight_stride, column, H, F)
         shift = _vector(shift_ptr, network, shift_stride, column, H, F)
         dy, n, _ = _gradient_tile(
-            dy_ptr, x_ptr, stats_ptr, bias, weight, shift, first, total, row, column, row_mask, H, RELU
+            dy_ptr, x_ptr, stats_ptr, bias, weight, shift, first, stats_stride, row, column, row_mask, H, RELU
         )
         sum_g += dy * weight
         sum_gn += dy * weight * n
@@ -189,6 +190,7 @@ def _norm_backward_kernel(  # type: ignore[no-untyped-def]
     bias_stride,
     weight_stride,
     shift_stride,
+    stats_stride,
     B,
     rows_each,
     H: tl.constexpr,
@@ -214,7 +216,7 @@ def _norm_backward_kernel(  # type: ignore[no-untyped-def]
         first = network * B + start
         row_mask = start + row < B
         dy, n, rstd = _gradient_tile(
-            dy_ptr, x_ptr, stats_ptr, bias, weight, shift, first, networks * B, row, column, row_mask, H, RELU
+            dy_ptr, x_ptr, stats_ptr, bias, weight, shift, first, stats_stride, row, column, row_mask, H, RELU
         )
         g = dy * weight
         if sums_ptr is None:
@@ -245,12 +247,16 @@ def _norm_reduce_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     partials_stride,
     out_stride,
+    vector_stride,
+    network_stride,
     S,
     W,
+    N,
+    H,
     BLOCK_S: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """out[l, w] = sum over s of partials[l, s, w]."""
+    """out[l, v, n, h] = sum over s of partials[l, s, w], w counting the vectors, networks and columns."""
     layer = tl.program_id(1).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
     w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -260,7 +266,10 @@ def _norm_reduce_kernel(  # type: ignore[no-untyped-def]
         mask = (start + s < S)[:, None] & (w < W)[None, :]
         total += tl.load(partials_ptr + layer * partials_stride + place, mask=mask, other=0.0)
     out = tl.sum(total, 0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + layer * out_stride + w, out, mask=w < W)
+    row = w // H
+    vector, network = (row // N).to(tl.int64), (row % N).to(tl.int64)  # of networks P apart in a flat buffer
+    out_ptr += layer * out_stride + vector * vector_stride + network * network_stride
+    tl.store(out_ptr + w % H, out, mask=w < W)
 
 
 def _computed(dtype: torch.dtype) -> torch.dtype:
@@ -333,13 +342,14 @@ def forward_into(
 
     Args:
         x, residual: contiguous [N, B, H]. bias, weight, shift: [N, H], last stride 1.
-        y: contiguous; it may be `residual` itself. stats: contiguous float32, float64 for float64.
+        y: contiguous; it may be `residual` itself.
+        stats: float32, float64 for float64; its [N, B] are contiguous, the distance between them is free.
     """
     N, B, H = x.shape
     config = _forward_config(H, x.dtype, x.device)
     grid = (triton.cdiv(B, config["BLOCK_ROWS"]), N)
     tensors = (x, bias, weight, shift, residual, y, stats)
-    strides = (bias.stride(0), weight.stride(0), shift.stride(0))
+    strides = (bias.stride(0), weight.stride(0), shift.stride(0), stats.stride(0))
     if x.numel():
         launch(_norm_forward_kernel, grid, *tensors, *strides, B, H=H, EPS=eps, RELU=relu, **config)
 
@@ -368,10 +378,10 @@ def backward_into(
     N, B, H = x.shape
     programs, rows_each, blocks, config = _walk(N, B, H, x.dtype, x.device, frozen=partials is None)
     tensors = (dy, x, bias, weight, shift, stats)
-    strides = (bias.stride(0), weight.stride(0), shift.stride(0))
+    strides = (bias.stride(0), weight.stride(0), shift.stride(0), stats.stride(0))
     sums = None
     if blocks > 1:
-        sums = torch.empty_like(stats)
+        sums = stats.new_empty(stats.shape)
         heuristic = {"BLOCK_ROWS": 4, "BLOCK_H": 1024, "num_warps": 8}
         block: dict[str, Any] = configuration("norm_sums", H, x.dtype, x.device, heuristic)
         grid = (triton.cdiv(B, block["BLOCK_ROWS"]), N)
@@ -384,17 +394,58 @@ def reduce_partials(partials: Tensor, out: Tensor) -> None:
     """Add up the partial sums of L layers in one launch: out[l] = sum over s of partials[l, s].
 
     Args:
-        partials: [L, S, 3, N, H]. out: [L, 3, N, H] of any float dtype, for bias, weight and shift.
-            Each layer is contiguous, the distance between layers is free.
+        partials: [L, S, 3, N, H], each layer contiguous, any distance apart.
+        out: [L, 3, N, H] of any float dtype, for bias, weight and shift; last stride 1, the others are free,
+            so that the networks may lie in the rows of a flat buffer [N, P].
     """
-    L, S = partials.shape[:2]
-    W = partials[0, 0].numel()
+    L, S, _, N, H = partials.shape
+    W = 3 * N * H
     # enough programs to fill the chip, and then wider ones
     block = next_power_of_2(min(128, max(32, L * W // (4 * processors(out.device)))))
     heuristic = {"BLOCK_W": block, "BLOCK_S": 4096 // block, "num_warps": 8}
     config: dict[str, Any] = configuration("norm_reduce", W, partials.dtype, out.device, heuristic)
     grid = (triton.cdiv(W, config["BLOCK_W"]), L)
-    launch(_norm_reduce_kernel, grid, partials, out, partials.stride(0), out.stride(0), S, W, **config)
+    strides = (partials.stride(0), *out.stride()[:3])
+    launch(_norm_reduce_kernel, grid, partials, out, *strides, S, W, N, H, **config)
+
+
+BATCHED = True  # for _stacked: square layers' gradients are one product, sums over rows one launch at the end
+
+
+def partials(layers: int, networks: int, rows: int, width: int, like: Tensor) -> Tensor:
+    """Partial sums of all layers, for `norm_backward`."""
+    shape = partial_shape(networks, rows, width, like.dtype, like.device)
+    return like.new_empty(layers, *shape, dtype=_computed(like.dtype))
+
+
+def norm_forward(
+    x: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    y: Tensor,
+    stats: Tensor,
+) -> None:
+    """`forward_into` with the eps of a BroNet."""
+    forward_into(x, bias, weight, shift, residual, relu, reference.EPS, y, stats)
+
+
+def norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    relu: bool,
+    stats: Tensor,
+    dx: Tensor,
+    partial: Tensor | None,
+    into: Tensor | None,
+) -> None:
+    """`backward_into`; `reduce_partials` fills `into` later."""
+    backward_into(dy, x, bias, weight, shift, relu, stats, dx, partial)
 
 
 def _stacked(x: Tensor, parameter: Tensor) -> Tensor:

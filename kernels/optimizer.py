@@ -21,7 +21,8 @@ Numbers:  float32, or float64 where the parameters are. Sums are added in a fixe
 Source:   Loshchilov and Hutter 2019, arXiv:1711.05101.
 Twins:    reference.adamw_, reference.ema_
 
-On a CPU the step is torch's fused one. Nothing here has a gradient.
+On a CPU a float32 step is one compiled pass (csrc/optimizer.hpp; clipping reads g once more), and any other
+is torch's fused one. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _native, reference
 from ._cases import Case
 from ._config import architecture, configuration, processors
 from ._dispatch import chosen, launch, observed, takes_kernels
@@ -456,14 +457,79 @@ def adamw_(
     rule: dict[str, Any] = {"learning_rate": learning_rate, "betas": betas, "eps": eps}
     rule |= {"weight_decay": weight_decay, "max_norm": max_norm, "gradient_norm": gradient_norm}
     if chosen(impl) == "auto" and not observed(param, grad):
-        _fused(param, grad, exp_avg, exp_avg_sq, step, **rule)
+        moved = param if target is None else target
+        if _compiled_serves(param, grad, exp_avg, exp_avg_sq, moved, step=step, betas=betas):
+            _compiled(param, grad, exp_avg, exp_avg_sq, step, **rule, target=target, tau=tau)
+            if target_low is not None and target is not None:
+                target_low.copy_(target)
+        else:
+            _fused(param, grad, exp_avg, exp_avg_sq, step, **rule)
+            if target is not None:
+                reference.ema_(target, param, tau, low=target_low)
         if low is not None:
             low.copy_(param)
-        if target is not None:
-            reference.ema_(target, param, tau, low=target_low)
         return
     rule |= {"target": target, "tau": tau, "low": low, "target_low": target_low}
     reference.adamw_(param, grad, exp_avg, exp_avg_sq, step, **rule)
+
+
+def _compiled_serves(*buffers: Tensor, step: Tensor, betas: tuple[float, float]) -> bool:
+    """Whether `_compiled` does what torch would. What only torch can tell or refuse is left to it."""
+    return (
+        _native.takes(*buffers)
+        and not observed(step)
+        and bool(step >= 0.0)
+        and min(betas) >= 0.0
+        and max(betas) < 1.0
+    )
+
+
+def _compiled(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    *,
+    learning_rate: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    max_norm: float | Tensor | None,
+    gradient_norm: Tensor | None,
+    target: Tensor | None,
+    tau: float | Tensor,
+) -> None:
+    """The step, and the target's, in one pass of csrc/optimizer.hpp over float32 buffers."""
+    size = param.numel()
+    scale = 1.0
+    if max_norm is not None:
+        norm = math.sqrt(_native.compiled.sum_of_squares(size, grad.data_ptr()))
+        scale = float(max_norm) / (norm + 1e-6)
+        scale = 1.0 if scale > 1.0 else scale  # NaN stays NaN
+    step += 1
+    count = step.item()
+    squares = _native.compiled.adamw(
+        size,
+        param.data_ptr(),
+        grad.data_ptr(),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        0 if target is None else target.data_ptr(),
+        float(learning_rate),
+        *betas,
+        eps,
+        weight_decay,
+        1.0 / (1.0 - betas[0] ** count),
+        1.0 / math.sqrt(1.0 - betas[1] ** count),
+        0.0 if target is None else float(tau),
+        scale,
+    )
+    if gradient_norm is not None:
+        gradient_norm.fill_(math.sqrt(squares))
+    for changed in (param, exp_avg, exp_avg_sq, target):
+        if changed is not None:
+            torch.autograd.graph.increment_version(changed)
 
 
 def _fused(

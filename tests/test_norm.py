@@ -573,6 +573,31 @@ def test_partial_sums_of_any_number_are_added_in_one_launch_for_all_layers(kerne
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, FLOAT64], ids=str)
+def test_the_sums_are_written_into_buffers_of_any_strides(kernel_device: str, dtype: torch.dtype) -> None:
+    """As networks of P parameters lie in a flat buffer, and with each pair of axes exchanged in memory."""
+    torch.manual_seed(0)
+    L, S, N, H = 2, 3, 3, 21
+    partials = torch.randn(
+        L, S, 3, N, H, device=kernel_device, dtype=FLOAT64 if dtype == FLOAT64 else FLOAT32
+    )
+    exact = partials.double().sum(1).to(dtype)
+    slack = {BFLOAT16: 0.01, FLOAT16: 2e-3, FLOAT32: 1e-6, FLOAT64: 1e-14}[dtype]
+    for order in itertools.permutations(range(3)):
+        inverse = [order.index(axis) for axis in range(3)]
+        sizes = [(L, 3, N)[axis] for axis in order]
+        shape = [*(size + 1 for size in sizes), H + 5]
+        held = torch.full(shape, float("nan"), device=kernel_device, dtype=dtype)
+        out = held[1:, 1:, 1:, 2 : 2 + H].permute(*inverse, 3)
+        with _dispatch.recording() as launches:
+            norm.reduce_partials(partials, out)
+        assert len(launches) == 1
+        norm.reduce_partials(partials, out)
+        torch.testing.assert_close(out, exact, rtol=slack, atol=slack)
+        assert held.isfinite().sum() == out.numel(), "written beside it"
+
+
+@pytest.mark.gpu
 def test_the_rows_of_a_network_are_shared_without_one_left_out(kernel_device: str) -> None:
     for arch, N, B, H, frozen in itertools.product(
         ("sm_90", "gfx942"), (1, 2, 5), (1, 63, 1000, 4096), (1, 100, 512, 4096, 4097, 16384), (False, True)

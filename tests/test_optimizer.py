@@ -15,7 +15,7 @@ import torch
 from kernel_harness import INTERPRETED, assert_close_to_truth, guarded
 from torch import Tensor
 
-from brc_fast.kernels import _dispatch, aot, optimizer, reference
+from brc_fast.kernels import _dispatch, _native, aot, optimizer, reference
 from brc_fast.kernels._config import assume, trial
 
 NEEDS_TRITON = pytest.mark.skipif(not _dispatch.INSTALLED, reason="triton is not installed")
@@ -593,8 +593,13 @@ def test_twenty_steps_on_a_cpu_follow_the_twin(name: str, dtype: torch.dtype) ->
             assert torch.equal(mine[copy], mine[of].to(mine[copy].dtype)), copy
 
 
-def test_a_plain_step_on_a_cpu_has_the_bits_of_torchs_fused_one() -> None:
-    state, grad = buffers(1000, F32, "cpu"), torch.randn(1000)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_a_step_on_a_cpu_without_the_compiled_pass_has_the_bits_of_torchs_fused_one(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dtype == F32:
+        monkeypatch.setattr(_native, "compiled", None)
+    state, grad = buffers(1000, dtype, "cpu"), torch.randn(1000, dtype=dtype)
     mine, theirs = ([state[name].clone() for name in MADE[:4]] for _ in range(2))
     optimizer.adamw_(mine[0], grad, *mine[1:], **RULE)
     theirs[3] += 1
@@ -615,6 +620,139 @@ def test_a_plain_step_on_a_cpu_has_the_bits_of_torchs_fused_one() -> None:
         maximize=False,
     )
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The compiled passes that are called from now on."""
+    calls: list[str] = []
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Callable[..., float]:
+            calls.append(name)
+            return getattr(compiled, name)  # type: ignore[no-any-return]
+
+    compiled = _native.compiled
+    monkeypatch.setattr(_native, "compiled", Recorder())
+    return calls
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 1000, 100001])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"moves": False, "norm": False},
+        {"moves": False, "max_norm": 1.0},
+        {"norm": False, "tau": 0.25, "scalars": "tensors"},
+        {"tau": 0.75, "max_norm": 0.5, "scalars": "tensors", "low": BF16},
+        {"max_norm": 1e6},
+    ],
+    ids=str,
+)
+def test_compiled_steps_follow_the_twin_in_float64(
+    size: int, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = calls_of(monkeypatch)
+    mine = learn(optimizer.adamw_, size, F32, "cpu", steps=5, **rule)
+    assert calls == ([*["sum_of_squares"] * ("max_norm" in rule), "adamw"] * 5)
+    exact = learn(reference.adamw_, size, F64, "cpu", steps=5, **rule | {"grad_dtype": F32})
+    plain = learn(reference.adamw_, size, F32, "cpu", steps=5, **rule)
+    for part in mine.keys() - {"low", "target_low"} if size else ():
+        assert_close_to_truth(mine[part], exact[part], plain[part], part)
+    for copy, of in (("low", "param"), ("target_low", "target")):
+        if copy in mine:
+            assert torch.equal(mine[copy], mine[of].to(BF16)), copy
+    assert mine["step"] == 5
+    if size == 0 and "gradient_norm" in mine:
+        assert mine["gradient_norm"] == 0
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_compiled_step_with_tau_1_gives_the_target_the_bits_of_the_parameters(size: int) -> None:
+    state = buffers(size, F32, "cpu")
+    moments = (state[name] for name in MADE[1:4])
+    optimizer.adamw_(state["param"], torch.randn(size), *moments, **RULE, target=state["target"], tau=1.0)
+    assert torch.equal(state["target"], state["param"])
+    assert not torch.equal(state["param"], buffers(size, F32, "cpu")["param"])
+
+
+@pytest.mark.parametrize("step_dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("t", [1, 2, 10, 1000, 10000, 10**6])
+def test_bias_corrections_of_a_compiled_step_hold(t: int, step_dtype: torch.dtype) -> None:
+    param, exp_avg, exp_avg_sq = torch.zeros(1), torch.ones(1), torch.ones(1)
+    step = torch.full((), t - 1.0, dtype=step_dtype)
+    rule = RULE | {"learning_rate": 1.0, "eps": 0.0, "weight_decay": 0.0}
+    optimizer.adamw_(param, torch.zeros(1), exp_avg, exp_avg_sq, step, **rule)
+    mean, root = 0.9 / -math.expm1(t * math.log(0.9)), math.sqrt(0.999 / -math.expm1(t * math.log(0.999)))
+    assert param.item() == pytest.approx(-mean / root, rel=3e-7)
+    assert step == t
+
+
+def test_extreme_gradients_of_a_compiled_step_stay_where_they_are() -> None:
+    decay = 1.0 - RULE["learning_rate"] * RULE["weight_decay"]
+
+    def stepped(grads: list[float], max_norm: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        state = buffers(600, F32, "cpu")
+        grad, norm = torch.ones(600), torch.zeros(())
+        grad[: len(grads)] = torch.tensor(grads)
+        moments = (state[name] for name in MADE[1:4])
+        rule = RULE | {"max_norm": max_norm, "gradient_norm": norm}
+        start = state["param"].clone()
+        optimizer.adamw_(state["param"], grad, *moments, **rule, target=state["target"])
+        assert torch.equal(state["target"].isnan(), state["param"].isnan())
+        return start, state["param"], norm
+
+    start, wild, norm = stepped([1e30, -1e30, math.nan, math.inf])
+    torch.testing.assert_close(wild[:2], start[:2] * decay)
+    assert wild.isnan().nonzero().flatten().tolist() == [2, 3]
+    assert norm.isnan()
+    start, clipped, norm = stepped([math.inf], 1.0)
+    assert norm == math.inf
+    assert clipped[0].isnan()
+    torch.testing.assert_close(clipped[1:], start[1:] * decay)
+    _, poisoned, norm = stepped([1.0, math.nan], 1.0)
+    assert norm.isnan()
+    assert poisoned.isnan().all()
+    start, still, norm = stepped([0.0] * 600, 1.0)
+    torch.testing.assert_close(still, start * decay)
+    assert norm == 0
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_bits_of_a_compiled_step_depend_on_no_address(max_norm: float | None) -> None:
+    results = []
+    for off in (0, 1, 3, 5):
+        state = {}
+        for name, x in buffers(10001, F32, "cpu").items():
+            state[name] = torch.cat([x.new_zeros(off), x])[off:] if x.dim() else x
+        grad = torch.randn(10001, generator=torch.Generator().manual_seed(0))
+        norm = torch.zeros(())
+        moments = (state[name] for name in MADE[1:4])
+        rule = RULE | {"max_norm": max_norm, "gradient_norm": norm, "target": state["target"]}
+        optimizer.adamw_(state["param"], torch.cat([grad[:off], grad])[off:], *moments, **rule)
+        results.append([*state.values(), norm])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_what_the_compiled_pass_does_not_serve_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = calls_of(monkeypatch)
+    for dtype, grad_dtype in ((F64, F64), (F32, BF16), (F32, F64)):
+        learn(optimizer.adamw_, 5, dtype, "cpu", grad_dtype=grad_dtype, steps=1)
+        state = buffers(5, dtype, "cpu")
+        moments = (state[name] for name in MADE[1:4])
+        optimizer.adamw_(state["param"], torch.ones(5, dtype=grad_dtype), *moments, **RULE)
+    assert calls == ["adamw"] * 2  # `learn` rounds the gradient, so that both with float32 are served
+
+
+def test_a_compiled_step_is_seen_by_autograd() -> None:
+    state = buffers(10, F32, "cpu")
+    for name in ("param", "exp_avg", "exp_avg_sq", "target"):
+        x = torch.ones(10, requires_grad=True)
+        out = (x * state[name]).sum()
+        moments = (state[moment] for moment in MADE[1:4])
+        optimizer.adamw_(state["param"], torch.ones(10), *moments, **RULE, target=state["target"])
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward()
 
 
 @pytest.mark.parametrize("max_norm", [None, 1.0, 1e3])
