@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from . import reference
 from ._dispatch import use
 from .bronet import bronet
+from .bronet_plan import Arrays as Arrays
+from .bronet_plan import BroNetPlan as BroNetPlan
 
 if TYPE_CHECKING:
     from .categorical import (
@@ -22,16 +24,17 @@ if TYPE_CHECKING:
     from .cross_entropy import (
         categorical_cross_entropy,
         expected_value,
+        expected_value_and_gradient,
         hl_gauss,
         hl_gauss_cross_entropy,
         two_hot,
         two_hot_cross_entropy,
     )
     from .gather import gather_rows, n_step_rewards
-    from .inputs import normalized_embedding, pack_inputs
+    from .inputs import normalized_embedding, normalized_embedding_backward, pack_inputs
     from .norm import bias_layer_norm
     from .optimizer import adamw_, ema_
-    from .policy import standard_normal, tanh_gaussian
+    from .policy import standard_normal, tanh_gaussian, tanh_gaussian_backward
     from .projection import categorical_projection
 
 FAMILIES = (
@@ -55,15 +58,18 @@ __all__ = [
     "categorical_target",
     "ema_",
     "expected_value",
+    "expected_value_and_gradient",
     "gather_rows",
     "hl_gauss",
     "hl_gauss_cross_entropy",
     "n_step_rewards",
     "normalized_embedding",
+    "normalized_embedding_backward",
     "pack_inputs",
     "reference",
     "standard_normal",
     "tanh_gaussian",
+    "tanh_gaussian_backward",
     "two_hot",
     "two_hot_cross_entropy",
     "use",

@@ -12,14 +12,24 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "Launch", "chosen", "launch", "observed", "recording", "takes_kernels", "use"]
+__all__ = [
+    "INTERPRETED",
+    "Launch",
+    "chosen",
+    "launch",
+    "observed",
+    "recording",
+    "takes_kernels",
+    "use",
+    "watching",
+]
 
 # Triton itself is imported with the first kernel, not here: that takes a quarter of a second.
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -127,6 +137,20 @@ def recording() -> Iterator[list[Launch]]:
         _recorder = before
 
 
+_watcher: Callable[[Launch], None] | None = None
+
+
+@contextmanager
+def watching(callback: Callable[[Launch], None]) -> Iterator[None]:
+    """Hand every launch to `callback`, which makes it (`make`), or does not."""
+    global _watcher
+    before, _watcher = _watcher, callback
+    try:
+        yield
+    finally:
+        _watcher = before
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -141,9 +165,19 @@ def launch(
     if _recorder is not None:
         _recorder.append(Launch(kernel, grid, arguments, constants, options))
         return
-    place = next(a for a in arguments if isinstance(a, Tensor)).device
+    call = Launch(kernel, grid, arguments, constants, options)
+    if _watcher is None:
+        make(call)
+    else:
+        _watcher(call)
+
+
+def make(call: Launch) -> None:
+    """Make a launch on the device of its first tensor."""
+    place = next(a for a in call.arguments if isinstance(a, Tensor)).device
+    fixed = call.constants | call.options
     if place.type == "cuda" and place.index != torch.cuda.current_device():
         with torch.cuda.device(place):
-            kernel[grid](*arguments, **constants, **options)
+            call.kernel[call.grid](*call.arguments, **fixed)
     else:
-        kernel[grid](*arguments, **constants, **options)
+        call.kernel[call.grid](*call.arguments, **fixed)

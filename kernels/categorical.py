@@ -26,13 +26,13 @@ Twins:   reference.<name of the op>
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _native, reference
 from ._cases import Case
 from ._categorical import (
     V_MAX,
@@ -59,7 +59,7 @@ from ._categorical import (
     _words,
 )
 from ._config import configuration
-from ._dispatch import launch, takes_kernels
+from ._dispatch import chosen, launch, observed, takes_kernels
 from ._numerics import scalar, wide
 from ._ops import Op
 from ._triton import jit, tl, triton
@@ -510,11 +510,30 @@ def categorical_bellman_loss_and_gradient(
         fixed = (*(x.detach() for x in inputs), *_split(temperature))
         pair: tuple[Tensor, Tensor] = _bellman_op(*fixed, float(v_max), *_split(scale), columns)
         return pair
+    if chosen(impl) == "auto" and _native.takes(*inputs) and not observed(*numbers):
+        return _compiled_bellman(inputs, float(temperature), float(v_max), float(scale), columns)
     with torch.no_grad():
         return reference.categorical_bellman_loss_and_gradient(
             logits, next_logits, rewards, discounts, next_log_probs, temperature, atoms, v_max,
             scale=scale, columns=columns, project=_projection(impl),
         )  # fmt: skip
+
+
+def _compiled_bellman(
+    inputs: Sequence[Tensor], temperature: float, v_max: float, scale: float, columns: int
+) -> tuple[Tensor, Tensor]:
+    logits, next_logits, *vectors = (x.detach() for x in inputs)
+    x, y = _members(logits), _members(next_logits)
+    rewards, discounts, log_probs = (v.contiguous() for v in vectors)
+    losses = logits.new_empty(logits.shape[:-1])
+    grads = logits.new_empty(*logits.shape[:-1], columns)
+    scratch = logits.new_empty(_native.compiled.categorical_bellman_scratch(logits.shape[-1]))
+    _native.compiled.categorical_bellman(  # type: ignore[call-arg]
+        len(x), len(y), *x.shape[1:], x.data_ptr(), *_strides(x), y.data_ptr(), *_strides(y),
+        rewards.data_ptr(), discounts.data_ptr(), log_probs.data_ptr(), temperature, v_max, scale, columns,
+        losses.data_ptr(), grads.data_ptr(), scratch.data_ptr(),
+    )  # fmt: skip
+    return losses, grads
 
 
 def _bellman_case(E: int, K: int, dtype: torch.dtype, padded: bool, way: str) -> Case:

@@ -9,7 +9,7 @@
 Dims:    K atoms; R rows, whatever their leading axes.
 Memory:  reads the logits once each way and writes their gradient. An encoding stays in registers in
          two_hot_cross_entropy and hl_gauss_cross_entropy. Rows may be padded (_categorical.py).
-Launches: one each way.
+Launches: one each way; one in all for expected_value_and_gradient, which computes each softmax once.
 Numbers: arithmetic in float32, in float64 for float64 logits; results are float32 for logits narrower than
          that, gradients have the dtype of the logits. A NaN makes its row NaN, and no other.
 Source:  Bellemare et al. 2017, arXiv:1707.06887; Farebrother et al. 2024, arXiv:2403.03950 (HL-Gauss).
@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _native, reference
 from ._cases import Case
 from ._categorical import (
     V_MAX,
     _check_logits,
+    _check_number,
     _check_positive,
     _check_shape,
     _cross_entropy,
@@ -38,10 +39,12 @@ from ._categorical import (
     _logits,
     _member_place,
     _members,
+    _number,
     _place,
     _random_logits,
     _result,
     _softmax,
+    _split,
     _spread,
     _start,
     _strides,
@@ -49,7 +52,7 @@ from ._categorical import (
     _words,
 )
 from ._dispatch import chosen, launch, observed, takes_kernels
-from ._numerics import wide
+from ._numerics import scalar, wide
 from ._ops import Op, first_derivative
 from ._triton import jit, tl
 
@@ -57,6 +60,7 @@ __all__ = [
     "cases",
     "categorical_cross_entropy",
     "expected_value",
+    "expected_value_and_gradient",
     "hl_gauss",
     "hl_gauss_cross_entropy",
     "two_hot",
@@ -147,18 +151,22 @@ def _expected_value_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     atoms_ptr,
     grad_ptr,
+    scale_ptr,
+    scale,
+    values_ptr,
     out_ptr,
     member_stride,
     row_stride,
     grad_stride,
     B,
     K: tl.constexpr,
+    COLUMNS: tl.constexpr,
     READ: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gradients where there is a grad_ptr, else values."""
+    """Values for a values_ptr; for an out_ptr gradients, times those of the rows or else times the scale."""
     member, rows, out, live = _member_place(B, BLOCK_B)
     k = tl.arange(0, BLOCK_K)
     x = _logits(_start(x_ptr, member, member_stride, rows, row_stride, UNIT), k, K, READ)
@@ -166,16 +174,20 @@ def _expected_value_kernel(  # type: ignore[no-untyped-def]
     z = tl.load(atoms_ptr + k, mask=k < K, other=0.0).to(dtype)[None, :]
     if grad_ptr is not None:
         g = tl.load(grad_ptr + (member * B + rows) * grad_stride).to(dtype)
+    else:
+        g = scalar(scale_ptr, scale, dtype)
     _, w, _, total = _softmax(x, k, K, READ)
     share = 1.0 / total
     q = tl.sum(w * z, 1) * share
     out += member * B
-    if grad_ptr is None:
-        tl.store(out_ptr + out, q, mask=live)
-    else:
+    if values_ptr is not None:
+        tl.store(values_ptr + out, q, mask=live)
+    if out_ptr is not None:
         d = w * (z - q[:, None]) * (share * g)[:, None]
-        mask = live[:, None] & (k < K)[None, :]
-        tl.store(out_ptr + out[:, None] * K + k[None, :], d.to(out_ptr.dtype.element_ty), mask=mask)
+        if COLUMNS > K:
+            d = tl.where((k < K)[None, :], d, 0.0)
+        mask = live[:, None] & (k < COLUMNS)[None, :]
+        tl.store(out_ptr + out[:, None] * COLUMNS + k[None, :], d.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _cross_entropies(
@@ -255,22 +267,36 @@ def _encode_fake(values: Tensor, num_atoms: int, v_max: float, sigma: float) -> 
     return values.new_empty(*values.shape, num_atoms, dtype=_result(values))
 
 
-def _expected_values(name: str, logits: Tensor, atoms: Tensor, grad: Tensor | None, out: Tensor) -> Tensor:
+def _expected_values(
+    name: str,
+    logits: Tensor,
+    atoms: Tensor,
+    grad: Tensor | None,
+    scale: Tensor | None,
+    fixed_scale: float,
+    values: Tensor | None,
+    out: Tensor | None,
+) -> None:
     x = _members(logits)
     M, B, K = x.shape
-    if M * B:
-        unit, read = _words(x)
-        grid, config = _tile(name, x, M, B, 1, K)
-        g, step = (None, 0) if grad is None else _spread(grad)
-        strides = (stride // unit for stride in _strides(x))
-        arguments = (x, atoms.contiguous(), g, out, *strides, step, B)
-        launch(_expected_value_kernel, grid, *arguments, K=K, READ=read, UNIT=unit, **config)
-    return out
+    if not M * B:
+        return
+    columns = K if out is None else out.shape[-1]
+    unit, read = _words(x)
+    grid, config = _tile(name, x, M, B, 1, columns)
+    g, step = (None, 0) if grad is None else _spread(grad)
+    number = (None, fixed_scale) if out is None or grad is not None else _number(scale, fixed_scale, x)
+    strides = (stride // unit for stride in _strides(x))
+    launch(
+        _expected_value_kernel, grid, x, atoms.contiguous(), g, *number, values, out, *strides, step, B,
+        K=K, COLUMNS=columns, READ=read, UNIT=unit, **config,
+    )  # fmt: skip
 
 
 def _expected_value_forward(logits: Tensor, atoms: Tensor) -> Tensor:
-    out = _expected_value_fake(logits, atoms)
-    return _expected_values("expected_value", logits, atoms, None, out)
+    values = _expected_value_fake(logits, atoms)
+    _expected_values("expected_value", logits, atoms, None, None, 1.0, values, None)
+    return values
 
 
 def _expected_value_fake(logits: Tensor, atoms: Tensor) -> Tensor:
@@ -278,11 +304,28 @@ def _expected_value_fake(logits: Tensor, atoms: Tensor) -> Tensor:
 
 
 def _expected_value_backward(grad: Tensor, logits: Tensor, atoms: Tensor) -> Tensor:
-    return _expected_values("expected_value_backward", logits, atoms, grad, logits.new_empty(logits.shape))
+    out = logits.new_empty(logits.shape)
+    _expected_values("expected_value_backward", logits, atoms, grad, None, 1.0, None, out)
+    return out
 
 
 def _expected_value_backward_fake(grad: Tensor, logits: Tensor, atoms: Tensor) -> Tensor:
     return logits.new_empty(logits.shape)
+
+
+def _expected_value_pair(
+    logits: Tensor, atoms: Tensor, scale: Tensor | None, fixed_scale: float, columns: int
+) -> tuple[Tensor, Tensor]:
+    values, grads = _expected_value_pair_fake(logits, atoms, scale, fixed_scale, columns)
+    _expected_values("expected_value_backward", logits, atoms, None, scale, fixed_scale, values, grads)
+    return values, grads
+
+
+def _expected_value_pair_fake(
+    logits: Tensor, atoms: Tensor, scale: Tensor | None, fixed_scale: float, columns: int
+) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[:-1]
+    return logits.new_empty(rows, dtype=_result(logits)), logits.new_empty(*rows, columns)
 
 
 def _cross_entropy_gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -316,6 +359,8 @@ _expected_value_op = Op(
 _expected_value_backward_op = Op(
     "expected_value_backward", _expected_value_backward, _expected_value_backward_fake
 )
+
+_expected_value_pair_op = Op("expected_value_and_gradient", _expected_value_pair, _expected_value_pair_fake)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -472,6 +517,61 @@ def expected_value(logits: Tensor, atoms: Tensor, *, impl: str | None = None) ->
     return reference.expected_value(logits, atoms)
 
 
+def expected_value_and_gradient(
+    logits: Tensor,
+    atoms: Tensor,
+    *,
+    scale: Tensor | float = 1.0,
+    columns: int | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`expected_value` and its gradient, in one launch and without autograd.
+
+        gradient_k = scale * softmax(logits)_k * (z_k - value)
+
+    Args:
+        logits: [.., K], K >= 2. Rows may be padded, `padded[..., :K]`. atoms: [K], anywhere.
+        scale: of the gradient, a number or a tensor of one on the device of the logits: -1 / B where the mean
+            over the batch is to grow.
+        columns: of the gradient's rows, >= K; beyond K they are 0. K by default.
+        impl: auto, triton or reference (`kernels.use`).
+    Returns:
+        values [..], float64 for float64 logits, else float32; and d (scale * values) / d logits
+        [.., columns] in the dtype of the logits.
+    Raises:
+        ValueError for shapes or numbers that do not fit.
+    Source: Bellemare et al. 2017, arXiv:1707.06887, section 2.
+    """
+    _check_logits("logits", logits, "[.., K]", 1)
+    _check_shape("atoms", atoms, "[K]", logits.shape[-1:])
+    _check_number("scale", scale)
+    K = logits.shape[-1]
+    columns = K if columns is None else columns
+    if columns < K:
+        raise ValueError(f"columns must be at least K = {K}, got {columns}")
+    logits, atoms = logits.detach(), atoms.detach()
+    numbers = [scale] if isinstance(scale, Tensor) else []
+    if takes_kernels(impl, logits, atoms, *numbers):
+        pair: tuple[Tensor, Tensor] = _expected_value_pair_op(logits, atoms, *_split(scale), columns)
+        return pair
+    if chosen(impl) == "auto" and _native.takes(logits, atoms) and not observed(*numbers):
+        return _compiled_expected_values(logits, atoms, float(scale), columns)
+    with torch.no_grad():
+        return reference.expected_value_and_gradient(logits, atoms, scale=scale, columns=columns)
+
+
+def _compiled_expected_values(
+    logits: Tensor, atoms: Tensor, scale: float, columns: int
+) -> tuple[Tensor, Tensor]:
+    x, atoms = _members(logits), atoms.contiguous()
+    values, grads = _expected_value_pair_fake(logits, atoms, None, scale, columns)
+    _native.compiled.expected_value(  # type: ignore[call-arg]
+        *x.shape, x.data_ptr(), *_strides(x), atoms.data_ptr(), scale, columns,
+        values.data_ptr(), grads.data_ptr(),
+    )  # fmt: skip
+    return values, grads
+
+
 def _row_case(op: str, E: int, K: int, dtype: torch.dtype, padded: bool = False) -> Case:
     """Ops on rows of logits, forward and backward."""
     rest = torch.float64 if dtype == torch.float64 else torch.float32
@@ -504,6 +604,24 @@ def _row_case(op: str, E: int, K: int, dtype: torch.dtype, padded: bool = False)
     return Case(op, label, prepare, moved, (kernel, f"{kernel}_backward"))
 
 
+def _pair_case(E: int, K: int, dtype: torch.dtype, padded: bool = False) -> Case:
+    """Values and gradients without autograd."""
+    rest = torch.float64 if dtype == torch.float64 else torch.float32
+    columns = -(-K // 8) * 8 if padded else K
+
+    def prepare(device: torch.device, batch: int, impl: str) -> Callable[[], object]:
+        logits = _random_logits(device, (E, batch, K), dtype, padded)
+        atoms = torch.linspace(-V_MAX, V_MAX, K, device=device, dtype=rest)
+        scale = -1.0 / batch
+        return lambda: expected_value_and_gradient(logits, atoms, scale=scale, columns=columns, impl=impl)
+
+    def moved(batch: int) -> int:
+        return batch * E * ((K + columns) * dtype.itemsize + rest.itemsize)
+
+    label = f"E={E} K={K} {str(dtype).removeprefix('torch.')}{' padded' if padded else ''}"
+    return Case("expected_value_and_gradient", label, prepare, moved, ("expected_value_backward",))
+
+
 def _value_case(op: str, K: int) -> Case:
     def prepare(device: torch.device, batch: int, impl: str) -> Callable[[], object]:
         values = 3.0 * torch.randn(batch, device=device)
@@ -523,6 +641,8 @@ def cases() -> Iterator[Case]:
         yield _row_case("two_hot_cross_entropy", 2, 101, dtype)
         yield _row_case("hl_gauss_cross_entropy", 2, 101, dtype)
     yield _row_case("expected_value", 2, 101, bf16, padded=True)
+    for dtype, padded in ((bf16, True), (bf16, False), (f32, False), (f64, False)):
+        yield _pair_case(2, 101, dtype, padded)
     yield _row_case("hl_gauss_cross_entropy", 2, 101, bf16, padded=True)
     yield _row_case("hl_gauss_cross_entropy", 2, 101, f64)
     yield _value_case("two_hot", 101)

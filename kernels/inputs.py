@@ -16,12 +16,13 @@ Memory:  forward reads B*(O + A) elements, B ids and a row of the table (cached)
 Numbers: copies are exact but for the cast; norms and sums in float32, in float64 if the table is. No atomics:
          every sum has one order. A zero row of the table gives NaN, as in the twin.
 Source:  Nauman et al. 2025, arXiv:2505.23150.
-Twins:   reference.pack_inputs, reference.normalized_embedding
+Twins:   reference.pack_inputs, reference.normalized_embedding, reference.normalized_embedding_backward
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +36,9 @@ from ._numerics import wide
 from ._ops import Op
 from ._rows import strided_rows
 from ._triton import jit, tl, triton
+from .optimizer import InPlaceOp, _check_place
 
-__all__ = ["cases", "normalized_embedding", "pack_inputs"]
+__all__ = ["cases", "normalized_embedding", "normalized_embedding_backward", "pack_inputs"]
 
 NORMS = ("l2", "l1")
 ID_DTYPES = (torch.int64, torch.int32)
@@ -160,8 +162,21 @@ def _pack(
     dtype: torch.dtype,
 ) -> Tensor:
     out = _pack_fake(observations, actions, table, task_ids, norm, width, dtype)
+    _pack_into(observations, actions, table, task_ids, norm, out)
+    return out
+
+
+def _pack_into(
+    observations: Tensor | None,
+    actions: Tensor | None,
+    table: Tensor | None,
+    task_ids: Tensor | None,
+    norm: str,
+    out: Tensor,
+) -> None:
     if not out.numel():
-        return out
+        return
+    width = out.shape[-1]
     parts = [None if x is None else strided_rows(x) for x in (observations, actions, table)]
     ids = None if table is None or task_ids is None else task_ids.reshape(-1)
     sizes = [0 if x is None else x.shape[1] for x in parts]
@@ -169,7 +184,7 @@ def _pack(
     blocks = [min(next_power_of_2(max(1, size)), 1024) for size in columns]
     blocks[2] = next_power_of_2(max(1, sizes[2]))  # a norm needs the whole row
     heuristic = {"BLOCK_B": max(1, 1024 // max(blocks)), "num_warps": 4}
-    c: dict[str, Any] = configuration("pack_inputs", width, dtype, out.device, heuristic)
+    c: dict[str, Any] = configuration("pack_inputs", width, out.dtype, out.device, heuristic)
     rows = out.numel() // width
     chunks = max(triton.cdiv(size, block) for size, block in zip(columns, blocks, strict=True))
     launch(
@@ -189,7 +204,6 @@ def _pack(
         BLOCK_W=blocks[3],
         **c,
     )
-    return out
 
 
 def _pack_fake(
@@ -209,8 +223,16 @@ def _pack_fake(
 def _embedding_backward(grad: Tensor, table: Tensor, task_ids: Tensor, norm: str) -> Tensor:
     """Gradient of the table for that of normalised rows [.., D]."""
     dtable = _embedding_backward_fake(grad, table, task_ids, norm)
+    _embedding_backward_into(grad, table, task_ids, norm, dtable)
+    return dtable
+
+
+def _embedding_backward_into(
+    grad: Tensor, table: Tensor, task_ids: Tensor, norm: str, dtable: Tensor
+) -> None:
     if not grad.numel() or not dtable.numel():
-        return dtable.zero_()
+        dtable.zero_()
+        return
     g, ids, rows_of_table = strided_rows(grad), task_ids.reshape(-1), strided_rows(table)
     (rows, size), tasks = g.shape, table.shape[0]
     block = next_power_of_2(size)
@@ -244,7 +266,6 @@ def _embedding_backward(grad: Tensor, table: Tensor, task_ids: Tensor, norm: str
         sums = table.new_empty(chunks, tasks * size, dtype=kind)
         sum_rows(g, ids, sums, 0, chunks, span)
         sum_rows(sums, None, dtable, size, 1, chunks)
-    return dtable
 
 
 def _embedding_backward_fake(grad: Tensor, table: Tensor, task_ids: Tensor, norm: str) -> Tensor:
@@ -271,7 +292,11 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
 
 
 _embedding_backward_op = Op("normalized_embedding_backward", _embedding_backward, _embedding_backward_fake)
+_embedding_backward_into_op = InPlaceOp(
+    "normalized_embedding_backward_into", _embedding_backward_into, ("dtable",)
+)
 _pack_op = Op("pack_inputs", _pack, _pack_fake, _keep, _gradients)
+_pack_into_op = InPlaceOp("pack_inputs_into", _pack_into, ("out",))
 
 
 def _check_embedding(table: Tensor, task_ids: Tensor, norm: str) -> None:
@@ -283,6 +308,14 @@ def _check_embedding(table: Tensor, task_ids: Tensor, norm: str) -> None:
         raise TypeError(f"task_ids must be of dtype torch.int64 or torch.int32, got {task_ids.dtype}")
     if task_ids.device != table.device:
         raise ValueError(f"task_ids must be on {table.device} like the table, got {task_ids.device}")
+
+
+def _check_out(out: Tensor, likes: str, like: Tensor, dims: str, shape: tuple[int, ...]) -> None:
+    _check_place("out", out, likes, like.device, DTYPES)
+    if out.shape != shape:
+        raise ValueError(f"out must have shape {dims} = {list(shape)}, got {list(out.shape)}")
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
 
 
 def normalized_embedding(
@@ -309,6 +342,53 @@ def normalized_embedding(
     return out
 
 
+def normalized_embedding_backward(
+    grad: Tensor,
+    table: Tensor,
+    task_ids: Tensor,
+    norm: str = "l2",
+    *,
+    out: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Gradient of the table for that of rows of `normalized_embedding`, without autograd.
+
+        l2:  dtable[t] = (s - n (n . s)) / |e|          l1:  dtable[t] = (s - sign(e) (n . s)) / |e|
+
+    with e = table[t], n = e / |e| and s the sum of the gradients of the rows of task t.
+
+    Args:
+        grad: [.., D] of any distance between rows: the columns of a wider gradient are read in place.
+        table: [T, D]. task_ids: [..] int64 or int32 in [0, T). A GPU does not check them: a row of one
+            outside counts for no task.
+        norm: "l2" (the published code) or "l1" (reported of the paper).
+        out: [T, D] contiguous, of any float dtype; it receives the result.
+        impl: auto, triton or reference (`kernels.use`).
+    Returns:
+        [T, D] of the dtype of the table, or out.
+    Raises:
+        ValueError for another norm, shape, device or for gaps in out, TypeError for ids or an out of another
+        dtype, IndexError on a CPU for an id of T or more.
+    Source: Nauman et al. 2025, arXiv:2505.23150.
+    """
+    _check_embedding(table, task_ids, norm)
+    wanted = (*task_ids.shape, table.shape[1])
+    if grad.shape != wanted:
+        told = "[.., D] with the rows of task_ids and the columns of the table"
+        raise ValueError(f"grad must have shape {told}, {list(wanted)}, got {list(grad.shape)}")
+    if out is not None:
+        _check_out(out, "the table", table, "[T, D]", tuple(table.shape))
+    grad, table = grad.detach(), table.detach()
+    if not takes_kernels(impl, table, grad):
+        with torch.no_grad():
+            return reference.normalized_embedding_backward(grad, table, task_ids, norm, out=out)
+    if out is None:
+        dtable: Tensor = _embedding_backward_op(grad, table, task_ids, norm)
+        return dtable
+    _embedding_backward_into_op(grad, table, task_ids, norm, out)
+    return out
+
+
 def pack_inputs(
     observations: Tensor,
     actions: Tensor | None = None,
@@ -318,6 +398,7 @@ def pack_inputs(
     *,
     width: int | None = None,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """One network input [observation, action, normalised task embedding, zeros], each part where given.
@@ -330,14 +411,16 @@ def pack_inputs(
         norm: "l2" (the published code) or "l1" (reported of the paper).
         width: of the result, at least and by default O + A + D; what is beyond is zero.
         dtype: of the result, by default that of the observations.
+        out: [.., width] contiguous, apart from the parts in memory; it receives the result and gives width
+            and dtype, where they are not given.
         impl: auto, triton or reference (`kernels.use`).
     Returns:
-        [.., width]; the observations themselves where there is nothing to do. Gradients reach the
+        [.., width], or out; the observations themselves where there is nothing to do. Gradients reach the
         observations, the actions and the table.
     Raises:
         ValueError for shapes, a width, a norm or devices that do not fit, TypeError for ids of another dtype
-        or a result of a dtype that is none of float32, bfloat16, float16 and float64, IndexError on a CPU for
-        an id of T or more.
+        or a result of a dtype that is none of float32, bfloat16, float16 and float64, or not that of out,
+        IndexError on a CPU for an id of T or more, RuntimeError for an out where a gradient is wanted.
     Source: Nauman et al. 2025, arXiv:2505.23150.
     """
     if not observations.dim():
@@ -357,17 +440,32 @@ def pack_inputs(
         raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     parts = [x for x in (observations, actions, table) if x is not None]
     sizes = [x.shape[-1] for x in parts]
+    if out is not None and width is None and out.dim():
+        width = out.shape[-1]
     if width is not None and width < sum(sizes):
         total = " + ".join(map(str, sizes))
         raise ValueError(f"width must be at least O + A + D = {total} = {sum(sizes)}, got {width}")
+    full = sum(sizes) if width is None else width
+    if out is not None:
+        _check_out(out, "the observations", observations, "[.., width]", (*rows, full))
+        if dtype not in (None, out.dtype):
+            raise TypeError(f"dtype must be that of out, {out.dtype}, got {dtype}")
+        if torch.is_grad_enabled() and any(x.requires_grad for x in parts):
+            raise RuntimeError("out has no gradient: detach the parts, or call without it")
     kernels = takes_kernels(impl, *parts)
-    if len(parts) == 1 and width in (None, sizes[0]) and dtype in (None, observations.dtype):
+    if out is None and len(parts) == 1 and width in (None, sizes[0]) and dtype in (None, observations.dtype):
         return observations
     if not kernels:
-        return reference.pack_inputs(observations, actions, table, task_ids, norm, width=width, dtype=dtype)
+        return reference.pack_inputs(
+            observations, actions, table, task_ids, norm, width=width, dtype=dtype, out=out
+        )
     ids = None if table is None else task_ids
-    full = sum(sizes) if width is None else width
-    out: Tensor = _pack_op(observations, actions, table, ids, norm, full, dtype or observations.dtype)
+    if out is None:
+        packed: Tensor = _pack_op(observations, actions, table, ids, norm, full, dtype or observations.dtype)
+        return packed
+    _pack_into_op(
+        *(None if x is None else x.detach() for x in (observations, actions, table)), ids, norm, out
+    )
     return out
 
 
@@ -426,6 +524,61 @@ def cases() -> Iterator[Case]:
         label = f"O={observation} A={action} D={embedding} T={tasks} W={width} rows x{updates} {norm} "
         label += " ".join(str(kind).removeprefix("torch.") for kind in (given, table_dtype, dtype))
         yield Case("pack_inputs", label, prepare, moved, ("pack_inputs", "embedding_backward"))
+
+    for observation, action, embedding, tasks, width, table_dtype, dtype in (
+        (39, 4, 32, 50, 80, fp32, bf16),  # MetaWorld
+        (223, 38, 32, 4, 293, fp32, fp32),  # the dogs
+        (5, 3, 8, 7, 16, fp64, fp64),
+    ):
+
+        def pack(
+            device: torch.device,
+            batch: int,
+            impl: str,
+            sizes: tuple[int, ...] = (observation, action, embedding, tasks, width),
+            dtypes: tuple[torch.dtype, ...] = (table_dtype, dtype),
+        ) -> Callable[[], object]:
+            observation, action, embedding, tasks, width = sizes
+            observations, actions = (
+                torch.randn(batch, n, device=device).to(dtypes[0]) for n in (observation, action)
+            )
+            table = torch.randn(tasks, embedding, device=device).to(dtypes[0])
+            ids = torch.randint(tasks, (batch,), device=device)
+            out = torch.zeros(batch, width, device=device, dtype=dtypes[1])
+            return lambda: pack_inputs(observations, actions, table, ids, out=out, impl=impl)
+
+        def back(
+            device: torch.device,
+            batch: int,
+            impl: str,
+            flat: bool,
+            sizes: tuple[int, ...] = (observation, action, embedding, tasks, width),
+            dtypes: tuple[torch.dtype, ...] = (table_dtype, dtype),
+        ) -> Callable[[], object]:
+            observation, action, embedding, tasks, width = sizes
+            table = torch.randn(tasks, embedding, device=device).to(dtypes[0])
+            ids = torch.randint(tasks, (batch,), device=device)
+            first = observation + action
+            seed = torch.randn(batch, width, device=device).to(dtypes[1])[:, first : first + embedding]
+            out = torch.zeros_like(table, dtype=dtypes[1]) if flat else None
+            return lambda: normalized_embedding_backward(seed, table, ids, out=out, impl=impl)
+
+        def packed(
+            batch: int,
+            each: int = (observation + action) * table_dtype.itemsize + 8 + width * dtype.itemsize,
+        ) -> int:
+            return batch * each
+
+        def summed(batch: int, each: int = embedding * dtype.itemsize + 8) -> int:
+            return batch * each
+
+        kinds = " ".join(str(kind).removeprefix("torch.") for kind in (table_dtype, dtype))
+        for flat in (False, True):
+            told = f"D={embedding} T={tasks} {kinds}{' into a buffer' if flat else ''}"
+            prepare_back = partial(back, flat=flat)
+            yield Case("normalized_embedding_backward", told, prepare_back, summed, ("embedding_backward",))
+        told = f"O={observation} A={action} D={embedding} T={tasks} W={width} {kinds} into a buffer"
+        yield Case("pack_inputs", told, pack, packed, ("pack_inputs",))
 
     def embed(device: torch.device, batch: int, impl: str) -> Callable[[], object]:
         table = torch.randn(50, 32, device=device).requires_grad_()

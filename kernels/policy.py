@@ -13,26 +13,29 @@ in each replay if the offset moves on.
 Dims:    B rows, A action.
 Memory:  forward reads mean, raw and noise (or writes it) and writes the actions and B log-probabilities;
          backward reads mean, raw, noise and the gradients, recomputes the rest and writes two gradients.
-         mean and raw may be halves of one tensor: rows are read where they lie.
+         mean and raw may be halves of one tensor: rows are read where they lie, and where rows are given
+         for actions and gradients they are written there, and the noise only where noise_out wants it.
 Numbers: arithmetic and log-probabilities in float32, in float64 if mean is; finite for every u. tanh comes
          from exp(-2 |x|) and has an absolute error of an eps, 1 - tanh^2 a relative one. The noise drawn
          differs from the twin's in its last bits only, as the words are the same.
 Source:  Haarnoja et al. 2018, arXiv:1812.05905, appendix C; Salmon et al. 2011, "Parallel random numbers: as
          easy as 1, 2, 3"; Box and Muller 1958.
-Twins:   reference.tanh_gaussian, reference.standard_normal
+Twins:   reference.tanh_gaussian, reference.tanh_gaussian_backward, reference.standard_normal
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import reference
+from . import _native, reference
 from ._cases import Case
 from ._config import configuration, next_power_of_2
 from ._dispatch import DTYPES, chosen, launch, observed, takes_kernels
@@ -40,9 +43,10 @@ from ._numerics import wide
 from ._ops import Op, first_derivative
 from ._rows import strided_rows
 from ._triton import jit, tl, triton
+from .optimizer import WIDE, InPlaceOp, _check_place, _split
 from .reference import LOG_STD_MAX, LOG_STD_MIN
 
-__all__ = ["cases", "standard_normal", "tanh_gaussian"]
+__all__ = ["cases", "standard_normal", "tanh_gaussian", "tanh_gaussian_backward"]
 
 REACH = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
 CENTRE = 0.5 * (LOG_STD_MAX + LOG_STD_MIN)
@@ -94,6 +98,7 @@ def _tanh_gaussian_kernel(  # type: ignore[no-untyped-def]
     mean_stride,
     raw_stride,
     noise_stride,
+    actions_stride,
     B,
     A: tl.constexpr,
     CENTRE: tl.constexpr,
@@ -112,11 +117,12 @@ def _tanh_gaussian_kernel(  # type: ignore[no-untyped-def]
         noise = tl.load(noise_ptr + row * noise_stride + a, mask=mask, other=0.0).to(mean.dtype)
     else:
         noise = _normal(rng_ptr, row * A + a, mean.dtype)
-        tl.store(drawn_ptr + row * A + a, noise, mask=mask)
+        if drawn_ptr is not None:
+            tl.store(drawn_ptr + row * A + a, noise.to(drawn_ptr.dtype.element_ty), mask=mask)
     log_std = CENTRE + REACH * _tanh(raw)[0]
     action, _, steepness = _tanh(mean + tl.exp(log_std) * noise)
     per_dim = tl.where(mask, steepness - log_std - 0.5 * noise * noise, 0.0)
-    tl.store(actions_ptr + row * A + a, action.to(actions_ptr.dtype.element_ty), mask=mask)
+    tl.store(actions_ptr + row * actions_stride + a, action.to(actions_ptr.dtype.element_ty), mask=mask)
     tl.store(log_probs_ptr + row, tl.sum(per_dim, 1, keep_dims=True) - A * CONSTANT, mask=row < B)
 
 
@@ -134,6 +140,9 @@ def _tanh_gaussian_backward_kernel(  # type: ignore[no-untyped-def]
     mean_stride,
     raw_stride,
     noise_stride,
+    dmean_stride,
+    draw_stride,
+    dlog_prob,
     B,
     A: tl.constexpr,
     CENTRE: tl.constexpr,
@@ -141,6 +150,7 @@ def _tanh_gaussian_backward_kernel(  # type: ignore[no-untyped-def]
     BLOCK_B: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
+    """dlog_prob stands for all rows where there is no dlog_probs_ptr."""
     # int64: row * stride passes 2**31 in a wide tensor
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
     a = tl.arange(0, BLOCK_A)[None, :]
@@ -149,18 +159,20 @@ def _tanh_gaussian_backward_kernel(  # type: ignore[no-untyped-def]
     raw = tl.load(raw_ptr + row * raw_stride + a, mask=mask, other=0.0).to(mean.dtype)
     noise = tl.load(noise_ptr + row * noise_stride + a, mask=mask, other=0.0).to(mean.dtype)
     da = tl.zeros_like(mean)
-    dlog_prob = da
     if dactions_ptr is not None:
         da = tl.load(dactions_ptr + row * dactions_stride + a, mask=mask, other=0.0).to(mean.dtype)
     if dlog_probs_ptr is not None:
-        dlog_prob = tl.load(dlog_probs_ptr + row * dlog_probs_stride, mask=row < B, other=0.0).to(mean.dtype)
+        dlog_probs = tl.load(dlog_probs_ptr + row * dlog_probs_stride, mask=row < B, other=0.0)
+    else:
+        dlog_probs = tl.full([BLOCK_B, 1], dlog_prob, tl.float32)
+    dlog_probs = dlog_probs.to(mean.dtype)
     t, t_slope, _ = _tanh(raw)
     spread = tl.exp(CENTRE + REACH * t) * noise
     action, slope, _ = _tanh(mean + spread)
-    du = da * slope + 2.0 * action * dlog_prob
-    ds = du * spread - dlog_prob
-    tl.store(dmean_ptr + row * A + a, du.to(dmean_ptr.dtype.element_ty), mask=mask)
-    tl.store(draw_ptr + row * A + a, (REACH * t_slope * ds).to(draw_ptr.dtype.element_ty), mask=mask)
+    du = da * slope + 2.0 * action * dlog_probs
+    draw = REACH * t_slope * (du * spread - dlog_probs)
+    tl.store(dmean_ptr + row * dmean_stride + a, du.to(dmean_ptr.dtype.element_ty), mask=mask)
+    tl.store(draw_ptr + row * draw_stride + a, draw.to(draw_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -194,20 +206,32 @@ def _tanh_gaussian(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Actions, log-probabilities, and the noise where it was drawn (else empty)."""
     actions, log_probs, drawn = _tanh_gaussian_fake(mean, raw_log_std, noise, rng)
+    _tanh_gaussian_into(mean, raw_log_std, noise, rng, actions, log_probs, None if rng is None else drawn)
+    return actions, log_probs, drawn
+
+
+def _tanh_gaussian_into(
+    mean: Tensor,
+    raw_log_std: Tensor,
+    noise: Tensor | None,
+    rng: Tensor | None,
+    actions: Tensor,
+    log_probs: Tensor,
+    drawn: Tensor | None,
+) -> None:
     if not mean.numel():
-        return actions, log_probs.zero_(), drawn
-    x, raw = strided_rows(mean), strided_rows(raw_log_std)
+        log_probs.zero_()
+        return
+    x, raw, out = strided_rows(mean), strided_rows(raw_log_std), strided_rows(actions)
     given = None if noise is None else strided_rows(noise)
     _launch(
         _tanh_gaussian_kernel,
         "tanh_gaussian",
         x,
-        *(x, raw, given, None if rng is None else rng.contiguous()),
-        *(actions, log_probs, None if rng is None else drawn),
-        *(x.stride(0), raw.stride(0), 0 if given is None else given.stride(0)),
+        *(x, raw, given, None if rng is None else rng.contiguous(), out, log_probs, drawn),
+        *(x.stride(0), raw.stride(0), 0 if given is None else given.stride(0), out.stride(0)),
         CONSTANT=CONSTANT,
     )
-    return actions, log_probs, drawn
 
 
 def _tanh_gaussian_fake(
@@ -219,29 +243,56 @@ def _tanh_gaussian_fake(
 
 
 def _tanh_gaussian_backward(
-    dactions: Tensor | None, dlog_probs: Tensor | None, mean: Tensor, raw_log_std: Tensor, noise: Tensor
+    dactions: Tensor | None,
+    dlog_probs: Tensor | None,
+    mean: Tensor,
+    raw_log_std: Tensor,
+    noise: Tensor,
+    dlog_prob: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    dmean, draw = mean.new_empty(mean.shape), raw_log_std.new_empty(mean.shape)
-    if not mean.numel():
-        return dmean, draw
-    x, raw, eps = strided_rows(mean), strided_rows(raw_log_std), strided_rows(noise)
-    da = None if dactions is None else strided_rows(dactions)
-    dlog = None if dlog_probs is None else dlog_probs.reshape(-1)
-    _launch(
-        _tanh_gaussian_backward_kernel,
-        "tanh_gaussian_backward",
-        x,
-        *(da, dlog, x, raw, eps, dmean, draw),
-        *(0 if grad is None else grad.stride(0) for grad in (da, dlog)),
-        *(x.stride(0), raw.stride(0), eps.stride(0)),
-    )
+    dmean, draw = _tanh_gaussian_backward_fake(dactions, dlog_probs, mean, raw_log_std, noise, dlog_prob)
+    _tanh_gaussian_backward_into(dactions, dlog_probs, mean, raw_log_std, noise, dlog_prob, dmean, draw)
     return dmean, draw
 
 
 def _tanh_gaussian_backward_fake(
-    dactions: Tensor | None, dlog_probs: Tensor | None, mean: Tensor, raw_log_std: Tensor, noise: Tensor
+    dactions: Tensor | None,
+    dlog_probs: Tensor | None,
+    mean: Tensor,
+    raw_log_std: Tensor,
+    noise: Tensor,
+    dlog_prob: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     return mean.new_empty(mean.shape), raw_log_std.new_empty(mean.shape)
+
+
+def _tanh_gaussian_backward_into(
+    dactions: Tensor | None,
+    dlog_probs: Tensor | None,
+    mean: Tensor,
+    raw_log_std: Tensor,
+    noise: Tensor,
+    dlog_prob: float,
+    dmean: Tensor,
+    draw: Tensor,
+) -> None:
+    """dlog_probs of each row, or one tensor for all, or else the number dlog_prob."""
+    if not mean.numel():
+        return
+    rows = [strided_rows(x) for x in (mean, raw_log_std, noise, dmean, draw)]
+    da = None if dactions is None else strided_rows(dactions)
+    if dlog_probs is None and dlog_prob and mean.dtype == torch.float64:
+        dlog_probs = mean.new_full((), dlog_prob)  # a kernel gets numbers as float32
+    dlog = None if dlog_probs is None else dlog_probs.reshape(-1)
+    _launch(
+        _tanh_gaussian_backward_kernel,
+        "tanh_gaussian_backward",
+        rows[0],
+        *(da, dlog, *rows),
+        *(0 if grad is None or len(grad) == 1 else grad.stride(0) for grad in (da, dlog)),
+        *(x.stride(0) for x in rows),
+        dlog_prob,
+    )
 
 
 def _standard_normal(rng: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -274,7 +325,13 @@ def _gradients(ctx: Any, dactions: Tensor | None, dlog_probs: Tensor | None, _: 
 _tanh_gaussian_backward_op = Op(
     "tanh_gaussian_backward", _tanh_gaussian_backward, _tanh_gaussian_backward_fake
 )
+_tanh_gaussian_backward_into_op = InPlaceOp(
+    "tanh_gaussian_backward_into", _tanh_gaussian_backward_into, ("dmean", "draw")
+)
 _tanh_gaussian_op = Op("tanh_gaussian", _tanh_gaussian, _tanh_gaussian_fake, _keep, _gradients, kept=1)
+_tanh_gaussian_into_op = InPlaceOp(
+    "tanh_gaussian_into", _tanh_gaussian_into, ("actions", "log_probs", "drawn")
+)
 _standard_normal_op = Op("standard_normal", _standard_normal, _standard_normal_fake)
 
 
@@ -308,6 +365,25 @@ def _check_rng(rng: Tensor) -> None:
         raise TypeError(f"rng must be of dtype torch.int64, got {rng.dtype}")
     if rng.shape != (2,):
         raise ValueError(f"rng must have shape [2], seed and offset, got {list(rng.shape)}")
+
+
+def _check_like(name: str, x: Tensor, mean: Tensor) -> None:
+    if x.shape != mean.shape:
+        raise ValueError(f"{name} must have the shape of mean, {list(mean.shape)}, got {list(x.shape)}")
+
+
+def _check_out(name: str, out: Tensor, mean: Tensor) -> None:
+    """Refuse what is not [.., A] in dense rows, apart and all the same distance from one to the next."""
+    _check_place(name, out, "mean", mean.device, DTYPES)
+    _check_like(name, out, mean)
+    *axes, (size, step) = zip(out.shape, out.stride(), strict=True)
+    axes = [(1, size), *(axis for axis in reversed(axes) if axis[0] > 1)]
+    dense = size <= 1 or step == 1
+    apart = len(axes) == 1 or axes[1][1] >= size
+    even = all(above[1] == below[0] * below[1] for below, above in itertools.pairwise(axes[1:]))
+    if out.numel() and not (dense and apart and even):
+        wanted = "dense rows that are all the same distance apart"
+        raise ValueError(f"{name} must have {wanted}, got strides {list(out.stride())}")
 
 
 def standard_normal(
@@ -351,6 +427,8 @@ def tanh_gaussian(
     noise: Tensor | None = None,
     *,
     rng: Tensor | None = None,
+    out: Tensor | None = None,
+    noise_out: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample of a tanh-squashed Gaussian and its log-probability.
@@ -364,13 +442,18 @@ def tanh_gaussian(
         rng: in its place, seed and offset [2] int64 on the same device, from which it is drawn as
             `standard_normal` draws it, in float32 (float64 if mean is). One call uses one offset: add 1 to it
             (`rng[1] += 1`) before the next. A backward may come after that.
+        out: [.., A] of any float dtype and of any distance between rows, as the columns of a critic's input
+            are; it receives the actions.
+        noise_out: [.., A] contiguous float32 or float64, which receives the noise drawn from rng, for
+            `tanh_gaussian_backward`.
         impl: auto, triton or reference (`kernels.use`).
     Returns:
-        actions [.., A] in [-1, 1] of the dtype of mean, and log-probabilities [..] in float32, or in float64
-        if mean is.
+        actions [.., A] in [-1, 1] of the dtype of mean, or out; and log-probabilities [..] in float32, or in
+        float64 if mean is.
     Raises:
-        ValueError for shapes that differ, for both or none of noise and rng, or an rng that is not [2];
-        TypeError for an rng that is not int64.
+        ValueError for shapes or strides that do not fit, for both or none of noise and rng, a noise_out
+        without rng, or an rng that is not [2]; TypeError for an rng that is not int64 or another dtype of out
+        or noise_out; RuntimeError for out or noise_out where a gradient is wanted.
     Source: Haarnoja et al. 2018, arXiv:1812.05905, appendix C.
     """
     if (noise is None) == (rng is None):
@@ -380,23 +463,209 @@ def tanh_gaussian(
     if not mean.dim():
         raise ValueError("mean must have shape [.., A], got []")
     for name, x in (("raw_log_std", raw_log_std), ("noise", mean if noise is None else noise)):
-        if x.shape != mean.shape:
-            raise ValueError(f"{name} must have the shape of mean, {list(mean.shape)}, got {list(x.shape)}")
+        _check_like(name, x, mean)
     if rng is not None:
         _check_rng(rng)
         if rng.device != mean.device:
             raise ValueError(f"rng must be on {mean.device} like mean, got {rng.device}")
+    _check_written(mean, raw_log_std, rng, out, noise_out)
+    written = [x for x in (out, noise_out) if x is not None]
     given = (mean, raw_log_std) if noise is None else (mean, raw_log_std, noise)
     if takes_kernels(impl, *given):
         eps = None if noise is None else noise.detach()
-        actions, log_probs, _ = _tanh_gaussian_op(mean, raw_log_std, eps, rng)
+        if not written:
+            actions, log_probs, _ = _tanh_gaussian_op(mean, raw_log_std, eps, rng)
+            return actions, log_probs
+        actions = mean.new_empty(mean.shape) if out is None else out
+        log_probs = mean.new_empty(mean.shape[:-1], dtype=_wide(mean.dtype))
+        heads = mean.detach(), raw_log_std.detach()
+        _tanh_gaussian_into_op(*heads, eps, rng, actions, log_probs, noise_out)
         return actions, log_probs
-    plain = chosen(impl) == "auto" and mean.dtype in (torch.float32, torch.float64)
-    if not plain or any(x.dtype != mean.dtype for x in given) or observed(*given):
-        return reference.tanh_gaussian(mean, raw_log_std, noise, rng=rng)
+    plain = chosen(impl) == "auto" and mean.dtype in WIDE
+    if not plain or any(x.dtype != mean.dtype for x in given) or observed(*given, *written):
+        return reference.tanh_gaussian(mean, raw_log_std, noise, rng=rng, out=out, noise_out=noise_out)
     if noise is None:
         noise = reference.standard_normal(rng, mean.shape, mean.dtype)  # type: ignore[arg-type]
-    return _TanhGaussian.apply(mean, raw_log_std, noise.detach())  # type: ignore[no-any-return, no-untyped-call]
+        if noise_out is not None:
+            noise_out.copy_(noise)
+    wanted = torch.is_grad_enabled() and (mean.requires_grad or raw_log_std.requires_grad)
+    if not wanted and _native.takes(mean, raw_log_std, noise):
+        return _compiled_tanh_gaussian(mean, raw_log_std, noise, out)
+    pair: tuple[Tensor, Tensor] = _TanhGaussian.apply(mean, raw_log_std, noise.detach())  # type: ignore[no-untyped-call]
+    return pair if out is None else (out.copy_(pair[0]), pair[1])
+
+
+def _compiled_tanh_gaussian(
+    mean: Tensor, raw_log_std: Tensor, noise: Tensor, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x, raw, noise = strided_rows(mean), strided_rows(raw_log_std), noise.contiguous()
+    actions, log_probs = _place(out, mean), mean.new_empty(mean.shape[:-1])
+    rows = strided_rows(actions)
+    _native.compiled.tanh_gaussian(  # type: ignore[call-arg]
+        *x.shape, x.data_ptr(), raw.data_ptr(), x.stride(0), raw.stride(0), noise.data_ptr(),
+        rows.data_ptr(), rows.stride(0), log_probs.data_ptr(),
+    )  # fmt: skip
+    return _written(actions, out), log_probs
+
+
+def _compiled_backward(
+    dactions: Tensor | None,
+    dlog_prob: float,
+    mean: Tensor,
+    raw_log_std: Tensor,
+    noise: Tensor,
+    out: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    x, raw, noise = strided_rows(mean), strided_rows(raw_log_std), noise.contiguous()
+    da = None if dactions is None else strided_rows(dactions)
+    outs = (None, None) if out is None else out
+    first, second = (_place(place, mean) for place in outs)
+    dmean, draw = strided_rows(first), strided_rows(second)
+    _native.compiled.tanh_gaussian_backward(  # type: ignore[call-arg]
+        *x.shape, 0 if da is None else da.data_ptr(), 0 if da is None else da.stride(0), dlog_prob,
+        x.data_ptr(), raw.data_ptr(), x.stride(0), raw.stride(0), noise.data_ptr(),
+        dmean.data_ptr(), draw.data_ptr(), dmean.stride(0), draw.stride(0),
+    )  # fmt: skip
+    return _written(first, outs[0]), _written(second, outs[1])
+
+
+def _place(out: Tensor | None, like: Tensor) -> Tensor:
+    """Where a compiled pass writes: `out` where it is float32, else a tensor of its own."""
+    return out if out is not None and out.dtype == torch.float32 else like.new_empty(like.shape)
+
+
+def _written(x: Tensor, out: Tensor | None) -> Tensor:
+    """What a compiled pass wrote to `_place`, where it belongs; torch has not seen it."""
+    if out is None:
+        return x
+    if x is not out:
+        return out.copy_(x)
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _check_written(
+    mean: Tensor, raw_log_std: Tensor, rng: Tensor | None, out: Tensor | None, noise_out: Tensor | None
+) -> None:
+    if out is None and noise_out is None:
+        return
+    if torch.is_grad_enabled() and (mean.requires_grad or raw_log_std.requires_grad):
+        name = "noise_out" if out is None else "out"
+        raise RuntimeError(f"{name} has no gradient: detach mean and raw_log_std, or call without it")
+    if out is not None:
+        _check_out("out", out, mean)
+    if noise_out is None:
+        return
+    if rng is None:
+        raise ValueError("noise_out takes what is drawn from rng, got noise in its place")
+    _check_place("noise_out", noise_out, "mean", mean.device, WIDE)
+    _check_like("noise_out", noise_out, mean)
+    if not noise_out.is_contiguous():
+        raise ValueError(f"noise_out must be contiguous, got strides {list(noise_out.stride())}")
+
+
+def tanh_gaussian_backward(
+    dactions: Tensor | None,
+    dlog_probs: Tensor | float | None,
+    mean: Tensor,
+    raw_log_std: Tensor,
+    noise: Tensor,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `tanh_gaussian` for those of its results, in one launch and without autograd.
+
+        du = da (1 - a^2) + 2 a dlogpi,   dmean = du
+        draw = reach (1 - tanh(raw)^2) (du exp(log_std) noise - dlogpi)
+
+    Args:
+        dactions: [.., A] of any distance between rows: the columns of a wider gradient are read in place.
+            None for zeros.
+        dlog_probs: [..], or a number or a 0-d tensor for all rows. None for 0.
+        mean, raw_log_std: as in `tanh_gaussian`. noise: [.., A], what it used or drew (`noise_out`).
+        out: two tensors [.., A] of any float dtype and of any distance between rows, as the halves of one
+            gradient [.., 2 A] are; they receive the result.
+        impl: auto, triton or reference (`kernels.use`).
+    Returns:
+        dmean and draw [.., A] of the dtypes of mean and raw_log_std, or out.
+    Raises:
+        ValueError for shapes or strides that do not fit, TypeError for another dtype of out.
+    Source: Haarnoja et al. 2018, arXiv:1812.05905, appendix C.
+    """
+    if not mean.dim():
+        raise ValueError("mean must have shape [.., A], got []")
+    for name, x in (("raw_log_std", raw_log_std), ("noise", noise), ("dactions", dactions)):
+        if x is not None:
+            _check_like(name, x, mean)
+    one = isinstance(dlog_probs, Tensor) and not dlog_probs.dim()
+    if isinstance(dlog_probs, Tensor) and not one and dlog_probs.shape != mean.shape[:-1]:
+        wanted = f"[..] = {list(mean.shape[:-1])} of mean, or []"
+        raise ValueError(f"dlog_probs must have shape {wanted}, got {list(dlog_probs.shape)}")
+    if out is not None:
+        for name, x in zip(("out[0]", "out[1]"), out, strict=True):
+            _check_out(name, x, mean)
+    mean, raw_log_std, noise = mean.detach(), raw_log_std.detach(), noise.detach()
+    dactions = None if dactions is None else dactions.detach()
+    rows, fixed = _split(0.0 if dlog_probs is None else dlog_probs)
+    rows, fixed = None if rows is None else rows.detach(), float(fixed)
+    given = [x for x in (mean, raw_log_std, noise, dactions) if x is not None]
+    numbers = [] if rows is None else [rows]
+    if not takes_kernels(impl, *given, *numbers):
+        compiled = chosen(impl) == "auto" and (rows is None or one) and _native.takes(*given)
+        watched = observed(*numbers, *([] if out is None else out))
+        if compiled and not watched:
+            fixed = fixed if rows is None else float(rows)
+            return _compiled_backward(dactions, fixed, mean, raw_log_std, noise, out)
+        with torch.no_grad():
+            return reference.tanh_gaussian_backward(dactions, dlog_probs, mean, raw_log_std, noise, out=out)
+    if out is None:
+        pair: tuple[Tensor, Tensor] = _tanh_gaussian_backward_op(
+            dactions, rows, mean, raw_log_std, noise, fixed
+        )
+        return pair
+    _tanh_gaussian_backward_into_op(dactions, rows, mean, raw_log_std, noise, fixed, *out)
+    return out
+
+
+def _flat_cases(size: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Each way alone, into columns of a critic's input and into the halves of a head's gradient."""
+    rest = _wide(dtype)
+
+    def forward(device: torch.device, batch: int, impl: str) -> Callable[[], object]:
+        mean, raw = torch.randn(batch, 2 * size, device=device).to(dtype).chunk(2, -1)
+        rng, noise = torch.tensor([1, 2], device=device), torch.empty(batch, size, device=device, dtype=rest)
+        actions = torch.zeros(batch, 3 * size, device=device, dtype=dtype)[:, size : 2 * size]
+
+        def call() -> object:
+            return *tanh_gaussian(mean, raw, rng=rng, out=actions, noise_out=noise, impl=impl), noise
+
+        return call
+
+    def backward(device: torch.device, batch: int, impl: str, flat: bool) -> Callable[[], object]:
+        mean, raw = torch.randn(batch, 2 * size, device=device).to(dtype).chunk(2, -1)
+        noise = torch.randn(batch, size, device=device, dtype=rest)
+        dactions = torch.randn(batch, 3 * size, device=device).to(dtype)[:, size : 2 * size]
+        head = torch.zeros(batch, 2 * size, device=device, dtype=dtype)
+        halves = (head[:, :size], head[:, size:]) if flat else None
+        share = torch.full((), 1.0 / batch, device=device, dtype=rest) if flat else 1.0 / batch
+
+        def call() -> object:
+            return tanh_gaussian_backward(dactions, share, mean, raw, noise, out=halves, impl=impl)
+
+        return call
+
+    def moved(batch: int, rows: int) -> int:
+        return batch * size * (rows * dtype.itemsize + rest.itemsize)
+
+    label = f"A={size} {str(dtype).removeprefix('torch.')}"
+    for flat in (False, True):
+        prepare = partial(backward, flat=flat)
+        told = f"{label}{' into halves' if flat else ''}"
+        yield Case(
+            "tanh_gaussian_backward", told, prepare, partial(moved, rows=5), ("tanh_gaussian_backward",)
+        )
+    yield Case("tanh_gaussian", f"{label} into columns", forward, partial(moved, rows=3), ("tanh_gaussian",))
 
 
 def cases() -> Iterator[Case]:
@@ -437,6 +706,9 @@ def cases() -> Iterator[Case]:
 
         label = f"A={size} {'drawn' if drawn else 'given'} {str(dtype).removeprefix('torch.')}"
         yield Case("tanh_gaussian", label, prepare, moved, ("tanh_gaussian", "tanh_gaussian_backward"))
+
+    for size, dtype in ((24, torch.float32), (24, torch.bfloat16), (300, torch.float32), (6, torch.float64)):
+        yield from _flat_cases(size, dtype)
 
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
 

@@ -220,6 +220,26 @@ def expected_value(logits: Tensor, atoms: Tensor) -> Tensor:
     return probs @ atoms.to(probs.dtype)
 
 
+def expected_value_and_gradient(
+    logits: Tensor, atoms: Tensor, *, scale: Tensor | float = 1.0, columns: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`expected_value`, and scale * softmax(logits)_k * (z_k - value), without autograd.
+
+    Args:
+        logits: [.., K]. atoms: [K]. scale: of the gradient. columns: of the gradient's rows, 0 beyond K.
+    Returns:
+        values [..], float64 for float64 logits, else float32; gradient [.., columns] of the dtype of the
+        logits.
+    Source: Bellemare et al. 2017, arXiv:1707.06887, section 2.
+    """
+    probs = _wide(logits.detach()).softmax(-1)
+    atoms = atoms.detach().to(probs.dtype)
+    values = probs @ atoms
+    grad = (probs * (atoms - values.unsqueeze(-1))).mul_(scale).to(logits.dtype)
+    missing = 0 if columns is None else columns - logits.shape[-1]
+    return values, F.pad(grad, (0, missing)) if missing else grad
+
+
 def two_hot(values: Tensor, num_atoms: int, v_max: float) -> Tensor:
     """Scalars [..] as mass [.., K] on the two atoms around them (on the end atoms beyond the support).
 
@@ -310,7 +330,13 @@ def standard_normal(rng: Tensor, shape: Sequence[int], dtype: torch.dtype = torc
 
 
 def tanh_gaussian(
-    mean: Tensor, raw_log_std: Tensor, noise: Tensor | None = None, *, rng: Tensor | None = None
+    mean: Tensor,
+    raw_log_std: Tensor,
+    noise: Tensor | None = None,
+    *,
+    rng: Tensor | None = None,
+    out: Tensor | None = None,
+    noise_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample of a tanh-squashed Gaussian and its log-probability.
 
@@ -324,8 +350,10 @@ def tanh_gaussian(
     Args:
         mean, raw_log_std, noise: [.., A]; noise is standard normal and gets no gradient.
         rng: in its place, what `standard_normal` draws the noise from.
+        out, noise_out: [.., A], which receive the actions, and the noise drawn from rng.
     Returns:
-        actions [.., A] in [-1, 1], of the dtype of mean, and log-probabilities [..], float32 or float64.
+        actions [.., A] in [-1, 1], of the dtype of mean, or out; and log-probabilities [..], float32 or
+        float64.
     Source: Haarnoja et al. 2018, arXiv:1812.05905, appendix C.
     """
     dtype, wide = mean.dtype, torch.promote_types(mean.dtype, torch.float32)
@@ -333,12 +361,55 @@ def tanh_gaussian(
         if rng is None:
             raise ValueError("one of noise and rng is needed, got neither")
         noise = standard_normal(rng, mean.shape, wide)
+        if noise_out is not None:
+            noise_out.copy_(noise)
     mean, raw_log_std, noise = mean.to(wide), raw_log_std.to(wide), noise.detach().to(wide)
     log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (1.0 + raw_log_std.tanh())
     u = torch.addcmul(mean, log_std.exp(), noise)
     log_slope = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
     per_dim = -0.5 * noise.square() - log_std - log_slope
-    return u.tanh().to(dtype), per_dim.sum(-1) - 0.5 * math.log(2.0 * math.pi) * mean.shape[-1]
+    actions = u.tanh().to(dtype) if out is None else out.copy_(u.tanh())
+    return actions, per_dim.sum(-1) - 0.5 * math.log(2.0 * math.pi) * mean.shape[-1]
+
+
+def tanh_gaussian_backward(
+    dactions: Tensor | None,
+    dlog_probs: Tensor | float | None,
+    mean: Tensor,
+    raw_log_std: Tensor,
+    noise: Tensor,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `tanh_gaussian` for those of its results, without autograd.
+
+        du = da (1 - a^2) + 2 a dlogpi,   dmean = du
+        draw = reach (1 - tanh(raw)^2) (du exp(log_std) noise - dlogpi)
+
+    with reach = (LOG_STD_MAX - LOG_STD_MIN) / 2. Narrower types than float32 are widened to it first.
+
+    Args:
+        dactions: [.., A], or None for zeros. dlog_probs: [..], or one for all rows, or None for 0.
+        mean, raw_log_std, noise: [.., A]. out: two tensors [.., A], which receive the result.
+    Returns:
+        dmean and draw [.., A] of the dtypes of mean and raw_log_std, or out.
+    Source: Haarnoja et al. 2018, arXiv:1812.05905, appendix C.
+    """
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    reach = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
+    t = raw_log_std.detach().to(wide).tanh()
+    spread = (LOG_STD_MIN + reach * (1.0 + t)).exp() * noise.detach().to(wide)
+    actions = (mean.detach().to(wide) + spread).tanh()
+    dlog = 0.0 if dlog_probs is None else dlog_probs
+    if isinstance(dlog, Tensor):
+        dlog = dlog.detach().to(wide).unsqueeze(-1)
+    du = 2.0 * actions * dlog
+    if dactions is not None:
+        du = du + dactions.detach().to(wide) * (1.0 - actions * actions)
+    draw = reach * (1.0 - t * t) * (du * spread - dlog)
+    if out is None:
+        return du.to(mean.dtype), draw.to(raw_log_std.dtype)
+    return out[0].copy_(du), out[1].copy_(draw)
 
 
 def normalized_embedding(table: Tensor, task_ids: Tensor, norm: str = "l2") -> Tensor:
@@ -351,6 +422,30 @@ def normalized_embedding(table: Tensor, task_ids: Tensor, norm: str = "l2") -> T
     return (table / norms)[task_ids]
 
 
+def normalized_embedding_backward(
+    grad: Tensor, table: Tensor, task_ids: Tensor, norm: str = "l2", *, out: Tensor | None = None
+) -> Tensor:
+    """Gradient of the table for that of rows of `normalized_embedding`, without autograd.
+
+        l2:  dtable[t] = (s - n (n . s)) / |e|          l1:  dtable[t] = (s - sign(e) (n . s)) / |e|
+
+    with e = table[t], n = e / |e| and s the sum of the gradients of the rows of task t.
+
+    Args:
+        grad: [.., D]. table: [T, D]. task_ids: [..]. out: [T, D], which receives the result.
+    Returns:
+        [T, D] of the dtype of the table, or out.
+    """
+    e = _wide(table.detach())
+    rows = grad.detach().to(e.dtype).reshape(-1, e.shape[1])
+    total = torch.zeros_like(e).index_put_((task_ids.reshape(-1),), rows, accumulate=True)
+    length = torch.linalg.vector_norm(e, {"l2": 2, "l1": 1}[norm], -1, keepdim=True)
+    n = e / length
+    along = (n * total).sum(-1, keepdim=True)
+    dtable = (total - (n if norm == "l2" else e.sign()) * along) / length
+    return dtable.to(table.dtype) if out is None else out.copy_(dtable)
+
+
 def pack_inputs(
     observations: Tensor,
     actions: Tensor | None = None,
@@ -360,14 +455,16 @@ def pack_inputs(
     *,
     width: int | None = None,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """One network input [observation, action, normalised task embedding, zeros], each part where given.
 
     Args:
         observations: [.., O]. actions: [.., A]. table: [T, D] with task_ids [..].
         width: of the result, O + A + D by default. dtype: of the result, that of the observations by default.
+        out: [.., width], which receives the result.
     Returns:
-        [.., width]; the observations themselves where there is nothing to do. Gradients reach the
+        [.., width], or out; the observations themselves where there is nothing to do. Gradients reach the
         observations, the actions and the table.
     """
     parts = [observations]
@@ -377,9 +474,13 @@ def pack_inputs(
         if task_ids is None:
             raise ValueError("task_ids [B] are needed with a task embedding table, got None")
         parts.append(normalized_embedding(table, task_ids, norm))
+    if out is not None:
+        width = out.shape[-1]
     missing = 0 if width is None else width - sum(part.shape[-1] for part in parts)
     if missing:
         parts.append(observations.new_zeros(*observations.shape[:-1], missing))
+    if out is not None:
+        return torch.cat(parts, -1, out=out)
     packed = torch.cat(parts, -1) if len(parts) > 1 else observations
     return packed.to(dtype or observations.dtype)
 

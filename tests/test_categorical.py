@@ -23,7 +23,15 @@ from kernel_harness import (
 from torch import Tensor
 
 from brc_fast import kernels
-from brc_fast.kernels import _categorical, _config, categorical, cross_entropy, projection, reference
+from brc_fast.kernels import (
+    _categorical,
+    _config,
+    _native,
+    categorical,
+    cross_entropy,
+    projection,
+    reference,
+)
 from brc_fast.kernels._dispatch import recording
 
 V_MAX = 10.0
@@ -304,6 +312,8 @@ def test_every_op_is_one_launch_each_way(kernel_device: str) -> None:
         kernels.hl_gauss_cross_entropy(tensors[0], tensors[2], V_MAX, 1.0, impl="triton").sum().backward()
         kernels.expected_value(tensors[0], atoms_of(tensors[0]), impl="triton").sum().backward()
         assert len(launches) == 9
+        kernels.expected_value_and_gradient(tensors[0], atoms_of(tensors[0]), columns=16, impl="triton")
+        assert len(launches) == 10
 
 
 @pytest.mark.gpu
@@ -334,6 +344,12 @@ def test_a_nan_stays_in_its_row(kernel_device: str) -> None:
     ):
         assert out[1].isnan().all()
         torch.testing.assert_close(out[[0, 2]].sum(-1), torch.ones(2, device=kernel_device))
+    logits = torch.zeros(3, 5, device=kernel_device)
+    logits[1, 2] = NAN
+    expected, grad = kernels.expected_value_and_gradient(logits, atoms_of(logits), columns=8, impl="triton")
+    assert expected.isnan().tolist() == [False, True, False]
+    assert grad.isnan().any(-1).tolist() == [False, True, False]
+    assert (grad[:, 5:] == 0).all()
 
 
 @pytest.mark.gpu
@@ -422,6 +438,38 @@ def test_the_expected_value_follows_its_twin(
     assert (grad != 0).any(-1).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(7,), (9, 101), (2, 5, 51), (2, 3, 4, 2), (1, 3, 128)], ids=str)
+@DTYPES
+def test_the_expected_value_without_autograd_gives_the_scaled_gradient_in_padded_rows(
+    kernel_device: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    K = shape[-1]
+    inputs = [normal(*shape), support(K)]
+    op = run("expected_value_and_gradient", scale=-0.3, columns=K + 3)
+    values, grad = assert_follows_twin(*op, inputs, [], [], dtype, kernel_device)
+    assert values.shape == shape[:-1]
+    assert grad.shape == (*shape[:-1], K + 3)
+    assert (grad[..., K:] == 0).all()
+    logits, atoms = on(kernel_device, dtype, *inputs)
+    call = partial(kernels.expected_value_and_gradient, logits, atoms, impl="triton")
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    for number in (torch.tensor(-0.3, dtype=kind), torch.tensor([-0.3], dtype=torch.float64)):
+        again, other = call(scale=number.to(kernel_device))  # read where it is
+        torch.testing.assert_close(again, values)
+        torch.testing.assert_close(
+            other, grad[..., :K], rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-6
+        )
+    assert not any(x.requires_grad for x in call())
+    leaf = logits.requires_grad_()
+    plain = kernels.expected_value(leaf, atoms, impl="triton")
+    torch.testing.assert_close(plain, values)
+    (whole,) = torch.autograd.grad(plain.sum(), leaf)
+    values, grad = call()  # of a leaf too
+    assert not values.requires_grad
+    torch.testing.assert_close(grad, whole)
+
+
 # the projection of arbitrary positions
 
 
@@ -483,6 +531,9 @@ def test_rows_may_lie_anyhow_in_memory(kernel_device: str) -> None:
         lambda x, _: kernels.two_hot_cross_entropy(x, values, V_MAX, impl="triton"),
         lambda x, _: kernels.expected_value(x, atoms, impl="triton"),
     ]
+    without: list[Callable[[Tensor], Any]] = [
+        lambda x: kernels.expected_value_and_gradient(x, atoms, columns=7, impl="triton"),
+    ]
     pairs = zip(layouts(logits.to(dtype)), layouts(next_logits.to(dtype)), strict=True)
     for number, ((told, x), (_, y)) in enumerate(pairs):
         x, y = x.to(device), y.to(device)
@@ -493,6 +544,9 @@ def test_rows_may_lie_anyhow_in_memory(kernel_device: str) -> None:
                 torch.testing.assert_close(
                     a, b, rtol=1e-5, atol=1e-6, msg=lambda text, told=told: f"{told}: {text}"
                 )
+        for call in without:
+            for a, b in zip(call(x), call(x.contiguous()), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -552,6 +606,9 @@ def test_padded_rows_are_read_where_they_are(kernel_device: str, num_atoms: int,
         plain = outputs_and_gradients(call, dense, [seed], [0])
         for a, b in zip(mine, plain, strict=True):
             assert_close_to_truth(a, b.double(), b)
+    alone = partial(kernels.expected_value_and_gradient, atoms=atoms, columns=columns, impl="triton")
+    for a, b in zip(alone(views[0]), alone(dense[0]), strict=True):
+        assert_close_to_truth(a, b.double(), b)
 
 
 def test_only_memory_of_its_own_is_read_beyond_a_row() -> None:
@@ -575,6 +632,7 @@ def test_an_empty_batch_gives_empty_results(kernel_device: str) -> None:
     assert target.shape == (0, 5)
     assert kernels.two_hot(none, 5, V_MAX, impl="triton").shape == (0, 5)
     assert bellman("categorical_bellman_loss_and_gradient", columns=8)[0](*tensors)[1].shape == (2, 0, 8)
+    assert run("expected_value_and_gradient", columns=8)[0](leaf, atoms)[1].shape == (2, 0, 8)
     for out in (
         LOSS(leaf, *tensors[1:]),
         kernels.categorical_cross_entropy(leaf, target, impl="triton"),
@@ -639,6 +697,8 @@ def test_each_op_is_a_sound_op_of_torch(kernel_device: str) -> None:
         (cross_entropy._encode_op, (vectors[0], 5, V_MAX, 0.5)),
         (cross_entropy._expected_value_op, (leaf, atoms)),
         (cross_entropy._expected_value_backward_op, (grad, logits, atoms)),
+        (cross_entropy._expected_value_pair_op, (logits, atoms, temperature, 0.0, 8)),
+        (cross_entropy._expected_value_pair_op, (logits[0, 0], atoms, None, 0.5, 5)),
         (projection._project_op, (probs.clone().requires_grad_(), next_logits, V_MAX)),
         (projection._project_backward_op, (logits, probs, next_logits, V_MAX, True, False)),
     ]
@@ -666,6 +726,27 @@ def test_compiled_code_and_transforms_give_what_plain_calls_give(kernel_device: 
     pair = torch.stack([x, 2.0 * x])
     torch.testing.assert_close(torch.func.vmap(function)(pair)[0], plain)
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(total))(pair)[0], grad)
+
+
+@pytest.mark.gpu
+def test_compiled_code_gives_the_gradients_of_the_ops_without_autograd(kernel_device: str) -> None:
+    logits, next_logits, rest = bellman_inputs(2, 4, 7)
+    tensors = [x.float().to(kernel_device) for x in (logits, next_logits, *rest)]
+
+    def both(logits: Tensor, scale: Tensor) -> list[Tensor]:
+        atoms = atoms_of(logits)
+        pair = kernels.expected_value_and_gradient(logits, atoms, scale=scale, columns=8, impl="triton")
+        other = kernels.categorical_bellman_loss_and_gradient(
+            logits, *tensors[1:], atoms, V_MAX, scale=scale, columns=8, impl="triton"
+        )
+        return [*pair, *other]
+
+    scale = torch.tensor(0.5, device=kernel_device)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for leaf in (tensors[0], tensors[0].clone().requires_grad_()):
+        for mine, plain in zip(compiled(leaf, scale), both(leaf, scale), strict=True):
+            torch.testing.assert_close(mine, plain)
+            assert not mine.requires_grad
 
 
 @pytest.mark.gpu
@@ -738,6 +819,71 @@ def test_a_cpu_takes_its_own_forms_of_the_bellman_loss() -> None:
     torch.testing.assert_close(pair[0], losses.detach())
     torch.testing.assert_close(pair[1], 0.5 * grad)
     assert not pair[0].requires_grad
+
+
+@pytest.mark.parametrize("num_atoms", [2, 51, 101, 128])
+def test_a_cpu_gives_values_and_gradients_without_autograd(num_atoms: int) -> None:
+    logits, next_logits, rest = bellman_inputs(2, 10, num_atoms, 3)
+    logits, next_logits, *rest = (x.float() for x in (logits, next_logits, *rest, support(num_atoms)))
+    atoms = rest[-1]
+    whole = torch.full((2, 21, num_atoms + 5), NAN)
+    padded = whole[:, 1:11, 2 : 2 + num_atoms]
+    padded.copy_(logits)
+    calls: dict[str, tuple[Any, ...]] = {
+        "expected_value_and_gradient": (atoms,),
+        "categorical_bellman_loss_and_gradient": (next_logits, *rest, V_MAX),
+    }
+    for name, others in calls.items():
+        exact = getattr(reference, name)(
+            logits.double(), *(x.double() if isinstance(x, Tensor) else x for x in others), scale=0.3
+        )
+        for scale in (0.3, torch.tensor(0.3), torch.tensor([0.3], dtype=torch.float64)):
+            for x in (logits, padded, logits.transpose(0, 1).contiguous().transpose(0, 1), logits.clone()):
+                for columns in (None, num_atoms + 3):
+                    values, grad = getattr(kernels, name)(x, *others, scale=scale, columns=columns)
+                    assert values.dtype == grad.dtype == torch.float32
+                    assert grad.shape[-1] == (columns or num_atoms)
+                    torch.testing.assert_close(values.double(), exact[0], rtol=1e-5, atol=2e-5)
+                    torch.testing.assert_close(
+                        grad[..., :num_atoms].double(), exact[1], rtol=1e-4, atol=2e-6 * 20
+                    )
+                    assert (grad[..., num_atoms:] == 0).all()
+        for empty in (logits[:, :0], logits[:0]):
+            if name == "expected_value_and_gradient":
+                assert getattr(kernels, name)(empty, *others)[1].shape == empty.shape
+    one, slope = kernels.expected_value_and_gradient(logits[0, 0], atoms)
+    assert one.shape == ()
+    assert slope.shape == (num_atoms,)
+
+
+def test_the_compiled_passes_serve_plain_float32_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = pytest.importorskip("brc_fast.kernels._cpu", reason="the compiled module is not built")
+    seen: list[str] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            seen.append(name)
+            return getattr(cpu, name)
+
+    monkeypatch.setattr(_native, "compiled", Watched())
+    logits, next_logits, rest = bellman_inputs(2, 10, 51)
+    tensors = [logits, next_logits, *rest, support(51)]
+
+    def both(*tensors: Tensor, impl: str | None = None) -> list[Tensor]:
+        pair = kernels.expected_value_and_gradient(tensors[0], tensors[-1], impl=impl)
+        return [*pair, *kernels.categorical_bellman_loss_and_gradient(*tensors, V_MAX, impl=impl)]
+
+    single = [x.float() for x in tensors]
+    expected = both(*single, impl="reference")
+    both(*tensors)
+    both(*(x.bfloat16() for x in tensors))
+    torch.compile(both, fullgraph=True, backend="eager")(*single)
+    assert {"expected_value", "categorical_bellman"}.isdisjoint(seen)
+    single[0].requires_grad_()
+    for mine, other in zip(both(*single), expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        assert not mine.requires_grad
+    assert {"expected_value", "categorical_bellman"} <= set(seen)
 
 
 def test_float32_on_a_cpu_keeps_its_bits() -> None:
@@ -863,6 +1009,22 @@ def test_the_bellman_ops_refuse_what_does_not_fit(change: dict[str, Any], told: 
         (
             lambda: kernels.expected_value(LOGITS[..., :1], VECTOR[:1]),
             "logits must have shape [.., K] with K >= 2, got [2, 3, 1]",
+        ),
+        (
+            lambda: kernels.expected_value_and_gradient(LOGITS, VECTOR),
+            "atoms must have shape [K] = [5], got [3]",
+        ),
+        (
+            lambda: kernels.expected_value_and_gradient(VECTOR[0], VECTOR),
+            "logits must have shape [.., K] with K >= 2, got []",
+        ),
+        (
+            lambda: kernels.expected_value_and_gradient(LOGITS, ATOMS_5, columns=4),
+            "columns must be at least K = 5, got 4",
+        ),
+        (
+            lambda: kernels.expected_value_and_gradient(LOGITS, ATOMS_5, scale=VECTOR),
+            "scale must be a number or a tensor of one, got shape [3]",
         ),
         (
             lambda: kernels.two_hot_cross_entropy(LOGITS, VECTOR[:2], V_MAX),

@@ -10,6 +10,8 @@ import pytest
 import torch
 from kernel_harness import assert_follows_twin, layouts, outputs_and_gradients
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from brc_fast import kernels
 from brc_fast.kernels import inputs, reference
@@ -18,6 +20,10 @@ from brc_fast.kernels._dispatch import Launch, recording
 
 pack_inputs = partial(inputs.pack_inputs, impl="triton")
 normalized_embedding = partial(inputs.normalized_embedding, impl="triton")
+normalized_embedding_backward = partial(inputs.normalized_embedding_backward, impl="triton")
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
 
 
 class Size(NamedTuple):
@@ -305,6 +311,136 @@ def test_compiled_and_transformed_calls_give_the_same(kernel_device: str) -> Non
     torch.testing.assert_close(dtable.sum(0), grads[1])
 
 
+# into buffers and without autograd
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("size", [((3, 7), 5, 24), ((9,), 2, 33), ((), 3, 4), ((400,), 2, 8)], ids=str)
+def test_the_tables_gradient_without_autograd_follows_its_twin(
+    kernel_device: str, size: tuple[tuple[int, ...], int, int], norm: str, dtype: torch.dtype
+) -> None:
+    rows, tasks, width = size
+    torch.manual_seed(0)
+    table, ids = torch.randn(tasks, width, dtype=torch.float64), torch.randint(tasks, rows)
+    table[0, 1] = 0.0
+    grad = torch.randn(*rows, width, dtype=torch.float64)
+    mine, twin = (
+        partial(op, norm=norm)
+        for op in (normalized_embedding_backward, reference.normalized_embedding_backward)
+    )
+    with trial("embedding_backward", {"BLOCK_B": 16, "num_warps": 4} if rows == (400,) else {}):
+        (dtable,) = assert_follows_twin(mine, twin, [grad, table, ids], [], [], dtype, kernel_device)
+    assert dtable.abs().sum() > 0
+
+
+@pytest.mark.gpu
+@DTYPES
+def test_columns_are_summed_into_a_buffer_of_any_dtype(kernel_device: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    table, wide = torch.randn(4, 6, device=kernel_device), torch.randn(3, 5, 20, device=kernel_device)
+    ids, grad = torch.randint(4, (3, 5), device=kernel_device, dtype=torch.int32), wide[..., 7:13]
+    flat = torch.full((50,), math.nan, device=kernel_device, dtype=dtype)
+    out = flat[10:34].view(4, 6)
+    leaf = table.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(normalized_embedding(leaf, ids), leaf, grad)
+    with recording() as launches:
+        normalized_embedding_backward(grad, table, ids, out=out)
+    assert len(launches) == 1
+    assert launches[0].arguments[0].data_ptr() == grad.data_ptr()
+    assert launches[0].arguments[3].data_ptr() == out.data_ptr()
+    version = flat._version
+    assert normalized_embedding_backward(grad, leaf, ids, out=out) is out
+    assert flat._version > version
+    assert torch.equal(out, expected.to(dtype))
+    assert torch.equal(normalized_embedding_backward(grad, table, ids), expected)
+    assert flat.isnan().sum() == 26
+    none = torch.full_like(table, math.nan)
+    assert (normalized_embedding_backward(grad[:0], table, ids[:0], out=none) == 0.0).all()
+
+
+@pytest.mark.gpu
+@DTYPES
+def test_inputs_are_packed_into_a_buffer(kernel_device: str, dtype: torch.dtype) -> None:
+    for size in SIZES:
+        given, _, _ = parts(size)
+        given = [x if x is None or not x.is_floating_point() else x.float() for x in given]
+        given = [None if x is None else x.to(kernel_device) for x in given]
+        plain = pack_inputs(*given, size.norm, width=size.width, dtype=dtype)
+        held = torch.full((plain.numel() + 64,), math.nan, device=kernel_device, dtype=dtype)
+        out = held[32 : 32 + plain.numel()].view(plain.shape)
+        version = held._version
+        assert pack_inputs(*given, size.norm, width=size.width, out=out) is out
+        assert held._version > version
+        assert torch.equal(out, plain)
+        assert held.isnan().sum() == 64
+        out.fill_(math.nan)
+        assert torch.equal(pack_inputs(*given, size.norm, out=out, dtype=dtype), plain)
+        twin = reference.pack_inputs(*given, size.norm, out=torch.empty_like(out))
+        torch.testing.assert_close(out, twin, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-6)
+    alone = torch.randn(3, 5, device=kernel_device)
+    copy = torch.empty_like(alone)
+    assert pack_inputs(alone, out=copy) is copy  # a copy also where nothing is to be done
+    assert torch.equal(alone, copy)
+    leaf = alone.clone().requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(
+            pack_inputs(leaf, leaf, out=torch.empty(3, 10, device=kernel_device))[:, :5], alone
+        )
+    empty = torch.empty(0, 12, device=kernel_device)
+    assert pack_inputs(alone[:0], out=empty) is empty
+
+
+@pytest.mark.gpu
+def test_torch_sees_what_is_written(kernel_device: str) -> None:
+    """By its own checks, in a compiled call, through a mode, and where there are only shapes."""
+    torch.manual_seed(0)
+    observations, actions, table, seed = (
+        torch.randn(shape, device=kernel_device) for shape in ((4, 3), (4, 2), (2, 5), (4, 5))
+    )
+    ids = torch.tensor([0, 1, 1, 0], device=kernel_device)
+    pack, backward = inputs._pack_into_op.library, inputs._embedding_backward_into_op.library
+    out = torch.zeros(4, 12, device=kernel_device)
+    torch.library.opcheck(pack, (observations, actions, table, ids, "l2", out))
+    torch.library.opcheck(pack, (observations, None, None, None, "l2", out.bfloat16()))
+    torch.library.opcheck(backward, (seed, table, ids, "l1", table.clone()))
+
+    def step(observations: Tensor, table: Tensor, ids: Tensor, packed: Tensor, flat: Tensor) -> Tensor:
+        pack_inputs(observations, None, table, ids, out=packed)
+        dtable = flat[3:13].view(2, 5)
+        normalized_embedding_backward(packed[:, 3:8] * 2.0 + 1.0, table, ids, out=dtable)
+        return packed.sum() + dtable.sum()
+
+    def fresh() -> list[Tensor]:
+        zeros = [torch.zeros(shape, device=kernel_device) for shape in ((4, 9), (20,))]
+        return [observations, table, ids, *zeros]
+
+    class Watching(TorchDispatchMode):
+        seen: list[str] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    plain, traced, watched = fresh(), fresh(), fresh()
+    expected = step(*plain)
+    assert (plain[4][3:13] != 0.0).all()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*traced), expected)
+    with Watching():
+        torch.testing.assert_close(step(*watched), expected)
+    for name in ("pack_inputs_into", "normalized_embedding_backward_into"):
+        assert f"brc_fast.{name}.default" in Watching.seen
+    for others in (traced, watched):
+        for mine, other in zip(others, plain, strict=True):
+            torch.testing.assert_close(mine, other)
+    mode = FakeTensorMode()
+    shapes = [mode.from_tensor(x) for x in fresh()]
+    with mode:
+        assert step(*shapes).shape == ()
+
+
 def launches_of(rows: int, wanted: list[int], frozen: bool = False) -> list[Launch]:
     """What is launched for inputs [rows, 6 + 3 + 4] of 2 tasks, forward and backward."""
     pytest.importorskip("triton")
@@ -364,6 +500,74 @@ def test_the_twin_is_the_concatenation_row_by_row(rows: tuple[int, ...], norm: s
             length = e.abs().pow(order).sum() ** (1.0 / order)
             expected = [*x.tolist(), *a.tolist(), *(e / length).tolist(), 0.0, 0.0]
             torch.testing.assert_close(row, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("rows", [(), (4,), (2, 3)], ids=str)
+def test_the_twin_of_the_tables_gradient_is_autograds(rows: tuple[int, ...], norm: str) -> None:
+    torch.manual_seed(0)
+    table, ids = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), torch.randint(4, rows)
+    grad = torch.randn(*rows, 9, dtype=torch.float64)[..., 2:7]
+    (expected,) = torch.autograd.grad(reference.normalized_embedding(table, ids, norm), table, grad)
+    for op in (reference.normalized_embedding_backward, kernels.normalized_embedding_backward):
+        dtable = op(grad, table, ids, norm)
+        assert not dtable.requires_grad
+        torch.testing.assert_close(dtable, expected)
+        out = torch.empty(4, 5)
+        assert op(grad, table, ids, norm, out=out) is out
+        torch.testing.assert_close(out, expected.float())
+        low = op(grad.bfloat16(), table.bfloat16(), ids, norm)
+        assert low.dtype == torch.bfloat16
+        torch.testing.assert_close(low.double(), expected, rtol=0.1, atol=0.1)
+
+
+def test_on_a_cpu_inputs_are_packed_into_a_buffer() -> None:
+    torch.manual_seed(0)
+    for size in SIZES:
+        (observations, actions, table, ids), _, _ = parts(size)
+        plain = kernels.pack_inputs(observations, actions, table, ids, size.norm, width=size.width)
+        for op in (kernels.pack_inputs, reference.pack_inputs):
+            for kind in (torch.float64, torch.float32, torch.bfloat16):
+                out = torch.full(plain.shape, math.nan, dtype=kind)
+                assert op(observations, actions, table, ids, size.norm, out=out) is out
+                assert torch.equal(out, plain.to(kind))
+
+
+def test_what_cannot_be_written_is_refused() -> None:
+    table, ids, grad = torch.ones(5, 4), torch.zeros(2).long(), torch.zeros(2, 4)
+    observations, leaf = torch.zeros(2, 3), torch.zeros(2, 3, requires_grad=True)
+    gaps = torch.zeros(2, 6)[:, ::2]
+    buffer = torch.zeros(2, 3)
+    packed: list[tuple[dict[str, Any], type, str]] = [
+        ({"out": grad}, RuntimeError, "out has no gradient: detach the parts, or call without it"),
+        ({"out": table}, ValueError, r"out must have shape \[.., width\] = \[2, 4\], got \[5, 4\]"),
+        ({"out": buffer, "width": 4}, ValueError, r"out must have shape .* = \[2, 4\], got \[2, 3\]"),
+        ({"out": buffer[:, :2]}, ValueError, r"width must be at least O \+ A \+ D = 3 = 3, got 2"),
+        ({"out": buffer[0, 0]}, ValueError, r"out must have shape \[.., width\] = \[2, 3\], got \[\]"),
+        ({"out": gaps}, ValueError, r"out must be contiguous, got strides \[6, 2\]"),
+        ({"out": buffer.long()}, TypeError, "out must be of dtype .*, got torch.int64"),
+        ({"out": buffer.to("meta")}, ValueError, "out must be on cpu like the observations, got meta"),
+        ({"out": buffer, "dtype": torch.float64}, TypeError, "dtype must be that of out, torch.float32"),
+    ]
+    packed[0][0]["observations"] = leaf
+    for change, error, told in packed:
+        with pytest.raises(error, match=told):
+            kernels.pack_inputs(**({"observations": observations} | change))
+    given: dict[str, Any] = {"grad": grad, "table": table, "task_ids": ids}
+    backward: list[tuple[dict[str, Any], type, str]] = [
+        ({"grad": grad[:, :3]}, ValueError, r"grad must have shape .*, \[2, 4\], got \[2, 3\]"),
+        ({"grad": grad[:1]}, ValueError, r"grad must have shape .*, \[2, 4\], got \[1, 4\]"),
+        ({"norm": "l3"}, ValueError, "norm must be one of l2, l1, got 'l3'"),
+        ({"task_ids": ids.float()}, TypeError, "task_ids must be of dtype"),
+        ({"task_ids": ids + 5}, IndexError, "out of"),
+        ({"out": torch.zeros(4, 4)}, ValueError, r"out must have shape \[T, D\] = \[5, 4\], got \[4, 4\]"),
+        ({"out": torch.zeros(4, 5).T}, ValueError, r"out must be contiguous, got strides \[1, 5\]"),
+        ({"out": torch.zeros(5, 4).int()}, TypeError, "out must be of dtype .*, got torch.int32"),
+        ({"impl": "triton"}, RuntimeError, "kernels were asked for"),
+    ]
+    for change, error, told in backward:
+        with pytest.raises(error, match=told):
+            kernels.normalized_embedding_backward(**(given | change))
 
 
 def test_observations_alone_come_back_as_they_are() -> None:

@@ -9,13 +9,16 @@ import pytest
 import torch
 from kernel_harness import assert_close_to_truth, assert_follows_twin, layouts, outputs_and_gradients
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from brc_fast import kernels
-from brc_fast.kernels import policy, reference
+from brc_fast.kernels import _native, policy, reference
 from brc_fast.kernels._dispatch import recording
 from brc_fast.kernels._triton import jit, tl
 
 tanh_gaussian = partial(policy.tanh_gaussian, impl="triton")
+tanh_gaussian_backward = partial(policy.tanh_gaussian_backward, impl="triton")
 standard_normal = partial(policy.standard_normal, impl="triton")
 SIZES = [
     (7,),  # no batch
@@ -314,6 +317,196 @@ def test_compiled_and_transformed_calls_give_the_same(kernel_device: str) -> Non
     assert per_item[1].abs().min() > 0
 
 
+# without autograd
+
+
+def held(rows: Tensor, dtype: torch.dtype, before: int = 3, after: int = 2) -> tuple[Tensor, Tensor]:
+    """NaNs [.., before + A + after] and the columns in them that have the shape of `rows`."""
+    size = rows.shape[-1]
+    whole = torch.full((*rows.shape[:-1], before + size + after), math.nan, dtype=dtype, device=rows.device)
+    return whole, whole[..., before : before + size]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("size", "dtype"), CASES, ids=str)
+def test_the_backward_without_autograd_follows_its_twin(
+    kernel_device: str, size: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    mean, raw, noise, dactions = (normal(*size) for _ in range(4))
+    dlog_probs = normal(*size[:-1])
+    for given in ([dactions, dlog_probs], [dactions, None], [None, dlog_probs], [dactions, normal()]):
+        inputs = [*given, mean, raw, noise]
+        results = assert_follows_twin(
+            tanh_gaussian_backward, reference.tanh_gaussian_backward, inputs, [], [], dtype, kernel_device
+        )
+        assert all(x.dtype == dtype and x.abs().sum() > 0 for x in results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_number_stands_for_the_gradient_of_every_row(kernel_device: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    mean, raw, noise, dactions = (torch.randn(5, 3, device=kernel_device, dtype=dtype) for _ in range(4))
+    number = 0.1  # has other bits in float32
+    every = torch.full((5,), number, device=kernel_device, dtype=dtype)
+    expected = tanh_gaussian_backward(dactions, every, mean, raw, noise)
+    slack = {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-14, "atol": 1e-14}
+    for one in (number, every[0], every[:1].expand(5)):
+        for x, exact in zip(tanh_gaussian_backward(dactions, one, mean, raw, noise), expected, strict=True):
+            torch.testing.assert_close(x, exact, **slack)
+    none = tanh_gaussian_backward(dactions, None, mean, raw, noise)
+    zero = tanh_gaussian_backward(dactions, 0, mean, raw, noise)
+    for x, exact in zip(none, zero, strict=True):
+        assert torch.equal(x, exact)
+    for x in tanh_gaussian_backward(None, None, mean, raw, noise):
+        assert (x == 0.0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_gradients_are_written_into_the_halves_of_a_wider_one(kernel_device: str, kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for shape in ((5, 6), (2, 3, 6), (1, 6), (6,)):
+        head = torch.randn(*shape[:-1], 12, device=kernel_device)
+        mean, raw = head.chunk(2, -1)
+        noise = torch.randn(shape, device=kernel_device)
+        wide = torch.randn(*shape[:-1], 17, device=kernel_device)
+        dactions, dlog_probs = wide[..., 4:10], torch.randn(shape[:-1], device=kernel_device)
+        whole, inside = held(head, kind)
+        out = inside.chunk(2, -1)
+        got = tanh_gaussian_backward(dactions, dlog_probs, mean, raw, noise, out=out)
+        plain = tanh_gaussian_backward(dactions, dlog_probs, mean, raw, noise)
+        for mine, place, expected in zip(got, out, plain, strict=True):
+            assert mine is place
+            assert torch.equal(mine, expected.to(kind))
+        assert whole.isnan().sum() == whole.numel() - inside.numel()
+        twin = torch.zeros_like(whole)[..., 3:15].chunk(2, -1)
+        reference.tanh_gaussian_backward(dactions, dlog_probs, mean, raw, noise, out=twin)
+        rounding = max(1e-5, 2 * torch.finfo(kind).eps)
+        for mine, expected in zip(out, twin, strict=True):
+            torch.testing.assert_close(mine, expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_actions_are_written_into_columns_and_the_noise_where_it_is_wanted(
+    kernel_device: str, kind: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    rng = rng_of(4, 9, kernel_device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for shape in ((5, 6), (2, 3, 6), (6,)):
+            mean, raw = torch.randn(*shape[:-1], 12, device=kernel_device).to(dtype).chunk(2, -1)
+            plain = tanh_gaussian(mean, raw, rng=rng)
+            whole, out = held(mean, kind)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            noise = torch.full(shape, math.nan, device=kernel_device, dtype=wide)
+            actions, log_probs = tanh_gaussian(mean, raw, rng=rng, out=out, noise_out=noise)
+            assert actions is out
+            assert torch.equal(log_probs, plain[1])
+            rounding = 2 * max(torch.finfo(kind).eps, torch.finfo(dtype).eps)
+            torch.testing.assert_close(out.double(), plain[0].double(), rtol=rounding, atol=rounding)
+            if kind == dtype:
+                assert torch.equal(out, plain[0])
+            assert whole.isnan().sum() == whole.numel() - out.numel()
+            torch.testing.assert_close(noise, standard_normal(rng, shape, wide), rtol=1e-6, atol=1e-6)
+            again, same = tanh_gaussian(mean, raw, noise, out=torch.empty_like(out))
+            torch.testing.assert_close(again, out)
+            torch.testing.assert_close(same, log_probs)
+            other = torch.empty_like(noise, dtype=torch.float64)
+            alone, _ = tanh_gaussian(mean, raw, rng=rng, noise_out=other)
+            assert torch.equal(alone, plain[0])
+            assert torch.equal(other, noise.double())
+            _, unused = tanh_gaussian(mean, raw, rng=rng, out=out)
+            assert torch.equal(unused, log_probs)
+
+
+@pytest.mark.gpu
+def test_forward_and_backward_without_autograd_give_what_autograd_gives(kernel_device: str) -> None:
+    torch.manual_seed(0)
+    head = torch.randn(4, 10, device=kernel_device, requires_grad=True)
+    rng = rng_of(3, 1, kernel_device)
+    dactions, dlog_probs = torch.randn(4, 5, device=kernel_device), torch.randn(4, device=kernel_device)
+    results = halves(tanh_gaussian, head, rng=rng)
+    (grad,) = torch.autograd.grad(results, head, (dactions, dlog_probs))
+    mean, raw = head.detach().chunk(2, -1)
+    noise, mine = torch.empty(4, 5, device=kernel_device), torch.empty_like(grad)
+    with recording() as launches:
+        tanh_gaussian(mean, raw, rng=rng, noise_out=noise)
+        tanh_gaussian_backward(dactions, dlog_probs, mean, raw, noise, out=mine.chunk(2, -1))
+    assert len(launches) == 2
+    assert launches[0].arguments[6] is noise
+    tanh_gaussian(mean, raw, rng=rng, noise_out=noise)
+    version = mine._version
+    tanh_gaussian_backward(dactions, dlog_probs, *head.chunk(2, -1), noise, out=mine.chunk(2, -1))
+    assert torch.equal(mine, grad)
+    assert mine._version > version
+    with torch.no_grad():  # a leaf's actions, where no gradient is wanted
+        actions, _ = tanh_gaussian(*head.chunk(2, -1), noise, out=torch.empty(4, 5, device=kernel_device))
+    torch.testing.assert_close(actions, results[0].detach())
+
+
+@pytest.mark.gpu
+def test_empty_buffers_stay_as_they_are(kernel_device: str) -> None:
+    for shape in ((0, 4), (2, 0, 4), (3, 0)):
+        mean, raw, noise, out, other = torch.zeros(5, *shape, device=kernel_device).unbind(0)
+        _, log_probs = tanh_gaussian(mean, raw, rng=rng_of(0, 0, kernel_device), out=out, noise_out=noise)
+        assert log_probs.shape == shape[:-1]
+        assert (log_probs == 0.0).all()
+        assert tanh_gaussian_backward(None, 1.0, mean, raw, noise, out=(out, other))[1] is other
+        assert tanh_gaussian_backward(None, 1.0, mean, raw, noise)[0].shape == shape
+
+
+@pytest.mark.gpu
+def test_torch_sees_what_is_written(kernel_device: str) -> None:
+    """By its own checks, in a compiled call, through a mode, and where there are only shapes."""
+    torch.manual_seed(0)
+    head, rng = torch.randn(4, 6, device=kernel_device), rng_of(0, 1, kernel_device)
+    mean, raw = head.chunk(2, -1)
+    noise, actions, log_probs = torch.randn(4, 3, device=kernel_device), mean.clone(), mean[:, 0].clone()
+    forward, backward = policy._tanh_gaussian_into_op.library, policy._tanh_gaussian_backward_into_op.library
+    torch.library.opcheck(forward, (mean, raw, None, rng, actions, log_probs, noise))
+    torch.library.opcheck(forward, (mean, raw, noise, None, actions, log_probs, None))
+    into = torch.randn(2, 4, 3, device=kernel_device)
+    torch.library.opcheck(backward, (noise, None, mean, raw, noise, 0.5, into[0], into[1]))
+
+    def step(head: Tensor, packed: Tensor, grad: Tensor, rng: Tensor) -> Tensor:
+        mean, raw = head.chunk(2, -1)
+        noise = torch.empty_like(mean)
+        _, log_probs = tanh_gaussian(mean, raw, rng=rng, out=packed[:, 2:5], noise_out=noise)
+        tanh_gaussian_backward(packed[:, 2:5] * 2.0, log_probs, mean, raw, noise, out=grad.chunk(2, -1))
+        return log_probs
+
+    def fresh() -> list[Tensor]:
+        return [head, torch.zeros(4, 8, device=kernel_device), torch.zeros_like(head), rng]
+
+    class Watching(TorchDispatchMode):
+        seen: list[str] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    plain, traced, watched = fresh(), fresh(), fresh()
+    expected = step(*plain)
+    assert plain[1][:, 2:5].abs().min() > 0.0
+    assert (plain[1][:, [0, 1, 5, 6, 7]] == 0.0).all()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*traced), expected)
+    with Watching():
+        torch.testing.assert_close(step(*watched), expected)
+    for name in ("tanh_gaussian_into", "tanh_gaussian_backward_into"):
+        assert f"brc_fast.{name}.default" in Watching.seen
+    for others in (traced, watched):
+        for mine, other in zip(others, plain, strict=True):
+            torch.testing.assert_close(mine, other)
+    mode = FakeTensorMode()
+    shapes = [mode.from_tensor(x) for x in fresh()]
+    with mode:
+        assert step(*shapes).shape == (4,)
+
+
 def test_forward_and_backward_are_one_launch_each_that_reads_the_halves_in_place() -> None:
     pytest.importorskip("triton")
     head = torch.zeros(5, 8, requires_grad=True)
@@ -435,6 +628,164 @@ def test_other_dtypes_draw_the_same_numbers_rounded() -> None:
 def test_what_does_not_fit_is_refused(arguments: dict[str, Tensor], error: type, told: str) -> None:
     with pytest.raises(error, match=told):
         kernels.tanh_gaussian(torch.zeros(2, 3), torch.zeros(2, 3), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (4, 3), (2, 3, 5)], ids=str)
+def test_on_a_cpu_the_gradients_without_autograd_are_those_of_autograd(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(4)]
+    mean, raw, noise, dactions = given
+    exact = [x.double() for x in given]
+    dlog_probs = torch.randn(shape[:-1], dtype=torch.float64)
+    rounding = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    for rows in (dlog_probs, None, 0.3, torch.tensor(0.3)):
+        for seed in (exact[3], None):
+            leaves = [x.clone().requires_grad_() for x in exact[:2]]
+            results = reference.tanh_gaussian(*leaves, exact[2])
+            every = torch.zeros(shape[:-1]).double() + (0.0 if rows is None else rows)
+            seeds = (torch.zeros(shape).double() if seed is None else seed, every)
+            expected = torch.autograd.grad(results, leaves, seeds)
+            for op in (kernels.tanh_gaussian_backward, reference.tanh_gaussian_backward):
+                out = tuple(half.clone() for half in (mean, raw))
+                for keyword in ({}, {"out": out}):
+                    got = op(None if seed is None else dactions, rows, mean, raw, noise, **keyword)
+                    for mine, truth in zip(got, expected, strict=True):
+                        assert mine.dtype == dtype
+                        torch.testing.assert_close(mine.double(), truth, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_on_a_cpu_actions_and_noise_are_written_too(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    mean, raw = torch.randn(5, 8).to(dtype).chunk(2, -1)
+    plain = kernels.tanh_gaussian(mean, raw, rng=rng_of(1, 2))
+    for op in (kernels.tanh_gaussian, reference.tanh_gaussian):
+        whole, out = held(mean, torch.float32)
+        noise = torch.empty(5, 4, dtype=torch.float64)
+        actions, log_probs = op(mean, raw, rng=rng_of(1, 2), out=out, noise_out=noise)
+        assert actions is out
+        rounding = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(out.double(), plain[0].double(), rtol=rounding, atol=rounding)
+        torch.testing.assert_close(log_probs, plain[1])
+        torch.testing.assert_close(noise.float(), policy.standard_normal(rng_of(1, 2), (5, 4)))
+        assert whole.isnan().sum() == whole.numel() - out.numel()
+    leaf = mean.clone().requires_grad_()
+    with torch.no_grad():
+        kernels.tanh_gaussian(leaf, raw, noise.to(dtype), out=out)
+    assert not kernels.tanh_gaussian_backward(None, 1.0, leaf, raw, noise)[0].requires_grad
+
+
+def test_the_compiled_passes_serve_plain_float32_calls_that_want_no_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = pytest.importorskip("brc_fast.kernels._cpu", reason="the compiled module is not built")
+    seen: list[str] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            seen.append(name)
+            return getattr(cpu, name)
+
+    monkeypatch.setattr(_native, "compiled", Watched())
+    torch.manual_seed(0)
+    head, noise, wide = torch.randn(2, 5, 8), torch.randn(2, 4, 5).mT, torch.randn(2, 5, 9)
+    mean, raw = head.chunk(2, -1)
+    leaf, dactions = mean.clone().requires_grad_(), wide[..., 3:7]
+    kernels.tanh_gaussian(leaf, raw, noise)
+    kernels.tanh_gaussian(mean.double(), raw.double(), noise.double())
+    kernels.tanh_gaussian(mean, raw, noise, impl="reference")
+    kernels.tanh_gaussian_backward(dactions, wide[..., 0], mean, raw, noise)  # each row has its own
+    kernels.tanh_gaussian_backward(dactions, 1.0, mean.double(), raw, noise)
+    torch.compile(kernels.tanh_gaussian, fullgraph=True, backend="eager")(mean, raw, noise)
+    assert seen == []
+    exact = reference.tanh_gaussian(mean, raw, noise)
+    for kind in (torch.float32, torch.bfloat16):
+        for place in (None, held(mean, kind)[1]):
+            for got, other in zip(kernels.tanh_gaussian(mean, raw, noise, out=place), exact, strict=True):
+                rounding = 1e-2 if got.dtype == torch.bfloat16 else 1e-5
+                torch.testing.assert_close(got.float(), other, rtol=rounding, atol=rounding)
+    assert "tanh_gaussian" in seen
+    for share in (None, 0.3, torch.tensor(0.3)):
+        for seed in (dactions, None):
+            exact = reference.tanh_gaussian_backward(seed, share, mean, raw, noise)
+            whole, inside = held(head, torch.float32)
+            version = whole._version
+            halves = inside.chunk(2, -1)
+            for out in (None, halves, (halves[0], torch.empty_like(mean, dtype=torch.float64))):
+                got = kernels.tanh_gaussian_backward(seed, share, leaf, raw, noise, out=out)
+                for mine, other in zip(got, exact, strict=True):
+                    torch.testing.assert_close(mine.float(), other, rtol=1e-5, atol=1e-5)
+            assert whole._version > version
+            assert whole.isnan().sum() == whole.numel() - inside.numel()
+    assert "tanh_gaussian_backward" in seen
+    for shape in ((0, 4), (3, 0)):
+        none = torch.zeros(shape)
+        assert (kernels.tanh_gaussian(none, none, none)[1] == torch.zeros(shape[:-1])).all()
+        assert kernels.tanh_gaussian_backward(none, 1.0, none, none, none)[1].shape == shape
+    mean = torch.tensor([[math.nan, 0.0], [math.inf, 1e4], [-1e4, 0.5]])
+    actions, log_probs = kernels.tanh_gaussian(mean, torch.zeros(3, 2), torch.ones(3, 2))
+    assert actions.isnan().tolist() == [[True, False], [False, False], [False, False]]
+    assert log_probs.isnan().tolist() == [True, False, False]
+
+
+def test_what_cannot_be_written_is_refused() -> None:
+    mean, rng = torch.zeros(2, 3), rng_of(0, 0)
+    wide = torch.zeros(4, 6)
+    forward: list[tuple[dict[str, Tensor], type, str]] = [
+        ({"out": torch.zeros(2, 4)}, ValueError, r"out must have the shape of mean, \[2, 3\], got \[2, 4\]"),
+        ({"out": torch.zeros(2, 3).long()}, TypeError, "out must be of dtype .*, got torch.int64"),
+        ({"out": torch.zeros(2, 3, device="meta")}, ValueError, "out must be on cpu like mean, got meta"),
+        ({"out": wide[:2, ::2]}, ValueError, "out must have dense rows .*, got strides"),
+        (
+            {"out": torch.zeros(3).expand(2, 3)},
+            ValueError,
+            r"out must have dense rows .*, got strides \[0, 1\]",
+        ),
+        ({"noise_out": torch.zeros(3, 3)}, ValueError, "noise_out must have the shape of mean"),
+        ({"noise_out": wide[:2, :3]}, ValueError, r"noise_out must be contiguous, got strides \[6, 1\]"),
+        (
+            {"noise_out": mean.bfloat16()},
+            TypeError,
+            "noise_out must be of dtype torch.float32 or torch.float64",
+        ),
+        ({"noise_out": mean, "noise": mean}, ValueError, "noise_out takes what is drawn from rng, got noise"),
+    ]
+    for change, error, told in forward:
+        with pytest.raises(error, match=told):
+            kernels.tanh_gaussian(mean, mean, **({} if "noise" in change else {"rng": rng}), **change)
+    leaf = torch.zeros(2, 3, requires_grad=True)
+    for name in ("out", "noise_out"):
+        for heads in ((leaf, mean), (mean, leaf)):
+            with pytest.raises(RuntimeError, match=f"{name} has no gradient: detach mean and raw_log_std"):
+                kernels.tanh_gaussian(*heads, rng=rng, **{name: torch.zeros(2, 3)})
+    uneven = torch.zeros(4, 5, 3)[::2, :3]  # 3 rows, a gap of 2, and so on
+    grid = torch.zeros(2, 3, 3)
+    with pytest.raises(
+        ValueError, match=r"out\[1\] must have dense rows that are all the same distance apart"
+    ):
+        kernels.tanh_gaussian_backward(None, None, grid, grid, grid, out=(grid.clone(), uneven))
+    backward: list[tuple[tuple[object, ...], type, str]] = [
+        ((torch.zeros(3), None), ValueError, r"dactions must have the shape of mean, \[2, 3\], got \[3\]"),
+        (
+            (None, torch.zeros(3)),
+            ValueError,
+            r"dlog_probs must have shape \[..\] = \[2\] of mean, or \[\], got \[3\]",
+        ),
+    ]
+    for given, error, told in backward:
+        with pytest.raises(error, match=told):
+            kernels.tanh_gaussian_backward(*given, mean, mean, mean)
+    with pytest.raises(ValueError, match=r"noise must have the shape of mean"):
+        kernels.tanh_gaussian_backward(None, None, mean, mean, mean[0])
+    with pytest.raises(ValueError, match=r"mean must have shape \[.., A\], got \[\]"):
+        kernels.tanh_gaussian_backward(None, None, *torch.zeros(3))
+    with pytest.raises(TypeError, match=r"out\[0\] must be of dtype"):
+        kernels.tanh_gaussian_backward(None, None, mean, mean, mean, out=(mean.int(), mean))
+    with pytest.raises(RuntimeError, match="kernels were asked for"):
+        kernels.tanh_gaussian_backward(None, None, mean, mean, mean, impl="triton")
 
 
 def test_other_refusals_say_what_was_wanted() -> None:
