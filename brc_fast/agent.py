@@ -14,11 +14,25 @@ from torch import Generator, Tensor, nn
 
 from . import kernels
 from .batch import Batch
-from .config import ActorConfig, CriticConfig, LearningConfig, TrainConfig
+from .config import ActorConfig, CriticConfig, LearningConfig, Precision, TrainConfig
+from .flat import FlatNetworks
+from .graphs import Captured
 from .networks import Actor, Critic, Temperature
-from .optimizer import FlatAdamW, flatten_parameters
+from .optimizer import FlatAdamW
+from .passes import Passes
+from .precision import check_precision, low_dtype, products
 
 Metrics = dict[str, Tensor]
+METRICS = (
+    "critic_loss",
+    "critic_gradient_norm",
+    "actor_loss",
+    "actor_gradient_norm",
+    "entropy",
+    "q_mean",
+    "temperature",
+    "temperature_loss",
+)
 
 
 class Noise(NamedTuple):
@@ -44,6 +58,9 @@ class BRC:
         observation_size: O, of the widest task. action_size: A, of the widest task.
         num_tasks: T; with T = 1 there is no task embedding.
         device, dtype: of parameters and arithmetic. seed: of initialisation and sampling.
+        precision: of matrix products: fp32, tf32 (needs CUDA) or bf16, for which bfloat16 copies of the
+            float32 parameters are kept; moments, averages and LayerNorm stay in float32.
+        graphs: on CUDA, replay `update` as a CUDA graph (brc_fast.graphs).
     """
 
     def __init__(
@@ -57,6 +74,8 @@ class BRC:
         learning: LearningConfig | None = None,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        precision: Precision = "fp32",
+        graphs: bool = True,
         seed: int = 0,
     ) -> None:
         self.critic_config = critic or CriticConfig()
@@ -68,27 +87,38 @@ class BRC:
         if num_tasks < 1:
             raise ValueError(f"num_tasks must be positive, got {num_tasks}")
         self.observation_size, self.action_size, self.num_tasks = observation_size, action_size, num_tasks
-        self.device, self.dtype = device, dtype
+        check_precision(precision, device, dtype)
+        self.device, self.dtype, self.precision = device, dtype, precision
         self.target_entropy = self.learning.target_entropy_per_action * action_size
         self.v_max = self.critic_config.v_max
         self.atoms = torch.linspace(
             -self.v_max, self.v_max, self.critic_config.num_atoms, device=device, dtype=dtype
         )
 
-        initial = torch.Generator().manual_seed(seed)
+        drawn_on = "cpu" if torch.device(device).type == "meta" else device
+        initial = Generator(drawn_on).manual_seed(seed)
         embedding_size = self.critic_config.embedding_size if num_tasks > 1 else 0
-        self.critic = Critic(observation_size, action_size, num_tasks, self.critic_config, initial)
-        self.actor = Actor(observation_size, action_size, embedding_size, self.actor_config, initial)
-        self.temperature = Temperature(self.learning.initial_temperature)
+        with torch.device(device):
+            self.critic = Critic(observation_size, action_size, num_tasks, self.critic_config, initial)
+            self.actor = Actor(observation_size, action_size, embedding_size, self.actor_config, initial)
+            self.temperature = Temperature(self.learning.initial_temperature)
         for module in (self.critic, self.actor, self.temperature):
-            module.to(device=device, dtype=dtype)
+            module.to(dtype)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.target_flat = flatten_parameters(self.target_critic)
-        decay, beta1 = self.learning.weight_decay, self.learning.beta1
-        self.critic_optimizer = self._optimizer(self.critic, beta1, decay)
-        self.actor_optimizer = self._optimizer(self.actor, beta1, decay)
-        self.temperature_optimizer = self._optimizer(self.temperature, self.learning.temperature_beta1, 0.0)
-        self.generator = Generator(device).manual_seed(seed + 1)
+        low = low_dtype(precision)
+        self.critics = FlatNetworks([self.critic, self.target_critic], low)
+        self.actors = FlatNetworks([self.actor], low)
+        rule, decay, beta1 = self.learning, self.learning.weight_decay, self.learning.beta1
+        self.critic_optimizer = self._optimizer(self.critics, beta1, decay, rule.tau)
+        self.actor_optimizer = self._optimizer(self.actors, beta1, decay)
+        self.temperature_optimizer = self._optimizer(
+            FlatNetworks([self.temperature]), rule.temperature_beta1, 0.0
+        )
+        self.generator = Generator(drawn_on).manual_seed(seed + 1)
+        self._passes: dict[int, Passes] = {}
+        self._unscaled = torch.ones(num_tasks, device=device, dtype=dtype)
+        self._bad_since = torch.zeros(len(METRICS), device=device, dtype=dtype)
+        self.updates = Captured(self._updates, device, [self.generator], enabled=graphs)
 
     @classmethod
     def from_config(cls, config: TrainConfig, observation_size: int, action_size: int, device: str) -> BRC:
@@ -101,17 +131,21 @@ class BRC:
             actor=config.actor,
             learning=config.learning,
             device=device,
+            precision=config.precision,
+            graphs=config.graphs,
             seed=config.seed,
         )
 
-    def _optimizer(self, module: nn.Module, beta1: float, weight_decay: float) -> FlatAdamW:
+    def _optimizer(
+        self, networks: FlatNetworks, beta1: float, weight_decay: float, tau: float | None = None
+    ) -> FlatAdamW:
         return FlatAdamW(
-            module.parameters(),
-            flatten_parameters(module),
+            networks,
             learning_rate=self.learning.learning_rate,
             betas=(beta1, self.learning.beta2),
             eps=self.learning.eps,
             weight_decay=weight_decay,
+            tau=tau,
         )
 
     @property
@@ -119,16 +153,29 @@ class BRC:
         """Temperature of the entropy bonus, 0-d, without gradient."""
         return self.temperature.log_alpha.detach().exp()
 
-    def policy(self, observations: Tensor, task_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def policy(
+        self, observations: Tensor, task_ids: Tensor, lagged: tuple[Actor, Tensor | None] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Mean and raw log-std [B, A]; the online critic's embedding is read, and gets no gradient."""
         table = None if self.critic.embedding is None else self.critic.embedding.detach()
-        norm = self.critic_config.embedding_norm
-        return self.actor(kernels.pack_inputs(observations, None, table, task_ids, norm))  # type: ignore[no-any-return]
+        actor, table = (self.actor, table) if lagged is None else lagged
+        x = kernels.pack_inputs(observations, None, table, task_ids, self.critic_config.embedding_norm)
+        return actor(x)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def act(self, observations: Tensor, task_ids: Tensor, deterministic: bool = False) -> Tensor:
-        """Actions [N, A] in [-1, 1] for observations [N, O]: a sample, or the mean's tanh."""
-        mean, raw_log_std = self.policy(observations, task_ids)
+    def act(
+        self,
+        observations: Tensor,
+        task_ids: Tensor,
+        deterministic: bool = False,
+        lagged: tuple[Actor, Tensor | None] | None = None,
+    ) -> Tensor:
+        """Actions [N, A] in [-1, 1] for observations [N, O]: a sample, or the mean's tanh.
+
+        Args:
+            lagged: the actor and embedding to act with in place of the newest (brc_fast.lag).
+        """
+        mean, raw_log_std = self.policy(observations, task_ids, lagged)
         if deterministic:
             return mean.tanh()
         return kernels.tanh_gaussian(mean, raw_log_std, self._normal(mean.shape))[0]
@@ -153,21 +200,63 @@ class BRC:
         rows = total.clone().index_add_(0, batch.task_ids, torch.ones_like(log_probs))
         return total.index_add_(0, batch.task_ids, -log_probs) / rows.clamp_min(1)
 
-    def update(self, batches: Batch, noise: Noise | None = None) -> Metrics:
-        """U updates, each on its own batch [U, B, ...]; returns the last one's metrics as 0-d tensors."""
+    def update(
+        self,
+        batches: Batch,
+        noise: Noise | None = None,
+        reward_scale: Tensor | None = None,
+        wait: bool = True,
+    ) -> Metrics:
+        """U updates, each on its own batch [U, B, ...]; returns the last one's metrics as 0-d tensors.
+
+        Args:
+            batches: on any device; pinned host memory is copied to a GPU while that still computes.
+            noise: of the samplings, drawn where it is not given. With it there is no CUDA graph.
+            reward_scale: [T], by which each task's rewards are divided; 1 where it is not given.
+            wait: let the current CUDA stream wait for the updates. Without it, only `updates.stream` has
+                the new parameters in time.
+        """
+        batches.check(self.observation_size, self.action_size, self.num_tasks)
+        scale = self._unscaled if reward_scale is None else reward_scale
+        with torch.no_grad(), products(self.precision, self.device):
+            if noise is None:
+                values = self.updates([*batches, scale], wait)
+            else:
+                values = self._updates(*(x.to(self.device) for x in (*batches, scale, *noise)))
+        return dict(zip(METRICS, values.unbind(), strict=True))
+
+    def _updates(self, *inputs: Tensor) -> Tensor:
+        """`update` of a batch's fields, the reward scale and, perhaps, noise; metrics in the order of
+        METRICS. It keeps to what a CUDA graph can hold."""
+        batches, scale, noise = Batch(*inputs[:6]), inputs[6], inputs[7:]
+        batches = batches._replace(rewards=batches.rewards / scale[batches.task_ids])
         metrics: Metrics = {}
         for index in range(batches.rewards.shape[0]):
             batch = batches.update(index)
-            if noise is None:
-                shape = batch.actions.shape
-                drawn = Noise(self._normal(shape), self._normal(shape))
-            else:
-                drawn = Noise(noise.next_action[index], noise.actor_action[index])
+            drawn = Noise(*(part[index] for part in noise) if noise else self._noise(batch))
             metrics = self.update_critic(batch, drawn.next_action)
-            self.update_target()
             metrics |= self.update_actor(batch, drawn.actor_action)
             metrics |= self.update_temperature(metrics["entropy"])
-        return metrics
+        values = torch.stack([metrics[name] for name in METRICS])
+        known = values.isfinite().logical_or_(self._bad_since > 0)
+        self._bad_since.copy_(torch.where(known, self._bad_since, self.critic_optimizer.step_count))
+        return values
+
+    def check_finite(self) -> None:
+        """FloatingPointError if a loss or a gradient is not finite: which, and since which update.
+
+        This waits for the GPU; every update is looked at all the same.
+        """
+        for name, since in zip(METRICS, self._bad_since.tolist(), strict=True):
+            if since > 0:
+                raise FloatingPointError(f"{name} is not finite since update {since:.0f}")
+
+    def passes(self, batch: Batch) -> Passes:
+        """The networks' passes over as many rows as the batch has."""
+        rows = batch.rewards.shape[0]
+        if rows not in self._passes:
+            self._passes = {rows: Passes(self.actor, self.critic, self.actors, self.critics, rows)}
+        return self._passes[rows]
 
     @torch.no_grad()
     def critic_target(self, batch: Batch, noise: Tensor) -> CriticTarget:
@@ -192,44 +281,83 @@ class BRC:
         )
         return CriticTarget(next_actions, next_log_probs, next_logits, probs)
 
+    @torch.no_grad()
     def update_critic(self, batch: Batch, noise: Tensor) -> Metrics:
-        """One AdamW step of every member, and of the task embedding, towards the projected target.
+        """One AdamW step of every member, and of the task embedding, towards the projected target of
+        `critic_target`; then the target critic moves towards the new one, embedding included.
 
-        loss = sum_e mean_b cross_entropy(target_b, log softmax(Q_e(s_b, a_b)))
+        loss = sum_e mean_b cross_entropy(target_b, log softmax(Q_e(s_b, a_b)));    Q' += tau * (Q - Q')
         """
-        target = self.critic_target(batch, noise).probs
-        logits = self.critic(batch.observations, batch.actions, batch.task_ids)  # [E, B, K]
-        loss = kernels.categorical_cross_entropy(logits, target).mean(-1).sum()
-        norm = self.critic_optimizer.minimize(loss)
-        return {"critic_loss": loss.detach(), "critic_gradient_norm": norm}
+        passes, rows = self.passes(batch), batch.rewards.shape[0]
+        next_actions, next_log_probs = kernels.tanh_gaussian(
+            *passes.policy(batch.next_observations, batch.task_ids), noise
+        )
+        x = passes.critic_input(self.critic, batch.observations, batch.actions, batch.task_ids)
+        next_x = passes.critic_input(
+            self.target_critic, batch.next_observations, next_actions, batch.task_ids
+        )
+        logits, next_logits = passes.critics.forward(x, next_x).chunk(2)  # online, target: [E, B, K]
+        losses, dlogits = kernels.categorical_bellman_loss_and_gradient(
+            logits[..., : len(self.atoms)],
+            next_logits[..., : len(self.atoms)],
+            batch.rewards,
+            self.learning.discount * batch.masks,
+            next_log_probs,
+            self.alpha,
+            self.atoms,
+            self.v_max,
+            scale=1.0 / rows,
+            columns=logits.shape[-1],
+        )
+        dx = passes.critics.backward(dlogits, wants_dx=self.num_tasks > 1)
+        if dx is not None:
+            passes.embedding_gradient(dx, batch.task_ids)
+        return {
+            "critic_loss": losses.sum() / rows,
+            "critic_gradient_norm": self.critic_optimizer.step(),
+        }
 
-    def update_target(self) -> None:
-        """Move the target critic, embedding included, towards the new critic: Q' += tau * (Q - Q')."""
-        kernels.ema_(self.target_flat, self.critic_optimizer.flat, self.learning.tau)
-
+    @torch.no_grad()
     def update_actor(self, batch: Batch, noise: Tensor) -> Metrics:
         """One AdamW step of the policy against the new critic, which gets no gradient.
 
         a ~ pi(.|s),   loss = mean_b [alpha * log pi(a|s) - sum_k z_k * mean_e softmax(Q_e(s, a))_k]
         """
-        actions, log_probs = kernels.tanh_gaussian(*self.policy(batch.observations, batch.task_ids), noise)
-        logits = self.critic(batch.observations, actions, batch.task_ids, frozen=True)
-        q_values = kernels.expected_value(logits, self.atoms).mean(0)  # [B]
-        loss = (self.alpha * log_probs - q_values).mean()
-        norm = self.actor_optimizer.minimize(loss)
+        passes, rows, members = self.passes(batch), batch.rewards.shape[0], self.critic_config.members
+        mean, raw_log_std = passes.policy(batch.observations, batch.task_ids)
+        actions, log_probs = kernels.tanh_gaussian(mean, raw_log_std, noise)
+        x = passes.critic_input(self.critic, batch.observations, actions, batch.task_ids)
+        logits = passes.critic.forward(x)  # [E, B, K]
+        q_values, dlogits = kernels.expected_value_and_gradient(
+            logits[..., : len(self.atoms)],
+            self.atoms,
+            scale=-1.0 / (members * rows),
+            columns=logits.shape[-1],
+        )
+        dx = passes.critic.backward(dlogits, wants_dx=True)  # [B, I]
+        assert dx is not None
+        dactions = dx[:, self.observation_size : self.observation_size + self.action_size]
+        alpha = self.alpha
+        kernels.tanh_gaussian_backward(
+            dactions, alpha / rows, mean, raw_log_std, noise, out=passes.policy_gradient
+        )
+        passes.actor.backward(passes.dhead)
+        entropy, q_mean = -log_probs.mean(), q_values.mean()
         return {
-            "actor_loss": loss.detach(),
-            "actor_gradient_norm": norm,
-            "entropy": -log_probs.detach().mean(),
-            "q_mean": q_values.detach().mean(),
+            "actor_loss": -alpha * entropy - q_mean,
+            "actor_gradient_norm": self.actor_optimizer.step(),
+            "entropy": entropy,
+            "q_mean": q_mean,
         }
 
+    @torch.no_grad()
     def update_temperature(self, entropy: Tensor) -> Metrics:
         """One Adam step of log alpha on `alpha * (entropy - target_entropy)`; entropy is a 0-d tensor."""
-        loss = self.temperature.log_alpha.exp() * (entropy - self.target_entropy)
-        metrics = {"temperature": self.alpha, "temperature_loss": loss.detach()}
-        self.temperature_optimizer.minimize(loss)
-        return metrics
+        alpha = self.alpha
+        loss = alpha * (entropy - self.target_entropy)
+        self.temperature_optimizer.grad[0].copy_(loss)  # alpha is its own derivative by log alpha
+        self.temperature_optimizer.step()
+        return {"temperature": alpha, "temperature_loss": loss}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that changes, by name: parameters, target, moments, step counts, noise."""
@@ -268,6 +396,9 @@ class BRC:
             "actor_optimizer": self.actor_optimizer,
             "temperature_optimizer": self.temperature_optimizer,
         }
+
+    def _noise(self, batch: Batch) -> Tensor:
+        return self._normal(torch.Size((2, *batch.actions.shape)))
 
     def _normal(self, shape: torch.Size) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=self.dtype)

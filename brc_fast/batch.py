@@ -59,6 +59,31 @@ class Batch(_Columns):
         extras = {name: function(value) for name, value in self.extras.items()}
         return Batch(*map(function, self)).with_extras(extras)
 
+    def check(self, observation_size: int, action_size: int, num_tasks: int) -> None:
+        """ValueError unless these are U batches [U, B, ...] of an agent of these sizes.
+
+        Task ids are looked at where they are on the host; a GPU would have to be waited for.
+        """
+        if self.rewards.dim() != 2 or not self.rewards.numel():
+            raise ValueError(f"rewards must have shape [U, B], got {list(self.rewards.shape)}")
+        rows = tuple(self.rewards.shape)
+        sizes = {"observations": ("O", observation_size), "actions": ("A", action_size)}
+        sizes["next_observations"] = sizes["observations"]
+        for name, field in self._asdict().items():
+            letter, size = sizes.get(name, ("", 0))
+            wanted = (*rows, size) if letter else rows
+            if field.shape != wanted:
+                letters = f"[U, B, {letter}]" if letter else "[U, B]"
+                raise ValueError(
+                    f"{name} must have shape {letters} = {list(wanted)}, got {list(field.shape)}"
+                )
+        if self.task_ids.is_cpu:
+            low, high = (int(x) for x in self.task_ids.aminmax())
+            if low < 0 or high >= num_tasks:
+                raise ValueError(
+                    f"task_ids must be in [0, T) = [0, {num_tasks}), got {low if low < 0 else high}"
+                )
+
     def update(self, index: int) -> Batch:
         """The [B, ...] batch of one of the U updates."""
         return self.map(lambda field: field[index])

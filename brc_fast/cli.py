@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[0] not in commands:
             raise InputError(f"unknown command {words[0]!r}: one of {', '.join(commands)}")
         return commands[words[0]](words[1:])
-    except (InputError, MissingExtraError, OSError, MemoryError) as error:
+    except (InputError, MissingExtraError, OSError, MemoryError, FloatingPointError) as error:
         print(f"brc-fast: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -74,13 +74,14 @@ def train(words: list[str]) -> int:
 
     from .metrics import MetricsWriter
     from .plot import plot as draw
+    from .resume import load
     from .train import Trainer
 
-    trainer = Trainer(config, device)
+    trainer = Trainer(config, device, lambda told: print(told, file=sys.stderr))
     if resumed is None:
         folder.create(config)
     else:
-        trainer.load(folder)
+        load(trainer, folder)
         folder.write_config(config)
     metrics = MetricsWriter(folder.metrics, trainer.steps if resumed else None)
     with Progress(config, trainer.steps) as progress:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from .errors import InputError
 
+Precision = Literal["fp32", "tf32", "bf16"]
+
 
 def _require(config: object, rule: str, holds: bool, name: str) -> None:
     if not holds:
@@ -91,6 +93,13 @@ class TrainConfig:
     """Where the learner runs."""
     threads: int | None = None
     """Torch threads on a CPU; 1 when not given, which is best for small networks and busy machines."""
+    precision: Precision = "fp32"
+    """Of matrix products: fp32, tf32 (CUDA) or bf16. BRC: JAX's default, which is tf32 on a GPU."""
+    graphs: bool = True
+    """On CUDA, replay all updates of a step as one CUDA graph."""
+    policy_lag: int = 0
+    """Updates by which the acting policy may lag: with updates_per_step or more, environments and updates
+    run at once on a GPU."""
     num_envs: int = 1
     """Environments per task, stepped together. BRC: 1."""
     steps: int = 1_000_000
@@ -123,6 +132,7 @@ class TrainConfig:
         _positive(self, "eval_episodes", "report_every", "checkpoint_every")
         _require(self, "0 or more", self.random_steps >= 0, "random_steps")
         _require(self, "0 or more", self.seed >= 0, "seed")
+        _require(self, "0 or more", self.policy_lag >= 0, "policy_lag")
         for name in ("batch_size", "threads"):
             _require(self, "positive", getattr(self, name) is None or getattr(self, name) > 0, name)
         stored = self.replay_capacity * len(self.tasks)
@@ -140,7 +150,7 @@ class TrainConfig:
 
 def gpu_preset() -> TrainConfig:
     """The published sizes."""
-    return TrainConfig()
+    return TrainConfig(precision="tf32")
 
 
 def cpu_preset() -> TrainConfig:

@@ -72,15 +72,11 @@ class MetricsWriter:
         self._seconds = {"update": 0.0, "environment": 0.0}
         self._counts = {"update": 0, "environment": 0}
 
-    def count(self, updates: int, seconds: float) -> None:
-        """Note that `updates` took `seconds` of the loop's time."""
-        self._counts["update"] += updates
-        self._seconds["update"] += seconds
-
-    def count_steps(self, steps: int, seconds: float) -> None:
-        """Note that `steps` environment steps, over all tasks, took `seconds` of the loop's time."""
-        self._counts["environment"] += steps
-        self._seconds["environment"] += seconds
+    def count(self, part: str, number: int, seconds: float) -> None:
+        """Note that `number` more of a part ("update", or "environment" steps over all tasks) were begun, and
+        that the part took `seconds`."""
+        self._counts[part] += number
+        self._seconds[part] += seconds
 
     def rates(self) -> dict[str, float]:
         """Throughput of the whole loop and the share of each part since the last call."""

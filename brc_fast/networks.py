@@ -14,13 +14,19 @@ from torch import Generator, Tensor, nn
 from . import kernels
 from .config import ActorConfig, CriticConfig
 
+PAD = 8  # elements: rows of 16 bytes in bfloat16, which the fast matrix products want
 GAIN = math.sqrt(2.0)  # of every orthogonal kernel but the log-std head's, which the authors start at 1
+
+
+def padded(size: int) -> int:
+    """The next multiple of PAD."""
+    return -(-size // PAD) * PAD
 
 
 def _orthogonal(shape: tuple[int, ...], gain: float, generator: Generator) -> Tensor:
     """Orthogonal matrices over the last two axes, each drawn on its own."""
     kernel = torch.empty(shape)
-    for matrix in kernel.reshape(-1, *shape[-2:]):
+    for matrix in () if kernel.is_meta else kernel.reshape(-1, *shape[-2:]):
         nn.init.orthogonal_(matrix, gain, generator)
     return kernel
 
@@ -66,6 +72,26 @@ class BroNet(nn.Module):
         self.head = Head(head)
         self._ordered = tuple(self.parameters())  # in the order of the modules above, which is the op's
 
+    def flat_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What one network takes in a flat buffer, by name of `kernels.Arrays`; rows of products are padded
+        to PAD elements: of the first kernel as many rows as its input has, of the head as many columns."""
+        _, inputs, width = self.input.kernel.shape
+        layers, outputs = 1 + 2 * len(self.blocks), padded(self.head.kernel.shape[-1])
+        return {
+            "first": (padded(inputs), width),
+            "square": (layers - 1, width, width),
+            "vectors": (layers, 3, width),
+            "head": (width, outputs),
+            "bias": (outputs,),
+        }
+
+    def named(self, arrays: kernels.Arrays) -> dict[str, Tensor]:
+        """The views of `arrays` that are this module's parameters, in the order of `named_parameters`."""
+        inputs, outputs = self.input.kernel.shape[1], self.head.kernel.shape[-1]
+        first, *rest = arrays.ordered()
+        values = [first[:, :inputs], *rest[:-2], rest[-2][..., :outputs], rest[-1][..., :outputs]]
+        return dict(zip((name for name, _ in self.named_parameters()), values, strict=True))
+
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
         """`frozen` parameters get no gradient; the input still does."""
         parameters = [p.detach() for p in self._ordered] if frozen else self._ordered
@@ -93,8 +119,10 @@ class Critic(nn.Module):
         self.body = BroNet(config.members, inputs, config.width, config.depth, head, generator)
         self.embedding = None
         if num_tasks > 1:
-            rows = torch.randn(num_tasks, config.embedding_size, generator=generator)
-            self.embedding = nn.Parameter(rows / math.sqrt(config.embedding_size))
+            rows = torch.empty(num_tasks, config.embedding_size)
+            if not rows.is_meta:
+                rows.normal_(generator=generator).div_(math.sqrt(config.embedding_size))
+            self.embedding = nn.Parameter(rows)
 
     def forward(
         self, observations: Tensor, actions: Tensor, task_ids: Tensor, frozen: bool = False

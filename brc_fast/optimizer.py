@@ -1,59 +1,55 @@
-"""AdamW over one flat buffer per network."""
+"""AdamW over the flat buffers of one module's networks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import kernels
-
-
-def flatten_parameters(module: nn.Module) -> Tensor:
-    """Move a module's parameters into one flat buffer [P] and make each a view of it.
-
-    Names and shapes stay as they are, so `state_dict` and `load_state_dict` do not notice. Call it after the
-    module has reached its device and dtype: moving the module later would leave the buffer behind.
-    """
-    parameters = list(module.parameters())
-    flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
-    offset = 0
-    for parameter in parameters:
-        parameter.data = flat[offset : offset + parameter.numel()].view_as(parameter)
-        offset += parameter.numel()
-    return flat
+from .flat import FlatNetworks
 
 
 class FlatAdamW:
-    """AdamW for one module (Adam when weight_decay is 0).
+    """AdamW for the first module of `networks` (Adam without weight decay); the second follows as its target.
 
     Args:
-        flat: the module's flat buffer from `flatten_parameters`; it is updated in place.
+        learning_rate, tau: kept as 0-d tensors on the device: change them in place, also between replays of
+            a CUDA graph. tau: share of the new parameters in the second module, the target, after a step;
+            None where there is none.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
-        flat: Tensor,
+        networks: FlatNetworks,
         *,
         learning_rate: float,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        tau: float | None = None,
     ) -> None:
-        self.parameters = tuple(parameters)
-        self.flat = flat
-        self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
-        self.grad = torch.zeros_like(flat)
-        self.exp_avg = torch.zeros_like(flat)
-        self.exp_avg_sq = torch.zeros_like(flat)
-        self.step_count = torch.zeros((), device=flat.device)
+        self.networks, self.betas, self.eps, self.weight_decay = networks, betas, eps, weight_decay
+        rows, low = networks.members, networks.low
+        online = networks.master[:rows]
+        self.flat, self.grad = online.view(-1), networks.grad.view(-1)
+        self.exp_avg = torch.zeros_like(self.flat)
+        self.exp_avg_sq = torch.zeros_like(self.flat)
+        self.step_count = torch.zeros((), device=self.flat.device)
+        self.learning_rate = self.flat.new_full((), learning_rate)
+        self.low = None if low is None else low[:rows].view(-1)
+        self.target = self.target_low = None
+        self.tau = self.flat.new_zeros(())
+        if tau is not None:
+            self.tau.fill_(tau)
+            self.target = networks.master[rows:].view(-1)
+            self.target_low = None if low is None else low[rows:].view(-1)
 
-    def minimize(self, loss: Tensor) -> Tensor:
-        """One step against the gradient of `loss`; returns that gradient's norm, 0-d."""
-        gradients = torch.autograd.grad(loss, self.parameters)
-        torch.cat([gradient.reshape(-1) for gradient in gradients], out=self.grad)
+    def step(self) -> Tensor:
+        """One step against the gradient; returns its norm, 0-d.
+
+        The target, where there is one, and the low-precision copies follow in the same pass over memory.
+        """
+        norm = self.flat.new_empty(())
         kernels.adamw_(
             self.flat,
             self.grad,
@@ -64,13 +60,22 @@ class FlatAdamW:
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
+            target=self.target,
+            tau=self.tau,
+            low=self.low,
+            target_low=self.target_low,
+            gradient_norm=norm,
         )
-        norm: Tensor = torch.linalg.vector_norm(self.grad)
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.step_count}
+        """Moments without padding, parameter by parameter, [P'] each, and the steps made."""
+        rows, compact = self.networks.grad.shape, self.networks.compact
+        moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {name: compact(m.view(rows)) for name, m in moments.items()} | {"step": self.step_count}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, mine in self.state_dict().items():
-            mine.copy_(state[name])
+        rows = self.networks.grad.shape
+        self.networks.expand(state["exp_avg"], self.exp_avg.view(rows))
+        self.networks.expand(state["exp_avg_sq"], self.exp_avg_sq.view(rows))
+        self.step_count.copy_(state["step"])

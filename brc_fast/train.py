@@ -12,14 +12,17 @@ from torch import Tensor
 
 from . import envs
 from .agent import BRC
-from .checkpoint import Arrays, RunFolder, grouped, prefixed
+from .checkpoint import RunFolder
 from .config import TrainConfig
 from .envs.base import Step, check_finite
 from .evaluate import evaluate, summary
 from .interrupt import StopRequest
+from .lag import LaggedPolicy
+from .memory import plan_memory, require_memory
 from .metrics import EpisodeTracker, MetricsWriter
 from .normalizer import RewardNormalizer
 from .replay import ReplayBuffer
+from .resume import require_finite, save
 
 Report = Callable[[int, dict[str, float]], None]
 
@@ -30,18 +33,24 @@ class Trainer:
     One turn of the loop steps the whole vector, num_envs environment steps per task; `steps` counts those.
     """
 
-    def __init__(self, config: TrainConfig, device: str) -> None:
+    def __init__(self, config: TrainConfig, device: str, say: Callable[[str], object] = str) -> None:
         self.config = config
         self.env = envs.make(config.tasks, config.num_envs, config.seed)
         self.eval_env = envs.make(config.tasks, config.eval_episodes, config.seed)
         self.names, ids = self.env.task_names, self.env.task_ids
         sizes = (self.env.observation_size, self.env.action_size)
+        memory = plan_memory(config, *sizes, device)
+        say(f"learner on {device}, {config.precision}: {memory}")
+        require_memory(memory, device)
         self.agent = BRC.from_config(config, *sizes, device)
+        self.lagged = LaggedPolicy(self.agent) if config.policy_lag >= config.updates_per_step else None
         self.replay = ReplayBuffer(config.replay_capacity, *sizes, task_ids=ids, seed=config.seed)
+        self.batch_size = config.transitions_per_update
+        size = self.batch_size, config.updates_per_step
+        self.prefetched = self.replay.prefetch(*size) if device == "cuda" else None
         self.normalizer = RewardNormalizer.from_config(config, ids, self.agent.target_entropy)
         self.episodes = EpisodeTracker(self.names, ids)
         self.task_ids = torch.as_tensor(ids, device=device)
-        self.batch_size = config.transitions_per_update
         self.steps = self.updates = 0
         self.losses: dict[str, Tensor] = {}
         self.entropies: Tensor | None = None  # [T], kept only with return_entropy="measured"
@@ -55,7 +64,8 @@ class Trainer:
             self.observations = self.env.reset_tensors(self.config.seed)
         seen = self.observations.to(self.agent.device)
         random = self.steps < self.config.random_steps
-        actions = self.agent.random_actions(len(seen)) if random else self.agent.act(seen, self.task_ids)
+        policy = self.lagged or self.agent
+        actions = self.agent.random_actions(len(seen)) if random else policy.act(seen, self.task_ids)
         step = self.env.step_tensors(actions)
         self.steps += self.config.num_envs
         check_finite(step, self.env, self.steps)
@@ -72,13 +82,18 @@ class Trainer:
         self.observations = step.observations
 
     def learn(self) -> None:
-        """U updates, each on its own batch."""
-        batches = self.replay.sample(self.batch_size, self.config.updates_per_step).to(self.agent.device)
-        if self.entropies is not None:
-            self.entropies = self.agent.entropy_per_task(batches.update(0))
-        rewards, ids, alpha = batches.rewards, batches.task_ids, self.agent.alpha
-        scaled = self.normalizer.normalize(rewards, ids, alpha, self.entropies)
-        self.losses = self.agent.update(batches._replace(rewards=scaled))
+        """U updates, each on its own batch; with a lagging policy they go on while the environments step."""
+        size = self.batch_size, self.config.updates_per_step
+        batches = self.replay.sample(*size) if self.prefetched is None else next(self.prefetched)
+        with self.agent.updates.queue():
+            if self.lagged:
+                self.lagged.refresh()
+            if self.entropies is not None:
+                self.entropies = self.agent.entropy_per_task(batches.update(0).to(self.agent.device))
+            scale = self.normalizer.scale(self.agent.alpha, self.entropies)
+            self.losses = self.agent.update(batches, reward_scale=scale)
+        if not self.lagged:
+            self.agent.updates.join()
         self.updates += self.config.updates_per_step
 
     def unscaled_values(self, observations: Tensor) -> NDArray[np.float32]:
@@ -101,49 +116,28 @@ class Trainer:
             out[f"train/dropped/{name}"] = int(dropped[task])
         return out | {f"train/{name}": value for name, value in self.losses.items()}
 
-    def save(self, folder: RunFolder) -> None:
-        """Write a checkpoint from which `load` goes on as if nothing had happened."""
-        progress = prefixed(normalizer=self.normalizer.state_dict(), episodes=self.episodes.state_dict())
-        progress["updates"] = np.array(self.updates)
-        if self.entropies is not None:
-            progress["entropies"] = self.entropies.cpu().numpy()
-        agent = {name: value.cpu().numpy() for name, value in self.agent.state_dict().items()}
-        parts: dict[str, Arrays] = {"agent": agent, "environments": self.env.state_dict()}
-        folder.save(self.steps, {**parts, "progress": progress}, self.replay)
-
-    def load(self, folder: RunFolder) -> None:
-        """Go on from a folder's newest checkpoint; InputError if it does not fit this run."""
-        self.steps, parts = folder.load("agent", "environments", "progress")
-        folder.load_replay(self.replay)
-        with folder.fitting():
-            self.agent.load_state_dict({k: torch.from_numpy(v) for k, v in parts["agent"].items()})
-            progress = parts["progress"]
-            self.normalizer.load_state_dict(grouped(progress, "normalizer"))
-            self.episodes.load_state_dict(grouped(progress, "episodes"))
-            self.updates = int(progress["updates"])
-            if self.entropies is not None:
-                self.entropies = torch.from_numpy(progress["entropies"]).to(self.agent.device)
-            self.observations = self.env.load_state_dict(parts["environments"])
-
     def run(self, folder: RunFolder, metrics: MetricsWriter, report: Report) -> None:
         """Train to the configured length; after Ctrl-C or SIGTERM, save and return early."""
         config = self.config
+        pauses = config.report_every, config.eval_every, config.checkpoint_every
         with StopRequest() as stop:
             while self.steps < config.steps and not stop:
                 started = time.perf_counter()
                 self.collect()
-                collected = time.perf_counter()
+                metrics.count("environment", self.env.num_envs, time.perf_counter() - started)
                 if self.steps >= config.random_steps and len(self.replay) >= self.batch_size:
                     self.learn()
-                    metrics.count(config.updates_per_step, time.perf_counter() - collected)
-                metrics.count_steps(self.env.num_envs, collected - started)
+                    metrics.count("update", config.updates_per_step, self.agent.updates.seconds())
                 done = self.steps >= config.steps
+                if done or stop or any(map(self.due, pauses)):
+                    self.agent.updates.join()
+                    require_finite(self, folder)
                 if done or self.due(config.report_every):
                     report(self.steps, metrics.write(self.steps, {**self.row(), **metrics.rates()}))
                 if done or self.due(config.eval_every):
                     report(self.steps, metrics.write(self.steps, {**self.evaluate()}))
                 if done or stop or self.due(config.checkpoint_every):
-                    self.save(folder)
+                    save(self, folder)
 
     def due(self, every: int) -> bool:
         """Whether the newest step of the vector reached a multiple of `every` environment steps."""

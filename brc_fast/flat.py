@@ -1,0 +1,109 @@
+"""Parameters of stacked networks as rows of flat buffers.
+
+One row is one network: the online critic's members, then their targets. All that an optimizer touches is
+therefore contiguous, a pass over online and target networks together is a pass over one stack, and a
+network's gradient is one piece of memory. Modules keep their names and shapes: their parameters are views.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+
+ALIGNMENT = 64  # elements between the starts of arrays: 128 bytes in bfloat16
+
+
+class Body(Protocol):
+    """A module of stacked networks whose passes take `kernels.Arrays`; BroNet is the first."""
+
+    def flat_shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def named(self, arrays: kernels.Arrays) -> dict[str, Tensor]: ...
+
+
+class FlatNetworks:
+    """E networks of one module, and as many of each copy of it, in buffers [C * E, P].
+
+    Args:
+        modules: the module that learns, then its copies (a target). Each has its stacked networks in `body`;
+            what else it owns, which all its networks share, lies in the row of the first. They must have
+            their device and dtype: moving them later would leave the buffers behind.
+        low: the dtype of copies for matrix products and of gradients; None for that of the parameters.
+
+    Attributes:
+        master: [C * E, P], what the modules' parameters are views of. low: its copy, or None.
+        grad: [E, P], gradients of the first module's networks; what is padding stays zero everywhere.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], low: torch.dtype | None = None) -> None:
+        online = modules[0]
+        self.body: Body | None = getattr(online, "body", None)
+        parameters = dict(online.named_parameters())
+        like = next(iter(parameters.values())).detach()
+        self.members = 1 if self.body is None else parameters["body.head.bias"].shape[0]
+        self._names = list(parameters)
+        self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
+        size = 0
+        shared = {name: tuple(p.shape) for name, p in parameters.items() if not name.startswith("body.")}
+        stacked = {} if self.body is None else self.body.flat_shapes()
+        for name, shape in (stacked | shared).items():
+            self._places[name] = size, shape
+            size += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+        self._shared = list(shared)
+        self.master = like.new_zeros(len(modules) * self.members, size)
+        for module, rows in zip(modules, self.master.view(len(modules), self.members, -1), strict=True):
+            views = self.named(rows)
+            for name, parameter in module.named_parameters():
+                views[name].copy_(parameter.detach())
+                parameter.data = views[name]
+        self.low = None if low is None else self.master.to(low)
+        self.grad = self.master.new_zeros(self.members, size, dtype=low)
+        for module in modules:
+            module.register_load_state_dict_post_hook(lambda *_: self.refresh())  # type: ignore[no-untyped-call]
+
+    def refresh(self) -> None:
+        """Renew the low-precision copies after parameters were set from outside."""
+        if self.low is not None:
+            self.low.copy_(self.master)
+
+    def part(self, rows: Tensor, name: str) -> Tensor:
+        """Array `name` of each row: [N, *shape]."""
+        offset, shape = self._places[name]
+        return rows[:, offset : offset + math.prod(shape)].view(len(rows), *shape)
+
+    def arrays(self, rows: Tensor) -> kernels.Arrays:
+        """What rows [N, P] hold of the body."""
+        first, square, vectors, head, bias = (self.part(rows, name) for name in kernels.Arrays._fields)
+        return kernels.Arrays(first, square.transpose(0, 1), vectors.permute(1, 2, 0, 3), head, bias)
+
+    def named(self, rows: Tensor) -> dict[str, Tensor]:
+        """What rows [E, P] of one module hold, by the names and in the shapes of its parameters."""
+        views = {name: self.part(rows, name)[0] for name in self._shared}
+        if self.body is not None:
+            views |= {f"body.{name}": view for name, view in self.body.named(self.arrays(rows)).items()}
+        return {name: views[name] for name in self._names}
+
+    def ordered(self, modules: int) -> list[Tensor]:
+        """Parameters for passes over the networks of the first modules, as `kernels.bronet` takes them:
+        kernels and the head from the low-precision copy where there is one, vectors from the master."""
+        rows = self.master[: modules * self.members]
+        arrays = self.arrays(rows)
+        if self.low is not None:
+            arrays = self.arrays(self.low[: modules * self.members])._replace(vectors=arrays.vectors)
+        return arrays.ordered()
+
+    def compact(self, rows: Tensor) -> Tensor:
+        """Rows [E, P] without padding, parameter by parameter: [P']."""
+        return torch.cat([view.reshape(-1) for view in self.named(rows).values()])
+
+    def expand(self, compact: Tensor, rows: Tensor) -> None:
+        """The inverse of `compact`, into rows [E, P]."""
+        start = 0
+        for view in self.named(rows).values():
+            view.copy_(compact[start : start + view.numel()].view_as(view))
+            start += view.numel()

@@ -1,0 +1,186 @@
+"""CUDA-graph replay of a function that works in place on the GPU. Nothing here knows what it computes.
+
+    call 1          runs the function as it is: kernels are compiled, libraries make their workspaces
+    call 2, 3       capture it, once for each of two sets of input slots, and replay
+    further calls   copy the inputs into the slots that the running replay does not read, and replay
+
+Capturing executes nothing, so every call is one execution of the function, exactly as without graphs.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Generator, Tensor
+
+__all__ = ["Captured"]
+
+Signature = tuple[tuple[torch.Size, torch.dtype], ...]
+TIMED = 64  # calls whose times may wait to be asked for
+
+
+def event(timed: bool = False) -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
+
+
+class _Slots:
+    """One set of inputs at fixed addresses, and the graph that reads it."""
+
+    def __init__(self, inputs: Sequence[Tensor], device: torch.device) -> None:
+        self.inputs = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in inputs]
+        self.free, self.copied = event(), event()
+        self.held: Sequence[Tensor] = ()  # what the copy reads
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.out: Tensor | None = None
+
+
+class Captured:
+    """`function`, replayed as a CUDA graph where that is possible.
+
+    Args:
+        function: takes tensors and returns one. It must do the same operations at every call of one signature
+            (shapes and dtypes of its arguments): no host synchronisation, no host number that changes;
+            whatever it keeps, it changes in place.
+        device: where it works. generators: of that device, whose draws are part of it.
+        enabled: False to run it as it is.
+
+    Attributes:
+        reason: why there are no graphs; None where they are used.
+        stream: in which the function runs; None where the device has no streams.
+        captures: how many were made.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        device: str | torch.device,
+        generators: Sequence[Generator] = (),
+        enabled: bool = True,
+    ) -> None:
+        self.function, self.device, self.generators = function, torch.device(device), generators
+        self.reason: str | None = None
+        if not enabled:
+            self.reason = "switched off"
+        elif self.device.type != "cuda":
+            self.reason = f"the learner is on {self.device.type}"
+        self.captures = 0
+        self._signature: Signature = ()
+        self._slots: list[_Slots] = []
+        self._calls = 0
+        self._times: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=TIMED)
+        self._host_seconds = 0.0
+        self.stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, inputs: Sequence[Tensor], wait: bool = True) -> Tensor:
+        """The function's result for these inputs.
+
+        Args:
+            inputs: on the device or on the host, where pinned memory is copied while the GPU computes. They
+                may be dropped at once, and changed when the result is there.
+            wait: let the current stream wait for the result. Without it, whoever reads the result, or what
+                the function changes, must wait for `stream`.
+        """
+        if self.stream is None:
+            began = time.perf_counter()
+            out = self.function(*(x.to(self.device) for x in inputs))
+            self._host_seconds += time.perf_counter() - began
+            return out
+        self._settle(inputs)
+        current = torch.cuda.current_stream(self.device)
+        slots = self._slots[self._calls % 2]
+        slots.copied.synchronize()  # of two calls ago: the host is never further ahead
+        slots.held = inputs
+        self._copies.wait_event(slots.free)
+        if any(x.is_cuda for x in inputs):
+            self._copies.wait_stream(current)
+        with torch.cuda.stream(self._copies):
+            for slot, x in zip(slots.inputs, inputs, strict=True):
+                slot.copy_(x, non_blocking=True)
+                if x.is_cuda:
+                    x.record_stream(self._copies)
+            slots.copied.record()
+        self.stream.wait_stream(self._copies)
+        if self._calls == 0 or wait:  # what the function reads may have been changed in the current stream
+            self.stream.wait_stream(current)
+        begin, end = event(timed=True), event(timed=True)
+        with torch.cuda.stream(self.stream):
+            if self._calls and self.reason is None and slots.graph is None:
+                self._capture(slots)
+            begin.record()
+            if slots.graph is None:
+                out = self.function(*slots.inputs)
+            else:
+                slots.graph.replay()
+                assert slots.out is not None
+                out = slots.out.clone()
+            end.record()
+            slots.free.record()
+        self._calls += 1
+        self._times.append((begin, end))
+        if wait:
+            current.wait_stream(self.stream)
+        out.record_stream(current)
+        return out
+
+    def event(self) -> torch.cuda.Event | None:
+        """One for this device; None where there are no streams."""
+        return None if self.stream is None else event()
+
+    def queue(self) -> AbstractContextManager[object]:
+        """Makes `stream` the current one in a block, for what must happen between two calls."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def join(self) -> None:
+        """Let the current stream wait for all calls made so far."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def seconds(self) -> float:
+        """Time of the calls that ended since this was last asked, on the GPU without waiting for any."""
+        total, self._host_seconds = self._host_seconds, 0.0
+        while self._times and self._times[0][1].query():  # type: ignore[no-untyped-call]
+            begin, end = self._times.popleft()
+            total += begin.elapsed_time(end) / 1000.0
+        return total
+
+    def _settle(self, inputs: Sequence[Tensor]) -> None:
+        """Make slots for these inputs, unless there are."""
+        signature = tuple((x.shape, x.dtype) for x in inputs)
+        if signature == self._signature:
+            return
+        if self._signature:
+            told = "; ".join(
+                f"input {index}: {list(a[0])} {a[1]} became {list(b[0])} {b[1]}"
+                for index, (a, b) in enumerate(zip(self._signature, signature, strict=False))
+                if a != b
+            )
+            warnings.warn(f"the CUDA graph is captured anew: {told}", stacklevel=4)
+            assert self.stream is not None
+            self.stream.synchronize()
+        self._signature, self._calls = signature, 0
+        self._slots = [_Slots(inputs, self.device) for _ in range(2)]
+
+    def _capture(self, slots: _Slots) -> None:
+        """Record the function on these slots; where that fails, go on without graphs and say why."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            for generator in self.generators:
+                graph.register_generator_state(generator)
+            # other threads (prefetching, JAX) may use the GPU while this one captures
+            with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
+                out = self.function(*slots.inputs)
+        except RuntimeError as error:
+            self.reason = f"capturing failed: {str(error).splitlines()[0]}"
+            warnings.warn(f"updates run without a CUDA graph: {self.reason}", stacklevel=4)
+            return
+        slots.graph, slots.out = graph, out
+        self.captures += 1

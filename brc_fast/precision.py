@@ -1,0 +1,52 @@
+"""What matrix products compute in; everything else stays in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .config import Precision
+
+__all__ = ["check_precision", "low_dtype", "products"]
+
+TENSOR_CORES = (8, 0)  # compute capability from which TF32 and bfloat16 products exist
+
+
+def check_precision(precision: Precision, device: str | torch.device, dtype: torch.dtype) -> None:
+    """ValueError where the device lacks this precision, or parameters of this dtype have only their own."""
+    place = torch.device(device)
+    if precision not in ("fp32", "tf32", "bf16"):
+        raise ValueError(f"precision must be one of fp32, tf32, bf16, got {precision!r}")
+    if precision == "fp32":
+        return
+    if dtype != torch.float32:
+        raise ValueError(f"precision {precision} is for float32 parameters, got {dtype}; leave it at fp32")
+    if place.type == "cuda" and torch.cuda.get_device_capability(place) < TENSOR_CORES:
+        name, has = torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place)
+        raise ValueError(
+            f"precision {precision} needs compute capability 8.0, {name} has {has[0]}.{has[1]}; use fp32"
+        )
+    if place.type == "cpu" and precision == "tf32":
+        raise ValueError("precision tf32 needs a CUDA device, the learner is on the CPU; use fp32 or bf16")
+
+
+def low_dtype(precision: Precision) -> torch.dtype | None:
+    """Of the copies of parameters that products take, and of gradients; None for that of the parameters."""
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+@contextmanager
+def products(precision: Precision, device: str | torch.device) -> Iterator[None]:
+    """Let float32 products on a GPU use TF32, or not, in this block; the caller's own choice comes back."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    backend = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
