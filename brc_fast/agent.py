@@ -61,6 +61,7 @@ class BRC:
         precision: of matrix products: fp32, tf32 (needs CUDA) or bf16, for which bfloat16 copies of the
             float32 parameters are kept; moments, averages and LayerNorm stay in float32.
         graphs: on CUDA, replay `update` as a CUDA graph (brc_fast.graphs).
+        recompute: the critics' activations in the backward pass, which takes less memory and more time.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class BRC:
         dtype: torch.dtype = torch.float32,
         precision: Precision = "fp32",
         graphs: bool = True,
+        recompute: bool = False,
         seed: int = 0,
     ) -> None:
         self.critic_config = critic or CriticConfig()
@@ -88,7 +90,7 @@ class BRC:
             raise ValueError(f"num_tasks must be positive, got {num_tasks}")
         self.observation_size, self.action_size, self.num_tasks = observation_size, action_size, num_tasks
         check_precision(precision, device, dtype)
-        self.device, self.dtype, self.precision = device, dtype, precision
+        self.device, self.dtype, self.precision, self.recompute = device, dtype, precision, recompute
         self.target_entropy = self.learning.target_entropy_per_action * action_size
         self.v_max = self.critic_config.v_max
         self.atoms = torch.linspace(
@@ -133,6 +135,7 @@ class BRC:
             device=device,
             precision=config.precision,
             graphs=config.graphs,
+            recompute=config.recompute,
             seed=config.seed,
         )
 
@@ -255,7 +258,8 @@ class BRC:
         """The networks' passes over as many rows as the batch has."""
         rows = batch.rewards.shape[0]
         if rows not in self._passes:
-            self._passes = {rows: Passes(self.actor, self.critic, self.actors, self.critics, rows)}
+            nets = self.actor, self.critic, self.actors, self.critics
+            self._passes = {rows: Passes(*nets, rows, self.recompute)}
         return self._passes[rows]
 
     @torch.no_grad()

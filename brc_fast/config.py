@@ -97,6 +97,8 @@ class TrainConfig:
     """Of matrix products: fp32, tf32 (CUDA) or bf16. BRC: JAX's default, which is tf32 on a GPU."""
     graphs: bool = True
     """On CUDA, replay all updates of a step as one CUDA graph."""
+    recompute: bool = False
+    """Make the critics' activations again in the backward pass instead of keeping them."""
     policy_lag: int = 0
     """Updates by which the acting policy may lag: with updates_per_step or more, environments and updates
     run at once on a GPU."""

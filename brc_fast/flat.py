@@ -26,6 +26,20 @@ class Body(Protocol):
     def named(self, arrays: kernels.Arrays) -> dict[str, Tensor]: ...
 
 
+class _Refresh:
+    """Called when a module was loaded. A copied or unpickled module owns its parameters: nothing to renew."""
+
+    def __init__(self, networks: FlatNetworks | None = None) -> None:
+        self.networks = networks
+
+    def __call__(self, *_: object) -> None:
+        if self.networks is not None:
+            self.networks.refresh()
+
+    def __reduce__(self) -> tuple[type[_Refresh], tuple[()]]:
+        return _Refresh, ()
+
+
 class FlatNetworks:
     """E networks of one module, and as many of each copy of it, in buffers [C * E, P].
 
@@ -64,7 +78,7 @@ class FlatNetworks:
         self.low = None if low is None else self.master.to(low)
         self.grad = self.master.new_zeros(self.members, size, dtype=low)
         for module in modules:
-            module.register_load_state_dict_post_hook(lambda *_: self.refresh())  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_post_hook(_Refresh(self))  # type: ignore[no-untyped-call]
 
     def refresh(self) -> None:
         """Renew the low-precision copies after parameters were set from outside."""

@@ -15,7 +15,7 @@ class Passes:
 
     Args:
         actors: [actor]. critics: [critic, its target]. The modules themselves hold what is not their body.
-        rows: B.
+        rows: B. recompute: of the critics' activations in the backward pass (kernels.BroNetPlan).
 
     Attributes:
         actor: of the policy. critics: of online and target networks, where the online ones get gradients.
@@ -24,13 +24,21 @@ class Passes:
     """
 
     def __init__(
-        self, actor: Actor, critic: Critic, actors: FlatNetworks, critics: FlatNetworks, rows: int
+        self,
+        actor: Actor,
+        critic: Critic,
+        actors: FlatNetworks,
+        critics: FlatNetworks,
+        rows: int,
+        recompute: bool = False,
     ) -> None:
         self.embedding, self.norm = critic.embedding, critic.embedding_norm
         self.input_sizes = tuple(net.body.input.kernel.shape[1] for net in (actor, critic))
         self.dtype = actors.grad.dtype
         self.actor = kernels.BroNetPlan(actors.ordered(1), rows, actors.arrays(actors.grad))
-        self.critics = kernels.BroNetPlan(critics.ordered(2), rows, critics.arrays(critics.grad))
+        self.critics = kernels.BroNetPlan(
+            critics.ordered(2), rows, critics.arrays(critics.grad), recompute=recompute
+        )
         self.critic = kernels.BroNetPlan(critics.ordered(1), rows, share=self.critics)
         self.actions = actor.body.head.kernel.shape[-1] // 2
         self.dhead = torch.zeros_like(self.actor.out)

@@ -103,7 +103,7 @@ class _BroNet(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         networks, _, width = parameters[0].shape
-        shape = ((len(parameters) - 2) // 4, networks, x.shape[-2], width)
+        ctx.shape = shape = ((len(parameters) - 2) // 4, networks, x.shape[-2], width)
         ctx.work = Workspace(2, *shape), Workspace(shape[0], 2, *shape[1:3])
         products, outputs = ctx.work[0].tensor.unbind()
         ctx.memory = Memory(products, outputs, ctx.work[1].tensor)
@@ -114,7 +114,7 @@ class _BroNet(torch.autograd.Function):
     @first_derivative("bronet")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        layers, networks, _, width = ctx.memory.whole[0].shape
+        layers, networks, _, width = ctx.shape
         gradients = None
         if any(ctx.needs_input_grad[1:]):
             square = x.new_empty(layers - 1, networks, width, width)
@@ -122,7 +122,7 @@ class _BroNet(torch.autograd.Function):
             ends = (x.new_empty(p.shape) for p in (parameters[0], *parameters[-2:]))
             first, head, bias = ends
             gradients = Arrays(first, square, vectors, head, bias)
-        space = Workspace(3, *ctx.memory.whole[0].shape[1:])
+        space = Workspace(3, *ctx.shape[1:])
         sweep = Backward(parameters, ctx.memory, gradients, PASSES, space.tensor)
         dx = sweep(grad.contiguous(), x, ctx.needs_input_grad[0])
         if dx is not None and x.dim() == 2:

@@ -32,9 +32,8 @@ def norm_forward(
     """Fill `y` [N, B, H] and the rows' mean and 1/std, `stats` [2, N, B]; vectors are [N, H]."""
     bias, weight, shift = (vector.to(stats.dtype).unsqueeze(1) for vector in (bias, weight, shift))
     h = x.to(stats.dtype) + bias
-    variance, mean = torch.var_mean(h, -1, correction=0, keepdim=True)
-    rstd = (variance + EPS).rsqrt()
-    out = torch.addcmul(shift, (h - mean) * rstd, weight)
+    normed, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], None, None, EPS)
+    out = torch.addcmul(shift, normed, weight)
     if relu:
         out = out.relu()
     y.copy_(out if residual is None else out + residual)
@@ -60,7 +59,7 @@ def norm_backward(
     n = (x.to(stats.dtype) + bias - mean) * rstd
     g = dy.to(stats.dtype)
     if relu:
-        g = torch.where(torch.addcmul(shift, n, weight) <= 0.0, 0.0, g)
+        g = g.masked_fill(torch.addcmul(shift, n, weight) <= 0.0, 0.0)
     scaled = g * weight
     dh = rstd * (scaled - scaled.mean(-1, keepdim=True) - n * (scaled * n).mean(-1, keepdim=True))
     if into is not None:

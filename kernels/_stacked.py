@@ -44,18 +44,33 @@ def passes_for(x: Tensor, impl: str | None = None) -> ModuleType:
 class Memory:
     """Where a forward pass of N networks over B rows leaves what the backward needs.
 
-    products, outputs: [L, N, B, H], a layer's product and what came of it; stats: [L, 2, N, B]. With fewer
-    slots than layers they are used in turn, and there is no backward pass.
+    Per layer products and outputs [N, B, H], what a product is and what comes of it, and stats [2, N, B].
+    Without a backward pass few slots will do, used in turn.
+
+    Args:
+        outputs: as one tensor [L, N, B, H] where they lie so, for products over all layers at once.
+        recomputed: layers share products, and the first layers of blocks their outputs. The backward pass
+            makes them again from what came out of the blocks.
     """
 
-    def __init__(self, products: Tensor, outputs: Tensor, stats: Tensor) -> None:
-        self.whole = (products, outputs, stats)
-        self.products, self.outputs, self.stats = (whole.unbind() for whole in self.whole)
+    def __init__(
+        self,
+        products: Sequence[Tensor],
+        outputs: Sequence[Tensor] | Tensor,
+        stats: Sequence[Tensor],
+        recomputed: bool = False,
+    ) -> None:
+        self.products, self.outputs, self.stats = list(products), list(outputs), list(stats)
+        self.whole = outputs if isinstance(outputs, Tensor) else None
+        self.recomputed = recomputed
 
     def part(self, networks: int) -> Memory:
         """That of the first networks."""
-        products, outputs, stats = self.whole
-        return Memory(products[:, :networks], outputs[:, :networks], stats[:, :, :networks])
+        products = [x[:networks] for x in self.products]
+        outputs: Sequence[Tensor] | Tensor = [x[:networks] for x in self.outputs]
+        if self.whole is not None:
+            outputs = self.whole[:, :networks]
+        return Memory(products, outputs, [x[:, :networks] for x in self.stats], self.recomputed)
 
 
 class Arrays(NamedTuple):
@@ -90,8 +105,6 @@ class Forward:
     ) -> None:
         self.layers, self.memory, self.out = layers_of(parameters), memory, out
         self.head, self.bias = parameters[-2], parameters[-1].unsqueeze(1)
-        if self.bias.dtype != self.head.dtype:
-            self.bias = self.bias.to(self.head.dtype)
         kernel, product = self.layers[0][0], memory.products[0]
         self.share = kernel.shape[0] // parts
         self.first = tuple(zip(kernel.chunk(parts), product.chunk(parts), strict=True))
@@ -113,14 +126,16 @@ class Forward:
             hidden = y
             if index % 2 == 0:
                 skip = y
-        return torch.baddbmm(self.bias, hidden, self.head, out=self.out)
+        bias = self.bias if self.bias.dtype == hidden.dtype else self.bias.to(hidden.dtype)
+        return torch.baddbmm(bias, hidden, self.head, out=self.out)
 
 
 class Backward:
     """The backward pass, into `gradients` where they are wanted; like `Forward`.
 
     Memory: g, of a block's ends, inner, of a block's hidden layer, and gradients of products: one, or those
-    of all layers where `passes` is BATCHED. `space` may be [3, N, B, H] that holds it where it is not.
+    of all layers where `passes` is BATCHED and nothing is recomputed. `space` may be [3, N, B, H] that holds
+    it where not.
     """
 
     def __init__(
@@ -132,18 +147,17 @@ class Backward:
         space: Tensor | None = None,
     ) -> None:
         self.passes, self.memory, self.gradients = passes, memory, gradients
-        self.layers = [(kernel.mT, vectors) for kernel, *vectors in layers_of(parameters)]
+        self.layers = [(kernel, vectors, kernel.mT) for kernel, *vectors in layers_of(parameters)]
         self.head = parameters[-2].mT
-        products = memory.whole[0]
-        layers, *shape = products.shape
-        every = gradients is not None and passes.BATCHED
+        product, layers = memory.products[0], len(self.layers)
+        self.batched = gradients is not None and passes.BATCHED and not memory.recomputed
         if space is None:
-            space = products.new_empty(layers + 2 if every else 3, *shape)
+            space = product.new_empty(layers + 2 if self.batched else 3, *product.shape)
         self.g, self.inner, *self.dproducts = space.unbind()
         self.partials: Tensor | None = None
         if gradients is not None:
-            self.whole = memory.whole[1], space[2:]
-            self.partials = passes.partials(layers, *shape, products)
+            self.all_dproducts = space[2:]
+            self.partials = passes.partials(layers, *product.shape, product)
             self.outputs = [output.mT for output in memory.outputs]
             self.square, self.vectors = gradients.square.unbind(), gradients.vectors.unbind()
 
@@ -156,37 +170,54 @@ class Backward:
         passes, products, stats = self.passes, self.memory.products, self.memory.stats
         g, inner = self.g, self.inner
         gradients, partial, into = self.gradients, None, None
-        every = len(self.dproducts) > 1  # those of all layers are kept
+        x = x.expand(len(g), *x.shape[-2:])
         if gradients is not None:
             torch.bmm(self.outputs[-1], grad, out=gradients.head)
             torch.sum(grad, 1, dtype=gradients.bias.dtype, out=gradients.bias)
         torch.bmm(grad, self.head, out=g)
         dproduct = g
         for index in reversed(range(len(self.layers))):
-            kernel, vectors = self.layers[index]
+            _, vectors, kernel = self.layers[index]
             opens_block, closes_block = index % 2 == 1, index > 0 and index % 2 == 0
             dproduct = self.dproducts[index % len(self.dproducts)]
+            if self.memory.recomputed and index < len(self.layers) - 1 and not opens_block:
+                self._recompute(index, x)
             if gradients is not None:
                 into = self.vectors[index]
                 partial = None if self.partials is None else self.partials[index]
             incoming, relu = inner if opens_block else g, not closes_block
-            if not closes_block and not every:  # what comes in is not needed again
+            if not closes_block and not self.batched:  # what comes in is not needed again
                 dproduct = incoming
             passes.norm_backward(
                 incoming, products[index], *vectors, relu, stats[index], dproduct, partial, into
             )
-            if gradients is not None and index and not passes.BATCHED:
+            if gradients is not None and index and not self.batched:
                 torch.bmm(self.outputs[index - 1], dproduct, out=self.square[index - 1])
             if closes_block:
                 torch.bmm(dproduct, kernel, out=inner)
             elif opens_block:
                 g.baddbmm_(dproduct, kernel)
         if gradients is not None:
-            torch.bmm(x.expand(len(dproduct), *x.shape[-2:]).mT, dproduct, out=gradients.first)
-            if passes.BATCHED:
-                _square_gradients(*self.whole, gradients.square)
+            torch.bmm(x.mT, dproduct, out=gradients.first)
+            if self.batched:
+                assert self.memory.whole is not None
+                _square_gradients(self.memory.whole, self.all_dproducts, gradients.square)
+            if self.partials is not None:
                 passes.reduce_partials(self.partials, gradients.vectors)
-        return torch.bmm(dproduct, self.layers[0][0]) if wants_dx else None
+        return torch.bmm(dproduct, self.layers[0][2]) if wants_dx else None
+
+    def _recompute(self, index: int, x: Tensor) -> None:
+        """Make the products of the block that ends at this layer again, and what lies inside of it."""
+        products, outputs, stats = self.memory.products, self.memory.outputs, self.memory.stats
+        if index == 0:
+            torch.bmm(x, self.layers[0][0], out=products[0])
+            return
+        kernel, vectors, _ = self.layers[index - 1]
+        torch.bmm(outputs[index - 2], kernel, out=products[index - 1])
+        self.passes.norm_forward(
+            products[index - 1], *vectors, None, True, outputs[index - 1], stats[index - 1]
+        )
+        torch.bmm(outputs[index - 1], self.layers[index][0], out=products[index])
 
 
 def _square_gradients(outputs: Tensor, dproducts: Tensor, out: Tensor) -> None:

@@ -4,9 +4,8 @@ What a learner runs thousands of times at one batch size: no memory is asked for
 that on a CPU nothing is left beside the arithmetic, and a CUDA graph can hold the whole.
 
 Dims:   N networks, of which the first G get gradients; B rows; I inputs, H width, K outputs, L layers.
-Memory: products and outputs [L, N, B, H], 3 more [G, B, H] (L + 2 on CUDA); a frozen plan has none of its own
-        if it may share another's. With `recompute` outputs and inner products are made again for the backward
-        pass: 2 + blocks + 5 buffers of [N, B, H] are left.
+Memory: products and outputs [L, N, B, H], 3 more [G, B, H] (L + 2 on CUDA with gradients). With `recompute`
+        4 + blocks of [N, B, H] and 3 more [G, B, H], for 2 * blocks - 1 more products of G networks.
 Loop:   _stacked.py. Twin: autograd through reference.bronet.
 """
 
@@ -30,8 +29,9 @@ class BroNetPlan:
             lie at every pass: change them in place.
         rows: B.
         gradients: where those of the first G networks go; None if no parameter wants any.
-        share: a plan of at least as many networks, layers and rows, whose backward pass is over whenever this
-            one runs: its memory is used.
+        share: a plan of as many layers and rows and at least as many networks, whose backward pass is over
+            whenever this one runs: its memory is used, and it says whether to recompute.
+        recompute: keep only what comes out of the blocks, and make the rest again for the backward pass.
     """
 
     def __init__(
@@ -40,38 +40,45 @@ class BroNetPlan:
         rows: int,
         gradients: Arrays | None = None,
         share: BroNetPlan | None = None,
+        recompute: bool = False,
     ) -> None:
         self.parameters, self.rows, self.gradients = list(parameters), rows, gradients
+        self.recompute = recompute if share is None else share.recompute
         head = self.parameters[-2]
-        networks, width, outputs = head.shape
+        networks, _, outputs = head.shape
         self.trained = networks if gradients is None else gradients.head.shape[0]
-        layers, shape = len(layers_of(self.parameters)), (networks, rows, width)
-        wide = torch.float64 if head.dtype == torch.float64 else torch.float32
-        if share is None:
-            products, passed = head.new_empty(2, layers, *shape).unbind()
-            stats = head.new_empty(layers, 2, networks, rows, dtype=wide)
-        else:
-            size = layers * networks * rows
-            products, passed, stats = share.memory.whole
-            products = products.flatten()[: size * width].view(layers, *shape)
-            passed = passed.flatten()[: size * width].view(layers, *shape)
-            stats = stats.flatten()[: 2 * size].view(layers, 2, networks, rows)
-        self.memory: Memory = Memory(products, passed, stats)
         self._shares = share is not None
+        self.memory = self._allocate() if share is None else share.memory.part(networks)
         self.out = head.new_empty(networks, rows, outputs)
         self._forward: dict[int, Forward] = {}
         self._backward: dict[str, Backward] = {}
         self._inputs: Sequence[Tensor] = ()
 
+    def _allocate(self) -> Memory:
+        head, layers = self.parameters[-2], len(layers_of(self.parameters))
+        networks, width, _ = head.shape
+        shape = networks, self.rows, width
+        wide = torch.float64 if head.dtype == torch.float64 else torch.float32
+        stats = head.new_empty(layers, 2, *shape[:2], dtype=wide)
+        if not self.recompute:
+            return Memory(head.new_empty(layers, *shape), head.new_empty(layers, *shape), stats)
+        turns = head.new_empty(2, *shape).unbind()
+        inner, *ends = head.new_empty(layers // 2 + 2, *shape)
+        products = [turns[index % 2] for index in range(layers)]
+        outputs = [inner if index % 2 else ends[index // 2] for index in range(layers)]
+        return Memory(products, outputs, stats, recomputed=True)
+
     def bytes(self, device: str) -> int:
         """Memory of its own on a device of this kind, that of the backward pass included."""
-        products, _, stats = self.memory.whole
-        layers = len(products)
-        every = self.gradients is not None and torch.device(device).type == "cuda"
-        sweep = (layers + 2 if every else 3) * self.trained * products[0, 0].numel()
-        held = 0 if self._shares else 2 * products.numel() * products.element_size()
-        held += 0 if self._shares else stats.numel() * stats.element_size()
-        return held + (sweep + self.out.numel()) * self.out.element_size()
+        memory = self.memory
+        batched = self.gradients is not None and torch.device(device).type == "cuda" and not self.recompute
+        slots = len(memory.products) + 2 if batched else 3
+        held = slots * self.trained * memory.products[0][0].numel() + self.out.numel()
+        total = held * self.out.element_size()
+        if not self._shares:
+            parts = {id(x): x for x in (*memory.products, *memory.outputs, *memory.stats)}
+            total += sum(x.numel() * x.element_size() for x in parts.values())
+        return total
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Outputs [N, B, K], overwritten by the next call.
