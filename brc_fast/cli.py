@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -122,6 +123,8 @@ def evaluate(words: list[str]) -> int:
 
     env = envs.make(config.tasks, arguments.episodes, arguments.seed)
     device = resolve_device("auto")
+    # acting takes float32 products whatever learning took, on any device
+    config = dataclasses.replace(config, precision="fp32")
     agent = BRC.from_config(config, env.observation_size, env.action_size, device)
     with folder.fitting():
         agent.load_state_dict({name: torch.from_numpy(value) for name, value in parts["agent"].items()})

@@ -35,6 +35,9 @@ def report() -> tuple[str, bool]:
     else:
         lines.append(f"{'replay store':<14}built")
     lines.append(f"{'kernels':<14}{_kernels()}")
+    unused = "unused: no CUDA device, the learner's updates run as they are"
+    used = "used by the learner's updates (--no-graphs turns them off; a run says where one cannot be made)"
+    lines.append(f"{'CUDA graphs':<14}{used if torch.cuda.is_available() else unused}")
     for extra, names in EXTRAS.items():
         missing = [name for name in names if _version(name) == "missing"]
         lines.append("")
@@ -62,8 +65,8 @@ def _version(name: str) -> str:
 def _kernels() -> str:
     """Which implementation the ops of the update take here."""
     choice, triton = chosen(None), _version("triton")
-    if choice == "reference":
-        return "plain PyTorch (BRC_FAST_KERNELS=reference)"
+    if choice in ("reference", "compile"):
+        return f"plain PyTorch (BRC_FAST_KERNELS={choice})"
     if triton == "missing":
         return 'plain PyTorch: triton is not installed; pip install "triton>=3.6" on a GPU'
     if choice == "triton":

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from .config import Precision
+from .errors import InputError
 
 __all__ = ["check_precision", "low_dtype", "products"]
 
@@ -15,21 +16,21 @@ TENSOR_CORES = (8, 0)  # compute capability from which TF32 and bfloat16 product
 
 
 def check_precision(precision: Precision, device: str | torch.device, dtype: torch.dtype) -> None:
-    """ValueError where the device lacks this precision, or parameters of this dtype have only their own."""
+    """InputError where the device lacks this precision, or parameters of this dtype have only their own."""
     place = torch.device(device)
     if precision not in ("fp32", "tf32", "bf16"):
-        raise ValueError(f"precision must be one of fp32, tf32, bf16, got {precision!r}")
+        raise InputError(f"precision must be one of fp32, tf32, bf16, got {precision!r}")
     if precision == "fp32":
         return
     if dtype != torch.float32:
-        raise ValueError(f"precision {precision} is for float32 parameters, got {dtype}; leave it at fp32")
+        raise InputError(f"precision {precision} is for float32 parameters, got {dtype}; leave it at fp32")
     if place.type == "cuda" and torch.cuda.get_device_capability(place) < TENSOR_CORES:
         name, has = torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place)
-        raise ValueError(
+        raise InputError(
             f"precision {precision} needs compute capability 8.0, {name} has {has[0]}.{has[1]}; use fp32"
         )
     if place.type == "cpu" and precision == "tf32":
-        raise ValueError("precision tf32 needs a CUDA device, the learner is on the CPU; use fp32 or bf16")
+        raise InputError("precision tf32 needs a CUDA device, the learner is on the CPU; use fp32 or bf16")
 
 
 def low_dtype(precision: Precision) -> torch.dtype | None:

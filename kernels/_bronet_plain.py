@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._compiled import twin
 from .reference import EPS
 
 __all__ = ["BATCHED", "norm_backward", "norm_forward", "partials"]
@@ -30,15 +31,10 @@ def norm_forward(
     stats: Tensor,
 ) -> None:
     """Fill `y` [N, B, H] and the rows' mean and 1/std, `stats` [2, N, B]; vectors are [N, H]."""
-    bias, weight, shift = (vector.to(stats.dtype).unsqueeze(1) for vector in (bias, weight, shift))
-    h = x.to(stats.dtype) + bias
-    normed, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], None, None, EPS)
-    out = torch.addcmul(shift, normed, weight)
-    if relu:
-        out = out.relu()
-    y.copy_(out if residual is None else out + residual)
-    stats[0].copy_(mean.squeeze(-1))
-    stats[1].copy_(rstd.squeeze(-1))
+    out, mean, rstd = twin(_forward)(x, bias, weight, shift, residual, relu, stats.dtype)
+    y.copy_(out)
+    stats[0].copy_(mean)
+    stats[1].copy_(rstd)
 
 
 def norm_backward(
@@ -54,16 +50,49 @@ def norm_backward(
     into: Tensor | None,
 ) -> None:
     """Fill the gradient of x, `dx`, and of bias, weight and shift, `into` [3, N, H]."""
-    bias, weight, shift = (vector.to(stats.dtype).unsqueeze(1) for vector in (bias, weight, shift))
-    mean, rstd = stats.unsqueeze(-1)
-    n = (x.to(stats.dtype) + bias - mean) * rstd
-    g = dy.to(stats.dtype)
+    mean, rstd = stats.unbind()
+    dh, sums = twin(_backward)(dy, x, bias, weight, shift, relu, mean, rstd, into is not None)
+    dx.copy_(dh)
+    for place, total in zip(() if into is None else into, sums, strict=True):
+        place.copy_(total)
+
+
+def _forward(
+    x: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    bias, weight, shift = (vector.to(dtype).unsqueeze(1) for vector in (bias, weight, shift))
+    h = x.to(dtype) + bias
+    normed, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], None, None, EPS)
+    out = torch.addcmul(shift, normed, weight)
+    if relu:
+        out = out.relu()
+    out = out if residual is None else out + residual
+    return out.to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    relu: bool,
+    mean: Tensor,
+    rstd: Tensor,
+    wants_sums: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    bias, weight, shift = (vector.to(mean.dtype).unsqueeze(1) for vector in (bias, weight, shift))
+    mean, rstd = mean.unsqueeze(-1), rstd.unsqueeze(-1)
+    n = (x.to(mean.dtype) + bias - mean) * rstd
+    g = dy.to(mean.dtype)
     if relu:
         g = g.masked_fill(torch.addcmul(shift, n, weight) <= 0.0, 0.0)
     scaled = g * weight
     dh = rstd * (scaled - scaled.mean(-1, keepdim=True) - n * (scaled * n).mean(-1, keepdim=True))
-    if into is not None:
-        into[0].copy_(dh.sum(1))
-        into[1].copy_((g * n).sum(1))
-        into[2].copy_(g.sum(1))
-    dx.copy_(dh)
+    return dh.to(x.dtype), (dh.sum(1), (g * n).sum(1), g.sum(1)) if wants_sums else ()

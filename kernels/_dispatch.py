@@ -3,6 +3,7 @@
     auto        kernels on CUDA, otherwise the twin (with the compiled passes of a CPU where they apply)
     triton      kernels, or an error that says why not; on a CPU only through Triton's interpreter
     reference   the plain PyTorch twin
+    compile     the twin through torch.compile, checked against the plain one (_compiled.py)
 
 The argument `impl` of an op goes before `use(...)`, which goes before the environment variable
 BRC_FAST_KERNELS, which is read when this is imported. Only auto may choose: the others do what they say.
@@ -36,7 +37,7 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton decides when a kernel is defined whether its interpreter takes the compiler's place.
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 
-CHOICES = ("auto", "triton", "reference")
+CHOICES = ("auto", "triton", "reference", "compile")
 PLAIN = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -52,7 +53,8 @@ _choice = _checked(os.environ.get("BRC_FAST_KERNELS", "auto"), "BRC_FAST_KERNELS
 
 @contextmanager
 def use(choice: str) -> Iterator[None]:
-    """Choose the implementation of every op in the block, in all threads: auto, triton or reference."""
+    """Choose the implementation of every op in the block, in all threads: auto, triton, reference or
+    compile."""
     global _choice
     before, _choice = _choice, _checked(choice, "the implementation")
     try:
@@ -83,7 +85,7 @@ def takes_kernels(impl: str | None, *tensors: Tensor, dtypes: Sequence[torch.dty
     choice.
     """
     choice = chosen(impl)
-    if choice == "reference":
+    if choice in ("reference", "compile"):
         return False
     first = tensors[0]
     if choice == "auto":

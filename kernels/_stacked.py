@@ -41,6 +41,9 @@ def passes_for(x: Tensor, impl: str | None = None) -> ModuleType:
     return _bronet_cpu if chosen(impl) == "auto" and _native.takes(x) else _bronet_plain
 
 
+Slots = Sequence[Tensor] | Tensor  # one tensor per layer, or all as one
+
+
 class Memory:
     """Where a forward pass of N networks over B rows leaves what the backward needs.
 
@@ -55,9 +58,9 @@ class Memory:
 
     def __init__(
         self,
-        products: Sequence[Tensor],
-        outputs: Sequence[Tensor] | Tensor,
-        stats: Sequence[Tensor],
+        products: Slots,
+        outputs: Slots,
+        stats: Slots,
         recomputed: bool = False,
     ) -> None:
         self.products, self.outputs, self.stats = list(products), list(outputs), list(stats)
@@ -67,7 +70,7 @@ class Memory:
     def part(self, networks: int) -> Memory:
         """That of the first networks."""
         products = [x[:networks] for x in self.products]
-        outputs: Sequence[Tensor] | Tensor = [x[:networks] for x in self.outputs]
+        outputs: Slots = [x[:networks] for x in self.outputs]
         if self.whole is not None:
             outputs = self.whole[:, :networks]
         return Memory(products, outputs, [x[:, :networks] for x in self.stats], self.recomputed)
@@ -153,7 +156,8 @@ class Backward:
         self.batched = gradients is not None and passes.BATCHED and not memory.recomputed
         if space is None:
             space = product.new_empty(layers + 2 if self.batched else 3, *product.shape)
-        self.g, self.inner, *self.dproducts = space.unbind()
+        slots = space.unbind()
+        self.g, self.inner, self.dproducts = slots[0], slots[1], slots[2:]
         self.partials: Tensor | None = None
         if gradients is not None:
             self.all_dproducts = space[2:]

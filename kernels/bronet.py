@@ -27,6 +27,7 @@ from . import _native, reference
 from ._bronet_cpu import bronet_on_cpu
 from ._cases import Case
 from ._checks import check_bronet_dtypes, check_bronet_shapes
+from ._compiled import twin
 from ._dispatch import chosen, takes_kernels
 from ._ops import Op
 from ._stacked import Arrays, Backward, Forward, Memory, layers_of
@@ -176,7 +177,7 @@ def bronet(x: Tensor, *parameters: Tensor, impl: str | None = None) -> Tensor:
         parameters: (kernel [N, in, H], bias, norm weight, norm bias [N, H]) of the input layer and of the two
             layers of each block, in this order, then the head's kernel [N, H, K] and bias [N, K]. Networks
             may be any distance apart in memory. Under autocast, x and the kernels are cast to its dtype.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         [N, B, K] in the dtype of x. Every argument gets its gradient; parameters that want none cost nothing.
     Raises:
@@ -188,7 +189,7 @@ def bronet(x: Tensor, *parameters: Tensor, impl: str | None = None) -> Tensor:
         plain = chosen(impl) == "auto" and not torch.is_autocast_enabled("cpu")
         if plain and _native.takes(x, *parameters):
             return bronet_on_cpu(x, list(parameters))
-        return reference.bronet(x, *parameters)
+        return twin(reference.bronet, impl)(x, *parameters)
     kind = x.device.type
     given = list(parameters)
     if torch.is_autocast_enabled(kind):

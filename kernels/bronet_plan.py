@@ -43,12 +43,12 @@ class BroNetPlan:
         recompute: bool = False,
     ) -> None:
         self.parameters, self.rows, self.gradients = list(parameters), rows, gradients
-        self.recompute = recompute if share is None else share.recompute
+        self.recompute: bool = recompute if share is None else share.recompute
         head = self.parameters[-2]
         networks, _, outputs = head.shape
         self.trained = networks if gradients is None else gradients.head.shape[0]
         self._shares = share is not None
-        self.memory = self._allocate() if share is None else share.memory.part(networks)
+        self.memory: Memory = self._allocate() if share is None else share.memory.part(networks)
         self.out = head.new_empty(networks, rows, outputs)
         self._forward: dict[int, Forward] = {}
         self._backward: dict[str, Backward] = {}
@@ -60,7 +60,7 @@ class BroNetPlan:
         shape = networks, self.rows, width
         wide = torch.float64 if head.dtype == torch.float64 else torch.float32
         stats = head.new_empty(layers, 2, *shape[:2], dtype=wide)
-        if not self.recompute:
+        if not self.recompute or layers == 1:  # without blocks there is nothing to make again
             return Memory(head.new_empty(layers, *shape), head.new_empty(layers, *shape), stats)
         turns = head.new_empty(2, *shape).unbind()
         inner, *ends = head.new_empty(layers // 2 + 2, *shape)
@@ -74,7 +74,7 @@ class BroNetPlan:
         batched = self.gradients is not None and torch.device(device).type == "cuda" and not self.recompute
         slots = len(memory.products) + 2 if batched else 3
         held = slots * self.trained * memory.products[0][0].numel() + self.out.numel()
-        total = held * self.out.element_size()
+        total: int = held * self.out.element_size()
         if not self._shares:
             parts = {id(x): x for x in (*memory.products, *memory.outputs, *memory.stats)}
             total += sum(x.numel() * x.element_size() for x in parts.values())

@@ -58,6 +58,7 @@ from ._categorical import (
     _unit,
     _words,
 )
+from ._compiled import twin
 from ._config import configuration
 from ._dispatch import chosen, launch, observed, takes_kernels
 from ._numerics import scalar, wide
@@ -405,7 +406,7 @@ def categorical_target(
         temperature: a number, or a tensor of one.
         atoms: [K], evenly spaced from -v_max to v_max: the kernels rely on it and take them from v_max.
         v_max: > 0, in units of return; a change of it compiles the kernel anew.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         [B, K] probabilities: float64 for float64 logits, else float32.
     Raises:
@@ -420,7 +421,7 @@ def categorical_target(
         out: Tensor = _target_op(*(x.detach() for x in inputs), *_split(temperature), float(v_max))
         return out
     with torch.no_grad():
-        return reference.categorical_target(
+        return twin(reference.categorical_target, impl)(
             next_logits, rewards, discounts, next_log_probs, temperature, atoms, v_max, _projection(impl)
         )
 
@@ -447,7 +448,7 @@ def categorical_bellman_loss(
     Args:
         logits: [E, B, K] of the critic that learns. Rows may be padded, `padded[..., :K]`.
         next_logits: [E', B, K] of the target critic, E' >= 1. The others: as in `categorical_target`.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         [E, B]: float64 for float64 logits, else float32.
     Raises:
@@ -513,7 +514,7 @@ def categorical_bellman_loss_and_gradient(
     if chosen(impl) == "auto" and _native.takes(*inputs) and not observed(*numbers):
         return _compiled_bellman(inputs, float(temperature), float(v_max), float(scale), columns)
     with torch.no_grad():
-        return reference.categorical_bellman_loss_and_gradient(
+        return twin(reference.categorical_bellman_loss_and_gradient, impl)(
             logits, next_logits, rewards, discounts, next_log_probs, temperature, atoms, v_max,
             scale=scale, columns=columns, project=_projection(impl),
         )  # fmt: skip

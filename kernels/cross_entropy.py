@@ -51,6 +51,7 @@ from ._categorical import (
     _tile,
     _words,
 )
+from ._compiled import twin
 from ._dispatch import chosen, launch, observed, takes_kernels
 from ._numerics import scalar, wide
 from ._ops import Op, first_derivative
@@ -388,7 +389,7 @@ def categorical_cross_entropy(logits: Tensor, target: Tensor, *, impl: str | Non
         logits: [.., B, K], K >= 2. Rows may be padded, `padded[..., :K]`.
         target: [B, K], shared by all leading axes, or of the shape of the logits; mass 1 per row. It gets no
             gradient.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         [.., B]: float64 for float64 logits, else float32.
     Raises:
@@ -401,7 +402,7 @@ def categorical_cross_entropy(logits: Tensor, target: Tensor, *, impl: str | Non
         out: Tensor = _cross_entropy_op(logits, target, 1.0, None)
         return out
     if chosen(impl) == "reference" or observed(logits, target):
-        return reference.categorical_cross_entropy(logits, target)
+        return twin(reference.categorical_cross_entropy, impl)(logits, target)
     return _CrossEntropy.apply(logits.to(_result(logits)), target)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -411,7 +412,7 @@ def two_hot(values: Tensor, num_atoms: int, v_max: float, *, impl: str | None = 
     Args:
         values: [..], in units of return; those beyond the support count as its ends.
         num_atoms: K >= 2, evenly spaced from -v_max to v_max.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         [.., K]: float64 for float64 values, else float32.
     Raises:
@@ -433,7 +434,7 @@ def hl_gauss(
     Args:
         values: [..], in units of return. num_atoms: K >= 2, evenly spaced from -v_max to v_max.
         sigma: > 0, in units of return; the paper's ratio sigma / spacing = 0.75 is 1.5 * v_max / (K - 1).
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         [.., K] of mass 1: float64 for float64 values, else float32.
     Raises:
@@ -464,7 +465,7 @@ def two_hot_cross_entropy(logits: Tensor, values: Tensor, v_max: float, *, impl:
         logits: [.., K], K >= 2. Rows may be padded, `padded[..., :K]`.
         values: [..], or [B], the last axis before K, shared by all others; they get no gradient.
         v_max: > 0, the last atom, in units of return.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         [..]: float64 for float64 logits, else float32.
     Raises:
@@ -492,8 +493,8 @@ def _encoded_cross_entropy(
         out: Tensor = _cross_entropy_op(logits, values, float(v_max), sigma)
         return out
     if sigma:
-        return reference.hl_gauss_cross_entropy(logits, values, v_max, sigma)
-    return reference.two_hot_cross_entropy(logits, values, v_max)
+        return twin(reference.hl_gauss_cross_entropy, impl)(logits, values, v_max, sigma)
+    return twin(reference.two_hot_cross_entropy, impl)(logits, values, v_max)
 
 
 def expected_value(logits: Tensor, atoms: Tensor, *, impl: str | None = None) -> Tensor:
@@ -502,7 +503,7 @@ def expected_value(logits: Tensor, atoms: Tensor, *, impl: str | None = None) ->
     Args:
         logits: [.., K], K >= 2. Rows may be padded, `padded[..., :K]`.
         atoms: [K], anywhere. Through the kernels they get no gradient.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         [..]: float64 for float64 logits, else float32.
     Raises:
@@ -514,7 +515,7 @@ def expected_value(logits: Tensor, atoms: Tensor, *, impl: str | None = None) ->
     if takes_kernels(impl, logits, atoms):
         out: Tensor = _expected_value_op(logits, atoms.detach())
         return out
-    return reference.expected_value(logits, atoms)
+    return twin(reference.expected_value, impl)(logits, atoms)
 
 
 def expected_value_and_gradient(
@@ -534,7 +535,7 @@ def expected_value_and_gradient(
         scale: of the gradient, a number or a tensor of one on the device of the logits: -1 / B where the mean
             over the batch is to grow.
         columns: of the gradient's rows, >= K; beyond K they are 0. K by default.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         values [..], float64 for float64 logits, else float32; and d (scale * values) / d logits
         [.., columns] in the dtype of the logits.
@@ -557,7 +558,7 @@ def expected_value_and_gradient(
     if chosen(impl) == "auto" and _native.takes(logits, atoms) and not observed(*numbers):
         return _compiled_expected_values(logits, atoms, float(scale), columns)
     with torch.no_grad():
-        return reference.expected_value_and_gradient(logits, atoms, scale=scale, columns=columns)
+        return twin(reference.expected_value_and_gradient, impl)(logits, atoms, scale=scale, columns=columns)
 
 
 def _compiled_expected_values(

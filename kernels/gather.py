@@ -125,7 +125,7 @@ def gather_rows(
         out: contiguous [M, W] for the result, apart from rows and side in memory.
         dtype: of the result, by default that of rows. Any of the three floats becomes any other, no other
             dtype changes.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         [M, W]; `out` where given.
     """
@@ -190,7 +190,7 @@ def n_step_rewards(
         index: [M, n] int64, -1 where there is no such step. Its values are not checked on a GPU.
         weights: [n] float32, discount**i.
         scale: [T] float32; infinity gives 0. task_ids: [M] int64, 0 <= id < T, needed where scale is given.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         [M] float32.
     """

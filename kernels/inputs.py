@@ -327,7 +327,7 @@ def normalized_embedding(
         table: [T, D]. task_ids: [..] int64 or int32 in [0, T). A GPU does not check them: one outside gives
             a row of NaN and no gradient.
         norm: "l2" (the published code) or "l1" (reported of the paper).
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         [.., D] of the dtype of the table, which gets its gradient.
     Raises:
@@ -363,7 +363,7 @@ def normalized_embedding_backward(
             outside counts for no task.
         norm: "l2" (the published code) or "l1" (reported of the paper).
         out: [T, D] contiguous, of any float dtype; it receives the result.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         [T, D] of the dtype of the table, or out.
     Raises:
@@ -413,7 +413,7 @@ def pack_inputs(
         dtype: of the result, by default that of the observations.
         out: [.., width] contiguous, apart from the parts in memory; it receives the result and gives width
             and dtype, where they are not given.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         [.., width], or out; the observations themselves where there is nothing to do. Gradients reach the
         observations, the actions and the table.

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from . import reference
 from ._cases import Case
+from ._compiled import twin
 from ._config import configuration, next_power_of_2, processors
 from ._dispatch import launch, takes_kernels
 from ._ops import Op
@@ -588,7 +589,7 @@ def bias_layer_norm(
         x: [.., H], or [E, .., H] for E stacked networks. Any strides.
         bias, weight, shift: [H], or [E, H]. Their dtypes may differ from that of x.
         residual: of the shape and dtype of x.
-        impl: auto, triton or reference; see `use`.
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         Of the shape and dtype of x. Every tensor argument gets a gradient, of its own dtype.
     Raises:
@@ -598,7 +599,9 @@ def bias_layer_norm(
     _check(x, bias, weight, shift, residual)
     tensors = (x, bias, weight, shift) if residual is None else (x, bias, weight, shift, residual)
     if not takes_kernels(impl, *tensors):
-        return reference.bias_layer_norm(x, bias, weight, shift, residual=residual, relu=relu, eps=eps)
+        return twin(reference.bias_layer_norm, impl)(
+            x, bias, weight, shift, residual=residual, relu=relu, eps=eps
+        )
     out, _ = _forward_op(x, bias, weight, shift, residual, relu, eps)
     return out  # type: ignore[no-any-return]
 

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from . import _native, reference
 from ._cases import Case
+from ._compiled import twin
 from ._config import architecture, configuration, processors
 from ._dispatch import chosen, launch, observed, takes_kernels
 from ._numerics import scalar
@@ -430,7 +431,7 @@ def adamw_(
         max_norm: the largest L2 norm of the gradient, as in torch.nn.utils.clip_grad_norm_: there too a NaN
             in the gradient reaches every parameter.
         gradient_norm: 0-d float32 or float64, which receives the L2 norm of the gradient as it came.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Raises:
         ValueError, TypeError: for a tensor of another device, dtype or shape, or with gaps.
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
@@ -470,7 +471,7 @@ def adamw_(
             low.copy_(param)
         return
     rule |= {"target": target, "tau": tau, "low": low, "target_low": target_low}
-    reference.adamw_(param, grad, exp_avg, exp_avg_sq, step, **rule)
+    twin(reference.adamw_, impl)(param, grad, exp_avg, exp_avg_sq, step, **rule)
 
 
 def _compiled_serves(*buffers: Tensor, step: Tensor, betas: tuple[float, float]) -> bool:
@@ -576,7 +577,7 @@ def ema_(
     Args:
         target, param: [P] contiguous, both float32 or both float64. tau: a number, or a 0-d float tensor on
             their device. low: [P] bfloat16 or float16, which receives the new target, rounded to nearest.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Raises:
         ValueError, TypeError: for a tensor of another device, dtype or shape, or with gaps.
     """

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 from . import _native, reference
 from ._cases import Case
+from ._compiled import twin
 from ._config import configuration, next_power_of_2
 from ._dispatch import DTYPES, chosen, launch, observed, takes_kernels
 from ._numerics import wide
@@ -403,7 +404,7 @@ def standard_normal(
             (`rng[1] += 1`) before the next. The replay store has the same generator: give it another seed.
         shape: of the result.
         dtype: of the result; computed in float32, or in float64 for float64, from the same words.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         Normals of this shape; there is no gradient.
     Raises:
@@ -446,7 +447,7 @@ def tanh_gaussian(
             are; it receives the actions.
         noise_out: [.., A] contiguous float32 or float64, which receives the noise drawn from rng, for
             `tanh_gaussian_backward`.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         actions [.., A] in [-1, 1] of the dtype of mean, or out; and log-probabilities [..] in float32, or in
         float64 if mean is.
@@ -483,7 +484,9 @@ def tanh_gaussian(
         return actions, log_probs
     plain = chosen(impl) == "auto" and mean.dtype in WIDE
     if not plain or any(x.dtype != mean.dtype for x in given) or observed(*given, *written):
-        return reference.tanh_gaussian(mean, raw_log_std, noise, rng=rng, out=out, noise_out=noise_out)
+        return twin(reference.tanh_gaussian, impl)(
+            mean, raw_log_std, noise, rng=rng, out=out, noise_out=noise_out
+        )
     if noise is None:
         noise = reference.standard_normal(rng, mean.shape, mean.dtype)  # type: ignore[arg-type]
         if noise_out is not None:
@@ -586,7 +589,7 @@ def tanh_gaussian_backward(
         mean, raw_log_std: as in `tanh_gaussian`. noise: [.., A], what it used or drew (`noise_out`).
         out: two tensors [.., A] of any float dtype and of any distance between rows, as the halves of one
             gradient [.., 2 A] are; they receive the result.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         dmean and draw [.., A] of the dtypes of mean and raw_log_std, or out.
     Raises:
@@ -618,7 +621,9 @@ def tanh_gaussian_backward(
             fixed = fixed if rows is None else float(rows)
             return _compiled_backward(dactions, fixed, mean, raw_log_std, noise, out)
         with torch.no_grad():
-            return reference.tanh_gaussian_backward(dactions, dlog_probs, mean, raw_log_std, noise, out=out)
+            return twin(reference.tanh_gaussian_backward, impl)(
+                dactions, dlog_probs, mean, raw_log_std, noise, out=out
+            )
     if out is None:
         pair: tuple[Tensor, Tensor] = _tanh_gaussian_backward_op(
             dactions, rows, mean, raw_log_std, noise, fixed

@@ -167,7 +167,7 @@ def categorical_projection(
 
     Args:
         probs: [.., K] mass, K >= 2. positions: [.., K] where that mass sits, in units of return.
-        impl: auto, triton or reference (`kernels.use`).
+        impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
         [.., K] mass on the atoms: float64 for float64 probs, else float32. Gradients reach both inputs.
     Raises:

@@ -1046,7 +1046,7 @@ def test_the_bellman_ops_refuse_what_does_not_fit(change: dict[str, Any], told: 
         ),
         (
             lambda: kernels.expected_value(LOGITS, ATOMS_5, impl="fast"),
-            "impl must be one of auto, triton, reference, got 'fast'",
+            "impl must be one of auto, triton, reference, compile, got 'fast'",
         ),
     ],
 )

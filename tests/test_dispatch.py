@@ -58,17 +58,20 @@ def test_a_block_that_raises_gives_the_choice_back() -> None:
 
 
 def test_an_unknown_choice_is_refused_with_those_that_exist() -> None:
-    told = r"impl must be one of auto, triton, reference, got 'cuda'"
+    told = r"impl must be one of auto, triton, reference, compile, got 'cuda'"
     with pytest.raises(ValueError, match=told):
         kernels.expected_value(X, ATOMS, impl="cuda")
-    told = r"the implementation must be one of auto, triton, reference, got 'fast'"
+    told = r"the implementation must be one of auto, triton, reference, compile, got 'fast'"
     with pytest.raises(ValueError, match=told), kernels.use("fast"):
         pass
 
 
 def test_the_environment_variable_chooses_and_is_checked() -> None:
     wrong = run("", BRC_FAST_KERNELS="fast")
-    assert "ValueError: BRC_FAST_KERNELS must be one of auto, triton, reference, got 'fast'" in wrong.stderr
+    assert (
+        "ValueError: BRC_FAST_KERNELS must be one of auto, triton, reference, compile, got 'fast'"
+        in wrong.stderr
+    )
     assert run("kernels.expected_value(x, z)", BRC_FAST_KERNELS="reference").returncode == 0
     if _dispatch.INSTALLED:
         refused = run("kernels.expected_value(x, z)", BRC_FAST_KERNELS="triton")

@@ -877,7 +877,7 @@ def fitting() -> dict[str, Any]:
             TypeError,
             "gradient_norm must be of dtype torch.float32 or torch.float64, got torch.bfloat16",
         ),
-        ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, reference, got 'cuda'"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, reference, compile, got 'cuda'"),
     ],
 )
 def test_a_step_refuses_what_does_not_fit(change: dict[str, Any], error: type, told: str) -> None:
