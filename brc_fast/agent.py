@@ -237,9 +237,10 @@ class BRC:
         for index in range(batches.rewards.shape[0]):
             batch = batches.update(index)
             drawn = Noise(*(part[index] for part in noise) if noise else self._noise(batch))
-            metrics = self.update_critic(batch, drawn.next_action)
-            metrics |= self.update_actor(batch, drawn.actor_action)
-            metrics |= self.update_temperature(metrics["entropy"])
+            alpha = self.alpha
+            metrics = self.update_critic(batch, drawn.next_action, alpha)
+            metrics |= self.update_actor(batch, drawn.actor_action, alpha)
+            metrics |= self.update_temperature(metrics["entropy"], alpha)
         values = torch.stack([metrics[name] for name in METRICS])
         known = values.isfinite().logical_or_(self._bad_since > 0)
         self._bad_since.copy_(torch.where(known, self._bad_since, self.critic_optimizer.step_count))
@@ -259,7 +260,7 @@ class BRC:
         rows = batch.rewards.shape[0]
         if rows not in self._passes:
             nets = self.actor, self.critic, self.actors, self.critics
-            self._passes = {rows: Passes(*nets, rows, self.recompute)}
+            self._passes[rows] = Passes(*nets, rows, self.recompute)  # kept: a graph may use its memory
         return self._passes[rows]
 
     @torch.no_grad()
@@ -286,7 +287,7 @@ class BRC:
         return CriticTarget(next_actions, next_log_probs, next_logits, probs)
 
     @torch.no_grad()
-    def update_critic(self, batch: Batch, noise: Tensor) -> Metrics:
+    def update_critic(self, batch: Batch, noise: Tensor, alpha: Tensor | None = None) -> Metrics:
         """One AdamW step of every member, and of the task embedding, towards the projected target of
         `critic_target`; then the target critic moves towards the new one, embedding included.
 
@@ -307,7 +308,7 @@ class BRC:
             batch.rewards,
             self.learning.discount * batch.masks,
             next_log_probs,
-            self.alpha,
+            self.alpha if alpha is None else alpha,
             self.atoms,
             self.v_max,
             scale=1.0 / rows,
@@ -322,7 +323,7 @@ class BRC:
         }
 
     @torch.no_grad()
-    def update_actor(self, batch: Batch, noise: Tensor) -> Metrics:
+    def update_actor(self, batch: Batch, noise: Tensor, alpha: Tensor | None = None) -> Metrics:
         """One AdamW step of the policy against the new critic, which gets no gradient.
 
         a ~ pi(.|s),   loss = mean_b [alpha * log pi(a|s) - sum_k z_k * mean_e softmax(Q_e(s, a))_k]
@@ -341,25 +342,25 @@ class BRC:
         dx = passes.critic.backward(dlogits, wants_dx=True)  # [B, I]
         assert dx is not None
         dactions = dx[:, self.observation_size : self.observation_size + self.action_size]
-        alpha = self.alpha
+        alpha = self.alpha if alpha is None else alpha
         kernels.tanh_gaussian_backward(
             dactions, alpha / rows, mean, raw_log_std, noise, out=passes.policy_gradient
         )
         passes.actor.backward(passes.dhead)
-        entropy, q_mean = -log_probs.mean(), q_values.mean()
+        entropy, q_mean = log_probs.mean().neg(), q_values.mean()
         return {
-            "actor_loss": -alpha * entropy - q_mean,
+            "actor_loss": torch.addcmul(q_mean, alpha, entropy).neg(),
             "actor_gradient_norm": self.actor_optimizer.step(),
             "entropy": entropy,
             "q_mean": q_mean,
         }
 
     @torch.no_grad()
-    def update_temperature(self, entropy: Tensor) -> Metrics:
+    def update_temperature(self, entropy: Tensor, alpha: Tensor | None = None) -> Metrics:
         """One Adam step of log alpha on `alpha * (entropy - target_entropy)`; entropy is a 0-d tensor."""
-        alpha = self.alpha
-        loss = alpha * (entropy - self.target_entropy)
-        self.temperature_optimizer.grad[0].copy_(loss)  # alpha is its own derivative by log alpha
+        alpha = self.alpha if alpha is None else alpha
+        # alpha is its own derivative by log alpha: the loss is the gradient
+        loss = torch.mul(alpha, entropy - self.target_entropy, out=self.temperature_optimizer.grad[0])
         self.temperature_optimizer.step()
         return {"temperature": alpha, "temperature_loss": loss}
 

@@ -43,6 +43,12 @@ class BroNetPlan:
         recompute: bool = False,
     ) -> None:
         self.parameters, self.rows, self.gradients = list(parameters), rows, gradients
+        for index, (_, *vectors) in enumerate(layers_of(self.parameters)):
+            strides = {vector.stride() for vector in vectors}  # the compiled passes take one for all three
+            if len(strides) > 1 or vectors[0].stride(-1) != 1:
+                raise ValueError(
+                    f"vectors of layer {index} must have the same strides [.., 1], got {strides}"
+                )
         self.recompute: bool = recompute if share is None else share.recompute
         head = self.parameters[-2]
         networks, _, outputs = head.shape
@@ -88,6 +94,8 @@ class BroNetPlan:
                 must stay as they are until the backward pass.
         """
         self._inputs, parts = inputs, len(inputs)
+        if inputs[0].shape[-2] != self.rows:  # torch would make the memory larger and go on
+            raise ValueError(f"inputs must have B = {self.rows} rows, got {inputs[0].shape[-2]}")
         if parts not in self._forward:
             self._forward[parts] = Forward(self.parameters, self.memory, self.out, parts)
         return self._forward[parts](inputs, passes_for(inputs[0]))
@@ -100,6 +108,8 @@ class BroNetPlan:
         Returns:
             [B, I], summed over the networks.
         """
+        if self.trained > len(self.out) // len(self._inputs):
+            raise ValueError("networks with gradients must all take the first input")
         passes = passes_for(grad)
         if passes.__name__ not in self._backward:
             whole = self.trained == len(self.out)
