@@ -1,159 +1,459 @@
-"""Updates per second of `brc_fast.BRC` and of the same mathematics written the plain way.
+"""Updates per second of `brc_fast.BRC` and of the same mathematics by others, beside the least it can take.
 
-    python bench/bench_update.py [--providers ours plain jax] [--width 128 ...] [--batch 128] [--updates 1]
-        [--budget SECONDS] [--save NAME]
+    python bench/bench_update.py [--device cpu|cuda] [--providers ours plain compiled jax] [--width 128 ...]
+        [--batch 128 ...] [--updates U] [--budget SECONDS] [--save NAME]
 
-plain is PyTorch without anything of ours, jax the same in JAX with optax, jitted as a whole. One process,
-interleaved. All start from the same parameters, and one update on one batch must agree before anything is
-timed.
+ours        float32 on a CPU; on a GPU ours-tf32 and ours-bf16, in CUDA graphs
+plain       PyTorch without anything of ours
+compiled    the same through torch.compile with fused optimizers, on a GPU in a CUDA graph
+jax         the same in JAX with optax, jitted as a whole
+
+All pairs of --width and --batch, in one process, interleaved; where a GPU's memory is too small for all, one
+after the other. All start from the same parameters, and updates on the same batches must agree before
+anything is timed. Products of the others are in float32 on a CPU, in TF32 on a GPU.
+The floor: on a CPU the time of the update's matrix products alone, interleaved with the rest; on a GPU the
+roofline of its kernels (roofline.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import numpy
+import roofline
 import torch
 from harness import interleave, median_ratio, write
+from update_providers import (
+    BUILDERS,
+    OURS,
+    PROVIDERS,
+    Expected,
+    Products,
+    Provider,
+    Subject,
+    Unavailable,
+    difference,
+    expected,
+    fits,
+    out_of_memory,
+    release,
+    tensor_cores,
+)
 
-from brc_fast import BRC, ActorConfig, Batch, CriticConfig, Noise
-from peers.torch_plain import PlainBRC
+DEFAULTS = {"cpu": ("ours", "plain"), "cuda": ("ours-bf16", "ours-tf32", "plain", "compiled", "jax")}
+WARMUP = {"cpu": 1, "cuda": 5}  # calls: ours captures its two graphs in the second and the third
+ROUND = 0.05  # seconds of a provider's calls in one round, if these are at least one and at most MOST
+MOST = 100
+LONGEST = {"cpu": float("inf"), "cuda": 4.0}  # seconds of timing at one size; a quiet machine needs no more
+COUNTED = 0.1  # share of the time on a GPU that is kept for counting kernels
+MARK = "spin_kernel"  # what torch.cuda._sleep launches
 
-OBSERVATION, ACTION = 5, 1  # mjx/CartpoleSwingup
-CALLS = 10
-PROVIDERS = ("ours", "plain", "jax")
-
-
-def batch(size: int, device: str, updates: int = 1, seed: int = 0) -> Batch:
-    """[U, B, ...] batches of random transitions."""
-    rng = torch.Generator().manual_seed(seed)
-    observations, next_observations = torch.randn(2, updates, size, OBSERVATION, generator=rng)
-    actions = 2.0 * torch.rand(updates, size, ACTION, generator=rng) - 1.0
-    rewards = torch.rand(updates, size, generator=rng)
-    masks = (torch.rand(updates, size, generator=rng) > 0.02).float()
-    ids = torch.zeros(updates, size, dtype=torch.long)
-    return Batch(observations, actions, rewards, masks, next_observations, ids).to(device)
-
-
-def drawn(data: Batch, seed: int | None = None) -> Noise:
-    """Noise for these batches."""
-    rng = None if seed is None else torch.Generator().manual_seed(seed)
-    return Noise(*torch.randn(2, *data.actions.shape, generator=rng).to(data.actions.device))
-
-
-def check_equal(agent: BRC, plain: PlainBRC, jax: Any, data: Batch) -> None:
-    """The updates of each with the same noise: losses and parameters must agree to float32 rounding."""
-    noise = drawn(data, seed=1)
-    ours = agent.update(data, noise)
-    others = {"plain": run_plain(plain, data, noise)}
-    layer = plain.critics[1].input.weight.T
-    kernels = {"plain": (layer, plain.actor.head.weight.T)}
-    if jax is not None:
-        others["jax"] = {name: torch.tensor(value) for name, value in jax.update(data, noise).items()}
-        critic, actor = jax.state["critic"][0][0][0][1], jax.state["actor"][1][0]
-        kernels["jax"] = (torch.tensor(numpy.array(critic)), torch.tensor(numpy.array(actor)))
-    mine = agent.critic.body.input.kernel[1], agent.actor.body.head.kernel[0]
-    for provider, metrics in others.items():
-        for name, value in metrics.items():
-            told = f"{name} of {provider} differs"
-            torch.testing.assert_close(ours[name].cpu(), value.cpu(), rtol=1e-4, atol=1e-4, msg=told)
-        for a, b in zip(mine, kernels[provider], strict=True):
-            torch.testing.assert_close(
-                a.cpu(), b.cpu(), rtol=1e-4, atol=1e-5, msg=f"{provider}: parameters differ"
-            )
+Times = dict[str, list[float]]
 
 
-def run_plain(plain: PlainBRC, data: Batch, noise: Noise) -> dict[str, torch.Tensor]:
-    metrics = {}
-    for index in range(data.rewards.shape[0]):
-        metrics = plain.update(data.update(index), Noise(*(part[index] for part in noise)))
-    return metrics
+# ---------------------------------------------------------------- one size
+
+
+class Pair:
+    """One size: what was found, and the reason of each provider that has no time."""
+
+    def __init__(self, subject: Subject, machine: roofline.Machine | None) -> None:
+        self.subject, self.machine = subject, machine
+        self.times: Times = {}  # seconds per update, round by round
+        self.groups: list[list[str]] = []  # providers of one interleaved run
+        self.precision: dict[str, str] = {}
+        self.missing: dict[str, str] = {}
+        self.notes: dict[str, str] = {}
+        self.memory: dict[str, int] = {}
+        self.kernels: dict[str, dict[str, float]] = {}
+
+    def ratio(self, name: str, other: str) -> tuple[float, float, float]:
+        """How many times as long as the other, with quartiles; round by round where they ran together."""
+        if any(name in group and other in group for group in self.groups):
+            return median_ratio(self.times[name], self.times[other])
+        (low, middle, high), (least, half, most) = map(quartiles, (self.times[name], self.times[other]))
+        return middle / half, low / most, high / least
+
+    @property
+    def base(self) -> str | None:
+        """What ratios are to: ours in the precision of the others, if it has a time."""
+        return next((name for name in OURS if name in self.times), None)
+
+    def floor(self, name: str) -> float | None:
+        """Seconds of an update that this provider cannot beat."""
+        if self.machine is not None:
+            return roofline.floor(self.subject.sizes, self.precision[name], self.machine)
+        return statistics.median(self.times["products"]) if "products" in self.times else None
+
+    def over_floor(self, name: str) -> float | None:
+        floor = self.floor(name)
+        if floor is None:
+            return None
+        if self.machine is None:
+            return self.ratio(name, "products")[0]
+        return statistics.median(self.times[name]) / floor
+
+    def row(self) -> dict[str, Any]:
+        names = [name for name in PROVIDERS if name in self.times]
+        base = self.base
+        return {
+            "width": self.subject.width,
+            "actor_width": self.subject.actor_width,
+            "batch": self.subject.size,
+            "updates_per_call": self.subject.updates,
+            "device": self.subject.device,
+            "parameters": roofline.parameters(self.subject.sizes)[1],
+            "precision": {name: self.precision[name] for name in names},
+            "updates_per_second": {name: 1.0 / statistics.median(self.times[name]) for name in names},
+            "ratios_to": base,
+            "ratios": {n: self.ratio(n, base) for n in names if n != base} if base is not None else {},
+            "floor": "roofline" if self.machine is not None else "products",
+            "floor_seconds": {name: self.floor(name) for name in names},
+            "times_floor": {name: self.over_floor(name) for name in names},
+            "rounds": {name: len(self.times[name]) for name in names},
+            "interleaved": self.groups,
+            "kernels_per_update": self.kernels,
+            "peak_memory_bytes": self.memory,
+            "missing": self.missing,
+            "notes": self.notes,
+        }
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    return ordered[quarter], statistics.median(ordered), ordered[-1 - quarter]
+
+
+def told(error: BaseException) -> str:
+    if isinstance(error, Unavailable | ValueError):
+        return str(error)
+    if out_of_memory(error):
+        return "out of memory"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def ready(name: str, pair: Pair, known: Expected) -> Provider:
+    """Built, compared with ours and warm; Unavailable if it computes something else."""
+    cuda = pair.subject.device == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else 0
+    provider = BUILDERS[name](pair.subject)
+    if cuda:
+        release("cuda")
+        torch.cuda.reset_peak_memory_stats()
+    wrong = difference(provider, pair.subject, known)
+    if wrong is not None:
+        raise Unavailable(wrong)
+    for _ in range(WARMUP[pair.subject.device]):
+        provider.call()
+    provider.finish()
+    pair.precision[name] = provider.precision
+    if provider.note is not None:
+        pair.notes[name] = provider.note
+    if cuda and name != "jax":  # whose memory PyTorch does not see
+        pair.memory[name] = torch.cuda.max_memory_allocated() - before
+    return provider
+
+
+def repeated(provider: Provider, calls: int) -> None:
+    for _ in range(calls):
+        provider.call()
+    provider.finish()
+
+
+def timed(providers: dict[str, Provider], subject: Subject, seconds: float) -> Times:
+    """Seconds per update in rounds. Each provider makes its calls of a round and then waits for them."""
+    calls, work = {}, {}
+    for name, provider in providers.items():
+        start = time.perf_counter()
+        repeated(provider, 1)
+        calls[name] = max(1, min(MOST, int(ROUND / (time.perf_counter() - start))))
+        work[name] = partial(repeated, provider, calls[name])
+    found = interleave(work, seconds=min(seconds, LONGEST[subject.device]), calls=1, warmup=0)
+    return {name: [t / (calls[name] * subject.updates) for t in values] for name, values in found.items()}
+
+
+def run_group(
+    names: Sequence[str], pair: Pair, known: Expected, seconds: float, deadline: float
+) -> list[str]:
+    """Time these together; returns those that had no room beside the others."""
+    start, crowded, alone = time.perf_counter(), [], len(names) == 1
+    providers: dict[str, Provider] = {}
+    for name in names:
+        if (pair.times or providers) and time.perf_counter() > deadline:
+            pair.missing[name] = "time was up"
+            continue
+        try:
+            providers[name] = ready(name, pair, known)
+        except Exception as error:  # of one provider: the others go on
+            if out_of_memory(error) and not alone:
+                crowded.append(name)
+            else:
+                pair.missing[name] = told(error)
+        release(pair.subject.device)
+    if not providers:
+        return crowded
+    if pair.machine is None:
+        providers["products"] = Products(pair.subject)
+    try:
+        left = seconds - (time.perf_counter() - start)
+        pair.times |= timed(providers, pair.subject, max(0.0, left))
+        pair.groups.append(list(providers))
+    except Exception as error:
+        if out_of_memory(error) and not alone:
+            crowded = [name for name in names if name not in pair.missing]
+        else:
+            pair.missing |= {name: told(error) for name in providers if name in PROVIDERS}
+    return crowded
 
 
 def compare(
-    width: int,
-    size: int,
-    device: str,
+    subject: Subject,
+    providers: Sequence[str],
     seconds: float,
-    providers: Sequence[str] = ("ours", "plain"),
-    updates: int = 1,
+    machine: roofline.Machine | None = None,
+    deadline: float = float("inf"),
+) -> Pair:
+    """Time the providers at one size, together where they fit."""
+    pair, start = Pair(subject, machine), time.perf_counter()
+    try:
+        known = expected(subject)
+    except Exception as error:
+        pair.missing = {name: f"nothing to compare with: {told(error)}" for name in providers}
+        return pair
+    finally:
+        release(subject.device)
+    waiting = list(providers)
+    if fits(subject, waiting):
+        waiting = run_group(waiting, pair, known, seconds, deadline)
+        release(subject.device)
+    for index, name in enumerate(waiting):
+        left = seconds - (time.perf_counter() - start)
+        run_group([name], pair, known, left / (len(waiting) - index), deadline)
+        release(subject.device)
+    return pair
+
+
+# ---------------------------------------------------------------- kernels per update
+
+
+def between(names: Sequence[str], mark: str = MARK) -> list[list[str]]:
+    """What ran between the first mark and the second, the third and the fourth, ..."""
+    parts: list[list[str]] = []
+    inside = False
+    for name in names:
+        if mark in name:
+            inside = not inside
+            parts += [[]] if inside else []
+        elif inside:
+            parts[-1].append(name)
+    return parts
+
+
+def counts(names: Sequence[str], updates: int) -> dict[str, float]:
+    """Kernels, and copies and fills of memory, per update."""
+    moved = sum(name.startswith(("Memcpy", "Memset")) for name in names)
+    return {"kernels": (len(names) - moved) / updates, "copies": moved / updates}
+
+
+def count_kernels(pairs: Sequence[Pair], deadline: float) -> None:
+    """Profile one call of ours at each size: the replay of a graph, with the copies of its inputs.
+
+    In one session for all: a second one may see nothing once graphs were captured after the first.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    def mark() -> None:
+        torch.cuda._sleep(1000)
+        torch.cuda.synchronize()
+
+    ours = [(pair, name) for pair in pairs for name in OURS if name in pair.times]
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for pair, name in ours:
+            if time.perf_counter() > deadline:
+                break
+            provider = BUILDERS[name](pair.subject)
+            repeated(provider, WARMUP["cuda"])
+            mark()
+            repeated(provider, 1)
+            mark()
+            del provider
+            release("cuda")
+    events = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    names = [event.name for event in sorted(events, key=lambda event: event.time_range.start)]
+    for (pair, name), launched in zip(ours, between(names), strict=False):
+        pair.kernels[name] = counts(launched, pair.subject.updates)
+
+
+# ---------------------------------------------------------------- all sizes
+
+
+def lines(pair: Pair) -> Iterator[str]:
+    """The table of one size."""
+    base = pair.base
+    for place, name in enumerate(n for n in PROVIDERS if n in pair.times or n in pair.missing):
+        head = f"{pair.subject.width:6d} {pair.subject.size:6d}" if place == 0 else " " * 13
+        if name not in pair.times:
+            yield f"{head}  {name:<10}{'-':>10}  {pair.missing[name]}"
+            continue
+        words = f"{head}  {name:<10}{1.0 / statistics.median(pair.times[name]):10.1f}"
+        if base is None or name == base:
+            words += " " * 23
+        else:
+            middle, low, high = pair.ratio(name, base)
+            words += f"{middle:7.2f} ({f'{low:.2f} to {high:.2f})':<14}"
+        over = pair.over_floor(name)
+        words += "" if over is None else f"{over:7.2f}"
+        if "products" not in pair.times and (floor := pair.floor(name)) is not None:
+            words += f" of {floor * 1e6:.0f} us"
+        yield words + (f"  {pair.notes[name]}" if name in pair.notes else "")
+
+
+HEAD = " width  batch  provider   updates/s   x ours (quartiles)   x floor"
+
+
+def run(
+    device: str,
+    providers: Sequence[str],
+    widths: Sequence[int],
+    batches: Sequence[int],
+    *,
+    seconds: float,
+    updates: int | None = None,
+    dry: bool = False,
+    keep: Callable[[dict[str, Any]], object] = lambda found: None,
 ) -> dict[str, Any]:
-    """Time the providers at one size."""
-    actor = ActorConfig(width=min(width, 256))
-    agent = BRC(OBSERVATION, ACTION, critic=CriticConfig(width=width), actor=actor, device=device)
-    plain, jax = PlainBRC(agent), None
-    if "jax" in providers:
-        from peers.jax_plain import JaxBRC
+    """Every width at the first batch size, then at the second, ..., until the time is up.
 
-        jax = JaxBRC(agent)
-    data = batch(size, device, updates)
-    check_equal(agent, plain, jax, data)
-    known = {
-        "ours": lambda: agent.update(data),
-        "plain": lambda: run_plain(plain, data, drawn(data)),
-        "jax": lambda: jax.update(data, drawn(data)),
-    }
-    calls = max(1, CALLS // updates)
-    times = interleave({name: known[name] for name in providers}, seconds=seconds, calls=calls, device=device)
-    ratios = {name: median_ratio(taken, times["ours"]) for name, taken in times.items() if name != "ours"}
-    middle, low, high = ratios.get("plain", (None, None, None))
-    rate = {name: updates / statistics.median(values) for name, values in times.items()}
-    return {
-        "width": width,
-        "actor_width": actor.width,
-        "batch": size,
-        "updates_per_call": updates,
-        "device": device,
-        "updates_per_second": rate,
-        "ratio": middle,
-        "ratio_quartiles": [low, high],
-        "ratios": ratios,
-        "rounds": len(times["ours"]),
-    }
+    Args:
+        seconds: in all, in equal shares of what is left. updates: U; 1 on a CPU, 2 as published on a GPU.
+        dry: no more than three rounds, and nothing that compiles for long.
+        keep: called with what there is after each size.
+    """
+    start = time.perf_counter()
+    deadline, cuda = start + seconds, device == "cuda"
+    last = deadline - COUNTED * seconds if cuda else deadline
+    machine = roofline.machine(device) if cuda else None
+    sizes = [(width, size) for size in batches for width in widths]
+    pairs: list[Pair] = []
+
+    def found() -> dict[str, Any]:
+        reached = [(pair.subject.width, pair.subject.size) for pair in pairs]
+        left = [list(size) for size in sizes if size not in reached]
+        rows = [pair.row() for pair in pairs]
+        return {"rows": rows, "not_reached": left, "machine": machine and machine._asdict()}
+
+    print(HEAD, flush=True)
+    with tensor_cores(device):
+        for index, (width, size) in enumerate(sizes):
+            now = time.perf_counter()
+            if pairs and now > last:
+                break
+            backend = "aot_eager" if dry else "inductor"
+            subject = Subject(width, size, updates or (2 if cuda else 1), device, backend)
+            share = 0.0 if dry else (last - now) / (len(sizes) - index)
+            pairs.append(compare(subject, providers, share, machine, last))
+            print("\n".join(lines(pairs[-1])), flush=True)
+            keep(found())
+        if cuda:
+            try:
+                count_kernels(pairs, deadline)
+            except RuntimeError as error:
+                print(f"kernels were not counted: {told(error)}")
+    result = found()
+    if result["not_reached"]:
+        named = ", ".join(f"H {width} B {size}" for width, size in result["not_reached"])
+        print(f"not reached, time was up: {named}")
+    keep(result)
+    return result
 
 
-def main() -> int:
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Updates per second of everybody, one line for each size."""
+    names = [name for name in PROVIDERS if any(name in {**r["precision"], **r["missing"]} for r in rows)]
+    ours = [name for name in names if name in OURS]
+    head = [f"{'H':>6}{'B':>6}", *(f"{name:>11}" for name in names)]
+    head += [f"{f'floor of {name}':>20}" for name in ours]
+    out = ["".join([*head, f"{'kernels':>9}"])]
+    for row in rows:
+        rate, floors = row["updates_per_second"], row["floor_seconds"]
+        words = [f"{row['width']:6d}{row['batch']:6d}"]
+        words += [f"{rate[name]:11.1f}" if name in rate else f"{'-':>11}" for name in names]
+        for name in ours:
+            floor = floors.get(name)
+            words.append(f"{1.0 / floor:12.1f} ({1 / floor / rate[name]:4.2f}x)" if floor else f"{'-':>20}")
+        counted = [
+            row["kernels_per_update"][name]["kernels"] for name in ours if name in row["kernels_per_update"]
+        ]
+        out.append("".join([*words, f"{max(counted):9.1f}" if counted else f"{'-':>9}"]))
+    return "\n".join(out)
+
+
+def wrong(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Providers that computed something else, with sizes."""
+    return [
+        f"{name} at H {row['width']} B {row['batch']} {reason}"
+        for row in rows
+        for name, reason in row["missing"].items()
+        if reason.startswith("differs")
+    ]
+
+
+def wanted(names: Sequence[str] | None, device: str) -> list[str]:
+    """Providers in their order, ours always among them."""
+    asked = set(names or DEFAULTS[device])
+    if not asked & set(OURS):
+        asked.add("ours")
+    if device == "cuda" and "ours" in asked:
+        asked = asked - {"ours"} | {"ours-tf32"}
+    return [name for name in PROVIDERS if name in asked]
+
+
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=["ours", "plain"])
-    parser.add_argument("--width", type=int, nargs="+", default=[128, 256])
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--updates", type=int, default=1, help="updates per call")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: of the device")
+    parser.add_argument("--width", type=int, nargs="+", default=[128, 256], help="of the critics")
+    parser.add_argument("--batch", type=int, nargs="+", default=[128])
+    parser.add_argument("--updates", type=int, help="updates per call: 1 on a CPU, 2 on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, and of JAX if it is one")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds in all")
     parser.add_argument("--save", help="name of a file under bench/results")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    arguments = parser.parse_args(words)
+    there = torch.cuda.is_available()
+    device = arguments.device or ("cuda" if there else "cpu")
+    if device == "cuda" and not there:
         print("bench_update: torch sees no CUDA device", file=sys.stderr)
         return 2
-    torch.set_num_threads(arguments.threads)
-    if arguments.threads == 1 and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # JAX takes every core it sees
-    providers = ["ours", *(name for name in PROVIDERS[1:] if name in arguments.providers)]
-    for module in ("jax", "optax"):
-        if "jax" in providers and importlib.util.find_spec(module) is None:
-            print(f'jax is left out: {module} is not installed; pip install "brc-fast[bench]"')
-            providers.remove("jax")
-    rows = []
-    print("width  batch  updates per second, and times as long as ours (quartiles)")
-    for width in arguments.width:
-        seconds = arguments.budget / len(arguments.width)
-        row = compare(width, arguments.batch, arguments.device, seconds, providers, arguments.updates)
-        rows.append(row)
-        told = [f"ours {row['updates_per_second']['ours']:.1f}"]
-        for name, (middle, low, high) in row["ratios"].items():
-            rate = row["updates_per_second"][name]
-            told.append(f"{name} {rate:.1f}, {middle:.2f} ({low:.2f} to {high:.2f})")
-        print(f"{width:5d}  {row['batch']:5d}  " + ";  ".join(told), flush=True)
-    if arguments.save:
-        print(write(arguments.save, {"benchmark": "update", "rows": rows}))
-    return 0
+    if device == "cpu":
+        torch.set_num_threads(arguments.threads)
+        if arguments.threads == 1 and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # JAX takes every core it sees
+
+    def keep(found: dict[str, Any]) -> None:
+        if arguments.save:
+            write(arguments.save, {"benchmark": "update", **found})
+
+    found = run(
+        device,
+        wanted(arguments.providers, device),
+        arguments.width,
+        arguments.batch,
+        seconds=arguments.budget,
+        updates=arguments.updates,
+        keep=keep,
+    )
+    if device == "cuda":
+        print(table(found["rows"]))
+    if differing := wrong(found["rows"]):
+        print("\n".join(differing), file=sys.stderr)
+    return 1 if differing else 0
 
 
 if __name__ == "__main__":

@@ -27,12 +27,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / ".site"
 PARTS = ("build", "test", "kernels", "update", "replay", "envs", "train")
-GRID = [(256, 256), (512, 256), (512, 1024), (1024, 1024), (2048, 1024), (4096, 256), (4096, 1024)]
-DRY_GRID = [(32, 16)]
+WIDTHS, BATCHES = (256, 512, 1024, 2048, 4096, 8192, 11200), (1024, 256, 4096)  # what matters most first
+DRY_WIDTHS, DRY_BATCHES = (32,), (16,)
+DRY_PROVIDERS = ("ours", "ours-bf16", "plain", "compiled", "jax")
 
 
 class Skip(Exception):
     """A part cannot run here; the message says why."""
+
+
+def results(dry: bool) -> Path:
+    """The folder of the JSON files."""
+    return ROOT / "build" / "gpu-dry" if dry else ROOT / "bench" / "results"
 
 
 def need(*modules: str) -> None:
@@ -110,18 +116,24 @@ def kernels(part: Part) -> dict[str, Any]:
 
 
 def update(part: Part) -> dict[str, Any]:
-    """Updates per second over width and batch, ours and plain PyTorch."""
-    from bench_update import compare
+    """Updates per second over width and batch, ours and others, with floors (bench_update.py)."""
+    from bench_update import run, table, wanted, wrong
+    from harness import write
 
-    grid = DRY_GRID if part.dry else GRID
-    rows = [compare(width, size, part.device, part.seconds / len(grid)) for width, size in grid]
-    for row in rows:
-        speed = row["updates_per_second"]
-        told = (
-            f"H {row['width']}, B {row['batch']}: {speed['ours']:.0f} updates/s, plain {speed['plain']:.0f}"
-        )
-        print(f"  {told}, ratio {row['ratio']:.2f}", flush=True)
-    return {"rows": rows}
+    found = run(
+        part.device,
+        wanted(DRY_PROVIDERS if part.dry else None, part.device),
+        DRY_WIDTHS if part.dry else WIDTHS,
+        DRY_BATCHES if part.dry else BATCHES,
+        seconds=120.0 if part.dry else part.seconds,
+        updates=2,
+        dry=part.dry,
+        keep=lambda rows: write("gpu-update", {"part": "update", **rows}, results(part.dry)),
+    )
+    print(table(found["rows"]), flush=True)
+    if differing := wrong(found["rows"]):
+        return {**found, "status": "failed", "reason": "; ".join(differing)}
+    return found
 
 
 def replay(part: Part) -> dict[str, Any]:
@@ -261,7 +273,7 @@ def main() -> int:
         torch.set_num_threads(1)
 
     device = "cpu" if arguments.dry else "cuda"
-    folder = ROOT / "build" / "gpu-dry" if arguments.dry else ROOT / "bench" / "results"
+    folder = results(arguments.dry)
     work = {
         "build": build,
         "test": test,

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import torch
 
@@ -22,9 +21,14 @@ from brc_fast import BRC, Batch, Noise
 Tree = Any
 
 
+def from_torch(value: torch.Tensor) -> jax.Array:
+    """A copy on the same device."""
+    return jnp.copy(jnp.from_dlpack(value.detach().contiguous()))
+
+
 def network(state: dict[str, torch.Tensor]) -> Tree:
     """Parameters of stacked networks [E, ..] as a list of layers and the head."""
-    arrays = {name: jnp.asarray(value.detach().cpu().numpy()) for name, value in state.items()}
+    arrays = {name: from_torch(value) for name, value in state.items()}
     blocks = sorted({name.rsplit(".", 1)[0] for name in arrays if name.startswith("body.blocks")})
     names = ("kernel", "bias", "norm_weight", "norm_bias")
     layers = [[arrays[f"{place}.{name}"] for name in names] for place in ("body.input", *blocks)]
@@ -72,6 +76,7 @@ class JaxBRC:
             "alpha_moments": self.adam.init(log_alpha),
         }
         self._updates = jax.jit(self._run, donate_argnums=0)
+        self._key, self._draw = jax.random.key(0), jax.jit(self._drawn, static_argnums=1)
 
     def _sample(self, actor: Tree, observations: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         mean, raw = jnp.split(forward(actor, observations), 2, -1)
@@ -138,8 +143,20 @@ class JaxBRC:
         zeros = {name: jnp.zeros(()) for name in ("critic_loss", "actor_loss", "entropy")}
         return jax.lax.fori_loop(0, batches["rewards"].shape[0], body, (state, zeros))
 
-    def update(self, batches: Batch, noise: Noise) -> dict[str, float]:
-        """U updates on [U, B, ...]; the last one's losses."""
-        fields = {name: np.asarray(value) for name, value in batches._asdict().items() if name != "task_ids"}
-        self.state, metrics = self._updates(self.state, fields, tuple(np.asarray(part) for part in noise))
-        return {name: float(value) for name, value in metrics.items()}
+    def _drawn(self, key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+        """The next key, and noise of both samplings."""
+        key, own = jax.random.split(key)
+        return key, *jax.random.normal(own, (2, *shape))
+
+    def feed(self, batches: Batch) -> dict[str, jax.Array]:
+        """Batches [U, B, ...] as `update` takes them."""
+        return {name: from_torch(value) for name, value in batches._asdict().items() if name != "task_ids"}
+
+    def update(self, fields: dict[str, jax.Array], noise: Noise | None = None) -> dict[str, jax.Array]:
+        """U updates; the last one's losses, not waited for. Noise is drawn here where it is not given."""
+        if noise is None:
+            self._key, *drawn = self._draw(self._key, fields["actions"].shape)
+        else:
+            drawn = [from_torch(part) for part in noise]
+        self.state, metrics = self._updates(self.state, fields, tuple(drawn))
+        return metrics

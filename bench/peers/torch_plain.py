@@ -1,18 +1,23 @@
 """The BRC update written the plain way: nn.Linear, nn.LayerNorm, F.*, torch.optim.AdamW, a loop over members.
 
 Single task. It is the yardstick of bench_update.py, and is checked against `brc_fast.BRC` before it is timed.
+`CompiledBRC` is the same under torch.compile, on a GPU replayed as a CUDA graph.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brc_fast import BRC, Batch, Noise
+from brc_fast.graphs import Captured
+
+METRICS = ("critic_loss", "actor_loss", "entropy")
 
 
 class Block(nn.Module):
@@ -56,24 +61,29 @@ def copy_net(net: Net, state: dict[str, Tensor]) -> None:
 
 
 class PlainBRC:
-    """Starts as a copy of `agent`, so that one update of each can be compared."""
+    """Starts as a copy of `agent`, so that one update of each can be compared.
 
-    def __init__(self, agent: BRC) -> None:
+    Args:
+        options: of the optimizers.
+    """
+
+    def __init__(self, agent: BRC, **options: Any) -> None:
         critic, actor, self.learning = agent.critic_config, agent.actor_config, agent.learning
         inputs = agent.observation_size + agent.action_size
-        self.critics = nn.ModuleList(
-            Net(inputs, critic.width, critic.depth, critic.num_atoms) for _ in range(critic.members)
-        )
+        with torch.device("meta"):  # what is copied into them needs no values before
+            self.critics = nn.ModuleList(
+                Net(inputs, critic.width, critic.depth, critic.num_atoms) for _ in range(critic.members)
+            )
+            self.actor = Net(agent.observation_size, actor.width, actor.depth, 2 * agent.action_size)
+        for part in (self.critics, self.actor):
+            part.to_empty(device=agent.device)
         for member, net in enumerate(self.critics):
             copy_net(net, {key: value[member] for key, value in agent.critic.state_dict().items()})
-        self.actor = Net(agent.observation_size, actor.width, actor.depth, 2 * agent.action_size)
         copy_net(self.actor, {key: value[0] for key, value in agent.actor.state_dict().items()})
         self.log_alpha = nn.Parameter(agent.temperature.log_alpha.detach().clone())
-        for part in (self.critics, self.actor):
-            part.to(agent.device)
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.atoms, self.v_max, self.target_entropy = agent.atoms, agent.v_max, agent.target_entropy
-        rule = {"lr": self.learning.learning_rate, "eps": self.learning.eps}
+        rule = {"lr": self.learning.learning_rate, "eps": self.learning.eps} | options
         betas, decay = (self.learning.beta1, self.learning.beta2), self.learning.weight_decay
         self.critic_optimizer = torch.optim.AdamW(
             self.critics.parameters(), betas=betas, weight_decay=decay, **rule
@@ -108,28 +118,87 @@ class PlainBRC:
             upper = (lower.long() + 1).clamp(max=len(self.atoms) - 1)
             return out.scatter_add_(-1, upper, probs * share)
 
-    def update(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
-        target = self.target(batch, noise.next_action)
+    def critic_loss(self, batch: Batch, noise: Tensor) -> Tensor:
+        target = self.target(batch, noise)
         x = torch.cat([batch.observations, batch.actions], -1)
-        critic_loss = sum(F.cross_entropy(net(x), target) for net in self.critics)
-        self.critic_optimizer.zero_grad()
-        critic_loss.backward()
-        self.critic_optimizer.step()
+        return torch.stack([F.cross_entropy(net(x), target) for net in self.critics]).sum()
+
+    def actor_loss(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and entropy."""
+        actions, log_prob = self.sample(batch.observations, noise)
+        x = torch.cat([batch.observations, actions], -1)
+        q = torch.stack([F.softmax(net(x), -1) for net in self.critics]).mean(0) @ self.atoms
+        return (self.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.detach().mean()
+
+    def move_targets(self) -> None:
         with torch.no_grad():
             for slow, fast in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
                 slow.lerp_(fast, self.learning.tau)
 
-        actions, log_prob = self.sample(batch.observations, noise.actor_action)
-        x = torch.cat([batch.observations, actions], -1)
-        q = torch.stack([F.softmax(net(x), -1) for net in self.critics]).mean(0) @ self.atoms
-        actor_loss = (self.log_alpha.exp().detach() * log_prob - q).mean()
+    def update(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
+        critic_loss = self.critic_loss(batch, noise.next_action)
+        self.critic_optimizer.zero_grad()
+        critic_loss.backward()
+        self.critic_optimizer.step()
+        self.move_targets()
+
+        actor_loss, entropy = self.actor_loss(batch, noise.actor_action)
         self.actor_optimizer.zero_grad()
         actor_loss.backward()
         self.actor_optimizer.step()
 
-        entropy = -log_prob.detach().mean()
         temperature_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
         self.temperature_optimizer.zero_grad()
         temperature_loss.backward()
         self.temperature_optimizer.step()
-        return {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach(), "entropy": entropy}
+        values = critic_loss.detach(), actor_loss.detach(), entropy
+        return dict(zip(METRICS, values, strict=True))
+
+    def updates(self, batches: Batch, noise: Noise) -> dict[str, Tensor]:
+        """U updates on [U, B, ...]; the last one's losses."""
+        metrics = {}
+        for index in range(batches.rewards.shape[0]):
+            metrics = self.update(batches.update(index), Noise(*(part[index] for part in noise)))
+        return metrics
+
+
+class CompiledBRC(PlainBRC):
+    """The losses with their gradients through torch.compile, one for each; fused optimizers; all targets in
+    one call; no gradient of the frozen critic. U updates are one CUDA graph where there is a GPU.
+
+    Compiled kernels inside of a graph that is captured around everything: torch.compile's own graphs
+    (mode="reduce-overhead") would leave out the optimizers. mode="max-autotune" takes minutes for each size.
+    """
+
+    def __init__(self, agent: BRC, backend: str = "inductor") -> None:
+        import torch._inductor.config as inductor
+
+        # Wrong LayerNorm gradients where it is on: pytorch issue 193061.
+        if hasattr(inductor.triton, "mix_order_reduction"):
+            inductor.triton.mix_order_reduction = False
+        cuda = torch.device(agent.device).type == "cuda"
+        super().__init__(agent, fused=True, **({"capturable": True} if cuda else {}))
+        torch.compiler.reset()  # of another size: recompiling is limited
+        options = {"fullgraph": True, "dynamic": False, "backend": backend}
+        self.critic_loss = torch.compile(self.critic_loss, **options)
+        self.actor_loss = torch.compile(self._frozen_actor_loss, **options)
+        self.captured = Captured(self._run, agent.device)
+
+    def _frozen_actor_loss(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return PlainBRC.actor_loss(self, batch, noise)
+
+    def move_targets(self) -> None:
+        with torch.no_grad():
+            slow, fast = list(self.targets.parameters()), list(self.critics.parameters())
+            torch._foreach_lerp_(slow, fast, self.learning.tau)
+        self.critics.requires_grad_(False)  # what follows is the actor's step
+
+    def update(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
+        self.critics.requires_grad_(True)
+        return super().update(batch, noise)
+
+    def _run(self, *fields: Tensor) -> Tensor:
+        batches = Batch(*fields)
+        shape = (2, *batches.actions.shape)
+        metrics = self.updates(batches, Noise(*torch.randn(shape, device=batches.actions.device)))
+        return torch.stack([metrics[name] for name in METRICS])

@@ -1,0 +1,297 @@
+"""The least that one update of `brc_fast.BRC` with one task costs: its matrix products and passes, counted.
+
+    time >= sum over kernels of max(operations / matrix rate, bytes / bandwidth)
+
+Every kernel reads and writes each of its tensors once and leaves nothing in a cache for the next. Sizes are
+those of the buffers, padding included. What depends on how a kernel is cut up (partial sums, split products)
+is not counted: this is a floor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+PAD = 8  # of the first kernel's rows and the head's columns (brc_fast.networks)
+
+
+class Sizes(NamedTuple):
+    """Of one update: B rows; critics of E members and their targets; the actor."""
+
+    batch: int
+    width: int
+    actor_width: int
+    observation: int
+    action: int
+    depth: int = 2
+    actor_depth: int = 1
+    members: int = 2
+    atoms: int = 101
+
+
+class Machine(NamedTuple):
+    """Operations per second of matrix products, and bytes per second of a copy, read and written."""
+
+    name: str
+    bf16: float
+    tf32: float
+    bandwidth: float
+
+
+H200 = Machine("NVIDIA H200", 790e12, 395e12, 4.3e12)  # measured; tf32 as half of bf16
+
+
+class Operand(NamedTuple):
+    """A matrix of each network: `key` names the memory, [n, r, c] as it lies there."""
+
+    key: str
+    transposed: bool = False
+    shared: bool = False  # one for all networks
+
+
+class Product(NamedTuple):
+    """`out = left @ right` of n networks, [rows, inner] by [inner, columns]."""
+
+    networks: int
+    rows: int
+    inner: int
+    columns: int
+    left: Operand
+    right: Operand
+    out: str
+    adds: str = ""  # "bias", or "out" for out += left @ right
+
+    @property
+    def operations(self) -> int:
+        """A multiplication and an addition each."""
+        return 2 * self.networks * self.rows * self.inner * self.columns
+
+    @property
+    def elements(self) -> int:
+        """Read and written."""
+        left = (1 if self.left.shared else self.networks) * self.rows * self.inner
+        right = self.networks * self.inner * self.columns
+        out = self.networks * self.rows * self.columns
+        added = {"": 0, "bias": self.networks * self.columns, "out": out}[self.adds]
+        return left + right + out + added
+
+
+class Work(NamedTuple):
+    """One kernel."""
+
+    name: str
+    operations: int
+    bytes: int
+
+
+def padded(size: int) -> int:
+    return -(-size // PAD) * PAD
+
+
+class Net(NamedTuple):
+    """A stack of equal networks over B rows."""
+
+    name: str
+    rows: int
+    inputs: int
+    width: int
+    depth: int
+    outputs: int
+
+    @property
+    def layers(self) -> int:
+        return 1 + 2 * self.depth
+
+    @property
+    def kernels(self) -> int:
+        """Parameters of one network's kernels."""
+        return self.width * (self.inputs + 2 * self.depth * self.width + self.outputs)
+
+    @property
+    def vectors(self) -> int:
+        """Parameters of one network beside the kernels."""
+        return 3 * self.layers * self.width + self.outputs
+
+    def operand(self, part: str, transposed: bool = False, shared: bool = False) -> Operand:
+        return Operand(f"{self.name}.{part}", transposed, shared)
+
+    def product(
+        self,
+        networks: int,
+        shape: tuple[int, int, int],
+        left: Operand,
+        right: Operand,
+        out: str,
+        adds: str = "",
+    ) -> Product:
+        return Product(networks, *shape, left, right, f"{self.name}.{out}", adds)
+
+    def forward(self, networks: int, parts: tuple[int, ...] = ()) -> Iterator[Product]:
+        """`parts`: the networks that each input is for, where there are several inputs."""
+        for index, share in enumerate(parts or (networks,)):
+            own = f".{index}" if index else ""
+            shape = (self.rows, self.inputs, self.width)
+            x, kernel = self.operand("x" + own, shared=True), self.operand("kernel.0" + own)
+            yield self.product(share, shape, x, kernel, "product.0" + own)
+        square = (self.rows, self.width, self.width)
+        for layer in range(1, self.layers):
+            below, kernel = self.operand(f"output.{layer - 1}"), self.operand(f"kernel.{layer}")
+            yield self.product(networks, square, below, kernel, f"product.{layer}")
+        shape = (self.rows, self.width, self.outputs)
+        top = self.operand(f"output.{self.layers - 1}")
+        yield self.product(networks, shape, top, self.operand("head"), "out", "bias")
+
+    def backward(self, networks: int, weights: bool, wants_dx: bool) -> Iterator[Product]:
+        """From the head down, gradients of products where kernels/_stacked.py has them on a CPU."""
+        rows, width, outputs, inputs = self.rows, self.width, self.outputs, self.inputs
+        top, dout = self.operand(f"output.{self.layers - 1}", transposed=True), self.operand("dout")
+        if weights:
+            yield self.product(networks, (width, rows, outputs), top, dout, "gradient.head")
+        head = self.operand("head", transposed=True)
+        yield self.product(networks, (rows, outputs, width), dout, head, "g")
+        for layer in range(self.layers - 1, 0, -1):
+            closes = layer % 2 == 0
+            dproduct = self.operand("dproduct" if closes else "inner")
+            if weights:
+                below = self.operand(f"output.{layer - 1}", transposed=True)
+                yield self.product(networks, (width, rows, width), below, dproduct, f"gradient.{layer}")
+            kernel, place = self.operand(f"kernel.{layer}", transposed=True), "inner" if closes else "g"
+            adds = "" if closes else "out"
+            yield self.product(networks, (rows, width, width), dproduct, kernel, place, adds)
+        g, kernel = self.operand("g"), self.operand("kernel.0", transposed=True)
+        if weights:
+            x = self.operand("x", transposed=True, shared=True)
+            yield self.product(networks, (inputs, rows, width), x, g, "gradient.0")
+        if wants_dx:
+            yield self.product(networks, (rows, width, inputs), g, kernel, "dx")
+
+
+def nets(sizes: Sizes) -> tuple[Net, Net]:
+    """Actor and critic."""
+    rows, inputs = sizes.batch, sizes.observation + sizes.action
+    actor = Net(
+        "actor",
+        rows,
+        padded(sizes.observation),
+        sizes.actor_width,
+        sizes.actor_depth,
+        padded(2 * sizes.action),
+    )
+    return actor, Net("critic", rows, padded(inputs), sizes.width, sizes.depth, padded(sizes.atoms))
+
+
+def products(sizes: Sizes) -> list[Product]:
+    """Every matrix product of one update, in order."""
+    actor, critic = nets(sizes)
+    members = sizes.members
+    return [
+        *actor.forward(1),
+        *critic.forward(2 * members, (members, members)),
+        *critic.backward(members, weights=True, wants_dx=False),
+        *actor.forward(1),
+        *critic.forward(members),
+        *critic.backward(members, weights=False, wants_dx=True),
+        *actor.backward(1, weights=True, wants_dx=False),
+    ]
+
+
+def parameters(sizes: Sizes) -> tuple[int, int]:
+    """Of the actor, and of all members of the online critic."""
+    actor, critic = nets(sizes)
+    return actor.kernels + actor.vectors, sizes.members * (critic.kernels + critic.vectors)
+
+
+def passes(sizes: Sizes, size: int) -> list[Work]:
+    """Everything but the products, for elements of `size` bytes; noise, losses and statistics in float32.
+
+    An optimizer reads parameter, gradient and two moments and writes all but the gradient; the critic's also
+    reads and writes the target. Low copies (elements of 2 bytes) are written with what they copy.
+    """
+    (actor, critic), rows, action = nets(sizes), sizes.batch, sizes.action
+    members, low = sizes.members, 2 if size == 2 else 0
+    own, critics = parameters(sizes)
+    held = 4 * 3 + size + 4 * 3 + low  # bytes per parameter
+    logits = members * rows * critic.outputs * size
+
+    def pack(name: str, net: Net, given: int) -> Work:
+        return Work(f"pack {name}", 0, rows * (4 * given + size * net.inputs))
+
+    def norms(net: Net, networks: int) -> list[Work]:
+        hidden, held = networks * rows * net.width * size, networks * (2 * rows + 3 * net.width) * 4
+        moved = [2, *(2, 3) * net.depth]  # in and out; where a block closes, what skipped it too
+        return [Work(f"{net.name} norm", 0, tensors * hidden + held) for tensors in moved]
+
+    def norms_backward(net: Net, networks: int, weights: bool) -> list[Work]:
+        hidden, held = networks * rows * net.width * size, networks * (2 * rows + 3 * net.width) * 4
+        own = networks * (3 * net.width * size) if weights else 0
+        return [Work(f"{net.name} norm backward", 0, 3 * hidden + held + own)] * net.layers
+
+    def head_bias(net: Net, networks: int) -> Work:
+        return Work(f"{net.name} head bias", 0, networks * (rows + 1) * net.outputs * size)
+
+    sample = Work("sample", 0, rows * (action * (2 * size + 4 + 4) + 4))
+    inputs = sizes.observation + action
+    return [
+        Work("noise", 0, 2 * rows * action * 4),
+        pack("actor next", actor, sizes.observation),
+        *norms(actor, 1),
+        sample,
+        pack("critic", critic, inputs),
+        pack("critic next", critic, inputs),
+        *norms(critic, 2 * members),
+        Work("Bellman loss and gradient", 0, 3 * logits + rows * 4 * (3 + members)),
+        head_bias(critic, members),
+        *norms_backward(critic, members, weights=True),
+        Work("critic AdamW, target and copies", 0, critics * (held + 4 * 2 + low)),
+        pack("actor", actor, sizes.observation),
+        *norms(actor, 1),
+        sample,
+        pack("critic policy", critic, inputs),
+        *norms(critic, members),
+        Work("expected value and gradient", 0, 2 * logits + rows * 4),
+        *norms_backward(critic, members, weights=False),
+        Work("sum of dx", 0, (members + 1) * rows * critic.inputs * size),
+        Work("sample backward", 0, rows * action * (3 * size + 4 + 2 * size)),
+        head_bias(actor, 1),
+        *norms_backward(actor, 1, weights=True),
+        Work("actor AdamW and copies", 0, own * held),
+        Work("temperature", 0, 3 * 2 * 4),
+    ]
+
+
+def kernels(sizes: Sizes, precision: str) -> list[Work]:
+    """Those of one update with products in `precision` (bf16 or tf32)."""
+    size = 2 if precision == "bf16" else 4
+    multiplied = [Work(p.out, p.operations, size * p.elements) for p in products(sizes)]
+    return multiplied + passes(sizes, size)
+
+
+def floor(sizes: Sizes, precision: str, machine: Machine) -> float:
+    """Seconds per update that no sequence of these kernels can beat on this machine."""
+    rate = machine.bf16 if precision == "bf16" else machine.tf32
+    return sum(max(k.operations / rate, k.bytes / machine.bandwidth) for k in kernels(sizes, precision))
+
+
+def machine(device: str, size: int = 8192, repeats: int = 10) -> Machine:
+    """What the roofline of this GPU is made of: known for an H200, else measured now."""
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    if "H200" in name:
+        return H200
+
+    def seconds(work: torch.Tensor, *operands: torch.Tensor) -> float:
+        took = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            torch.mm(*operands, out=work) if len(operands) == 2 else work.copy_(*operands)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            took.append(time.perf_counter() - start)
+        return min(took)
+
+    out, left, right = torch.randn(3, size, size, device=device, dtype=torch.bfloat16).unbind()
+    rate = 2 * size**3 / seconds(out, left, right)
+    bandwidth = 2 * out.numel() * out.element_size() / seconds(out, left)
+    return Machine(name, rate, rate / 2, bandwidth)
