@@ -221,10 +221,19 @@ class BRC:
         """
         batches.check(self.observation_size, self.action_size, self.num_tasks)
         scale = self._unscaled if reward_scale is None else reward_scale
+        if scale.shape != (self.num_tasks,):
+            raise ValueError(
+                f"reward_scale must have shape [T] = [{self.num_tasks}], got {list(scale.shape)}"
+            )
+        for name, part in () if noise is None else noise._asdict().items():
+            if part.shape != batches.actions.shape:
+                wanted = f"[U, B, A] = {list(batches.actions.shape)}"
+                raise ValueError(f"noise.{name} must have shape {wanted}, got {list(part.shape)}")
         with torch.no_grad(), products(self.precision, self.device):
             if noise is None:
                 values = self.updates([*batches, scale], wait)
             else:
+                self.updates.join()
                 values = self._updates(*(x.to(self.device) for x in (*batches, scale, *noise)))
         return dict(zip(METRICS, values.unbind(), strict=True))
 
@@ -233,7 +242,7 @@ class BRC:
         METRICS. It keeps to what a CUDA graph can hold."""
         batches, scale, noise = Batch(*inputs[:6]), inputs[6], inputs[7:]
         batches = batches._replace(rewards=batches.rewards / scale[batches.task_ids])
-        metrics: Metrics = {}
+        rows: list[Tensor] = []  # [METRICS] of each update
         for index in range(batches.rewards.shape[0]):
             batch = batches.update(index)
             drawn = Noise(*(part[index] for part in noise) if noise else self._noise(batch))
@@ -241,10 +250,12 @@ class BRC:
             metrics = self.update_critic(batch, drawn.next_action, alpha)
             metrics |= self.update_actor(batch, drawn.actor_action, alpha)
             metrics |= self.update_temperature(metrics["entropy"], alpha)
-        values = torch.stack([metrics[name] for name in METRICS])
-        known = values.isfinite().logical_or_(self._bad_since > 0)
-        self._bad_since.copy_(torch.where(known, self._bad_since, self.critic_optimizer.step_count))
-        return values
+            rows.append(torch.stack([metrics[name] for name in METRICS]))
+        bad = torch.stack(rows).isfinite().logical_not_()
+        since = self.critic_optimizer.step_count - (len(rows) - 1) + bad.to(torch.uint8).argmax(0)
+        new = bad.any(0).logical_and_(self._bad_since == 0)
+        self._bad_since.copy_(torch.where(new, since, self._bad_since))
+        return rows[-1]
 
     def check_finite(self) -> None:
         """FloatingPointError if a loss or a gradient is not finite: which, and since which update.
@@ -360,7 +371,8 @@ class BRC:
         """One Adam step of log alpha on `alpha * (entropy - target_entropy)`; entropy is a 0-d tensor."""
         alpha = self.alpha if alpha is None else alpha
         # alpha is its own derivative by log alpha: the loss is the gradient
-        loss = torch.mul(alpha, entropy - self.target_entropy, out=self.temperature_optimizer.grad[0])
+        loss = alpha * (entropy - self.target_entropy)
+        self.temperature_optimizer.grad[0].copy_(loss)
         self.temperature_optimizer.step()
         return {"temperature": alpha, "temperature_loss": loss}
 
@@ -381,6 +393,7 @@ class BRC:
                 raise ValueError(
                     f"agent state {key} must have shape {list(mine[key].shape)}, got {list(state[key].shape)}"
                 )
+        self._bad_since.zero_()
         self.generator.set_state(state["generator"].cpu())
         for name, part in self._parts().items():
             part.load_state_dict(

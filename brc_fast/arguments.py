@@ -17,7 +17,10 @@ from .config import TrainConfig, preset
 from .errors import InputError
 
 Parsed = TypeVar("Parsed")
-CHANGEABLE = ("steps", "report_every", "eval_every", "checkpoint_every", "device", "threads")
+CHANGEABLE = (
+    *("steps", "report_every", "eval_every", "checkpoint_every"),
+    *("device", "threads", "precision", "graphs", "recompute"),
+)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def train(words: list[str]) -> int:
     from .resume import load
     from .train import Trainer
 
-    trainer = Trainer(config, device, lambda told: print(told, file=sys.stderr))
+    trainer = Trainer(config, device, print)
     if resumed is None:
         folder.create(config)
     else:

@@ -24,6 +24,7 @@ class Body(Protocol):
 
     def flat_shapes(self) -> dict[str, tuple[int, ...]]: ...
     def named(self, arrays: kernels.Arrays) -> dict[str, Tensor]: ...
+    def padding(self, arrays: kernels.Arrays) -> list[Tensor]: ...
 
 
 class _Refresh:
@@ -81,7 +82,10 @@ class FlatNetworks:
             module.register_load_state_dict_post_hook(_Refresh(self))  # type: ignore[no-untyped-call]
 
     def refresh(self) -> None:
-        """Renew the low-precision copies after parameters were set from outside."""
+        """Renew the low-precision copies after parameters were set from outside, and the padding, to which
+        a gradient that is not finite spreads."""
+        for view in () if self.body is None else self.body.padding(self.arrays(self.master)):
+            view.zero_()
         if self.low is not None:
             self.low.copy_(self.master)
 
@@ -117,6 +121,7 @@ class FlatNetworks:
 
     def expand(self, compact: Tensor, rows: Tensor) -> None:
         """The inverse of `compact`, into rows [E, P]."""
+        rows.zero_()
         start = 0
         for view in self.named(rows).values():
             view.copy_(compact[start : start + view.numel()].view_as(view))

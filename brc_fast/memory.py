@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -88,10 +89,19 @@ def plan_memory(config: TrainConfig, observation_size: int, action_size: int, de
 
 
 def available(device: str) -> int:
-    """Bytes that are free on a GPU; on a CPU those of the machine, as others' caches make way."""
+    """Bytes that are free on a GPU; on a CPU nine tenths of what the system can give, or of all memory where
+    it does not tell: the replay and the environments live there too."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    told = Path("/proc/meminfo")
+    for line in told.read_text().splitlines() if told.exists() else ():
+        if line.startswith("MemAvailable:"):
+            total = 1024 * int(line.split()[1])
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # of a container
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        total = min(total, int(limit.read_text()) - int(used.read_text()))
+    return total * 9 // 10
 
 
 def require_memory(plan: MemoryPlan, device: str) -> None:

@@ -56,6 +56,49 @@ class EpisodeTracker:
         self._running, self._sums, self._counts = (state[key].copy() for key in ("running", "sums", "counts"))
 
 
+class Stopwatch:
+    """Seconds of the parts of a turn: acting, the environments, storing, sampling (or waiting for a batch
+    that is being prefetched), and the updates, which on a GPU are timed there; and how much each did."""
+
+    PARTS = ("act", "environment", "store", "sample", "update")
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._began = self._last = time.perf_counter()
+        self._seconds, self._done = dict.fromkeys(self.PARTS, 0.0), dict.fromkeys(self.PARTS, 0)
+
+    def start(self) -> None:
+        """What went by since the last lap belongs to no part."""
+        self._last = time.perf_counter()
+
+    def lap(self, part: str, done: int = 0) -> None:
+        """What went by since the last lap belongs to this part."""
+        now = time.perf_counter()
+        self.add(part, now - self._last, done)
+        self._last = now
+
+    def add(self, part: str, seconds: float, done: int = 0) -> None:
+        self._seconds[part] += seconds
+        self._done[part] += done
+
+    def read(self) -> dict[str, float]:
+        """Throughput of the whole loop and the share of each part since this was last asked.
+
+        On a GPU the shares of parts that run at once add up to more than 1.
+        """
+        elapsed = time.perf_counter() - self._began
+        out = {
+            "time/seconds": elapsed,
+            "time/updates_per_second": self._done["update"] / elapsed,
+            "time/environment_steps_per_second": self._done["environment"] / elapsed,
+        }
+        out |= {f"time/{part}_share": seconds / elapsed for part, seconds in self._seconds.items()}
+        self._clear()
+        return out
+
+
 class MetricsWriter:
     """Appends rows to metrics.jsonl, and to TensorBoard where it is installed.
 
@@ -68,30 +111,6 @@ class MetricsWriter:
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", buffering=1)
         self._board = _tensorboard(path.parent / "tensorboard", resume_step)
-        self._clock = time.perf_counter()
-        self._seconds = {"update": 0.0, "environment": 0.0}
-        self._counts = {"update": 0, "environment": 0}
-
-    def count(self, part: str, number: int, seconds: float) -> None:
-        """Note that `number` more of a part ("update", or "environment" steps over all tasks) were begun, and
-        that the part took `seconds`."""
-        self._counts[part] += number
-        self._seconds[part] += seconds
-
-    def rates(self) -> dict[str, float]:
-        """Throughput of the whole loop and the share of each part since the last call."""
-        elapsed = time.perf_counter() - self._clock
-        out = {
-            "time/seconds": elapsed,
-            "time/updates_per_second": self._counts["update"] / elapsed,
-            "time/environment_steps_per_second": self._counts["environment"] / elapsed,
-            "time/update_share": self._seconds["update"] / elapsed,
-            "time/environment_share": self._seconds["environment"] / elapsed,
-        }
-        self._clock = time.perf_counter()
-        self._counts = dict.fromkeys(self._counts, 0)
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
-        return out
 
     def write(self, step: int, values: dict[str, Tensor | float]) -> dict[str, float]:
         """One row at `step` environment steps per task; returns it as numbers."""

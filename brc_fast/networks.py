@@ -85,6 +85,11 @@ class BroNet(nn.Module):
             "bias": (outputs,),
         }
 
+    def padding(self, arrays: kernels.Arrays) -> list[Tensor]:
+        """The views of `arrays` that belong to no parameter, and are zero."""
+        inputs, outputs = self.input.kernel.shape[1], self.head.kernel.shape[-1]
+        return [arrays.first[:, inputs:], arrays.head[..., outputs:], arrays.bias[:, outputs:]]
+
     def named(self, arrays: kernels.Arrays) -> dict[str, Tensor]:
         """The views of `arrays` that are this module's parameters, in the order of `named_parameters`."""
         inputs, outputs = self.input.kernel.shape[1], self.head.kernel.shape[-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,9 +71,20 @@ def load(trainer: Trainer, folder: RunFolder) -> None:
 
 def require_finite(trainer: Trainer, folder: RunFolder) -> None:
     """FloatingPointError that says what stopped being finite, since when, and which checkpoint is good."""
+    trainer.agent.updates.join()
     try:
         trainer.agent.check_finite()
     except FloatingPointError as error:
         kept = folder.steps()
         told = f"the checkpoint of step {kept[-1]} is good" if kept else "there is no checkpoint yet"
         raise FloatingPointError(f"{error}, at or before step {trainer.steps}; {told}") from error
+
+
+@contextmanager
+def learner_first(trainer: Trainer, folder: RunFolder) -> Iterator[None]:
+    """Before environments or replay are blamed for what they were given, ask whether the learner broke."""
+    try:
+        yield
+    except ValueError:
+        require_finite(trainer, folder)
+        raise

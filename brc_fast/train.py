@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from .evaluate import evaluate, summary
 from .interrupt import StopRequest
 from .lag import LaggedPolicy
 from .memory import plan_memory, require_memory
-from .metrics import EpisodeTracker, MetricsWriter
+from .metrics import EpisodeTracker, MetricsWriter, Stopwatch
 from .normalizer import RewardNormalizer
 from .replay import ReplayBuffer
-from .resume import require_finite, save
+from .resume import learner_first, require_finite, save
 
 Report = Callable[[int, dict[str, float]], None]
 
@@ -47,11 +47,13 @@ class Trainer:
         self.replay = ReplayBuffer(config.replay_capacity, *sizes, task_ids=ids, seed=config.seed)
         self.batch_size = config.transitions_per_update
         size = self.batch_size, config.updates_per_step
-        self.prefetched = self.replay.prefetch(*size) if device == "cuda" else None
+        sampled = iter(partial(self.replay.sample, *size), None)
+        self.batches = self.replay.prefetch(*size) if device == "cuda" else sampled
         self.normalizer = RewardNormalizer.from_config(config, ids, self.agent.target_entropy)
         self.episodes = EpisodeTracker(self.names, ids)
         self.task_ids = torch.as_tensor(ids, device=device)
         self.steps = self.updates = 0
+        self.watch = Stopwatch()
         self.losses: dict[str, Tensor] = {}
         self.entropies: Tensor | None = None  # [T], kept only with return_entropy="measured"
         if self.normalizer.entropy == "measured":
@@ -65,10 +67,13 @@ class Trainer:
         seen = self.observations.to(self.agent.device)
         random = self.steps < self.config.random_steps
         policy = self.lagged or self.agent
+        self.watch.start()
         actions = self.agent.random_actions(len(seen)) if random else policy.act(seen, self.task_ids)
+        self.watch.lap("act")
         step = self.env.step_tensors(actions)
         self.steps += self.config.num_envs
         check_finite(step, self.env, self.steps)
+        self.watch.lap("environment", self.env.num_envs)
         bootstraps = self.normalizer.bootstrap == "critic" and bool(step.truncated.any())
         values = self.unscaled_values(step.successors) if bootstraps else None
         step = Step(*(field.cpu() for field in step))
@@ -80,11 +85,12 @@ class Trainer:
         self.normalizer.update(rewards, terminated, truncated, values, dropped)
         self.episodes.record(step)
         self.observations = step.observations
+        self.watch.lap("store")
 
     def learn(self) -> None:
         """U updates, each on its own batch; with a lagging policy they go on while the environments step."""
-        size = self.batch_size, self.config.updates_per_step
-        batches = self.replay.sample(*size) if self.prefetched is None else next(self.prefetched)
+        batches = next(self.batches)
+        self.watch.lap("sample")
         with self.agent.updates.queue():
             if self.lagged:
                 self.lagged.refresh()
@@ -95,9 +101,11 @@ class Trainer:
         if not self.lagged:
             self.agent.updates.join()
         self.updates += self.config.updates_per_step
+        self.watch.add("update", self.agent.updates.seconds(), self.config.updates_per_step)
 
     def unscaled_values(self, observations: Tensor) -> NDArray[np.float32]:
         """The critic's return to go [N], in units of reward; zero while a task's scale is unknown."""
+        self.agent.updates.join()
         scale = self.normalizer.scale(self.agent.alpha, self.entropies)
         values = self.agent.value(observations.to(self.agent.device), self.task_ids)
         return (values * scale.where(scale.isfinite(), 0.0)[self.task_ids]).cpu().numpy()
@@ -122,18 +130,15 @@ class Trainer:
         pauses = config.report_every, config.eval_every, config.checkpoint_every
         with StopRequest() as stop:
             while self.steps < config.steps and not stop:
-                started = time.perf_counter()
-                self.collect()
-                metrics.count("environment", self.env.num_envs, time.perf_counter() - started)
+                with learner_first(self, folder):
+                    self.collect()
                 if self.steps >= config.random_steps and len(self.replay) >= self.batch_size:
                     self.learn()
-                    metrics.count("update", config.updates_per_step, self.agent.updates.seconds())
                 done = self.steps >= config.steps
                 if done or stop or any(map(self.due, pauses)):
-                    self.agent.updates.join()
                     require_finite(self, folder)
                 if done or self.due(config.report_every):
-                    report(self.steps, metrics.write(self.steps, {**self.row(), **metrics.rates()}))
+                    report(self.steps, metrics.write(self.steps, {**self.row(), **self.watch.read()}))
                 if done or self.due(config.eval_every):
                     report(self.steps, metrics.write(self.steps, {**self.evaluate()}))
                 if done or stop or self.due(config.checkpoint_every):

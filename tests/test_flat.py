@@ -1,0 +1,301 @@
+"""Parameters in flat buffers: modules, checkpoints and copies must not be able to tell."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+
+from brc_fast import BRC, ActorConfig, Batch, CriticConfig, LearningConfig, Noise, kernels
+from brc_fast.flat import FlatNetworks
+from brc_fast.networks import Actor, Critic, Temperature
+
+# No size is a multiple of anything, so that there is padding everywhere.
+CRITIC = CriticConfig(width=19, depth=2, num_atoms=11, embedding_size=3)
+ACTOR = ActorConfig(width=13, depth=1)
+OBS, A, T = 5, 2, 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in a run; small products only wait for more of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def agent(tasks: int = T, seed: int = 0, **options: object) -> BRC:
+    critic = options.pop("critic", CRITIC)
+    return BRC(OBS, A, tasks, critic=critic, actor=ACTOR, seed=seed, **options)  # type: ignore[arg-type]
+
+
+def batches(updates: int, tasks: int = T, rows: int = 10, seed: int = 0) -> Batch:
+    rng = torch.Generator().manual_seed(seed)
+    observations, actions, successors = (torch.randn(updates, rows, n, generator=rng) for n in (OBS, A, OBS))
+    rewards, masks = torch.rand(2, updates, rows, generator=rng)
+    ids = torch.randint(tasks, (updates, rows), generator=rng)
+    return Batch(observations, actions.tanh(), rewards, (masks > 0.1).float(), successors, ids)
+
+
+def parts(of: BRC) -> list[tuple[FlatNetworks, list[nn.Module]]]:
+    """Flat buffers and the modules that live in them, in order."""
+    return [
+        (of.critics, [of.critic, of.target_critic]),
+        (of.actors, [of.actor]),
+        (of.temperature_optimizer.networks, [of.temperature]),
+    ]
+
+
+def used(networks: FlatNetworks, modules: list[nn.Module]) -> Tensor:
+    """Which elements of the buffer belong to a parameter: written through the modules, read in the buffer."""
+    kept = networks.master.clone()
+    networks.master.zero_()
+    for module in modules:
+        for parameter in module.parameters():
+            assert (parameter == 0).all(), "two parameters share memory, or one is no view"
+            parameter.data.fill_(1.0)
+    mask = networks.master != 0
+    networks.master.copy_(kept)
+    return mask
+
+
+@pytest.mark.parametrize("tasks", [1, T])
+@pytest.mark.parametrize("depth", [0, 2])
+def test_modules_have_the_names_shapes_and_values_of_modules_built_alone(tasks: int, depth: int) -> None:
+    config = CriticConfig(width=19, depth=depth, num_atoms=11, embedding_size=3)
+    mine = agent(tasks, seed=4, critic=config)
+    rng = Generator().manual_seed(4)
+    fresh = {
+        "critic": Critic(OBS, A, tasks, config, rng),
+        "actor": Actor(OBS, A, 3 if tasks > 1 else 0, ACTOR, rng),
+        "temperature": Temperature(0.1),
+    }
+    for name, module in fresh.items():
+        state, expected = getattr(mine, name).state_dict(), module.state_dict()
+        assert list(state) == list(expected)
+        for key, value in expected.items():
+            assert torch.equal(state[key], value), f"{name}: {key}"
+        assert [n for n, _ in getattr(mine, name).named_parameters()] == list(expected)
+    target = mine.target_critic.state_dict()
+    assert all(torch.equal(target[key], value) for key, value in mine.critic.state_dict().items())
+    assert not any(p.requires_grad for p in mine.target_critic.parameters())
+
+
+@pytest.mark.parametrize("tasks", [1, T])
+def test_every_parameter_is_a_view_of_its_networks_row(tasks: int) -> None:
+    mine = agent(tasks)
+    for networks, modules in parts(mine):
+        members, length = networks.grad.shape
+        assert networks.master.shape == (len(modules) * members, length)
+        assert networks.master.is_contiguous()
+        first = networks.master.data_ptr() // 4
+        for index, module in enumerate(modules):
+            for name, parameter in module.named_parameters():
+                assert parameter.untyped_storage().data_ptr() == networks.master.data_ptr(), name
+                stacked = name.startswith("body.")
+                for member, one in enumerate(parameter.detach() if stacked else [parameter.detach()]):
+                    start = one.data_ptr() // 4 - first
+                    end = start + sum((n - 1) * s for n, s in zip(one.shape, one.stride(), strict=True))
+                    row = index * members + member
+                    assert row * length <= start <= end < (row + 1) * length, name
+        mask = used(networks, modules)
+        assert mask.sum() == sum(p.numel() for module in modules for p in module.parameters())
+    assert mine.critic_optimizer.flat.data_ptr() == mine.critics.master.data_ptr()
+    assert mine.critic_optimizer.target is not None
+    assert mine.critic_optimizer.target.data_ptr() == mine.critics.master[2:].data_ptr()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("tasks", [1, T])
+def test_padding_stays_exactly_zero(tasks: int, precision: str) -> None:
+    learning = LearningConfig(weight_decay=0.1, learning_rate=0.01)
+    mine = agent(tasks, precision=precision, learning=learning)
+    masks = [used(*part) for part in parts(mine)]
+    assert not masks[0].all()
+    assert not masks[1].all()
+    mine.update(batches(40, tasks))
+    optimizers = mine.critic_optimizer, mine.actor_optimizer, mine.temperature_optimizer
+    for (networks, _), mask, optimizer in zip(parts(mine), masks, optimizers, strict=True):
+        online = mask[: networks.members]
+        buffers = {
+            "master": (networks.master, mask),
+            "grad": (networks.grad, online),
+            "exp_avg": (optimizer.exp_avg.view(online.shape), online),
+            "exp_avg_sq": (optimizer.exp_avg_sq.view(online.shape), online),
+        }
+        if networks.low is not None:
+            buffers["low"] = networks.low, mask
+        for name, (buffer, inside) in buffers.items():
+            assert (buffer[~inside] == 0).all(), name
+            assert buffer[inside].isfinite().all()
+            # a ReLU that never opens, and atoms that no target reaches, leave few gradients at zero
+            assert (buffer[inside] != 0).float().mean() > 0.8, name
+    assert (mine.critics.low is None) == (precision == "fp32")
+
+
+def test_compact_and_expand_undo_each_other_and_padding_is_zero() -> None:
+    mine = agent()
+    networks, modules = mine.critics, [mine.critic]
+    mask = used(networks, [mine.critic, mine.target_critic])[:2]
+    rows = torch.randn(networks.grad.shape) * mask
+    compact = networks.compact(rows)
+    assert compact.shape == (sum(p.numel() for p in modules[0].parameters()),)
+    assert sorted(compact.tolist()) == sorted(rows[mask].tolist())
+    again = torch.full_like(rows, 7.0)
+    networks.expand(compact, again)
+    assert torch.equal(again[mask], rows[mask])
+    assert not again[~mask].any()
+    assert torch.equal(networks.compact(again), compact)
+
+
+@pytest.mark.parametrize("tasks", [1, T])
+def test_moments_are_saved_without_padding_in_the_order_of_the_parameters(tasks: int) -> None:
+    mine = agent(tasks)
+    for module, optimizer in (
+        (mine.critic, mine.critic_optimizer),
+        (mine.actor, mine.actor_optimizer),
+        (mine.temperature, mine.temperature_optimizer),
+    ):
+        start = 1.0
+        for parameter in module.parameters():
+            numbers = torch.arange(start, start + parameter.numel()).view(parameter.shape)
+            parameter.data.copy_(numbers)
+            start += parameter.numel()
+        optimizer.exp_avg.copy_(optimizer.flat)
+        optimizer.exp_avg_sq.copy_(-optimizer.flat)
+        optimizer.step_count.fill_(9.0)
+        state = {name: value.clone() for name, value in optimizer.state_dict().items()}
+        assert list(state) == ["exp_avg", "exp_avg_sq", "step"]
+        assert torch.equal(state["exp_avg"], torch.arange(1.0, start))
+        assert torch.equal(state["exp_avg_sq"], -torch.arange(1.0, start))
+        assert state["step"] == 9.0
+        optimizer.exp_avg.zero_()
+        optimizer.exp_avg_sq.zero_()
+        optimizer.step_count.zero_()
+        optimizer.load_state_dict(state)
+        assert torch.equal(optimizer.exp_avg, optimizer.flat)
+        assert torch.equal(optimizer.exp_avg_sq, -optimizer.flat)
+        assert optimizer.step_count == 9.0
+
+
+@pytest.mark.parametrize("tasks", [1, T])
+def test_a_checkpoint_does_not_depend_on_the_padding(monkeypatch: pytest.MonkeyPatch, tasks: int) -> None:
+    one = agent(tasks)
+    one.update(batches(5, tasks))
+    state = {name: value.clone() for name, value in one.state_dict().items()}
+    monkeypatch.setattr("brc_fast.flat.ALIGNMENT", 256)
+    monkeypatch.setattr("brc_fast.networks.PAD", 32)
+    two = agent(tasks, seed=8)
+    assert two.critics.grad.shape[1] > one.critics.grad.shape[1]
+    two.load_state_dict(state)
+    for name, value in two.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    two.update(batches(5, tasks, seed=1))
+    monkeypatch.undo()
+    one.update(batches(5, tasks, seed=1))
+    for name, value in two.state_dict().items():
+        torch.testing.assert_close(value, one.state_dict()[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("tasks", [1, T])
+def test_loading_a_module_renews_the_copies_that_products_take(tasks: int) -> None:
+    mine, other = agent(tasks, precision="bf16"), agent(tasks, seed=5, precision="bf16")
+    other.update(batches(3, tasks))
+    for networks, modules in parts(mine)[:2]:
+        assert networks.low is not None
+        assert torch.equal(networks.low, networks.master.bfloat16())
+        for index, module in enumerate(modules):
+            name = {0: "actor" if len(modules) == 1 else "critic", 1: "target_critic"}[index]
+            module.load_state_dict(copy.deepcopy(getattr(other, name).state_dict()))
+            assert torch.equal(networks.low, networks.master.bfloat16())
+            for key, value in getattr(other, name).state_dict().items():
+                assert torch.equal(module.state_dict()[key], value), key
+    mine.load_state_dict(other.state_dict())
+    assert torch.equal(mine.critics.low, other.critics.low)  # type: ignore[arg-type]
+    data, noise = batches(3, tasks, seed=2), Noise(torch.randn(3, 10, A), torch.randn(3, 10, A))
+    mine.update(data, noise)
+    other.update(data, noise)
+    for networks, expected in ((mine.critics, other.critics), (mine.actors, other.actors)):
+        assert networks.low is not None
+        assert torch.equal(networks.low, networks.master.bfloat16())
+        assert torch.equal(networks.master, expected.master)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_copied_network_is_independent_and_works(how: str, precision: str) -> None:
+    mine = agent(precision=precision)
+    mine.update(batches(2))
+    arguments = torch.randn(4, OBS), torch.rand(4, A), torch.tensor([0, 1, 2, 0])
+    for module in (mine.critic, mine.actor, mine.target_critic):
+        twin = copy.deepcopy(module) if how == "deepcopy" else pickle.loads(pickle.dumps(module))
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        assert list(twin.state_dict()) == list(before)
+        assert all(torch.equal(value, before[name]) for name, value in twin.state_dict().items())
+        assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in module.parameters()]
+        if isinstance(module, Critic):
+            assert torch.equal(twin(*arguments), module(*arguments))
+        master = (mine.critics.master.clone(), mine.actors.master.clone())
+        low = None if mine.critics.low is None else mine.critics.low.clone()
+        for parameter in twin.parameters():
+            parameter.data.zero_()
+        twin.load_state_dict({name: value + 1.0 for name, value in before.items()})
+        assert torch.equal(mine.critics.master, master[0])
+        assert torch.equal(mine.actors.master, master[1])
+        assert low is None or torch.equal(low, mine.critics.low)  # type: ignore[arg-type]
+        module.load_state_dict(before)
+        if isinstance(module, Critic):  # its forward pass reads what it was given, not what it came from
+            assert not torch.equal(twin(*arguments), module(*arguments))
+
+
+@pytest.mark.parametrize("tasks", [1, T])
+def test_a_networks_gradient_is_one_row_and_the_one_of_autograd(tasks: int) -> None:
+    mine = agent(tasks)
+    data = batches(1, tasks, rows=16).update(0)
+    noise = torch.randn(16, A)
+    twin, actor = copy.deepcopy(mine.critic), copy.deepcopy(mine.actor)
+    target = mine.critic_target(data, noise).probs
+    mine.update_critic(data, noise)
+    logits = twin(data.observations, data.actions, data.task_ids)
+    kernels.categorical_cross_entropy(logits, target).mean(-1).sum().backward()
+    assert mine.critics.grad.shape[0] == 2
+    assert all(row.is_contiguous() for row in mine.critics.grad)
+    mine_by_name = mine.critics.named(mine.critics.grad)
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(mine_by_name[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    for member, row in enumerate(mine.critics.grad):  # a member's numbers, and no others, are in its row
+        numbers = [p.grad[member] for name, p in twin.named_parameters() if name.startswith("body.")]
+        if member == 0 and twin.embedding is not None:
+            numbers.append(twin.embedding.grad)
+        total = sum(x.double().square().sum() for x in numbers)
+        torch.testing.assert_close(row.double().square().sum(), total, rtol=1e-4, atol=0.0)
+
+    mean, raw = actor(mine.policy(data.observations, data.task_ids, (nn.Identity(), mine.critic.embedding)))
+    actions, log_probs = kernels.tanh_gaussian(mean, raw, noise)
+    q = kernels.expected_value(
+        mine.critic(data.observations, actions, data.task_ids, frozen=True), mine.atoms
+    )
+    (mine.alpha * log_probs - q.mean(0)).mean().backward()
+    mine.update_actor(data, noise)
+    actor_by_name = mine.actors.named(mine.actors.grad)
+    for name, parameter in actor.named_parameters():
+        torch.testing.assert_close(actor_by_name[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_critic_gradient_of_one_member_reaches_no_other() -> None:
+    """With three members and a target that is their own row, rows 3 to 5."""
+    config = CriticConfig(width=19, depth=1, num_atoms=11, members=3)
+    mine = agent(1, critic=config)
+    assert mine.critics.master.shape[0] == 6
+    mine.critics.master[1].zero_()  # a network without weights gets gradients in its head's bias alone
+    mine.update(batches(1, 1))
+    named = mine.critics.named(mine.critics.grad)
+    assert (named["body.head.bias"][1] != 0).any()
+    assert all((value[1] == 0).all() for name, value in named.items() if name != "body.head.bias")
+    for member in (0, 2):
+        assert all((value[member] != 0).any() for value in named.values())

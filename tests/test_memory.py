@@ -1,0 +1,250 @@
+"""The memory plan: what it says before anything is built is what a learner then takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from brc_fast import BRC, Batch, cli, memory
+from brc_fast.config import ActorConfig, CriticConfig, TrainConfig
+from brc_fast.errors import InputError
+from brc_fast.memory import MemoryPlan, available, bytes_of, plan_memory, require_memory
+
+GB = 10**9
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in a run; small products only wait for more of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config(tasks: int = 1, **changes: Any) -> TrainConfig:
+    small = TrainConfig(
+        tuple(f"toy/{i}" for i in range(tasks)),
+        batch_size=20,
+        updates_per_step=3,
+        critic=CriticConfig(width=40, depth=2, num_atoms=21, embedding_size=4),
+        actor=ActorConfig(width=24),
+    )
+    return dataclasses.replace(small, **changes)
+
+
+def built(of: TrainConfig) -> tuple[BRC, Batch]:
+    """A learner after an update, and the batch of it."""
+    agent = BRC.from_config(of, 7, 3, "cpu")
+    rows = of.updates_per_step, of.transitions_per_update
+    batch = Batch(
+        torch.randn(*rows, 7),
+        torch.rand(*rows, 3),
+        torch.rand(rows),
+        torch.ones(rows),
+        torch.randn(*rows, 7),
+        torch.randint(len(of.tasks), rows),
+    )
+    agent.update(batch)
+    return agent, batch
+
+
+def memory_of(*things: object) -> dict[int, Tensor]:
+    """Every tensor that can be reached from objects of this package, one for each piece of memory."""
+    found: dict[int, Tensor] = {}
+    seen: set[int] = set()
+
+    def look(thing: object) -> None:
+        if id(thing) in seen:
+            return
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            found[thing.untyped_storage().data_ptr()] = thing
+        elif isinstance(thing, dict):
+            for value in thing.values():
+                look(value)
+        elif isinstance(thing, (list, tuple)):
+            for value in thing:
+                look(value)
+        elif type(thing).__module__.startswith("brc_fast"):
+            look(vars(thing))
+
+    for thing in things:
+        look(thing)
+    return found
+
+
+def held(found: dict[int, Tensor]) -> int:
+    return sum(x.untyped_storage().nbytes() for x in found.values())
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_the_plan_tells_what_a_built_learner_takes(tasks: int, precision: str, recompute: bool) -> None:
+    """State by the pieces of memory behind networks and optimizers; passes by those behind an update's."""
+    settings = config(tasks, precision=precision, recompute=recompute)
+    plan = plan_memory(settings, 7, 3, "cpu")
+    agent, batch = built(settings)
+    networks = agent.critics, agent.actors, agent.critic_optimizer, agent.actor_optimizer
+    state = memory_of(*networks)
+    scalars = 3 * 2 * 4  # of each optimizer: steps, learning rate, tau
+    assert held(state) - scalars == plan.state
+    assert plan.parameters == sum(p.numel() for m in (agent.critic, agent.actor) for p in m.parameters())
+    (passes,) = agent._passes.values()
+    kept = memory_of(passes)
+    for pointer in memory_of(networks, agent.critic, agent.actor, agent.target_critic):
+        kept.pop(pointer, None)
+    inputs = {
+        x.untyped_storage().data_ptr()
+        for p in (passes.actor, passes.critics, passes.critic)
+        for x in p._inputs
+    }
+    for pointer in (*inputs, passes.dhead.untyped_storage().data_ptr()):
+        kept.pop(pointer, None)  # they are of a row's size, not of a layer's
+    assert held(kept) == plan.passes
+    assert plan.batches == bytes_of(*batch) == sum(x.numel() * x.element_size() for x in batch)
+    assert plan.libraries == 0
+    assert plan.total == plan.state + plan.passes + plan.batches
+
+
+def test_a_plan_of_a_gpu_has_two_sets_of_slots_and_an_allowance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And room for the gradients of all layers' products; nothing is asked of the GPU."""
+    here, there = (plan_memory(config(), 7, 3, device) for device in ("cpu", "cuda"))
+    assert there.batches == 2 * here.batches
+    assert there.libraries == 2**30
+    assert there.state == here.state
+    critics, actor = 2 * 20 * 40 * 4, 20 * 24 * 4  # one layer of the trained networks, in bytes
+    assert there.passes - here.passes == (7 - 3) * critics + (5 - 3) * actor
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize(("width", "millions"), [(1024, 9), (2048, 34), (4096, 136), (11200, 1006)])
+def test_wide_critics_take_no_more_than_24_bytes_per_parameter(
+    width: int, millions: int, precision: str
+) -> None:
+    """The published sizes; a billion parameters are planned without their memory."""
+    settings = TrainConfig(("toy/One",), precision=precision, critic=CriticConfig(width=width))  # type: ignore[arg-type]
+    plan = plan_memory(settings, 67, 21, "cuda")
+    assert plan.parameters == pytest.approx(millions * 1e6, rel=0.06)
+    each = 22 if precision == "bf16" else 20  # parameter, target, gradient, moments; copies of the first two
+    assert plan.state <= 24 * plan.parameters
+    assert abs(plan.state / plan.parameters - each) < 0.1  # the actor has no target
+
+
+def test_the_message_has_the_numbers() -> None:
+    plan = MemoryPlan(1_005_000_000, 20_100_000_000, 2_500_000, 99_900_000, 2**30)
+    assert plan.total == 20_100_000_000 + 2_500_000 + 99_900_000 + 2**30
+    assert str(plan) == (
+        "1005.0 M parameters take 20.10 GB (20.0 bytes each), the passes 2.5 MB, batches 99.9 MB, "
+        "libraries 1.07 GB: 21.28 GB"
+    )
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = MemoryPlan(10**9, 20 * GB, 3 * GB, GB, GB)
+    asked = []
+    monkeypatch.setattr(memory, "available", lambda device: asked.append(device) or plan.total)
+    require_memory(plan, "cuda")
+    assert asked == ["cuda"]
+    monkeypatch.setattr(memory, "available", lambda device: 24 * GB)
+    with pytest.raises(InputError) as refused:
+        require_memory(plan, "cuda")
+    told = str(refused.value)
+    assert str(plan) in told
+    assert "25.00 GB, but cuda has 24.00 GB; lower --critic.width or --batch-size" in told
+
+
+def test_what_is_available_is_asked_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 10**8 < available("cpu") < 10**14
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (5 * GB, 16 * GB))
+    assert available("cuda") == available("cuda:0") == 5 * GB
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, built: list[str]) -> None:
+    """Note every learner that gets memory, and every replay."""
+    make = BRC.__init__
+
+    def noted(self: BRC, *sizes: Any, **options: Any) -> None:
+        if options["device"] != "meta":
+            built.append("learner")
+        make(self, *sizes, **options)
+
+    monkeypatch.setattr(BRC, "__init__", noted)
+    from brc_fast import train
+
+    replay = train.ReplayBuffer
+
+    def noted_replay(*arguments: Any, **options: Any) -> Any:
+        built.append("replay")
+        return replay(*arguments, **options)
+
+    monkeypatch.setattr(train, "ReplayBuffer", noted_replay)
+
+
+WORDS = [
+    "--num-envs",
+    "2",
+    "--steps",
+    "20",
+    "--random-steps",
+    "10",
+    "--batch-size",
+    "4",
+    "--eval-episodes",
+    "2",
+]
+SMALL = ["--critic.width", "16", "--actor.width", "16", "--device", "cpu"]
+
+
+def test_a_run_tells_its_plan_before_anything_is_built(
+    toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[str] = []
+    told: list[tuple[str, int]] = []
+    watch(monkeypatch, made)
+    say = MemoryPlan.__str__
+    monkeypatch.setattr(MemoryPlan, "__str__", lambda self: told.append((say(self), len(made))) or say(self))
+    assert cli.main(["train", "toy/One", "--run", str(tmp_path / "run"), *WORDS, *SMALL]) == 0
+    ((message, before),) = told
+    assert before == 0
+    assert made == ["learner", "replay"]
+    assert f"learner on cpu, fp32: {message}\n" in capsys.readouterr().out
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_built_or_written(
+    toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[str] = []
+    watch(monkeypatch, made)
+    monkeypatch.setattr(memory, "available", lambda device: 10**5)
+    assert cli.main(["train", "toy/One", "--run", str(tmp_path / "run"), *WORDS, *SMALL]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("learner on cpu, fp32: 0.0 M parameters take ")
+    (told,) = printed.err.strip().splitlines()
+    assert told.startswith("brc-fast: the learner does not fit: 0.0 M parameters take ")
+    assert told.endswith("but cpu has 0.1 MB; lower --critic.width or --batch-size")
+    assert made == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_precision_that_the_device_lacks_is_one_line(
+    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "toy/One", "--run", str(tmp_path / "run"), *WORDS, *SMALL, "--precision", "tf32"]
+    assert cli.main(words) == 2
+    assert "precision tf32 needs a CUDA device" in capsys.readouterr().err
+
+
+def test_a_run_of_a_gpu_can_be_evaluated_without_one(toy: dict, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["train", "toy/One", "--run", str(run), *WORDS, *SMALL]) == 0
+    file = run / "config.json"
+    file.write_text(file.read_text().replace('"fp32"', '"tf32"'))
+    assert cli.main(["evaluate", str(run), "--episodes", "3"]) == 0
