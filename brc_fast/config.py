@@ -176,12 +176,12 @@ def preset(device: str) -> TrainConfig:
 
 
 def from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
-    """Rebuild a configuration from `dataclasses.asdict`; unknown or missing names are an InputError."""
+    """Rebuild a configuration from `dataclasses.asdict`: what is missing, because an older version wrote it,
+    has its default; what is unknown is an InputError."""
     nested = {"critic": CriticConfig, "actor": ActorConfig, "learning": LearningConfig}
     known = {field.name for field in fields(kind)}
-    if set(values) != known:
-        odd = sorted(set(values) ^ known)
-        raise InputError(f"config.json was written by another version: it disagrees about {', '.join(odd)}")
+    if unknown := sorted(set(values) - known):
+        raise InputError(f"config.json was written by another version: it has {', '.join(unknown)}")
     built = {
         name: from_dict(nested[name], value) if name in nested else value for name, value in values.items()
     }
