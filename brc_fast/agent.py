@@ -13,8 +13,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from . import kernels
-from .batch import Batch
+from .batch import Batch, require_shape
 from .config import ActorConfig, CriticConfig, LearningConfig, Precision, TrainConfig
+from .finite import FirstBad
 from .flat import FlatNetworks
 from .graphs import Captured
 from .networks import Actor, Critic, Temperature
@@ -119,7 +120,7 @@ class BRC:
         self.generator = Generator(drawn_on).manual_seed(seed + 1)
         self._passes: dict[int, Passes] = {}
         self._unscaled = torch.ones(num_tasks, device=device, dtype=dtype)
-        self._bad_since = torch.zeros(len(METRICS), device=device, dtype=dtype)
+        self.first_bad = FirstBad(METRICS, self.atoms)
         self.updates = Captured(self._updates, device, [self.generator], enabled=graphs)
 
     @classmethod
@@ -221,14 +222,9 @@ class BRC:
         """
         batches.check(self.observation_size, self.action_size, self.num_tasks)
         scale = self._unscaled if reward_scale is None else reward_scale
-        if scale.shape != (self.num_tasks,):
-            raise ValueError(
-                f"reward_scale must have shape [T] = [{self.num_tasks}], got {list(scale.shape)}"
-            )
+        require_shape("reward_scale", scale, "[T]", (self.num_tasks,))
         for name, part in () if noise is None else noise._asdict().items():
-            if part.shape != batches.actions.shape:
-                wanted = f"[U, B, A] = {list(batches.actions.shape)}"
-                raise ValueError(f"noise.{name} must have shape {wanted}, got {list(part.shape)}")
+            require_shape(f"noise.{name}", part, "[U, B, A]", tuple(batches.actions.shape))
         with torch.no_grad(), products(self.precision, self.device):
             if noise is None:
                 values = self.updates([*batches, scale], wait)
@@ -251,10 +247,7 @@ class BRC:
             metrics |= self.update_actor(batch, drawn.actor_action, alpha)
             metrics |= self.update_temperature(metrics["entropy"], alpha)
             rows.append(torch.stack([metrics[name] for name in METRICS]))
-        bad = torch.stack(rows).isfinite().logical_not_()
-        since = self.critic_optimizer.step_count - (len(rows) - 1) + bad.to(torch.uint8).argmax(0)
-        new = bad.any(0).logical_and_(self._bad_since == 0)
-        self._bad_since.copy_(torch.where(new, since, self._bad_since))
+        self.first_bad.note(rows, self.critic_optimizer.step_count)
         return rows[-1]
 
     def check_finite(self) -> None:
@@ -262,9 +255,7 @@ class BRC:
 
         This waits for the GPU; every update is looked at all the same.
         """
-        for name, since in zip(METRICS, self._bad_since.tolist(), strict=True):
-            if since > 0:
-                raise FloatingPointError(f"{name} is not finite since update {since:.0f}")
+        self.first_bad.require_finite()
 
     def passes(self, batch: Batch) -> Passes:
         """The networks' passes over as many rows as the batch has."""
@@ -393,7 +384,7 @@ class BRC:
                 raise ValueError(
                     f"agent state {key} must have shape {list(mine[key].shape)}, got {list(state[key].shape)}"
                 )
-        self._bad_since.zero_()
+        self.first_bad.clear()
         self.generator.set_state(state["generator"].cpu())
         for name, part in self._parts().items():
             part.load_state_dict(

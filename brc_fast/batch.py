@@ -11,6 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
+def require_shape(name: str, x: Tensor, letters: str, shape: tuple[int, ...]) -> None:
+    """ValueError with what was wanted, in letters and numbers."""
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {letters} = {list(shape)}, got {list(x.shape)}")
+
+
 class _Columns(NamedTuple):
     observations: Tensor
     actions: Tensor
@@ -71,12 +77,10 @@ class Batch(_Columns):
         sizes["next_observations"] = sizes["observations"]
         for name, field in self._asdict().items():
             letter, size = sizes.get(name, ("", 0))
-            wanted = (*rows, size) if letter else rows
-            if field.shape != wanted:
-                letters = f"[U, B, {letter}]" if letter else "[U, B]"
-                raise ValueError(
-                    f"{name} must have shape {letters} = {list(wanted)}, got {list(field.shape)}"
-                )
+            if letter:
+                require_shape(name, field, f"[U, B, {letter}]", (*rows, size))
+            else:
+                require_shape(name, field, "[U, B]", rows)
         if self.task_ids.is_cpu:
             low, high = (int(x) for x in self.task_ids.aminmax())
             if low < 0 or high >= num_tasks:

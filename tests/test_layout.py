@@ -17,7 +17,7 @@ LAYERS = [
     {"errors"},
     {"config", "batch"},
     {"kernels", "_core"},
-    {"networks", "graphs", "precision"},
+    {"networks", "graphs", "precision", "finite"},
     {"flat"},
     {"optimizer", "passes"},
     {"agent", "replay", "normalizer", "envs", "checkpoint", "interrupt"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import signal
@@ -13,6 +14,8 @@ import pytest
 
 from brc_fast import checkpoint, cli
 from brc_fast.checkpoint import RunFolder
+from brc_fast.config import TrainConfig, from_dict
+from brc_fast.errors import InputError
 from brc_fast.metrics import read_rows
 from brc_fast.replay import ReplayBuffer
 from brc_fast.train import Trainer
@@ -246,6 +249,14 @@ def damage(run: Path, how: str) -> None:
         manifest.write_text(json.dumps(told | {"format": told["format"] + 1}))
     elif how == "manifest":
         manifest.write_text("{")
+
+
+def test_a_config_of_an_older_version_has_defaults_and_one_of_a_newer_is_refused() -> None:
+    values = dataclasses.asdict(TrainConfig(tasks=("toy/One",), seed=3))
+    del values["recompute"]
+    assert from_dict(TrainConfig, values) == TrainConfig(tasks=("toy/One",), seed=3)
+    with pytest.raises(InputError, match="written by another version: it has magic"):
+        from_dict(TrainConfig, {**values, "magic": 1})
 
 
 @pytest.mark.parametrize(
