@@ -82,7 +82,8 @@ class Batch(_Columns):
             else:
                 require_shape(name, field, "[U, B]", rows)
         if self.task_ids.is_cpu:
-            low, high = (int(x) for x in self.task_ids.aminmax())
+            ids = self.task_ids.numpy()
+            low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= num_tasks:
                 raise ValueError(
                     f"task_ids must be in [0, T) = [0, {num_tasks}), got {low if low < 0 else high}"

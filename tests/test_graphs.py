@@ -133,6 +133,13 @@ def test_the_tape_refuses_what_a_graph_cannot_hold(breach: Callable[[Tensor], ob
         breach(torch.ones(3))
 
 
+def test_not_even_the_checks_of_update_read_a_tensor() -> None:
+    learner = agent(3)
+    learner.update(next(batches(2, 3)))
+    with kernels.use("reference"), Tape():
+        learner.update(next(batches(2, 3)))
+
+
 def test_the_tape_tells_a_number_that_changes() -> None:
     seen = []
     x = torch.ones(3)
