@@ -60,6 +60,8 @@ class BroNet(nn.Module):
     Source: Nauman et al. 2024, arXiv:2405.16158.
     """
 
+    plan = kernels.BroNetPlan  # its passes without autograd, for a learner
+
     def __init__(
         self, members: int, inputs: int, width: int, depth: int, head: Tensor, generator: Generator
     ) -> None:

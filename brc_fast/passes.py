@@ -35,11 +35,10 @@ class Passes:
         self.embedding, self.norm = critic.embedding, critic.embedding_norm
         self.input_sizes = tuple(net.body.input.kernel.shape[1] for net in (actor, critic))
         self.dtype = actors.grad.dtype
-        self.actor = kernels.BroNetPlan(actors.ordered(1), rows, actors.arrays(actors.grad))
-        self.critics = kernels.BroNetPlan(
-            critics.ordered(2), rows, critics.arrays(critics.grad), recompute=recompute
-        )
-        self.critic = kernels.BroNetPlan(critics.ordered(1), rows, share=self.critics)
+        plan, gradients = critic.body.plan, critics.arrays(critics.grad)
+        self.actor = actor.body.plan(actors.ordered(1), rows, actors.arrays(actors.grad))
+        self.critics = plan(critics.ordered(2), rows, gradients, recompute=recompute)
+        self.critic = plan(critics.ordered(1), rows, share=self.critics)
         self.actions = actor.body.head.kernel.shape[-1] // 2
         self.dhead = torch.zeros_like(self.actor.out)
         self.policy_gradient = self._halves(self.dhead)
