@@ -58,7 +58,9 @@ def header() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        "dirty": None
+        if (status := _git("status", "--porcelain", "--", ".", ":!bench/results")) is None
+        else bool(status),
     }
 
 

@@ -1,4 +1,4 @@
-"""BRC: four updates around a categorical critic ensemble.
+"""BRC: the updates of a categorical critic ensemble with its target, of the policy and of its temperature.
 
 Dims: B batch, E ensemble, K atoms, O observation, A action, T tasks, U updates.
 Source: Nauman et al. 2025, "Bigger, Regularized, Categorical", arXiv:2505.23150.
@@ -209,7 +209,6 @@ class BRC:
         batches: Batch,
         noise: Noise | None = None,
         reward_scale: Tensor | None = None,
-        wait: bool = True,
     ) -> Metrics:
         """U updates, each on its own batch [U, B, ...]; returns the last one's metrics as 0-d tensors.
 
@@ -217,8 +216,6 @@ class BRC:
             batches: on any device; pinned host memory is copied to a GPU while that still computes.
             noise: of the samplings, drawn where it is not given. With it there is no CUDA graph.
             reward_scale: [T], by which each task's rewards are divided; 1 where it is not given.
-            wait: let the current CUDA stream wait for the updates. Without it, only `updates.stream` has
-                the new parameters in time.
         """
         batches.check(self.observation_size, self.action_size, self.num_tasks)
         scale = self._unscaled if reward_scale is None else reward_scale
@@ -227,7 +224,7 @@ class BRC:
             require_shape(f"noise.{name}", part, "[U, B, A]", tuple(batches.actions.shape))
         with torch.no_grad(), products(self.precision, self.device):
             if noise is None:
-                values = self.updates([*batches, scale], wait)
+                values = self.updates([*batches, scale])
             else:
                 self.updates.join()
                 values = self._updates(*(x.to(self.device) for x in (*batches, scale, *noise)))

@@ -56,7 +56,7 @@ class ActorConfig:
 
 @dataclass(frozen=True)
 class LearningConfig:
-    """What the four updates use."""
+    """What the updates use."""
 
     learning_rate: float = 3e-4  # of critic, actor and temperature. BRC
     beta1: float = 0.9  # BRC

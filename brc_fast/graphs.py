@@ -80,14 +80,12 @@ class Captured:
             self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, inputs: Sequence[Tensor], wait: bool = True) -> Tensor:
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """The function's result for these inputs.
 
         Args:
             inputs: on the device or on the host, where pinned memory is copied while the GPU computes. They
                 may be dropped at once, and changed when the result is there.
-            wait: let the current stream wait for the result. Without it, whoever reads the result, or what
-                the function changes, must wait for `stream`.
         """
         if self.stream is None:
             began = time.perf_counter()
@@ -100,19 +98,20 @@ class Captured:
         slots.copied.synchronize()  # of two calls ago: the host is never further ahead
         slots.held = inputs
         self._copies.wait_event(slots.free)
-        if any(x.is_cuda for x in inputs):
-            self._copies.wait_stream(current)
-        with torch.cuda.stream(self._copies):
-            for slot, x in zip(slots.inputs, inputs, strict=True):
-                slot.copy_(x, non_blocking=True)
-                if x.is_cuda:
-                    x.record_stream(self._copies)
+        pairs = list(zip(slots.inputs, inputs, strict=True))
+        with torch.cuda.stream(self._copies):  # beside the replay that may be running
+            for slot, x in pairs:
+                if not x.is_cuda:
+                    slot.copy_(x, non_blocking=True)
             slots.copied.record()
         self.stream.wait_stream(self._copies)
-        if self._calls == 0 or wait:  # what the function reads may have been changed in the current stream
-            self.stream.wait_stream(current)
+        self.stream.wait_stream(current)  # which may have changed what the function reads
         begin, end = event(timed=True), event(timed=True)
         with torch.cuda.stream(self.stream):
+            for slot, x in pairs:
+                if x.is_cuda:
+                    slot.copy_(x)
+                    x.record_stream(self.stream)
             if self._calls and self.reason is None and slots.graph is None:
                 self._capture(slots)
             begin.record()
@@ -126,8 +125,7 @@ class Captured:
             slots.free.record()
         self._calls += 1
         self._times.append((begin, end))
-        if wait:
-            current.wait_stream(self.stream)
+        current.wait_stream(self.stream)
         out.record_stream(current)
         return out
 
@@ -168,6 +166,7 @@ class Captured:
             self.stream.synchronize()
         self._signature, self._calls = signature, 0
         self._slots = [_Slots(inputs, self.device) for _ in range(2)]
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))  # whose old memory that may be
 
     def _capture(self, slots: _Slots) -> None:
         """Record the function on these slots; where that fails, go on without graphs and say why."""

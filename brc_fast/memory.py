@@ -22,8 +22,8 @@ class MemoryPlan:
     """Bytes of a learner, from the shapes of all that it allocates.
 
     state: of parameters, targets, moments, gradients and low-precision copies. passes: of what the forward
-    and backward passes keep, for B rows. batches: of two sets of input slots. libraries: a rough allowance on
-    a GPU.
+    and backward passes keep, for B rows (on a GPU without the norms' partial sums, which are small). batches:
+    of two sets of input slots. libraries: a rough allowance on a GPU.
     """
 
     parameters: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -25,6 +26,7 @@ from .replay import ReplayBuffer
 from .resume import learner_first, require_finite, save
 
 Report = Callable[[int, dict[str, float]], None]
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -33,7 +35,7 @@ class Trainer:
     One turn of the loop steps the whole vector, num_envs environment steps per task; `steps` counts those.
     """
 
-    def __init__(self, config: TrainConfig, device: str, say: Callable[[str], object] = str) -> None:
+    def __init__(self, config: TrainConfig, device: str, say: Callable[[str], object] = log.info) -> None:
         self.config = config
         self.env = envs.make(config.tasks, config.num_envs, config.seed)
         self.eval_env = envs.make(config.tasks, config.eval_episodes, config.seed)
@@ -52,8 +54,7 @@ class Trainer:
         self.normalizer = RewardNormalizer.from_config(config, ids, self.agent.target_entropy)
         self.episodes = EpisodeTracker(self.names, ids)
         self.task_ids = torch.as_tensor(ids, device=device)
-        self.steps = self.updates = 0
-        self.watch = Stopwatch()
+        self.steps, self.updates, self.watch = 0, 0, Stopwatch()
         self.losses: dict[str, Tensor] = {}
         self.entropies: Tensor | None = None  # [T], kept only with return_entropy="measured"
         if self.normalizer.entropy == "measured":

@@ -17,16 +17,12 @@ from ._ops import first_derivative
 from ._stacked import Arrays, Backward, Forward, Memory
 from .reference import EPS
 
-__all__ = ["BATCHED", "bronet_on_cpu", "norm_backward", "norm_forward", "partials"]
+__all__ = ["BATCHED", "bronet_on_cpu", "norm_backward", "norm_forward"]
 
 PASSES = sys.modules[__name__]
 BATCHED = False
 SHAPES_KEPT = 16
 _free: dict[tuple[int, ...], list[Tensor]] = {}
-
-
-def partials(layers: int, networks: int, rows: int, width: int, like: Tensor) -> None:
-    """Sums over the rows are made at once."""
 
 
 def norm_forward(

@@ -11,13 +11,9 @@ from torch import Tensor
 from ._compiled import twin
 from .reference import EPS
 
-__all__ = ["BATCHED", "norm_backward", "norm_forward", "partials"]
+__all__ = ["BATCHED", "norm_backward", "norm_forward"]
 
 BATCHED = False
-
-
-def partials(layers: int, networks: int, rows: int, width: int, like: Tensor) -> None:
-    """Sums over the rows are made at once."""
 
 
 def norm_forward(

@@ -7,7 +7,8 @@ residual. Backward, from the head down, with dh_i the gradient of layer i's prod
     dW_i = below_i^T dh_i;    biases and norms: sums over the rows, made by the pass itself
 
 `passes` is what runs between the products: norm (Triton), _bronet_cpu (compiled) or _bronet_plain (PyTorch).
-Where it says BATCHED, the square layers' dW are products over all layers at once, after the last.
+Where it says BATCHED, the square layers' dW are products over all layers at once, after the last, and sums
+over the rows are left as `partials`, reduced at the end.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ class Backward:
         self.partials: Tensor | None = None
         if gradients is not None:
             self.all_dproducts = space[2:]
-            self.partials = passes.partials(layers, *product.shape, product)
+            if passes.BATCHED:
+                self.partials = passes.partials(layers, *product.shape, product)
             self.outputs = [output.mT for output in memory.outputs]
             self.square, self.vectors = gradients.square.unbind(), gradients.vectors.unbind()
 

@@ -38,7 +38,7 @@ class Taped:
         self.function, self.slots, self.tape = captured.function, [], Tape()
         self.out = torch.empty(0)
 
-    def __call__(self, inputs: list[Tensor], wait: bool = True) -> Tensor:
+    def __call__(self, inputs: list[Tensor]) -> Tensor:
         if not self.slots:
             self.slots = [x.clone() for x in inputs]
             return self.function(*self.slots)

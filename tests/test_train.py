@@ -251,6 +251,20 @@ def damage(run: Path, how: str) -> None:
         manifest.write_text("{")
 
 
+def test_a_run_may_change_its_precision_when_it_is_resumed_and_its_lag_not(toy: dict, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["train", "toy/One", "--run", str(run), *TINY]) == 0
+    more = ["train", "--resume", str(run), "--steps", "640"]
+    assert cli.main([*more, "--policy-lag", "9"]) == 2
+    assert cli.main([*more, "--precision", "bf16"]) == 0
+    assert RunFolder(run).config().precision == "bf16"
+    assert all(
+        row["train/critic_loss"] is not None
+        for row in read_rows(run / "metrics.jsonl")
+        if "train/critic_loss" in row
+    )
+
+
 def test_a_config_of_an_older_version_has_defaults_and_one_of_a_newer_is_refused() -> None:
     values = dataclasses.asdict(TrainConfig(tasks=("toy/One",), seed=3))
     del values["recompute"]
