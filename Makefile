@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint sanitize aot bench gpu gpu-dry clean
+.PHONY: demo test test-envs lint sanitize aot bench gpu gpu-dry clean
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp)
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,14 @@ demo: $(STAMP)
 ## The whole test suite
 test: $(STAMP)
 	$(BIN)/pytest $(ARGS)
+
+$(VENV)/.envs: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e ".[dmc,envpool]"
+	@touch $@
+
+## Tests of the environments with every simulator that can be installed (EnvPool takes 0.9 GB)
+test-envs: $(VENV)/.envs
+	$(BIN)/pytest tests/test_envs*.py tests/test_bench_envs.py $(ARGS)
 
 ## Formatters, linters and types
 lint: $(STAMP)

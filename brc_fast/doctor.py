@@ -16,6 +16,7 @@ EXTRAS = {
     "mjx": ("jax", "mujoco", "mujoco-mjx", "playground", "brax", "gymnasium"),
     "train": ("tyro", "tqdm", "matplotlib", "tensorboard"),
 }
+OPTIONAL = {"dmc": ("dm-control", "shimmy"), "envpool": ("envpool",), "video": ("imageio-ffmpeg",)}
 
 
 def report() -> tuple[str, bool]:
@@ -44,6 +45,11 @@ def report() -> tuple[str, bool]:
         lines.append(f"[{extra}]" + (f'  missing; pip install "brc-fast[{extra}]"' if missing else ""))
         lines += [f"  {name:<12}{_version(name)}" for name in names]
         fine = fine and not missing
+    lines += ["", "other simulators and tools"]
+    for extra, names in OPTIONAL.items():
+        told = ", ".join(f"{name} {_version(name)}" for name in names)
+        lacks = any(_version(name) == "missing" for name in names)
+        lines.append(f"  {extra:<12}{told}" + (f'; pip install "brc-fast[{extra}]"' if lacks else ""))
     lines += ["", "devices"]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -7,6 +7,10 @@ class InputError(ValueError):
     """A setting, file or name that cannot be used as given. The command line prints it and exits with 2."""
 
 
+class WorkerError(RuntimeError):
+    """Processes of environments ended more often than they may be started again."""
+
+
 class MissingExtraError(ImportError):
     """An optional dependency is not installed; the message holds the pip command that brings it."""
 

@@ -1,5 +1,7 @@
 import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from brc_fast.envs import list_tasks, make, resolve
+from brc_fast.envs import expand, list_tasks, make, resolve
 from brc_fast.envs.base import Step, check_finite
 from brc_fast.errors import InputError
 
@@ -16,6 +18,7 @@ needs_mjx = pytest.mark.skipif(
     importlib.util.find_spec("mujoco_playground") is None or importlib.util.find_spec("gymnasium") is None,
     reason="needs the [mjx] extra",
 )
+SHARED = Path(os.environ.get("BRC_FAST_SHARED", Path(__file__).resolve().parents[1] / "../shared"))
 CARTPOLE, PENDULUM = "mjx/CartpoleSwingup", "mjx/PendulumSwingup"
 N = 4  # one number of slots throughout: each task is compiled once
 
@@ -46,8 +49,8 @@ def in_new_process(code, **environment):
 
 def spoil(env, leaf, slot, value):
     """Write a number into one slot of the simulator's state."""
-    state = env._slots.state
-    env._slots = env._slots._replace(state={**state, leaf: state[leaf].at[slot].set(value)})
+    (state,) = env._slots.state
+    env._slots = env._slots._replace(state=[{**state, leaf: state[leaf].at[slot].set(value)}])
 
 
 # Names and errors: none of these needs a simulator.
@@ -65,6 +68,35 @@ def test_listing_tasks_imports_no_simulator():
 def test_a_task_id_is_suite_and_name():
     assert resolve(CARTPOLE) == ("mjx", "CartpoleSwingup")
     assert all(resolve(task)[0] == "mjx" for task in list_tasks())
+    assert resolve("gym/module:Name-v0") == ("gym", "module:Name-v0")
+    assert resolve("metaworld/reach-v2-goal-observable") == resolve("metaworld/reach-v3")
+
+
+def test_a_suite_stands_for_its_tasks():
+    assert expand("mjx/dmc25") == list_tasks()
+    assert expand(["dmc/dogs", CARTPOLE])[-2:] == ("dmc/dog-run", CARTPOLE)
+    sizes = {"mjx/dmc-easy": 19, "dmc/dogs": 4, "dmc/humanoids": 3, "metaworld/mt50": 50}
+    sizes |= {"humanoidbench/h1": 9, "humanoidbench/h1hand": 20}
+    assert {suite: len(expand(suite)) for suite in sizes} == sizes
+
+
+def test_suites_are_the_papers():
+    file = SHARED / "published" / "task_lists.json"
+    if not file.exists():
+        pytest.skip(f"{file} does not exist")
+    lists = json.loads(file.read_text())
+    assert list_tasks("dmc/dogs") == tuple(f"dmc/{name}" for name in lists["DMC_DOGS"])
+    assert list_tasks("dmc/humanoids") == tuple(f"dmc/{name}" for name in lists["DMC_HUMANOIDS"])
+    mt50 = ["/".join(resolve(f"metaworld/{name}")) for name in lists["METAWORLD_ALL"]]
+    assert list_tasks("metaworld/mt50") == tuple(mt50)
+    for suite, name in (("h1", "HB_NOHANDS"), ("h1hand", "HB_HANDS")):
+        expected = tuple(f"humanoidbench/{task}" for task in lists[name])
+        assert list_tasks(f"humanoidbench/{suite}") == expected
+    easy = {resolve(task)[1].lower() for task in list_tasks("mjx/dmc-easy")}
+    paper = {
+        re.sub("[-_]|catch", "", name).replace("ballincup", "ballincup") for name in lists["METAWORLD_DMC"]
+    }
+    assert easy <= paper
 
 
 @pytest.mark.parametrize(
@@ -76,18 +108,25 @@ def test_a_task_id_is_suite_and_name():
             "mjx/AcrobotSwingup, mjx/PendulumSwingup; all names: brc-fast envs",
         ),
         (
-            {"tasks": "mjx/Zzz"},
-            "unknown task 'mjx/Zzz'; nearest: mjx/WalkerWalk, mjx/WalkerStand, mjx/WalkerRun, "
-            "mjx/SwimmerSwimmer6; all names: brc-fast envs",
+            {"tasks": "metaworld/reech-v3"},
+            "unknown task 'metaworld/reech-v3'; nearest: metaworld/reach-v3, metaworld/reach-wall-v3, "
+            "metaworld/sweep-v3, metaworld/drawer-open-v3; all names: brc-fast envs",
         ),
         (
             {"tasks": "HopperHop"},
             "unknown task 'HopperHop'; nearest: mjx/HopperHop, mjx/HopperStand, mjx/ReacherHard, "
-            "mjx/FingerSpin; all names: brc-fast envs",
+            "mjx/Go1Getup; all names: brc-fast envs",
         ),
         (
-            {"tasks": "dmc/HopperHop"},
-            "unknown suite 'dmc' in task 'dmc/HopperHop'; known suites: mjx; all names: brc-fast envs",
+            {"tasks": "dm/HopperHop"},
+            "unknown suite 'dm' in task 'dm/HopperHop'; known suites: mjx, gym, dmc, envpool, metaworld, "
+            "humanoidbench; all names: brc-fast envs",
+        ),
+        (
+            {"tasks": "shadowhand/train"},
+            "shadowhand/train cannot be made: the paper's 85 objects turned by a Shadow hand: the authors "
+            "have not published this environment; EnvPool's hand tasks are envpool/<id>, your own are "
+            "gym/<module>:<id>",
         ),
         ({"tasks": []}, "tasks must name at least one task, got an empty list"),
         ({"tasks": [CARTPOLE, CARTPOLE]}, f"tasks must differ, but '{CARTPOLE}' is listed 2 times"),
@@ -96,6 +135,20 @@ def test_a_task_id_is_suite_and_name():
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"episode_length": 0}, "episode_length must be an integer of at least 1, got 0"),
         ({"impl": "c++"}, "impl must be 'jax' or 'warp', got 'c++'"),
+        ({"restarts": -1}, "restarts must be an integer of at least 0, got -1"),
+        (
+            {"processes": True},
+            "processes means something to dmc/..., gym/..., humanoidbench/... tasks only, and none of the "
+            "tasks is one",
+        ),
+        (
+            {"tasks": "gym/Pendulum-v1", "impl": "warp"},
+            "impl means something to mjx/... tasks only, and none of the tasks is one",
+        ),
+        (
+            {"tasks": [CARTPOLE, "mjx/dmc25"]},
+            f"tasks must differ, but '{CARTPOLE}' is listed 2 times",
+        ),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_name_and_remedy(arguments, message):
@@ -153,13 +206,14 @@ def test_every_name_is_in_playgrounds_registry():
 @pytest.mark.slow
 @pytest.mark.parametrize("task", list_tasks())
 def test_every_task_loads_with_actions_from_minus_one_to_one(task):
+    from brc_fast.envs._playground import mj_model
+
     env = make(task, 2)
     assert env.max_episode_steps == 1000
     assert env.single_observation_space.shape == (env.observation_size,)
     assert env.single_action_space.shape == (env.action_size,)
-    model = env._programs.env.mj_model
+    model = mj_model(task)
     assert np.array_equal(model.actuator_ctrlrange, np.tile([-1.0, 1.0], (env.action_size, 1)))
-    assert env._programs.env._config.action_repeat == 1
 
 
 @needs_mjx
@@ -206,7 +260,7 @@ def test_steps_agree_with_playground_through_several_episodes():
     reset, step = jax.jit(jax.vmap(playground.reset)), jax.jit(jax.vmap(playground.step))
 
     def start(episode):
-        return reset(jax.random.split(jax.random.fold_in(env._key, episode), N))
+        return reset(jax.random.split(jax.random.fold_in(env._keys[0], episode), N))
 
     state = start(0)
     for number, actions in enumerate(actions_for(env, 120), start=1):
@@ -495,8 +549,8 @@ def test_several_tasks_save_and_load_and_count_nan_per_task():
     assert env.nan_count.tolist() == [0, 1]
     other.load_state_dict(state)
     assert all(map(equal, rollout(env, actions[30:]), rollout(other, actions[30:])))
-    surplus = {**state, "mjx/HopperHop/key": state[f"{CARTPOLE}/key"]}
-    with pytest.raises(InputError, match="'mjx/HopperHop/key', which belongs to none of the tasks mjx/Cart"):
+    surplus = {**state, "mjx/HopperHop:keys": state[f"{CARTPOLE}:keys"]}
+    with pytest.raises(InputError, match="'mjx/HopperHop:keys', which belongs to none of the tasks mjx/Cart"):
         other.load_state_dict(surplus)
 
 

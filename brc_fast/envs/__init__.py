@@ -2,58 +2,147 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from brc_fast.errors import InputError, MissingExtraError
 
-from .suites import list_tasks, resolve
+from .suites import body, expand, list_tasks, resolve
 
 if TYPE_CHECKING:
+    from ._playground import Randomizer
     from .mjx import MJXVectorEnv
     from .multitask import MultiTaskEnv
+    from .vector import VectorAdapter
 
-__all__ = ["list_tasks", "make", "resolve"]
+__all__ = ["expand", "list_tasks", "make", "resolve"]
+
+log = logging.getLogger(__name__)
+_MJX_NEEDS = ("jax", "mujoco", "mujoco_playground", "gymnasium")
 
 
 def make(
-    tasks: str | Sequence[str], num_envs: int, seed: int = 0, **settings: Any
-) -> MJXVectorEnv | MultiTaskEnv:
+    tasks: str | Sequence[str],
+    num_envs: int,
+    seed: int = 0,
+    *,
+    episode_length: int | None = None,
+    impl: str = "jax",
+    randomize: bool | Randomizer = False,
+    processes: bool | None = None,
+    restarts: int = 3,
+    quiet: bool = False,
+) -> MJXVectorEnv | VectorAdapter | MultiTaskEnv:
     """Make a vector environment of one task, or of several side by side.
 
-    tasks:     a task id such as "mjx/CartpoleSwingup", or a list of different ones
-    num_envs:  slots per task: T tasks give T * num_envs slots, grouped by task
-    seed:      used by the first `reset` that names none
-    settings:  `episode_length` (steps; default: the task's own), `impl` ("jax" or "warp"), `quiet` (no
-               compile progress on stderr)
+    tasks:           a task id such as "mjx/CartpoleSwingup", a suite such as "mjx/dmc25", or a list of them,
+                     all different; `brc-fast envs` prints what there is
+    num_envs:        slots per task: T tasks give T * num_envs slots, grouped by task
+    seed:            used by the first `reset` that names none
+    episode_length:  environment steps; None: the task's own
+    impl:            MJX's simulator, "jax" or "warp" (mjx/ tasks)
+    randomize:       a new physical model for every episode: True for Playground's own randomization of the
+                     task, or a function (model, keys [N, 2]) -> (model, in_axes) as it has (mjx/ tasks)
+    processes:       a process per environment: True, False, or None for what suits the task: slow simulators
+                     get them (gym/, dmc/ and humanoidbench/ tasks)
+    restarts:        how often the processes of a task are started again after one has died
+    quiet:           no compile progress on stderr
 
     Raises InputError for a name or number that cannot be used, MissingExtraError where the simulator is
     not installed. Nothing is compiled before the first reset.
     """
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
-    if not names:
-        raise InputError("tasks must name at least one task, got an empty list")
-    for task in names:
-        resolve(task)
-        if names.count(task) > 1:
-            raise InputError(f"tasks must differ, but {task!r} is listed {names.count(task)} times")
+    names = expand(tasks)
     _at_least(1, "num_envs", num_envs)
     _at_least(0, "seed", seed)
-    if settings.get("episode_length") is not None:
-        _at_least(1, "episode_length", settings["episode_length"])
-    if settings.get("impl", "jax") not in ("jax", "warp"):
-        raise InputError(f"impl must be 'jax' or 'warp', got {settings['impl']!r}")
+    _at_least(0, "restarts", restarts)
+    if episode_length is not None:
+        _at_least(1, "episode_length", episode_length)
+    if impl not in ("jax", "warp"):
+        raise InputError(f"impl must be 'jax' or 'warp', got {impl!r}")
+    backends = {resolve(task)[0] for task in names}
+    for name, asked, takers in (
+        ("impl", impl != "jax", {"mjx"}),
+        ("randomize", bool(randomize), {"mjx"}),
+        ("processes", processes is not None, {"gym", "dmc", "humanoidbench"}),
+    ):
+        if asked and not takers & backends:
+            suited = ", ".join(f"{taker}/..." for taker in sorted(takers))
+            raise InputError(f"{name} means something to {suited} tasks only, and none of the tasks is one")
 
-    try:
-        from .mjx import MJXVectorEnv
-        from .multitask import MultiTaskEnv
-    except ModuleNotFoundError as error:
-        if error.name is not None and error.name.startswith("brc_fast"):
-            raise
-        raise MissingExtraError("mjx/... environments", "mjx") from error
+    groups: list[Any] = []
+    bodies: dict[str, list[str]] = {}
+    for task in names:
+        backend, _ = resolve(task)
+        if backend == "mjx":
+            bodies.setdefault(body(task), []).append(task)
+            continue
+        groups.append(_simulated(task, num_envs, seed, episode_length, processes, restarts))
+    for together in bodies.values():
+        groups.append(_mjx(tuple(together), num_envs, seed, episode_length, impl, randomize, quiet))
+    if len(groups) == 1:
+        return groups[0]  # type: ignore[no-any-return]
+    from .multitask import MultiTaskEnv
 
-    groups = [MJXVectorEnv(task, num_envs, seed, **settings) for task in names]
-    return groups[0] if len(groups) == 1 else MultiTaskEnv(groups, seed)
+    return MultiTaskEnv(groups, names, seed, quiet)
+
+
+def _mjx(
+    tasks: tuple[str, ...],
+    num_envs: int,
+    seed: int,
+    episode_length: int | None,
+    impl: str,
+    randomize: bool | Randomizer,
+    quiet: bool,
+) -> MJXVectorEnv:
+    if any(map(_missing, _MJX_NEEDS)):
+        raise MissingExtraError("mjx/... environments", "mjx")
+    from .mjx import MJXVectorEnv
+
+    return MJXVectorEnv(
+        tasks,
+        num_envs,
+        seed,
+        impl=impl,
+        episode_length=episode_length,
+        randomize=randomize,
+        quiet=quiet,
+    )
+
+
+def _simulated(
+    task: str,
+    num_envs: int,
+    seed: int,
+    episode_length: int | None,
+    processes: bool | None,
+    restarts: int,
+) -> VectorAdapter:
+    """One task of a simulator that runs on the CPU."""
+    backend, _ = resolve(task)
+    if _missing("gymnasium"):
+        raise MissingExtraError(f"{backend}/... environments", "gym")
+    here = backend in ("gym", "humanoidbench") or (
+        backend == "dmc" and not (_missing("shimmy") or _missing("dm_control"))
+    )
+    if backend == "dmc" and not here and not _missing("envpool"):
+        log.warning("%s runs in EnvPool: dm_control is not installed", task)
+    elif backend == "dmc" and not here:
+        raise MissingExtraError("dmc/... environments", "dmc")
+    if here:
+        from .gym import make_gym
+
+        settings = {"episode_length": episode_length, "processes": processes, "restarts": restarts}
+        return make_gym(task, num_envs, seed, **settings)
+    from .envpool import make_envpool
+
+    return make_envpool(task, num_envs, seed, episode_length=episode_length)
+
+
+def _missing(module: str) -> bool:
+    return importlib.util.find_spec(module) is None
 
 
 def _at_least(least: int, name: str, value: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -37,12 +38,24 @@ def setup() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         from jax.experimental.compilation_cache import compilation_cache
 
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "brc_fast" / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
         # A cache that was looked for before it had a folder stays off until it is reset.
         compilation_cache.reset_cache()
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_ABOVE_SECONDS)
+
+
+def cache_folder() -> Path:
+    """Where compiled and traced programs are kept: $XDG_CACHE_HOME/brc_fast, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brc_fast"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """A reader finds all of the file or none; OSError where it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    Path(file.name).replace(path)
 
 
 @contextmanager

@@ -27,9 +27,11 @@ class Step(NamedTuple):
     rewards       [N]     reward of this step, unscaled
     terminated    [N]     the task ended: no value beyond this state
     truncated     [N]     a time limit or a reset from outside: the value goes on
-    dropped       [N]     the simulator returned NaN: the slot was reset and this transition must not
-                          be stored (its rewards and successors are finite placeholders). A dropped slot
-                          is also marked truncated, so `terminated | truncated` is every ended episode
+    dropped       [N]     not a transition, must not be stored (its rewards and successors are finite
+                          placeholders). With `truncated`: the simulator returned NaN or its process died,
+                          and the slot was reset. Without: the environment spent the step on a reset after
+                          an episode that ended one step before. So `terminated | truncated` is every
+                          ended episode, whichever way
     ============= ======= ===========================================================================
     """
 
@@ -49,11 +51,18 @@ class VectorEnvironment(Protocol):
     task_ids: NDArray[np.int64]  # [N] int64, the task of every slot
     observation_size: int  # O, of the widest task; narrower ones are zero-padded
     action_size: int  # A, of the widest task; the surplus of narrower ones is ignored
-    max_episode_steps: int
+    max_episode_steps: int | None  # of the task with the longest episodes; None where one knows no limit
+    continues: NDArray[np.bool_]  # [N] whether `load_state_dict` goes on inside the running episode
 
     @property
     def nan_count(self) -> NDArray[np.int64]:
-        """Transitions dropped per task since the last reset, [T]; reading it waits for the device."""
+        """Transitions lost per task since the last reset, to NaN or to a process that died, [T]; reading it
+        waits for the device."""
+
+    @property
+    def successes(self) -> Tensor | None:
+        """[N] bool: the task called the newest step (that which led to `successors`) a success; None where no
+        task has such a notion."""
 
     def reset_tensors(self, seed: int | None) -> Tensor:
         """Start every environment anew; [N, O] float32. Without a seed the random numbers go on."""
@@ -62,10 +71,11 @@ class VectorEnvironment(Protocol):
         """Apply actions [N, A] in [-1, 1]."""
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Everything needed to go on exactly from here, as plain arrays."""
+        """Everything needed to go on from here, as plain arrays."""
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> Tensor:
-        """Go on from a `state_dict`; returns the observations [N, O] to act on."""
+        """Go on from a `state_dict`: exactly where `continues`, with new episodes elsewhere, whose start
+        states are those that an uninterrupted run would draw next. Returns the observations [N, O]."""
 
     def close(self) -> None:
         """Free what the environments hold."""
@@ -103,6 +113,8 @@ class GymnasiumFace:
     task_ids: NDArray[np.int64]
     observation_size: int
     action_size: int
+    continues: NDArray[np.bool_]
+    successes: Tensor | None = None
     single_observation_space: Space[Any]
     single_action_space: Space[Any]
     observation_space: Space[Any]
@@ -125,6 +137,7 @@ class GymnasiumFace:
         self.num_envs = len(task_ids)
         self.task_names = task_names
         self.task_ids = task_ids
+        self.continues = np.ones(len(task_ids), bool)
         self.observation_size = observation_size
         self.action_size = action_size
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}

@@ -1,9 +1,11 @@
-"""Several tasks stepped side by side, each by its own compiled program."""
+"""Several tasks stepped side by side, each group of slots by its own simulator."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,69 +16,132 @@ from torch.nn.functional import pad
 
 from brc_fast.errors import InputError
 
-from .base import GymnasiumFace, Step
-from .mjx import MJXVectorEnv
+from .base import GymnasiumFace, Step, VectorEnvironment
+
+
+class Group(VectorEnvironment, Protocol):
+    """An environment that can begin a step and be asked for it later."""
+
+    def launch(self, actions: Tensor) -> Any:
+        """Begin a step with actions [N, A]."""
+
+    def collect(self, launched: Any) -> Step:
+        """Wait for it."""
 
 
 class MultiTaskEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.float32], NDArray[Any]]):
-    """T groups of slots, one per task: slots are ordered by task, `task_ids` tells which belongs to which.
+    """Groups of slots of one or several tasks; slots are ordered by task, `task_ids` has the task of each.
 
     Observations are zero-padded to the widest task; of the actions each group reads as many as it has.
     All groups are launched before the first is waited for.
     """
 
-    def __init__(self, groups: Sequence[MJXVectorEnv], seed: int = 0) -> None:
+    def __init__(
+        self, groups: Sequence[Group], task_names: Sequence[str], seed: int = 0, quiet: bool = False
+    ) -> None:
         self.groups = tuple(groups)
-        self.max_episode_steps = max(group.max_episode_steps for group in self.groups)
-        sizes = [group.num_envs for group in self.groups]
-        self._ends = np.cumsum(sizes).tolist()
+        self._quiet = quiet
+        longest = [group.max_episode_steps for group in self.groups]
+        self.max_episode_steps = None if None in longest else max(length for length in longest if length)
+        slots_of: dict[str, NDArray[np.int64]] = {}  # task -> its slots, counted through all groups
+        offset = 0
+        for group in self.groups:
+            for number, name in enumerate(group.task_names):
+                slots_of[name] = offset + np.flatnonzero(group.task_ids == number)
+            offset += group.num_envs
+        order = np.concatenate([slots_of[name] for name in task_names])
+        self._order = torch.from_numpy(order)
+        places = torch.from_numpy(np.argsort(order))
+        self._places = places.split([group.num_envs for group in self.groups])  # a group's slots among ours
+        self._in_order = bool((order[1:] > order[:-1]).all())
         self.declare(
-            task_names=tuple(group.task_names[0] for group in self.groups),
-            task_ids=np.repeat(np.arange(len(sizes)), sizes),
+            task_names=tuple(task_names),
+            task_ids=np.repeat(np.arange(len(task_names)), [len(slots_of[name]) for name in task_names]),
             observation_size=max(group.observation_size for group in self.groups),
             action_size=max(group.action_size for group in self.groups),
             seed=seed,
         )
+        self.continues = np.concatenate([group.continues for group in self.groups])[order]
 
     @property
     def nan_count(self) -> NDArray[np.int64]:
-        """Transitions dropped since the last reset, [T]."""
-        return np.concatenate([group.nan_count for group in self.groups])
+        """Transitions lost since the last reset, [T]."""
+        counts = {
+            name: count
+            for group in self.groups
+            for name, count in zip(group.task_names, group.nan_count, strict=True)
+        }
+        return np.array([counts[name] for name in self.task_names], np.int64)
 
     def reset_tensors(self, seed: int | None) -> Tensor:
-        return self._padded([group.reset_tensors(seed) for group in self.groups])
+        self._compile()
+        observations = self._padded([group.reset_tensors(seed) for group in self.groups])
+        self._note_successes()
+        return observations
 
     def step_tensors(self, actions: Tensor) -> Step:
         actions = self.as_actions(actions)
-        launched = [
-            group.launch(actions[end - group.num_envs : end, : group.action_size])
-            for group, end in zip(self.groups, self._ends, strict=True)
-        ]
+        launched = []
+        for group, places in zip(self.groups, self._places, strict=True):
+            rows = actions[int(places[0]) : int(places[-1]) + 1] if self._in_order else actions[places]
+            launched.append(group.launch(rows[:, : group.action_size]))
         steps = [group.collect(step) for group, step in zip(self.groups, launched, strict=True)]
+        self._note_successes()
         observations, successors, *others = zip(*steps, strict=True)
-        return Step(self._padded(observations), self._padded(successors), *map(torch.cat, others))
+        return Step(self._padded(observations), self._padded(successors), *map(self._joined, others))
 
     def _padded(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([pad(part, (0, self.observation_size - part.shape[1])) for part in parts])
+        return self._joined([pad(part, (0, self.observation_size - part.shape[1])) for part in parts])
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Rows of all groups, on the device of the first, ordered by task."""
+        device = parts[0].device
+        rows = torch.cat([part.to(device) for part in parts])
+        return rows if self._in_order else rows[self._order.to(device)]
+
+    def _note_successes(self) -> None:
+        known = [group.successes for group in self.groups]
+        if all(part is None for part in known):
+            self.successes = None
+            return
+        no = (torch.zeros(group.num_envs, dtype=torch.bool) for group in self.groups)
+        parts = [none if part is None else part.cpu() for part, none in zip(known, no, strict=True)]
+        self.successes = self._joined(parts)
+
+    def _compile(self) -> None:
+        """Compile what is to be compiled on all cores at once: a compiler uses one."""
+        waiting = [group for group in self.groups if hasattr(group, "compile")]
+        if not waiting:
+            return
+        from . import _jax
+
+        label = (
+            f"compiling {sum(len(group.task_names) for group in waiting)} tasks as {len(waiting)} programs"
+        )
+        with _jax.progress(label, self._quiet), ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda group: group.compile(), waiting))
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         return {
-            f"{name}/{key}": value
-            for name, group in zip(self.task_names, self.groups, strict=True)
+            f"{group.task_names[0]}:{key}": value
+            for group in self.groups
             for key, value in group.state_dict().items()
         }
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> Tensor:
-        parts: dict[str, dict[str, NDArray[Any]]] = {name: {} for name in self.task_names}
+        parts: dict[str, dict[str, NDArray[Any]]] = {group.task_names[0]: {} for group in self.groups}
         for key, value in state.items():
-            suite, name, rest = [*key.split("/", 2), "", ""][:3]
-            if f"{suite}/{name}" not in parts:
+            name, _, rest = key.rpartition(":")
+            if name not in parts:
                 raise InputError(
                     f"the saved state holds {key!r}, which belongs to none of the tasks {', '.join(parts)}"
                 )
-            parts[f"{suite}/{name}"][rest] = value
+            parts[name][rest] = value
+        self._compile()
         loaded = zip(self.groups, parts.values(), strict=True)
-        return self._padded([group.load_state_dict(part) for group, part in loaded])
+        observations = self._padded([group.load_state_dict(part) for group, part in loaded])
+        self._note_successes()
+        return observations
 
     def close_extras(self, **kwargs: Any) -> None:
         for group in self.groups:

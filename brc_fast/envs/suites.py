@@ -1,8 +1,11 @@
-"""Names of the known tasks, checked without importing a simulator so that a typing error fails at once."""
+"""Names of tasks and suites, checked without importing a simulator so that a typing error fails at once."""
 
 from __future__ import annotations
 
 import difflib
+import re
+import sys
+from collections.abc import Sequence
 
 from brc_fast.errors import InputError
 
@@ -34,32 +37,144 @@ MJX_TASKS = (
     "WalkerStand",
     "WalkerWalk",
 )
-SUITES = {"mjx": MJX_TASKS}
+# Playground's robots; their models come from the MuJoCo menagerie, which its wheel does not hold.
+_LOCOMOTION = """
+    ApolloJoystickFlatTerrain BarkourJoystick BerkeleyHumanoidJoystickFlatTerrain
+    BerkeleyHumanoidJoystickRoughTerrain G1JoystickFlatTerrain G1JoystickRoughTerrain Go1JoystickFlatTerrain
+    Go1JoystickRoughTerrain Go1Getup Go1Handstand Go1Footstand H1InplaceGaitTracking H1JoystickGaitTracking
+    Op3Joystick SpotFlatTerrainJoystick SpotGetup SpotJoystickGaitTracking T1JoystickFlatTerrain
+    T1JoystickRoughTerrain
+"""
+_MANIPULATION = """
+    AlohaHandOver AlohaSinglePegInsertion PandaPickCube PandaPickCubeOrientation PandaPickCubeCartesian
+    PandaOpenCabinet PandaRobotiqPushCube LeapCubeReorient LeapCubeRotateZAxis AeroCubeRotateZAxis
+"""
+MJX_LOCOMOTION = tuple(_LOCOMOTION.split())
+MJX_MANIPULATION = tuple(_MANIPULATION.split())
+# The paper's easy DeepMind Control tasks that Playground has: all but the humanoid, point mass and swimmer of
+# dmc25, and without the variants (running backwards and the like) that only the authors have.
+_NOT_EASY = (
+    "AcrobotSwingupSparse",
+    "HumanoidStand",
+    "HumanoidWalk",
+    "HumanoidRun",
+    "PointMass",
+    "SwimmerSwimmer6",
+)
+_MT50 = """
+    assembly basketball bin-picking box-close button-press-topdown button-press-topdown-wall button-press
+    button-press-wall coffee-button coffee-pull coffee-push dial-turn disassemble door-close door-lock
+    door-open door-unlock hand-insert drawer-close drawer-open faucet-open faucet-close hammer
+    handle-press-side handle-press handle-pull-side handle-pull lever-pull pick-place-wall
+    pick-out-of-hole pick-place plate-slide plate-slide-side plate-slide-back plate-slide-back-side
+    peg-insert-side peg-unplug-side soccer stick-push stick-pull push push-wall push-back reach reach-wall
+    shelf-place sweep-into sweep window-open window-close
+"""
+_H1 = "walk stand run stair crawl pole slide hurdle maze"
+_H1HAND = (
+    f"{_H1} sit_simple sit_hard balance_simple balance_hard reach spoon window insert_small insert_normal "
+    "bookshelf_simple bookshelf_hard"
+)
 
+SUITES = {
+    "mjx/dmc25": tuple(f"mjx/{name}" for name in MJX_TASKS),
+    "mjx/dmc-easy": tuple(f"mjx/{name}" for name in MJX_TASKS if name not in _NOT_EASY),
+    "mjx/locomotion": tuple(f"mjx/{name}" for name in MJX_LOCOMOTION),
+    "mjx/manipulation": tuple(f"mjx/{name}" for name in MJX_MANIPULATION),
+    "dmc/dogs": tuple(f"dmc/dog-{name}" for name in ("stand", "walk", "trot", "run")),
+    "dmc/humanoids": tuple(f"dmc/humanoid-{name}" for name in ("stand", "walk", "run")),
+    "metaworld/mt50": tuple(f"metaworld/{name}-v3" for name in _MT50.split()),
+    "humanoidbench/h1": tuple(f"humanoidbench/h1-{name}-v0" for name in _H1.split()),
+    "humanoidbench/h1hand": tuple(f"humanoidbench/h1hand-{name}-v0" for name in _H1HAND.split()),
+}
+# Suites of the paper that nothing a user can install has: name -> why.
+_NO_HANDS = (
+    "the paper's {} objects turned by a Shadow hand: the authors have not published this environment; "
+    "EnvPool's hand tasks are envpool/<id>, your own are gym/<module>:<id>"
+)
+UNAVAILABLE = {"shadowhand/train": _NO_HANDS.format(85), "shadowhand/test": _NO_HANDS.format(29)}
+# Prefixes of task ids, each with what may follow.
+BACKENDS = {
+    "mjx": "a MuJoCo Playground task",
+    "gym": "any registered Gymnasium id, gym/HalfCheetah-v5 or gym/module:id",
+    "dmc": "<domain>-<task> of dm_control, dmc/dog-run",
+    "envpool": "any EnvPool id, envpool/WalkerRun-v1",
+    "metaworld": "a MetaWorld task, metaworld/reach-v3 (runs in EnvPool)",
+    "humanoidbench": "an id of HumanoidBench, humanoidbench/h1-walk-v0 (your own checkout)",
+}
+_KNOWN = {
+    "mjx": (*MJX_TASKS, *MJX_LOCOMOTION, *MJX_MANIPULATION),
+    "metaworld": tuple(f"{name}-v3" for name in _MT50.split()),
+}
 _HOW_TO_LIST = "all names: brc-fast envs"
 
 
-def list_tasks() -> tuple[str, ...]:
-    """Every task id that `make` accepts, such as "mjx/CartpoleSwingup"."""
-    return tuple(f"{suite}/{name}" for suite, names in SUITES.items() for name in names)
+def list_tasks(suite: str = "mjx/dmc25") -> tuple[str, ...]:
+    """Task ids of a suite, such as "mjx/CartpoleSwingup"; InputError for a name that is none."""
+    if suite in UNAVAILABLE:
+        raise InputError(f"{suite} cannot be made: {UNAVAILABLE[suite]}")
+    if suite not in SUITES:
+        raise InputError(f"unknown suite {suite!r}; suites: {', '.join((*SUITES, *UNAVAILABLE))}")
+    return SUITES[suite]
+
+
+def expand(tasks: str | Sequence[str]) -> tuple[str, ...]:
+    """Task ids of what a user named: tasks, suites or both.
+
+    Raises InputError for an unknown name, one that nothing has, and a task that appears twice.
+    """
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    if not names:
+        raise InputError("tasks must name at least one task, got an empty list")
+    suites = (*SUITES, *UNAVAILABLE)
+    found = [task for name in names for task in (list_tasks(name) if name in suites else (name,))]
+    for task in found:
+        resolve(task)
+        if found.count(task) > 1:
+            raise InputError(f"tasks must differ, but {task!r} is listed {found.count(task)} times")
+    return tuple(found)
 
 
 def resolve(task: str) -> tuple[str, str]:
-    """Split a task id into suite and name.
+    """Split a task id into backend and name.
 
-    Raises InputError, which names the nearest ids, for one that does not exist.
+    Raises InputError, which names the nearest ids, for one that does not exist. Whether a `gym`, `dmc`,
+    `envpool` or `humanoidbench` id exists is known only to that library: `make` tells.
     """
-    suite, slash, name = task.partition("/")
-    if slash and suite not in SUITES:
-        known = ", ".join(SUITES)
-        raise InputError(f"unknown suite {suite!r} in task {task!r}; known suites: {known}; {_HOW_TO_LIST}")
-    if name not in SUITES.get(suite, ()):
+    backend, slash, name = task.partition("/")
+    if slash and backend == "shadowhand":
+        raise InputError(f"{task} cannot be made: {UNAVAILABLE['shadowhand/train']}")
+    if slash and backend not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise InputError(f"unknown suite {backend!r} in task {task!r}; known suites: {known}; {_HOW_TO_LIST}")
+    plain = re.sub("-v2-goal-observable$", "-v3", name) if backend == "metaworld" else name
+    known_here = plain in _KNOWN[backend] or _registered(plain) if backend in _KNOWN else bool(name)
+    if not known_here:
         raise InputError(f"unknown task {task!r}; {_nearest(task)}{_HOW_TO_LIST}")
-    return suite, name
+    return backend, plain
+
+
+def body(task: str) -> str:
+    """What tasks that move the same MuJoCo model share: the first word of their name."""
+    return re.sub(r"(?<=[a-z0-9])[A-Z].*", "", task.partition("/")[2])
+
+
+def _registered(name: str) -> bool:
+    """Whether the user has added an environment of this name to Playground's registry."""
+    suites = ("dm_control_suite", "locomotion", "manipulation")
+    modules = [sys.modules.get(f"mujoco_playground._src.{suite}") for suite in suites]
+    return any(name in getattr(module, "_envs", ()) for module in modules)
 
 
 def _nearest(task: str) -> str:
-    by_lower = {name.rpartition("/")[2].lower(): name for name in list_tasks()}
+    backend = task.partition("/")[0]
+    names = [
+        f"{prefix}/{name}"
+        for prefix, known in _KNOWN.items()
+        if prefix == backend or backend not in _KNOWN
+        for name in known
+    ]
+    by_lower = {name.rpartition("/")[2].lower(): name for name in names}
     wanted = task.rpartition("/")[2].lower()
     close = difflib.get_close_matches(wanted, by_lower, n=4, cutoff=0.0)
     return f"nearest: {', '.join(by_lower[key] for key in close)}; "

@@ -1,0 +1,381 @@
+"""Environments that `gymnasium.make` makes, dm_control's and HumanoidBench's too, here or in other processes.
+
+In processes of their own they run in Gymnasium's AsyncVectorEnv, with three additions. A worker imports
+neither brc_fast nor the script that was started, hence no torch: the factory travels by value. A step that is
+not finite ends the episode inside the worker, marked as lost. And when a worker dies, all are started anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from types import ModuleType
+from typing import Any
+
+import cloudpickle  # type: ignore[import-untyped]
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brc_fast.errors import InputError, MissingExtraError, WorkerError
+
+from . import vector
+from .base import Step
+from .vector import VectorAdapter, check_spaces, leaves
+
+log = logging.getLogger(__name__)
+
+# Torch and JAX run threads here, whose locks `fork` would copy; `spawn` starts 8 dogs half as fast.
+_START_METHOD = "forkserver"
+_STOP_SECONDS = 2.0  # given to all workers to end by themselves
+_HOW_TO_LOOK = "--env.processes False runs it in this process and shows the traceback"
+
+
+class _Failure(Exception):
+    """What happened to a worker, in words."""
+
+
+def make_gym(
+    task: str,
+    num_envs: int,
+    seed: int = 0,
+    *,
+    episode_length: int | None = None,
+    processes: bool | None = None,
+    restarts: int = 3,
+) -> VectorAdapter:
+    """Slots of a task `gym/<id>`, `gym/<module>:<id>`, `dmc/<domain>-<task>` or `humanoidbench/<id>`.
+
+    episode_length:  steps after which an episode is truncated; default: the task's own
+    processes:       one process per slot, or all slots in this one; default: processes for dmc and
+                     humanoidbench with more than one slot. An id that Gymnasium has only as a vector
+                     environment always runs in this one
+    restarts:        times that all workers are started anew, after one died, before WorkerError is raised
+
+    Raises InputError for an id that does not exist or cannot be used, MissingExtraError for `dmc` without its
+    extra. A simulator's own exceptions come through where it runs in this process.
+    """
+    suite, _, name = task.partition("/")
+    kwargs: dict[str, Any] = {}
+    if suite == "dmc":
+        if any(importlib.util.find_spec(module) is None for module in ("shimmy", "dm_control")):
+            raise MissingExtraError("dmc/... environments", "dmc")
+        name = f"shimmy:dm_control/{name}-v0"
+        if episode_length is not None:
+            kwargs["task_kwargs"] = {"time_limit": math.inf}
+    elif suite == "humanoidbench":
+        name = f"humanoid_bench:{name}"
+    if episode_length is not None:
+        kwargs["max_episode_steps"] = episode_length
+
+    module, _, registered = name.rpartition(":")
+    with _explained(task), _silence():
+        if module:
+            importlib.import_module(module)
+        spec = gymnasium.spec(registered)
+        if spec.entry_point is None:
+            venv = gymnasium.make_vec(spec, num_envs, **kwargs)
+            limit = episode_length or spec.max_episode_steps
+            return VectorAdapter(venv, task, seed, max_episode_steps=limit)
+        # A spec also carries what the running script has registered; a module registers its own everywhere.
+        factory = SlotFactory(name if module else replace(spec, order_enforce=False), kwargs)
+        factory.spare = probe = factory()
+    check_spaces(task, probe.unflattened, probe.action_space)
+    if processes is None:
+        processes = suite != "gym" and num_envs > 1
+
+    def build() -> Any:
+        if processes:
+            return Workers(factory, num_envs)
+        return SyncVectorEnv([factory] * num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+
+    return GymAdapter(build, task, seed, probe.max_episode_steps, restarts)
+
+
+class Slot(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """One environment: flat float32 observations, no infos but "success", and "lost" instead of NaN."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        super().__init__(env)
+        space: Any = env.observation_space
+        if hasattr(env.unwrapped, "observation_spec"):  # dm_control has an order, Gymnasium sorts by name
+            names = env.unwrapped.observation_spec()
+            space = gymnasium.spaces.Dict([(name, space[name]) for name in names])
+        self.unflattened = space
+        size = sum(np.size(leaf) for leaf in leaves(space, space.sample()))
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self._zeros = np.zeros(size, np.float32)
+        spec = env.spec
+        self.max_episode_steps = None if spec is None else spec.max_episode_steps
+        own_limit = getattr(env.unwrapped, "_step_limit", math.inf)  # dm_control counts by itself
+        if self.max_episode_steps is None and math.isfinite(own_limit):
+            self.max_episode_steps = math.ceil(own_limit)
+
+    def _flat(self, observation: Any) -> NDArray[np.float32]:
+        """A new array [O]."""
+        if isinstance(self.unflattened, gymnasium.spaces.Box):
+            return np.array(observation, np.float32).ravel()
+        parts = [np.ravel(leaf) for leaf in leaves(self.unflattened, observation)]
+        return np.concatenate(parts, dtype=np.float32)
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        observation, _ = self.env.reset(**kwargs)
+        self._last = self._flat(observation)
+        return self._last, {}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        try:
+            observation, reward, terminated, truncated, info = self.env.step(action)
+        except Exception as error:
+            if type(error).__name__ != "PhysicsError":  # dm_control's word for a state that is not finite
+                raise
+            return self._last, 0.0, False, True, {"lost": True}
+        flat = self._flat(observation)
+        # Zero times what is not finite is NaN; a fifth of the time of np.isfinite(flat).all().
+        if not (math.isfinite(flat.dot(self._zeros)) and math.isfinite(reward)):
+            return self._last, 0.0, False, True, {"lost": True}
+        self._last = flat
+        kept = {"success": bool(info["success"])} if "success" in info else {}
+        return flat, reward, terminated, truncated, kept
+
+
+class SlotFactory:
+    """Makes one environment; can be sent to another process."""
+
+    def __init__(self, spec: Any, kwargs: dict[str, Any]) -> None:
+        self.spec = spec
+        self.kwargs = kwargs
+        self.home = os.getpid()
+        # For its processes. They cannot render, unless the user has set MUJOCO_GL.
+        self.environment = {
+            "OMP_NUM_THREADS": "1",
+            "MUJOCO_GL": os.environ.get("MUJOCO_GL", "disabled"),
+        }
+        self.spare: Slot | None = None  # made to learn the sizes, handed out first
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "spare": None}
+
+    def __call__(self) -> Slot:
+        if os.getpid() != self.home:
+            os.environ.update(self.environment)  # others may have started the server it was forked from
+            # Ctrl-C reaches all processes; the parent finishes the step and ends its workers.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if self.spare is not None:
+            env, self.spare = self.spare, None
+            return env
+        with _silence():
+            return Slot(gymnasium.make(self.spec, disable_env_checker=True, **self.kwargs))
+
+
+class Workers(AsyncVectorEnv[Any, Any]):
+    """An AsyncVectorEnv that says which worker failed and how (`_Failure`), and whose `close` cannot hang."""
+
+    def __init__(self, factory: SlotFactory, num_envs: int) -> None:
+        mode = AutoresetMode.SAME_STEP
+        try:
+            with self._watched(), _lean_processes(factory):
+                super().__init__([factory] * num_envs, copy=False, context=_START_METHOD, autoreset_mode=mode)
+        except _Failure:
+            self.close()
+            raise
+
+    def reset(self, **kwargs: Any) -> Any:
+        with self._watched():
+            return super().reset(**kwargs)
+
+    def step_async(self, actions: Any) -> None:
+        with self._watched():
+            super().step_async(actions)
+
+    def step_wait(self, timeout: float | None = None) -> Any:
+        with self._watched():
+            return super().step_wait(timeout)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:  # a pipe without a process at its other end
+            raise _Failure(self._who_ended()) from error
+
+    def _who_ended(self) -> str:
+        ready = wait([process.sentinel for process in self.processes], timeout=5.0)
+        ended = [slot for slot, process in enumerate(self.processes) if process.sentinel in ready]
+        for slot in ended:
+            self.processes[slot].join(1.0)  # sets the exit code
+        codes = [
+            f"the process of slot {slot} ended with exit code {self.processes[slot].exitcode}"
+            for slot in ended
+        ]
+        return " and ".join(codes) or "a process closed its pipe"
+
+    def _raise_if_errors(self, successes: Iterable[bool]) -> None:
+        failed = [slot for slot, success in enumerate(successes) if not success]
+        if failed:
+            try:
+                slot, kind, message, _ = self.error_queue.get(timeout=2.0)
+                raised = f"{kind.__name__}: {message}"
+            except Exception:  # the exception could not be pickled
+                slot, raised = failed[0], "an exception"
+            raise _Failure(f"slot {slot} raised {raised}")
+
+    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
+        for pipe in self.parent_pipes:
+            with suppress(OSError):
+                pipe.send(("close", None))
+        deadline = time.monotonic() + _STOP_SECONDS
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for pipe in self.parent_pipes:
+            pipe.close()
+
+
+@contextmanager
+def _lean_processes(factory: SlotFactory) -> Iterator[None]:
+    """Let processes that start now import only what an environment needs, and compute in one thread."""
+    before = {name: os.environ.get(name) for name in factory.environment}
+    main = sys.modules["__main__"]
+    ours = [sys.modules[__name__], vector]
+    os.environ.update(factory.environment)
+    # The server that all workers are forked from imports these once; one that already runs stays as it is.
+    preload = [factory.spec.partition(":")[0]] if isinstance(factory.spec, str) else []
+    get_context(_START_METHOD).set_forkserver_preload(["gymnasium", *preload])
+    sys.modules["__main__"] = ModuleType("__main__")  # a worker would run its file again
+    for module in ours:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        for module in ours:
+            cloudpickle.unregister_pickle_by_value(module)
+        sys.modules["__main__"] = main
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class GymAdapter(VectorAdapter):
+    """A VectorAdapter that builds its environments anew when a worker process has failed."""
+
+    def __init__(
+        self, build: Callable[[], Any], task: str, seed: int, max_episode_steps: int | None, restarts: int
+    ) -> None:
+        self._build = build
+        self._restarts = self._restarts_left = restarts
+        try:
+            venv = build()
+        except _Failure as failure:
+            raise WorkerError(f"{task} did not start: {failure}; {_HOW_TO_LOOK}") from failure
+        super().__init__(venv, task, seed, max_episode_steps=max_episode_steps, lost_key="lost")
+
+    def launch(self, actions: Tensor) -> Any:
+        try:
+            return super().launch(actions)
+        except _Failure as failure:
+            return failure
+
+    def collect(self, launched: Any) -> Step:
+        if isinstance(launched, _Failure):
+            return self._lost_step(launched)
+        try:
+            return super().collect(launched)
+        except _Failure as failure:
+            return self._lost_step(failure)
+
+    def _lost_step(self, failure: _Failure) -> Step:
+        successors = torch.from_numpy(self._observations)
+        self._replace(failure)
+        self._lost += self.num_envs
+        if self.successes is not None:
+            self.successes = torch.zeros(self.num_envs, dtype=torch.bool)
+        yes, no = torch.ones(self.num_envs, dtype=torch.bool), torch.zeros(self.num_envs, dtype=torch.bool)
+        return Step(self._restarted(), successors, torch.zeros(self.num_envs), no, yes, yes.clone())
+
+    def _restarted(self) -> Tensor:
+        while True:
+            try:
+                return super()._restarted()
+            except _Failure as failure:
+                self._replace(failure)
+
+    def _replace(self, failure: _Failure) -> None:
+        """Build all environments anew; the caller has to reset them."""
+        task = self.task_names[0]
+        while True:
+            if not self._restarts_left:
+                self.close()
+                raise WorkerError(
+                    f"{task}: {failure}, after {self._restarts} restarts; {_HOW_TO_LOOK}"
+                ) from failure
+            self._restarts_left -= 1
+            log.warning(
+                "%s: %s; starting all %d environments anew, %d restarts left",
+                task,
+                failure,
+                self.num_envs,
+                self._restarts_left,
+            )
+            self.venv.close()
+            try:
+                self.venv = self._build()
+                return
+            except _Failure as again:
+                failure = again
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No notes on old versions of a task, old words in a MuJoCo model, or a display that is not there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if importlib.util.find_spec("mujoco") is None:
+            yield
+            return
+        import mujoco
+
+        before, ours = mujoco.get_mju_user_warning(), lambda message: None
+        mujoco.set_mju_user_warning(ours)  # MuJoCo's own also writes a log file to the work folder
+        try:
+            yield
+        finally:
+            if mujoco.get_mju_user_warning() is ours:  # else dm_control has put its own there
+                mujoco.set_mju_user_warning(before)
+
+
+@contextmanager
+def _explained(task: str) -> Iterator[None]:
+    """Turn what Gymnasium says of an id into an InputError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name == "humanoid_bench":
+            raise InputError(
+                f"{task} needs humanoid_bench, which is not on the package index: clone "
+                "https://github.com/carlosferrazza/humanoid-bench and run pip install -e . in it"
+            ) from error
+        raise InputError(f"{task} needs a module that is not installed: {error}") from error
+    except ImportError as error:
+        raise InputError(f"{task} cannot be imported: {error}") from error
+    except gymnasium.error.Error as error:
+        raise InputError(f"{task} cannot be made: {error}") from error

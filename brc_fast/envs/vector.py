@@ -1,0 +1,270 @@
+"""Any `gymnasium.vector.VectorEnv` as a task of ours: true successors, flat observations, scaled actions."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import Space, spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brc_fast.errors import InputError
+
+from .base import GymnasiumFace, Step
+
+
+class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.float32], NDArray[Any]]):
+    """N slots of one task, held by a vector environment that restarts them in any of Gymnasium's three ways.
+
+    venv:               has the reset, step, close, spaces and metadata of a `gymnasium.vector.VectorEnv`. One
+                        with `step_async` and `step_wait` is stepped while other groups are
+    max_episode_steps:  longest episode in steps, None where nobody knows
+    lost_key:           boolean entry of a step's info: the transition is lost, the observation a placeholder
+    success_key:        boolean entry of a step's info: the task calls the step a success
+    observation_space:  of one slot; a Dict with fewer keys than the environment's leaves the others out
+
+    A number that is not finite loses its transition where the slot can be reset from outside (mode DISABLED);
+    in the other modes it is passed on, for `check_finite` to report. Raises InputError for spaces that do not
+    suit. A simulator's state cannot be saved: a loaded run goes on with new episodes.
+
+    Subclasses may replace how the environments are driven: `_start`, `_send` and `_receive`.
+    """
+
+    def __init__(
+        self,
+        venv: Any,
+        task: str,
+        seed: int = 0,
+        *,
+        max_episode_steps: int | None,
+        lost_key: str | None = None,
+        success_key: str | None = "success",
+        observation_space: Space[Any] | None = None,
+    ) -> None:
+        self.venv = venv
+        self.max_episode_steps = max_episode_steps
+        self._lost_key, self._success_key = lost_key, success_key
+        try:
+            self._mode = AutoresetMode(venv.metadata.get("autoreset_mode"))
+        except ValueError:
+            raise InputError(
+                f"the vector environment of {task} must say how it restarts: set metadata['autoreset_mode'] "
+                "to one of gymnasium.vector.AutoresetMode"
+            ) from None
+        self._space = venv.single_observation_space if observation_space is None else observation_space
+        action_space = venv.single_action_space
+        check_spaces(task, self._space, action_space)
+        self._low: NDArray[Any] = action_space.low
+        self._high: NDArray[Any] = action_space.high
+        self._symmetric = bool((self._low == -self._high).all())
+        self.declare(
+            task_names=(task,),
+            task_ids=np.zeros(venv.num_envs, np.int64),
+            observation_size=spaces.flatdim(self._space),
+            action_size=spaces.flatdim(action_space),
+            seed=seed,
+        )
+        self.continues[:] = False
+        self._set_key(seed)
+        self._lost = 0
+        self._running = False
+
+    @property
+    def nan_count(self) -> NDArray[np.int64]:
+        """Transitions lost since the last reset, [1]."""
+        return np.array([self._lost], np.int64)
+
+    def reset_tensors(self, seed: int | None) -> Tensor:
+        if seed is not None:
+            self._set_key(seed)
+        self._lost = 0
+        return self._restarted()
+
+    def step_tensors(self, actions: Tensor) -> Step:
+        return self.collect(self.launch(actions))
+
+    def launch(self, actions: Tensor) -> Any:
+        """Begin a step."""
+        if not self._running:
+            raise InputError("step needs a reset first: call reset or reset_tensors")
+        return self._send(self._native(self.as_actions(actions)))
+
+    def collect(self, launched: Any) -> Step:
+        return self._as_step(*self._receive(launched))
+
+    def _start(self, seeds: list[int]) -> Any:
+        """Reset all slots, slot i with seeds[i]; returns their observations."""
+        own = isinstance(getattr(self.venv, "unwrapped", None), (SyncVectorEnv, AsyncVectorEnv))
+        return self.venv.reset(seed=seeds if own else seeds[0])[0]  # others need only know a single seed
+
+    def _send(self, actions: NDArray[Any]) -> Any:
+        """Begin a step with actions in the environment's own form; what is returned goes to `_receive`."""
+        if hasattr(self.venv, "step_async"):
+            self.venv.step_async(actions)
+        return actions
+
+    def _receive(self, sent: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """End the step: what `VectorEnv.step` returns."""
+        result = self.venv.step_wait() if hasattr(self.venv, "step_wait") else self.venv.step(sent)
+        return result  # type: ignore[no-any-return]
+
+    def _set_key(self, seed: int) -> None:
+        entropy = [seed, zlib.crc32(self.task_names[0].encode())]
+        self._key = np.random.SeedSequence(entropy).generate_state(4, np.uint32)
+        self._starts = 0  # times that all slots were started since the key was set
+
+    def _restarted(self) -> Tensor:
+        """Start all slots with seeds not used before."""
+        sequence = np.random.SeedSequence([*self._key.tolist(), self._starts])
+        self._starts += 1
+        seeds = sequence.generate_state(self.num_envs, np.uint32) >> 1  # some simulators take an int32
+        observations = self._flat(self._start(seeds.tolist()), self.num_envs)
+        self._ended = np.zeros(self.num_envs, bool)
+        self._running = True
+        return self._acting_on(observations)
+
+    def _acting_on(self, observations: NDArray[np.float32]) -> Tensor:
+        self._observations = observations.copy()
+        return torch.from_numpy(observations)
+
+    def _flat(self, observation: Any, count: int) -> NDArray[np.float32]:
+        """A new array [count, O] of `count` observations, stacked in every leaf of the space."""
+        parts = [np.reshape(leaf, (count, -1)) for leaf in leaves(self._space, observation)]
+        return np.concatenate(parts, axis=1, dtype=np.float32)
+
+    def _native(self, actions: Tensor) -> NDArray[Any]:
+        """Actions between the bounds of the space, and exactly the bounds at -1 and 1."""
+        space = self.venv.single_action_space
+        unscaled: NDArray[Any] = actions.cpu().numpy().astype(space.dtype)
+        unscaled = unscaled.reshape(self.num_envs, *space.shape)
+        if self._symmetric:
+            unscaled *= self._high
+            return unscaled
+        share = (unscaled + 1) / 2
+        scaled: NDArray[Any] = self._low * (1 - share) + self._high * share
+        return scaled
+
+    def _as_step(
+        self, raw: Any, rewards: Any, terminated: Any, truncated: Any, infos: dict[str, Any]
+    ) -> Step:
+        observations = self._flat(raw, self.num_envs)
+        successors = observations.copy()
+        rewards = np.array(rewards, np.float32)
+        terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
+        ended = terminated | truncated
+        lost = self._flags(self._lost_key, infos, ended)
+        success = self._flags(self._success_key, infos, ended)
+
+        if self._mode is AutoresetMode.SAME_STEP:
+            for slot in ended.nonzero()[0]:
+                successors[slot] = self._flat(infos["final_obs"][slot], 1)[0]
+        elif self._mode is AutoresetMode.DISABLED:
+            finite = np.isfinite(successors).all(axis=1) & np.isfinite(rewards)
+            if not finite.all():
+                lost = ~finite if lost is None else lost | ~finite
+                ended |= lost
+            if ended.any():
+                restarted, _ = self.venv.reset(options={"reset_mask": ended.copy()})
+                observations[ended] = self._flat(restarted, self.num_envs)[ended]
+
+        dropped = np.zeros(self.num_envs, bool)
+        if lost is not None:
+            self._lost += int(lost.sum())
+            successors[lost] = self._observations[lost]
+            rewards[lost] = 0.0
+            terminated &= ~lost
+            truncated |= lost
+            dropped |= lost
+        if self._mode is AutoresetMode.NEXT_STEP:
+            dropped |= self._ended  # the step after an end is spent on a reset
+            rewards[self._ended] = 0.0
+            self._ended = ended
+        if success is not None:
+            self.successes = torch.from_numpy(success & ~dropped)
+        elif self.successes is not None:
+            self.successes = torch.zeros(self.num_envs, dtype=torch.bool)
+        rest = map(torch.from_numpy, (successors, rewards, terminated, truncated, dropped))
+        return Step(self._acting_on(observations), *rest)
+
+    def _flags(self, key: str | None, infos: dict[str, Any], ended: NDArray[np.bool_]) -> NDArray[Any] | None:
+        """A boolean entry of the infos of this step, [N], False where a slot has none; None without any."""
+        if not infos:
+            return None
+        places = [(infos, ~ended)]
+        if self._mode is not AutoresetMode.SAME_STEP:
+            places = [(infos, ~self._ended)]  # not those that spent the step on a reset
+        elif "final_info" in infos:  # what stands beside it belongs to the next episode
+            places.append((infos["final_info"], ended))
+        flags = None
+        for source, slots in places:
+            slots = slots & source.get(f"_{key}", True)
+            if key in source and slots.any():
+                flags = np.zeros(self.num_envs, bool) if flags is None else flags
+                flags[slots] = np.asarray(source[key])[slots].astype(bool)
+        return flags
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        if not self._running:
+            raise InputError("state_dict needs a reset first: call reset or reset_tensors")
+        counts = np.array([self.num_envs, self._starts, self._lost], np.int64)
+        return {"key": self._key.copy(), "counts": counts}
+
+    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> Tensor:
+        task = self.task_names[0]
+        wanted: Any = {"key": ((4,), np.uint32), "counts": ((3,), np.int64)}
+        if {name: (x.shape, x.dtype) for name, x in state.items()} != wanted:
+            got = ", ".join(f"{name}: {x.dtype}{list(x.shape)}" for name, x in state.items()) or "nothing"
+            raise InputError(
+                f"the saved state of {task} must hold key: uint32[4], counts: int64[3]; got {got}"
+            )
+        saved = int(state["counts"][0])
+        if saved != self.num_envs:
+            raise InputError(
+                f"the saved state of {task} is that of {saved} environments and does not fit {self.num_envs}"
+            )
+        self._key = state["key"].copy()
+        self._starts, self._lost = map(int, state["counts"][1:])
+        return self._restarted()
+
+    def close_extras(self, **kwargs: Any) -> None:
+        self._running = False
+        self.venv.close()
+
+
+def check_spaces(task: str, observation_space: Space[Any], action_space: Space[Any]) -> None:
+    """Raise InputError unless observations are arrays of numbers and actions continuous and bounded."""
+    if isinstance(observation_space, (spaces.Dict, spaces.Tuple)):
+        parts = observation_space.spaces
+        for part in parts.values() if isinstance(parts, dict) else parts:
+            check_spaces(task, part, action_space)
+    elif not isinstance(observation_space, spaces.Box):
+        raise InputError(
+            f"{task} has {observation_space} among its observations; only Box, and Dict and Tuple of Boxes, "
+            "can be used"
+        )
+    if not (
+        isinstance(action_space, spaces.Box)
+        and np.issubdtype(action_space.dtype, np.floating)
+        and action_space.is_bounded()
+    ):
+        raise InputError(
+            f"{task} has the action space {action_space}; only continuous actions with finite bounds can be "
+            "used"
+        )
+
+
+def leaves(space: Space[Any], observation: Any) -> Iterator[Any]:
+    """The arrays of an observation in the order of its space."""
+    if isinstance(space, spaces.Dict):
+        for name, part in space.spaces.items():
+            yield from leaves(part, observation[name])
+    elif isinstance(space, spaces.Tuple):
+        for part, value in zip(space.spaces, observation, strict=True):
+            yield from leaves(part, value)
+    else:
+        yield observation

@@ -1,0 +1,717 @@
+"""Gymnasium and dm_control behind the adapter: a wrong successor shows in the tags of a counter."""
+
+import importlib.util
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+gymnasium = pytest.importorskip("gymnasium", reason="needs the [gym] extra")
+
+import cloudpickle  # noqa: E402
+from gymnasium.spaces import Box, Dict, Discrete, Tuple  # noqa: E402
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv  # noqa: E402
+
+from brc_fast.envs.base import check_finite  # noqa: E402
+from brc_fast.envs.gym import GymAdapter, WorkerError, make_gym  # noqa: E402
+from brc_fast.envs.vector import VectorAdapter  # noqa: E402
+from brc_fast.errors import InputError, MissingExtraError  # noqa: E402
+
+needs_dmc = pytest.mark.skipif(
+    importlib.util.find_spec("shimmy") is None or importlib.util.find_spec("dm_control") is None,
+    reason="needs the [dmc] extra",
+)
+needs_mujoco = pytest.mark.skipif(importlib.util.find_spec("mujoco") is None, reason="needs mujoco")
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+N, LENGTH = 3, 4
+MODES = list(AutoresetMode)
+
+
+class Counter(gymnasium.Env):
+    """Observes [start, episode, step]; the reward is the number of the step.
+
+    Every third episode terminates at step 3, the others last until the time limit. An action of 1 brings
+    what `trouble` names: "nan", "inf reward", "raise", "unpicklable", "exit" or "success".
+    """
+
+    def __init__(self, trouble="", dtype=np.float32, space="box", low=-2.0, high=6.0):
+        self.trouble = trouble
+        self.kind = space
+        plain = Box(-np.inf, np.inf, (3,), dtype)
+        self.observation_space = {
+            "box": plain,
+            "grid": Box(-np.inf, np.inf, (3, 1), dtype),
+            "nested": Dict(
+                {"z": Box(-np.inf, np.inf, (), dtype), "a": Tuple([Box(-np.inf, np.inf, (2, 1), dtype)])}
+            ),
+            "discrete": Dict({"a": plain, "b": Discrete(3)}),
+        }[space]
+        self.action_space = Box(low, high, (1,), np.float32)
+        self.episode = 0
+
+    def loaded(self):
+        return {"torch", "jax", "brc_fast"} & set(sys.modules), os.environ["OMP_NUM_THREADS"]
+
+    def observe(self):
+        tags = np.array([self.start, self.episode, self.steps], self.np_dtype)
+        if self.kind == "nested":
+            return {"z": tags[0], "a": (tags[1:].reshape(2, 1),)}
+        return tags.reshape(self.observation_space.shape)
+
+    @property
+    def np_dtype(self):
+        return np.float32 if self.kind == "nested" else self.observation_space.dtype
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.start = np.float32(self.np_random.random())
+        self.episode = 1 if seed is not None else self.episode + 1
+        self.steps = 0
+        return self.observe(), {"success": True}  # of no step, must not be read
+
+    def step(self, action):
+        self.steps += 1
+        self.action = action
+        tripped = action[0] == self.action_space.high[0]
+        observation, reward, info = self.observe(), float(self.steps), {}
+        if tripped and self.trouble == "nan":
+            observation = np.full_like(observation, np.nan)
+        if tripped and self.trouble == "inf reward":
+            reward = np.inf
+        if tripped and self.trouble == "raise":
+            raise OSError("the simulator is unwell")
+        if tripped and self.trouble == "unpicklable":
+            raise type("Local", (Exception,), {})(lambda: None)
+        if tripped and self.trouble == "exit":
+            os._exit(7)
+        if self.trouble == "success":
+            info["success"] = bool(tripped)
+        ended = self.episode % 3 == 0 and self.steps == LENGTH - 1
+        return observation, reward, ended, False, info
+
+
+class Counted:
+    """Makes a Counter with a time limit."""
+
+    def __init__(self, limit=LENGTH, **settings):
+        self.limit, self.settings = limit, settings
+
+    def __call__(self):
+        return gymnasium.wrappers.TimeLimit(Counter(**self.settings), self.limit)
+
+
+def registered(**settings):
+    """A task id whose environments are Counters."""
+    name = f"Counter{abs(hash(frozenset(settings.items())))}-v0"
+    if name not in gymnasium.registry:
+        gymnasium.register(name, Counter, max_episode_steps=LENGTH, kwargs=settings)
+    return f"gym/{name}"
+
+
+def adapted(mode=AutoresetMode.SAME_STEP, processes=False, seed=0, count=N, **settings):
+    factories = [Counted(**settings)] * count
+    if processes:
+        venv = AsyncVectorEnv(factories, autoreset_mode=mode, context="forkserver")
+    else:
+        venv = SyncVectorEnv(factories, autoreset_mode=mode)
+    return VectorAdapter(venv, "gym/Counter-v0", seed, max_episode_steps=LENGTH)
+
+
+def still(env):
+    return torch.zeros(env.num_envs, env.action_size)
+
+
+def tripping(env, *slots):
+    actions = still(env)
+    actions[list(slots)] = 1.0
+    return actions
+
+
+def run(env, steps):
+    return [env.step_tensors(still(env)) for _ in range(steps)]
+
+
+def same(first, second):
+    return all(
+        torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True)
+    )
+
+
+def follow(env, steps):
+    """Check every step against the tags; returns the number of episodes that ended in a restart."""
+    acted_on = env.reset_tensors(0)
+    assert (acted_on[:, 1:] == torch.tensor([1.0, 0.0])).all()
+    ends = 0
+    for _ in range(steps):
+        step = env.step_tensors(still(env))
+        ended = step.terminated | step.truncated
+        for slot in range(env.num_envs):
+            before, to, now = acted_on[slot], step.successors[slot], step.observations[slot]
+            if step.dropped[slot]:
+                assert not ended[slot]
+                assert step.rewards[slot] == 0
+                assert now.tolist()[1:] == [before[1] + 1, 0]
+                continue
+            assert to.tolist() == [before[0], before[1], before[2] + 1]
+            assert step.rewards[slot] == to[2]
+            assert bool(step.terminated[slot]) == (to[1] % 3 == 0 and to[2] == LENGTH - 1)
+            assert bool(step.truncated[slot]) == (to[2] == LENGTH)
+            if not ended[slot] or env._mode is AutoresetMode.NEXT_STEP:
+                assert torch.equal(now, to)
+            else:
+                assert now.tolist()[1:] == [to[1] + 1, 0]
+                assert now[0] != to[0]
+                ends += 1
+        acted_on = step.observations
+    return ends
+
+
+@pytest.mark.parametrize("space", ["box", "grid", "nested"])
+@pytest.mark.parametrize("mode", MODES)
+def test_successors_and_ends_are_true_in_every_restart_mode(mode, space):
+    env = adapted(mode, space=space)
+    if space == "nested":  # Gymnasium sorts the names of a Dict: a before z
+        turned = env._flat
+        env._flat = lambda raw, count: np.roll(turned(raw, count), 1, axis=1)
+    ends = follow(env, 5 * LENGTH)
+    assert (ends == 0) == (mode is AutoresetMode.NEXT_STEP)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_worker_processes_return_the_steps_of_one_process(mode):
+    here, there = adapted(mode), adapted(mode, processes=True)
+    assert torch.equal(here.reset_tensors(5), there.reset_tensors(5))
+    assert same(run(here, 3 * LENGTH), run(there, 3 * LENGTH))
+    there.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_reset_step_is_dropped_in_next_step_mode_only(mode):
+    env = adapted(mode)
+    env.reset_tensors(0)
+    dropped = [bool(step.dropped.any()) for step in run(env, LENGTH + 2)]
+    assert dropped == [False] * LENGTH + [mode is AutoresetMode.NEXT_STEP, False]
+    assert env.nan_count.tolist() == [0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_step_returns_never_changes_later(mode):
+    env = adapted(mode)
+    env.reset_tensors(0)
+    kept = run(env, 2 * LENGTH)
+    copies = [[x.clone() for x in step] for step in kept]
+    for step in kept[:1]:
+        step.observations.fill_(7.0)  # nor does the adapter read what the caller owns
+    run(env, LENGTH)
+    assert same(kept[1:], copies[1:])
+    assert not torch.equal(kept[-1].observations, run(env, 1)[0].observations)
+
+
+# Infos
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_success_is_that_of_the_step_and_not_of_the_reset_beside_it(mode):
+    env = adapted(mode, trouble="success")
+    env.reset_tensors(0)
+    assert env.successes is None
+    for number in range(3 * LENGTH):
+        step = env.step_tensors(tripping(env, 1) if number % 2 else still(env))
+        told = torch.tensor([False, bool(number % 2), False]) & ~step.dropped
+        assert torch.equal(env.successes, told), number
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_task_whose_steps_report_no_success_has_none(mode):
+    env = adapted(mode)
+    env.reset_tensors(0)
+    run(env, LENGTH + 1)
+    assert env.successes is None
+
+
+@pytest.mark.parametrize("trouble", ["nan", "inf reward"])
+def test_a_slot_that_is_not_finite_is_lost_and_starts_anew(trouble):
+    foreign = adapted(AutoresetMode.DISABLED, trouble=trouble)
+    for env in (foreign, make_gym(registered(trouble=trouble), N, processes=False)):
+        env.reset_tensors(0)
+        observed = run(env, 1)[0].observations
+        before = observed.clone()
+        observed.fill_(9.0)  # it belongs to the caller
+        step = env.step_tensors(tripping(env, 1))
+        assert step.dropped.tolist() == step.truncated.tolist() == [False, True, False]
+        assert not step.terminated.any()
+        assert torch.equal(step.successors[1], before[1])
+        assert step.rewards.tolist() == [2.0, 0.0, 2.0]
+        assert step.observations[:, 1:].tolist() == [[1, 2], [2, 0], [1, 2]]
+        assert env.nan_count.tolist() == [1]
+        assert not run(env, 1)[0].dropped.any()
+        env.reset_tensors(None)
+        assert env.nan_count.tolist() == [0]
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
+def test_where_a_foreign_slot_cannot_be_reset_the_check_reports_it(mode):
+    env = adapted(mode, trouble="nan")
+    env.reset_tensors(0)
+    with pytest.raises(
+        InputError, match="observations of gym/Counter-v0 are not finite in environment 2 at step 9"
+    ):
+        check_finite(env.step_tensors(tripping(env, 2)), env, 9)
+
+
+# Actions and spaces
+
+
+@pytest.mark.parametrize("bounds", [(-2.0, 6.0), (-1.9, -0.8), (-1.0, 1.0), (-0.4, 0.4)])
+def test_actions_reach_exactly_the_bounds(bounds):
+    env = adapted(low=bounds[0], high=bounds[1])
+    env.reset_tensors(0)
+    env.step_tensors(torch.tensor([[-1.0], [0.0], [1.0]]))
+    low, middle, high = (slot.unwrapped.action for slot in env.venv.envs)
+    space = env.venv.single_action_space
+    assert (low.dtype, low, high) == (np.float32, space.low, space.high)
+    assert middle == pytest.approx((bounds[0] + bounds[1]) / 2, abs=1e-6)
+
+
+def test_spaces_are_those_of_the_contract():
+    env = adapted(space="nested", dtype=np.float64)
+    assert (env.observation_size, env.action_size, env.max_episode_steps) == (3, 1, LENGTH)
+    assert env.observation_space == Box(-np.inf, np.inf, (N, 3), np.float32)
+    assert env.action_space == Box(-1, 1, (N, 1), np.float32)
+    assert not env.continues.any()
+    assert env.reset_tensors(0).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            {"single_action_space": Discrete(2)},
+            "gym/Counter-v0 has the action space Discrete(2); only continuous actions with finite bounds can "
+            "be used",
+        ),
+        (
+            {"single_action_space": Box(-np.inf, np.inf, (1,), np.float32)},
+            "gym/Counter-v0 has the action space Box(-inf, inf, (1,), float32); only continuous actions with "
+            "finite bounds can be used",
+        ),
+        (
+            {"single_observation_space": Discrete(5)},
+            "gym/Counter-v0 has Discrete(5) among its observations; only Box, and Dict and Tuple of Boxes, "
+            "can be used",
+        ),
+        (
+            {"metadata": {}},
+            "the vector environment of gym/Counter-v0 must say how it restarts: set "
+            "metadata['autoreset_mode'] to one of gymnasium.vector.AutoresetMode",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_refused(spoil, message):
+    venv = SyncVectorEnv([Counted()])
+    for name, value in spoil.items():
+        setattr(venv, name, value)
+    with pytest.raises(InputError) as error:
+        VectorAdapter(venv, "gym/Counter-v0", max_episode_steps=LENGTH)
+    assert str(error.value) == message
+
+
+def test_spaces_are_refused_before_any_worker_starts(monkeypatch):
+    monkeypatch.setattr("brc_fast.envs.gym.Workers", None)
+    with pytest.raises(InputError, match="has the action space Discrete"):
+        make_gym("gym/CartPole-v1", N, processes=True)
+    with pytest.raises(InputError, match=r"has Discrete\(3\) among its observations"):
+        make_gym(registered(space="discrete"), N, processes=True)
+
+
+def test_stepping_and_saving_need_a_reset_first():
+    env = adapted()
+    with pytest.raises(InputError, match="step needs a reset first"):
+        env.step_tensors(still(env))
+    with pytest.raises(InputError, match="state_dict needs a reset first"):
+        env.state_dict()
+
+
+# Seeds and saved states
+
+
+def test_a_seed_fixes_the_run_and_no_two_slots_or_resets_start_alike():
+    first, second = adapted(), adapted()
+    start = first.reset_tensors(3)
+    second.reset_tensors(9)
+    run(second, 5)
+    assert torch.equal(start, second.reset_tensors(3))  # also in the middle of a run
+    assert same(run(first, 2 * LENGTH), run(second, 2 * LENGTH))
+    more = [start, first.reset_tensors(None), first.reset_tensors(None), first.reset_tensors(4)]
+    assert len({float(x) for starts in more for x in starts[:, 0]}) == 4 * N
+    assert torch.equal(more[1], second.reset_tensors(None))
+
+
+def test_tasks_with_the_same_seed_start_differently():
+    one, other = (
+        VectorAdapter(SyncVectorEnv([Counted()]), task, max_episode_steps=4) for task in ("a/b", "a/c")
+    )
+    assert one.reset_tensors(0)[0, 0] != other.reset_tensors(0)[0, 0]
+
+
+def test_a_loaded_run_starts_new_episodes_that_are_those_of_the_next_reset():
+    env, fresh = adapted(), adapted(seed=8)
+    start = env.reset_tensors(3)
+    run(env, 2)
+    state = env.state_dict()
+    resumed = fresh.load_state_dict(state)
+    assert not torch.equal(resumed, start)
+    assert torch.equal(resumed, env.reset_tensors(None))
+    assert same(run(env, LENGTH), run(fresh, LENGTH))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"counts": np.array([5, 1, 0])}, "is that of 5 environments and does not fit 3"),
+        ({"key": np.zeros(2, np.uint32)}, "must hold key: uint32[4], counts: int64[3]; got key: uint32[2], "),
+        ({"more": np.zeros(1)}, "more: float64[1]"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(change, message):
+    env = adapted()
+    env.reset_tensors(0)
+    with pytest.raises(InputError) as error:
+        env.load_state_dict({**env.state_dict(), **change})
+    assert message in str(error.value)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (
+            "gym/Pendulom-v1",
+            "gym/Pendulom-v1 cannot be made: Environment `Pendulom` doesn't exist. Did you mean: ",
+        ),
+        (
+            "gym/no_such_module:Foo-v0",
+            "needs a module that is not installed: No module named 'no_such_module'",
+        ),
+        ("gym/CartPole-v1", "gym/CartPole-v1 has the action space Discrete(2); only continuous actions"),
+    ],
+)
+def test_a_name_that_cannot_be_used_is_an_input_error(task, message):
+    with pytest.raises(InputError) as error:
+        make_gym(task, 1)
+    assert message in str(error.value)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("humanoid_bench") is not None, reason="humanoid_bench is installed"
+)
+def test_humanoidbench_says_where_it_comes_from():
+    with pytest.raises(
+        InputError, match="needs humanoid_bench, which is not on the package index: clone https"
+    ):
+        make_gym("humanoidbench/h1-walk-v0", 1)
+
+
+def test_dmc_without_dm_control_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"dmc/... environments needs the \[dmc\] extra"):
+        make_gym("dmc/dog-run", 1)
+
+
+def test_episode_length_replaces_the_time_limit():
+    env = make_gym(registered(), N, episode_length=2)
+    env.reset_tensors(0)
+    assert env.max_episode_steps == 2
+    assert [bool(step.truncated.all()) for step in run(env, 4)] == [False, True, False, True]
+
+
+def test_an_id_with_only_a_vector_implementation_runs_as_that():
+    class Only(gymnasium.vector.VectorEnv):
+        def __init__(self, num_envs, max_episode_steps):
+            self.inner = SyncVectorEnv([Counted(max_episode_steps)] * num_envs)
+            self.num_envs = num_envs
+            self.metadata = self.inner.metadata
+            self.single_observation_space = self.inner.single_observation_space
+            self.single_action_space = self.inner.single_action_space
+            self.step = self.inner.step
+
+        def reset(self, *, seed=None, options=None):
+            assert seed is None or isinstance(seed, int)
+            return self.inner.reset(seed=seed, options=options)
+
+    gymnasium.register("OnlyVector-v0", vector_entry_point=Only, max_episode_steps=LENGTH)
+    try:
+        env = make_gym("gym/OnlyVector-v0", N)
+        assert (env.max_episode_steps, env._mode) == (LENGTH, AutoresetMode.NEXT_STEP)
+        follow(env, 3 * LENGTH)
+    finally:
+        del gymnasium.registry["OnlyVector-v0"]
+
+
+# Worker processes
+
+
+@pytest.fixture
+def workers():
+    made = []
+
+    def make(**settings):
+        restarts = settings.pop("restarts", 1)
+        made.append(make_gym(registered(**settings), N, processes=True, restarts=restarts))
+        return made[-1]
+
+    yield make
+    for env in made:
+        env.close()
+
+
+def test_workers_follow_the_tags_and_restart_in_the_same_step(workers):
+    assert follow(workers(), 4 * LENGTH) > 0
+
+
+def test_workers_import_neither_torch_nor_this_package_and_use_one_thread(workers):
+    assert workers().venv.call("loaded") == ((set(), "1"),) * N
+
+
+def break_worker(env, how):
+    if how == "kill":
+        os.kill(env.venv.processes[1].pid, signal.SIGKILL)
+    return env.step_tensors(tripping(env, 1))
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ("kill", "the process of slot 1 ended with exit code -9"),
+        ("exit", "the process of slot 1 ended with exit code 7"),
+        ("raise", "slot 1 raised OSError: the simulator is unwell"),
+        ("unpicklable", "slot 1 raised an exception"),
+    ],
+)
+def test_a_broken_worker_costs_one_step_and_ends_the_run_when_it_goes_on(workers, caplog, how, what):
+    env = workers(trouble=how)
+    task = env.task_names[0]
+    start = env.reset_tensors(0)
+    before = run(env, 1)[0].observations
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        step = break_worker(env, how)
+    assert time.monotonic() - began < 20
+    assert caplog.messages == [f"{task}: {what}; starting all 3 environments anew, 0 restarts left"]
+    assert step.dropped.all()
+    assert step.truncated.all()
+    assert not step.terminated.any()
+    assert torch.equal(step.successors, before)
+    assert (step.observations[:, 1:] == torch.tensor([1.0, 0.0])).all()
+    assert not set(step.observations[:, 0].tolist()) & set(start[:, 0].tolist())
+    assert env.nan_count.tolist() == [N]
+    assert not run(env, 1)[0].dropped.any()
+
+    with pytest.raises(WorkerError) as error:
+        break_worker(env, how)
+    assert str(error.value) == (
+        f"{task}: {what}, after 1 restarts; "
+        "--env.processes False runs it in this process and shows the traceback"
+    )
+    assert not multiprocessing.active_children()
+    env.close()
+
+
+def test_an_exception_in_this_process_comes_through_unchanged():
+    env = make_gym(registered(trouble="raise"), N, processes=False)
+    env.reset_tensors(0)
+    with pytest.raises(OSError, match="the simulator is unwell"):
+        env.step_tensors(tripping(env, 0))
+
+
+def test_a_worker_lost_during_a_reset_is_replaced(workers):
+    env = workers()
+    env.reset_tensors(0)
+    os.kill(env.venv.processes[0].pid, signal.SIGKILL)
+    assert (env.reset_tensors(1)[:, 2] == 0).all()
+    assert not run(env, 1)[0].dropped.any()
+
+
+@pytest.mark.parametrize("pending", [False, True])
+def test_close_ends_all_workers_also_while_one_is_dead_or_at_work(workers, pending):
+    env = workers()
+    env.reset_tensors(0)
+    os.kill(env.venv.processes[0].pid, signal.SIGSTOP if pending else signal.SIGKILL)
+    if pending:
+        env.launch(still(env))
+    began = time.monotonic()
+    env.close()
+    env.close()
+    assert time.monotonic() - began < 10
+    assert not multiprocessing.active_children()
+
+
+SCRIPT = """
+import os, signal, sys, time, torch
+from brc_fast.envs.gym import make_gym
+print("script", flush=True)
+env = make_gym("gym/Pendulum-v1", 2, processes=True)
+env.reset_tensors(0)
+print(*(process.pid for process in env.venv.processes), flush=True)
+while True:
+    env.step_tensors(torch.zeros(2, 1))
+    if sys.argv[1] == "exit":
+        break
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+@pytest.mark.parametrize("how", ["exit", "interrupt", "kill"])
+def test_no_worker_outlives_its_parent_or_runs_its_script(tmp_path, how):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    running = subprocess.Popen(
+        [sys.executable, str(script), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group of its own, all of which Ctrl-C reaches
+    )
+    assert running.stdout.readline() == "script\n"
+    pids = [int(pid) for pid in running.stdout.readline().split()]
+    if how == "interrupt":
+        os.killpg(running.pid, signal.SIGINT)
+    if how == "kill":
+        running.kill()
+    out, err = running.communicate(timeout=30)
+    assert out == ""
+    if how != "kill":  # workers may then complain of the closed pipe
+        assert err.count("Traceback") == (how == "interrupt")
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+# Real simulators beside their own interface
+
+
+def dm_episode(domain, task, seed, actions):
+    """Flat observations and rewards of one dm_control episode, and how it ended."""
+    from dm_control import suite
+
+    env = suite.load(domain, task, task_kwargs={"random": np.random.RandomState(seed)})
+    steps = [env.reset()] + [env.step(action) for action in actions]
+    assert [step.last() for step in steps[1:]] == [False] * (len(actions) - 1) + [True]
+    flat = [np.concatenate([np.ravel(x) for x in step.observation.values()]) for step in steps]
+    return np.array(flat, np.float32), [step.reward for step in steps[1:]], steps[-1].discount
+
+
+@needs_dmc
+@pytest.mark.parametrize(
+    ("domain", "task", "processes"),
+    [
+        ("cartpole", "swingup", False),
+        ("ball_in_cup", "catch", True),
+        pytest.param("dog", "run", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_dmc_episode_is_that_of_dm_control(domain, task, processes, monkeypatch):
+    env = make_gym(f"dmc/{domain}-{task}", 2, processes=processes)
+    assert env.max_episode_steps == 1000
+    seeds = []
+    start = env._start
+    monkeypatch.setattr(env, "_start", lambda given: (seeds.extend(given), start(given))[1])
+    observations = [env.reset_tensors(1)]
+    generator = torch.Generator().manual_seed(0)
+    actions = torch.rand(1000, 2, env.action_size, generator=generator) * 2 - 1
+    steps = [env.step_tensors(action) for action in actions]
+    env.close()
+    observations += [step.successors for step in steps]
+    for slot in range(2):
+        flat, rewards, discount = dm_episode(domain, task, seeds[slot], actions[:, slot].double().numpy())
+        np.testing.assert_array_equal(torch.stack(observations)[:, slot].numpy(), flat)
+        got = torch.stack([step.rewards for step in steps])[:, slot]
+        np.testing.assert_array_equal(got.numpy(), np.array(rewards, np.float32))
+        assert discount == 1.0
+    assert steps[-1].truncated.all()
+    assert not any(step.terminated.any() or step.dropped.any() for step in steps)
+    assert not any(step.truncated.any() for step in steps[:-1])
+    assert not torch.equal(steps[-1].observations, steps[-1].successors)
+
+
+@needs_dmc
+def test_a_dmc_episode_can_be_longer_than_its_own_and_a_bad_state_is_lost():
+    env = make_gym("dmc/cartpole-swingup", 1, episode_length=1005)
+    assert env.max_episode_steps == 1005
+    env.reset_tensors(0)
+    ends = [number for number, step in enumerate(run(env, 1006), 1) if step.truncated.any()]
+    assert ends == [1005]
+    step = env.step_tensors(torch.full((1, 1), torch.nan))
+    assert step.dropped.all()
+    assert step.truncated.all()
+    assert step.observations.isfinite().all()
+    assert not run(env, 1)[0].dropped.any()
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param("dmc/cartpole-swingup", marks=needs_dmc),
+        pytest.param("gym/HalfCheetah-v5", marks=needs_mujoco),
+        pytest.param("gym/HalfCheetah-v4", marks=needs_mujoco),
+    ],
+)
+def test_making_a_task_without_a_display_prints_nothing(task, tmp_path):
+    code = f'from brc_fast.envs.gym import make_gym; make_gym("{task}", 2, processes=True).close()'
+    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MUJOCO_GL")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())  # MuJoCo's log
+
+
+@needs_mujoco
+def test_a_gymnasium_episode_is_that_of_gymnasium(monkeypatch):
+    env = make_gym("gym/InvertedPendulum-v5", 2)
+    seeds = []
+    start = env._start
+    monkeypatch.setattr(env, "_start", lambda given: (seeds.extend(given), start(given))[1])
+    acted_on = env.reset_tensors(2)
+    singles = [gymnasium.make("InvertedPendulum-v5") for _ in range(2)]
+    now = [single.reset(seed=seed)[0] for single, seed in zip(singles, seeds, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    terminated = 0
+    for _ in range(200):
+        np.testing.assert_array_equal(acted_on.numpy(), np.array(now, np.float32))
+        actions = torch.rand(2, 1, generator=generator) * 2 - 1
+        step = env.step_tensors(actions)
+        for slot, single in enumerate(singles):
+            now[slot], reward, end, cut, _ = single.step(actions[slot].numpy() * np.float32(3))
+            np.testing.assert_array_equal(step.successors[slot].numpy(), now[slot].astype(np.float32))
+            assert (step.rewards[slot], step.terminated[slot], step.truncated[slot]) == (reward, end, cut)
+            if end or cut:
+                now[slot] = single.reset()[0]
+                terminated += end
+        acted_on = step.observations
+    assert terminated > 5
+
+
+def test_the_gymnasium_face_gives_final_observations():
+    env = make_gym(registered(), N)
+    assert isinstance(env, GymAdapter)
+    env.reset(seed=1)
+    for _ in range(LENGTH):
+        _, _, _, truncated, infos = env.step(np.zeros((N, 1), np.float32))
+    assert truncated.all()
+    assert [final[2] for final in infos["final_obs"]] == [LENGTH] * N

@@ -1,0 +1,333 @@
+"""MJX programs: shared by tasks of one body, kept between processes, for any environment of Playground's."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from brc_fast.envs import make
+from brc_fast.errors import InputError
+
+if importlib.util.find_spec("mujoco_playground") is None or importlib.util.find_spec("gymnasium") is None:
+    pytest.skip("needs the [mjx] extra", allow_module_level=True)
+
+import jax
+import jax.numpy as jnp
+from mujoco_playground import dm_control_suite
+from mujoco_playground._src.dm_control_suite import cartpole, finger
+
+from brc_fast.envs import _playground, _programs
+from brc_fast.envs.suites import body, list_tasks
+
+N = 4
+POLES = ("mjx/CartpoleBalance", "mjx/CartpoleSwingup", "mjx/CartpoleSwingupSparse")
+
+
+def random_actions(env, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, env.num_envs, env.action_size, generator=generator) * 2 - 1
+
+
+def simulator_calls(monkeypatch):
+    """Number of slots of every call of the simulator that is traced from here on."""
+    sizes = []
+    usual = _playground._simulate
+
+    def counted(call, tasks, varied, operands):
+        if call.kind == "step":
+            sizes.append(sum(len(jax.tree.leaves(part)[0]) for part in operands.values()))
+        return usual(call, tasks, varied, operands)
+
+    monkeypatch.setattr(_playground, "_simulate", counted)
+    return sizes
+
+
+def agree_with_each_alone(tasks, steps, atol):
+    both = make(tasks, N, episode_length=steps // 3)
+    alone = [make(task, N, episode_length=steps // 3) for task in tasks]
+    observations, parts = both.reset_tensors(1), [env.reset_tensors(1) for env in alone]
+    for actions in random_actions(both, steps):
+        step = both.step_tensors(actions)
+        for task, env in enumerate(alone):
+            rows = slice(task * N, (task + 1) * N)
+            np.testing.assert_allclose(observations[rows, : env.observation_size], parts[task], atol=atol)
+            assert not observations[rows, env.observation_size :].any()
+            single = env.step_tensors(actions[rows, : env.action_size])
+            width = env.observation_size
+            np.testing.assert_allclose(step.successors[rows, :width], single.successors, atol=atol)
+            np.testing.assert_allclose(step.rewards[rows], single.rewards, atol=atol)
+            for got, expected in zip(step[3:], single[3:], strict=True):
+                assert torch.equal(got[rows], expected)
+            parts[task] = single.observations
+        observations = step.observations
+
+
+def test_tasks_of_one_body_call_the_simulator_once_for_all_their_slots(monkeypatch):
+    sizes = simulator_calls(monkeypatch)
+    monkeypatch.setattr(_programs._Kept, "read", lambda self: None)
+    programs = _programs.Programs(POLES, "jax", N, False)
+    assert set(sizes) == {len(POLES) * N}
+    assert programs.sizes == (5, 1, [1000] * 3)
+
+
+def test_tasks_of_one_body_step_as_each_does_alone():
+    env = make(POLES, N)
+    assert type(env).__name__ == "MJXVectorEnv"
+    assert env.task_names == POLES
+    agree_with_each_alone(POLES, 60, 1e-4)
+
+
+@pytest.mark.slow
+def test_tasks_whose_models_differ_in_numbers_share_a_call_and_keep_their_numbers(monkeypatch):
+    """FingerTurnEasy and FingerTurnHard have targets of different sizes, FingerSpin has no target at all."""
+    sizes = simulator_calls(monkeypatch)
+    monkeypatch.setattr(_programs._Kept, "read", lambda self: None)
+    tasks = ("mjx/FingerSpin", "mjx/FingerTurnEasy", "mjx/FingerTurnHard")
+    _programs.Programs(tasks, "jax", N, False)
+    assert set(sizes) == {N * len(tasks)}
+    easy, hard = (_playground._load(f"FingerTurn{size}", "jax").mj_model for size in ("Easy", "Hard"))
+    assert not np.array_equal(easy.site_size, hard.site_size)
+    agree_with_each_alone(tasks, 30, 1e-4)
+    assert finger.EASY_TARGET_SIZE != finger.HARD_TARGET_SIZE
+
+
+def test_tasks_keep_the_order_in_which_they_were_named():
+    names = ("mjx/CartpoleSwingup", "mjx/PendulumSwingup", "mjx/CartpoleBalance")
+    env = make(names, N, episode_length=20)
+    assert env.task_names == names
+    assert env.task_ids.tolist() == [0] * N + [1] * N + [2] * N
+    assert len(env.groups) == 2
+    observations = env.reset_tensors(3)
+    alone = [make(name, N, episode_length=20) for name in names]
+    starts = [single.reset_tensors(3) for single in alone]
+    spoiled = env.groups[0] if len(env.groups[0].task_names) == 2 else env.groups[1]
+    for actions in random_actions(env, 45):
+        for task, start in enumerate(starts):
+            rows = slice(task * N, (task + 1) * N)
+            np.testing.assert_allclose(observations[rows, : start.shape[1]], start, atol=1e-4)
+        observations = env.step_tensors(actions).observations
+        starts = [
+            single.step_tensors(actions[task * N : (task + 1) * N]).observations
+            for task, single in enumerate(alone)
+        ]
+    state = spoiled._slots.state
+    last = {**state[1], "data.qpos": state[1]["data.qpos"].at[0].set(jnp.nan)}
+    spoiled._slots = spoiled._slots._replace(state=[state[0], last])
+    assert env.step_tensors(actions).dropped.nonzero().flatten().tolist() == [2 * N]
+    assert env.nan_count.tolist() == [0, 0, 1]
+
+
+def test_bodies_of_the_25_tasks_are_13():
+    assert len({body(task) for task in list_tasks()}) == 13
+
+
+@pytest.mark.slow
+def test_all_25_tasks_step_side_by_side():
+    env = make("mjx/dmc25", 1, quiet=True)
+    assert len(env.groups) == 13
+    assert (env.num_envs, env.observation_size, env.action_size) == (25, 67, 21)
+    observations = env.reset_tensors(0)
+    assert observations.isfinite().all()
+    for actions in random_actions(env, 3):
+        step = env.step_tensors(actions)
+        assert step.successors.isfinite().all()
+        assert not step.dropped.any()
+    for task in range(25):
+        width = next(g.observation_size for g in env.groups if env.task_names[task] in g.task_names)
+        assert not step.successors[task, width:].any()
+
+
+# What Playground's own DeepMind Control tasks do not have: termination, named observations, action repeat.
+
+
+class Falling(cartpole.Balance):
+    """Ends when the cart leaves a strip; shows the policy a part of what it knows; counts steps in `info`."""
+
+    strip = 0.02
+
+    def __init__(self, config=None, config_overrides=None):
+        super().__init__(swing_up=False, sparse=False, config=config, config_overrides=config_overrides)
+
+    def reset(self, rng):
+        state = super().reset(rng)
+        return state.replace(obs=self._named(state.obs), info={**state.info, "age": jnp.zeros(())})
+
+    def step(self, state, action):
+        after = super().step(state.replace(obs=state.obs["privileged_state"]), action)
+        info = {**after.info, "age": state.info["age"] + 1}
+        done = (jnp.abs(after.data.qpos[0]) > self.strip).astype(float)
+        return after.replace(obs=self._named(after.obs), done=done, info=info, reward=info["age"])
+
+    def _named(self, obs):
+        return {"state": obs[:2], "privileged_state": obs}
+
+
+class Twice(Falling):
+    pass
+
+
+def settings(repeat):
+    config = cartpole.default_config()
+    config.action_repeat, config.episode_length = repeat, 31
+    return config
+
+
+dm_control_suite.register_environment("Falling", Falling, lambda: settings(1))
+dm_control_suite.register_environment("Twice", Twice, lambda: settings(2))
+
+
+def test_termination_is_told_from_truncation_and_the_true_successor_is_kept():
+    env = make("mjx/Falling", N)
+    assert (env.observation_size, env.max_episode_steps) == (2, 31)
+    env.reset_tensors(0)
+    ages = torch.zeros(N)
+    terminations = truncations = 0
+    for actions in random_actions(env, 300):
+        step = env.step_tensors(actions)
+        ages += 1
+        assert torch.equal(step.rewards, ages)  # also after a restart: `info` restarted too
+        outside = step.successors[:, 0].abs() > Falling.strip
+        assert torch.equal(step.terminated, outside)
+        assert torch.equal(step.truncated, ages == 31)
+        ended = step.terminated | step.truncated
+        assert torch.equal((step.observations != step.successors).any(dim=1), ended)
+        assert (step.observations[ended, 0].abs() <= 0.2).all()
+        ages[ended] = 0
+        terminations += int(step.terminated.sum())
+        truncations += int(step.truncated.sum())
+    assert terminations > 5
+    assert env.nan_count.tolist() == [0]
+
+
+def test_slots_of_a_task_that_ends_often_never_share_a_start_state_beside_one_that_does_not():
+    programs = _programs.Programs(("mjx/CartpoleBalance", "mjx/Falling"), "jax", N, False)
+    assert programs.sizes.episode_lengths == [1000, 31]
+    from brc_fast.envs.mjx import MJXVectorEnv
+
+    env = MJXVectorEnv(("mjx/CartpoleBalance", "mjx/Falling"), N)
+    starts = [env.reset_tensors(0)[N:, :2]]
+    for actions in random_actions(env, 200):
+        step = env.step_tensors(actions)
+        ended = (step.terminated | step.truncated)[N:]
+        starts.append(step.observations[N:, :2][ended])
+        assert not (step.terminated | step.truncated)[:N].any()
+    starts = torch.cat(starts)
+    assert len(starts) > 6 * N
+    assert len(starts.unique(dim=0)) == len(starts)
+
+
+def test_an_action_repeat_adds_rewards_until_the_task_ends():
+    env, single = make("mjx/Twice", N), make("mjx/Falling", N, episode_length=1000)
+    assert env.max_episode_steps == 16  # 31 steps of the simulation, two per action
+    env._keys = single._keys = np.ones((1, 2), np.uint32)
+    assert torch.equal(env.reset_tensors(None), single.reset_tensors(None))
+    over = torch.zeros(N, dtype=torch.bool)
+    for actions in random_actions(env, 10):
+        step, first = env.step_tensors(actions), single.step_tensors(actions)
+        second = single.step_tensors(actions)
+        one = first.terminated & ~over
+        two = ~first.terminated & ~over
+        assert torch.equal(step.rewards[one], first.rewards[one])
+        assert torch.equal(step.rewards[two], (first.rewards + second.rewards)[two])
+        over |= step.terminated | first.terminated | second.terminated
+
+
+# Domain randomization.
+
+
+def heavier(model, keys):
+    """Every slot's masses times its own factor."""
+    factor = jax.vmap(lambda key: jax.random.uniform(key, (), minval=0.2, maxval=5.0))(keys)
+    axes = jax.tree.map(lambda leaf: None, model).tree_replace({"body_mass": 0})
+    return model.tree_replace({"body_mass": model.body_mass * factor[:, None]}), axes
+
+
+def test_every_episode_has_a_model_of_its_own():
+    env = make("mjx/CartpoleSwingup", N, randomize=heavier, episode_length=5)
+    env.reset_tensors(0)
+    seen = []
+    for actions in random_actions(env, 20):
+        masses = np.array(next(v for k, v in env._slots.state[0].items() if k.startswith("model.")))
+        seen.append(masses[:, 1])
+        env.step_tensors(actions)
+    seen = np.array(seen).reshape(4, 5, N)
+    assert (seen == seen[:, :1]).all()  # the same throughout an episode
+    assert len(np.unique(seen[:, 0])) == 4 * N
+    usual = _playground.mj_model("mjx/CartpoleSwingup").body_mass[1]
+    assert (seen > 0.2 * usual - 1e-6).all()
+    assert (seen < 5 * usual + 1e-6).all()
+
+
+def test_a_slots_model_is_the_one_it_moves_by():
+    env = make("mjx/CartpoleSwingup", N, randomize=heavier)
+    plain = make("mjx/CartpoleSwingup", N)
+    start = env.reset_tensors(0)
+    assert torch.equal(start, plain.reset_tensors(0))
+    pushed = torch.ones(N, 1)
+    for _ in range(5):
+        step, usual = env.step_tensors(pushed), plain.step_tensors(pushed)
+    masses = np.array(next(v for k, v in env._slots.state[0].items() if k.startswith("model.")))[:, 1]
+    way = (step.successors - start)[:, 0].numpy()
+    assert (np.argsort(way) == np.argsort(-masses)).all()  # the lighter, the farther
+    assert not torch.allclose(step.successors, usual.successors, atol=1e-3)
+
+
+def test_a_task_without_randomization_says_so():
+    with pytest.raises(
+        InputError, match="has no domain randomization for mjx/PendulumSwingup; pass a function"
+    ):
+        make("mjx/PendulumSwingup", N, randomize=True)
+
+
+@pytest.mark.parametrize("task", ["Go1JoystickFlatTerrain", "PandaPickCube"])
+def test_a_robot_without_the_menagerie_says_where_it_belongs(task, monkeypatch, tmp_path):
+    monkeypatch.setattr(_playground.mjx_env, "MENAGERIE_PATH", tmp_path / "menagerie")
+    with pytest.raises(InputError) as caught:
+        make(f"mjx/{task}", 3)
+    assert f"mjx/{task} needs the MuJoCo menagerie" in str(caught.value)
+    assert str(tmp_path / "menagerie") in str(caught.value)
+    assert not (tmp_path / "menagerie").exists()  # and nothing was downloaded
+
+
+# Kept between processes.
+
+SECOND = """
+import sys
+from brc_fast.envs import make
+import torch
+env = make('mjx/PendulumSwingup', 2, quiet=True)
+env.reset_tensors(0)
+print(env.step_tensors(torch.ones(2, 1)).successors.tolist())
+print(sorted({'mujoco', 'mujoco_playground'} & set(sys.modules)))
+"""
+
+
+def in_new_process(folder: Path) -> list[str]:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", SECOND], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_a_second_process_traces_nothing_and_a_damaged_file_is_made_anew(tmp_path):
+    pytest.importorskip("flatbuffers")
+    first, imported = in_new_process(tmp_path)
+    assert imported == "['mujoco', 'mujoco_playground']"
+    second, imported = in_new_process(tmp_path)
+    assert (second, imported) == (first, "[]")
+    (file,) = (tmp_path / "brc_fast" / "programs").iterdir()
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:40] + b"x" + whole[41:], b""):
+        file.write_bytes(damaged)
+        third, imported = in_new_process(tmp_path)
+        assert (third, imported) == (first, "['mujoco', 'mujoco_playground']")
+        assert file.read_bytes()[:24] == whole[:24] or len(file.read_bytes()) == len(whole)

@@ -1,0 +1,82 @@
+"""A thousand steps of training, from the command line, on simulators other than MJX."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brc_fast import cli
+
+pytestmark = pytest.mark.slow
+
+
+def needs(*modules: str) -> pytest.MarkDecorator:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+def train(run: Path, *words: str) -> int:
+    sizes = ["--critic.width", "16", "--critic.num-atoms", "11", "--actor.width", "16", "--batch-size", "32"]
+    lengths = [
+        "--random-steps",
+        "200",
+        "--report-every",
+        "500",
+        "--eval-every",
+        "1000",
+        "--eval-episodes",
+        "1",
+    ]
+    few = ["--replay-capacity", "1000", "--env.episode-length", "100"]
+    return cli.main(["train", *words, "--run", str(run), "--device", "cpu", *sizes, *lengths, *few])
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "sizes"),
+    [
+        pytest.param(["dmc/dog-run"], (223, 38), marks=needs("shimmy", "dm_control")),
+        pytest.param(["envpool/DogRun-v1"], (223, 38), marks=needs("envpool")),
+        pytest.param(["metaworld/reach-v3", "metaworld/push-v3"], (39, 4), marks=needs("envpool")),
+        pytest.param(
+            ["gym/Pendulum-v1", "dmc/cartpole-swingup", "envpool/CheetahRun-v1"],
+            (17, 6),
+            marks=needs("gymnasium", "shimmy", "envpool"),
+        ),
+    ],
+)
+def test_a_thousand_steps_are_learned_from_saved_and_resumed(
+    tasks: list[str], sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert train(run, *tasks, "--num-envs", "2", "--steps", "1000") == 0
+    written = rows(run)
+    last = written[-2]
+    assert last["step"] == 1000
+    assert last["train/updates"] > 300
+    assert np.isfinite(last["train/critic_loss"])
+    for task in tasks:
+        assert f"train/return/{task}" in last
+        assert last[f"train/dropped/{task}"] == 0
+        assert f"eval/return/{task}" in written[-1]
+        assert (f"eval/success/{task}" in written[-1]) == task.startswith("metaworld/")
+        assert (f"train/success/{task}" in last) == task.startswith("metaworld/")
+    assert written[-1]["eval/length/" + tasks[0]] == 100
+    assert not multiprocessing.active_children()
+
+    assert cli.main(["train", "--resume", str(run), "--steps", "1200"]) == 0
+    assert rows(run)[-1]["step"] == 1200
+    assert (run / "learning_curve.png").exists()
+    from brc_fast.checkpoint import RunFolder
+    from brc_fast.evaluate import restore
+
+    _, agent = restore(RunFolder(run), "cpu")
+    assert (agent.observation_size, agent.action_size) == sizes
