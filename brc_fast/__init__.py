@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .agent import BRC, Noise
 from .batch import Batch
-from .config import ActorConfig, CriticConfig, LearningConfig, TrainConfig
+from .config import ActorConfig, CriticConfig, EnvConfig, LearningConfig, TrainConfig
 from .errors import InputError, MissingExtraError
 from .normalizer import RewardNormalizer
 from .replay import DeviceReplayBuffer, Field, ReplayBuffer
@@ -23,6 +23,7 @@ __all__ = [
     "Batch",
     "CriticConfig",
     "DeviceReplayBuffer",
+    "EnvConfig",
     "Field",
     "InputError",
     "LearningConfig",

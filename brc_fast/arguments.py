@@ -6,7 +6,7 @@ import contextlib
 import io
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
@@ -14,7 +14,9 @@ import tyro
 
 from .checkpoint import RunFolder
 from .config import TrainConfig, preset
+from .envs import expand
 from .errors import InputError
+from .plot import Group, Metric, Reference
 
 Parsed = TypeVar("Parsed")
 CHANGEABLE = (
@@ -28,7 +30,7 @@ class TrainArguments(TrainConfig):
     """Train one BRC agent. The defaults shown are the ones for this device."""
 
     tasks: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Environment names such as mjx/CartpoleSwingup; several train one agent."""
+    """Names of tasks such as mjx/CartpoleSwingup or suites such as mjx/dmc25; several train one agent."""
     resume: str | None = None
     """Go on from the newest checkpoint of this run folder; of the settings, only the length, the intervals,
     the device and the threads may be given with it."""
@@ -36,14 +38,38 @@ class TrainArguments(TrainConfig):
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Returns of a run's policy (its newest checkpoint), with the mean action."""
+    """Returns, successes and scores of the policies of runs (newest checkpoint, mean action)."""
 
-    run: tyro.conf.Positional[str]
-    """Folder of the run."""
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of the runs; several are seeds of one experiment, with the same tasks."""
     episodes: int = 10
     """Episodes per task."""
     seed: int = 1_000_000
     """Of the start states."""
+    num_envs: int | None = None
+    """Environments per task that play them; the smaller of episodes and 10 when not given."""
+    json: str | None = None
+    """Write the numbers of all runs, and their aggregate, to this file too."""
+
+
+@dataclass(frozen=True)
+class VideoArguments:
+    """One episode of a run's policy (newest checkpoint, mean action), at the speed of the simulated time."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of the run."""
+    task: str | None = None
+    """Which of the run's tasks; the first when not given."""
+    output: str | None = None
+    """GIF, or MP4 where ffmpeg is installed; RUN/video-<task>.gif when not given."""
+    seed: int = 1_000_000
+    """Of the start state."""
+    size: str = "480x640"
+    """Height and width in pixels."""
+    fps: int = 25
+    """Frames per second, at most; the nearest number that divides the control rate is taken."""
+    camera: str | None = None
+    """Name or number of a camera of the model; its first one, or a free view, when not given."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +80,12 @@ class PlotArguments:
     """Folders of the runs."""
     output: str | None = None
     """PNG or SVG file; RUN/learning_curve.png for one run and learning_curves.png for several."""
+    metric: Metric = "return"
+    """What to draw; normalized: 0 for a random policy, as the suite's published results are."""
+    group: Group = "seed"
+    """seed: one line, with an interval, for runs that differ in nothing else; none: one line for each run."""
+    reference: Reference = "auto"
+    """Published BRC curves to draw behind; auto: of the kind that the runs are, where there are any."""
 
 
 def parse(kind: type[Parsed], words: Sequence[str], command: str, default: Parsed | None = None) -> Parsed:
@@ -106,6 +138,8 @@ def parse_train(words: Sequence[str]) -> tuple[TrainConfig, RunFolder | None]:
     given = TrainArguments(**{name: getattr(default, name) for name in names})
     arguments = parse(TrainArguments, words, "train", given)
     config = TrainConfig(**{name: getattr(arguments, name) for name in names})
+    if config.tasks:
+        config = replace(config, tasks=expand(config.tasks))
     if resume is None:
         return config, None
     for name in names:

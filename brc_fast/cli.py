@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -13,15 +13,16 @@ import torch
 from . import __version__
 from .checkpoint import RunFolder, write_text
 from .config import TrainConfig
-from .errors import InputError, MissingExtraError
+from .errors import InputError, MissingExtraError, WorkerError
 
 USAGE = f"""brc-fast {__version__}: BRC value learning, made fast
 
   brc-fast train TASK...          train one agent on one or several tasks (--help lists every setting)
   brc-fast train --resume RUN     go on from the newest checkpoint of a run
-  brc-fast evaluate RUN           returns of a run's policy
+  brc-fast evaluate RUN...        returns, successes and scores of one or several runs' policies
+  brc-fast video RUN              an episode of a run's policy as GIF or MP4
   brc-fast plot RUN...            learning curves as PNG or SVG
-  brc-fast envs                   names of all tasks
+  brc-fast envs [SUITE]           names of tasks and suites
   brc-fast doctor                 versions, devices, what is missing and how to get it
 """
 
@@ -29,7 +30,14 @@ USAGE = f"""brc-fast {__version__}: BRC value learning, made fast
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": train, "evaluate": evaluate, "plot": plot, "envs": envs, "doctor": doctor}
+    commands = {
+        "train": train,
+        "evaluate": evaluate,
+        "plot": plot,
+        "envs": envs,
+        "doctor": doctor,
+        "video": video,
+    }
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -40,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[0] not in commands:
             raise InputError(f"unknown command {words[0]!r}: one of {', '.join(commands)}")
         return commands[words[0]](words[1:])
-    except (InputError, MissingExtraError, OSError, MemoryError, FloatingPointError) as error:
+    except (InputError, MissingExtraError, WorkerError, OSError, MemoryError, FloatingPointError) as error:
         print(f"brc-fast: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -74,28 +82,30 @@ def train(words: list[str]) -> int:
         torch.set_num_threads(config.threads or 1)
 
     from .metrics import MetricsWriter
+    from .plot import Metric
     from .plot import plot as draw
+    from .published import score_unit
     from .resume import load
     from .train import Trainer
 
     trainer = Trainer(config, device, print)
-    if resumed is None:
-        folder.create(config)
-    else:
-        load(trainer, folder)
-        folder.write_config(config)
-    metrics = MetricsWriter(folder.metrics, trainer.steps if resumed else None)
-    with Progress(config, trainer.steps) as progress:
+    successes = all(score_unit(task) == "success" for task in config.tasks)
+    with contextlib.closing(trainer.env), contextlib.closing(trainer.eval_env):
+        if resumed is None:
+            folder.create(config)
+        else:
+            load(trainer, folder)
+            folder.write_config(config)
+        metrics = MetricsWriter(folder.metrics, trainer.steps if resumed else None)
+        with contextlib.closing(metrics), Progress(config, trainer.steps) as progress:
 
-        def report(step: int, row: dict[str, float]) -> None:
-            progress.report(step, row)
-            if "eval/return_mean" in row:
-                draw([folder], folder.path / "learning_curve.png")
+            def report(step: int, row: dict[str, float]) -> None:
+                progress.report(step, row)
+                if "eval/return_mean" in row:
+                    metric: Metric = "success" if successes else "return"
+                    draw([folder], folder.path / "learning_curve.png", metric=metric)
 
-        try:
             trainer.run(folder, metrics, report)
-        finally:
-            metrics.close()
     if trainer.steps < config.steps:
         print(f"stopped at step {trainer.steps}; go on with: brc-fast train --resume {folder.path}")
         return 130
@@ -104,37 +114,96 @@ def train(words: list[str]) -> int:
 
 
 def evaluate(words: list[str]) -> int:
-    """Print the returns of a run's policy and keep them in its evaluation.json."""
+    """Print returns, successes and scores of runs, and keep each run's in its evaluation.json."""
     try:
         from .arguments import EvaluateArguments, parse, resolve_device
     except ImportError as error:
         raise MissingExtraError("brc-fast evaluate", "train") from error
     arguments = parse(EvaluateArguments, words, "evaluate")
-    if arguments.episodes < 1:
-        raise InputError(f"episodes must be positive, got {arguments.episodes}")
-    folder = RunFolder(arguments.run)
-    config = folder.config()
-    step, parts = folder.load("agent")
+    count, seed = arguments.episodes, arguments.seed
+    slots = min(count, 10 if arguments.num_envs is None else arguments.num_envs)
+    for name, value, least in (("episodes", count, 1), ("num_envs", slots, 1), ("seed", seed, 0)):
+        if value < least:
+            raise InputError(f"{name} must be {'positive' if least else '0 or more'}, got {value}")
+    if arguments.json is not None and not Path(arguments.json).absolute().parent.is_dir():
+        raise InputError(f"json: there is no folder to write {arguments.json} to")
+    folders = [RunFolder(run) for run in arguments.runs]
+    configs = same_tasks(folders)
 
     from . import envs
-    from .agent import BRC
+    from .evaluate import Evaluation, env_settings, restore
     from .evaluate import evaluate as run_episodes
-    from .evaluate import summary
 
-    env = envs.make(config.tasks, arguments.episodes, arguments.seed)
-    device = resolve_device("auto")
-    # acting takes float32 products whatever learning took, on any device
-    config = dataclasses.replace(config, precision="fp32")
-    agent = BRC.from_config(config, env.observation_size, env.action_size, device)
-    with folder.fitting():
-        agent.load_state_dict({name: torch.from_numpy(value) for name, value in parts["agent"].items()})
-    returns = run_episodes(agent, env, arguments.seed)
-    print(f"{folder.path}, step {step}, {arguments.episodes} episodes per task")
-    for name, row in zip(env.task_names, returns, strict=True):
-        print(f"  {name:<32} {row.mean():9.1f} +- {row.std():.1f}")
-    result: dict[str, object] = {"step": step, "seed": arguments.seed, **summary(env.task_names, returns)}
-    result["returns"] = {name: row.tolist() for name, row in zip(env.task_names, returns, strict=True)}
-    write_text(folder.path / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    device, runs, records = resolve_device("auto"), [], {}
+    for folder, config in zip(folders, configs, strict=True):
+        settings = env_settings(config)
+        scaled = settings.get("episode_length") is None
+        step, agent = restore(folder, device)
+        with contextlib.closing(envs.make(config.tasks, slots, seed, **settings)) as env:
+            run = Evaluation(env.task_names, run_episodes(agent, env, seed, count), scaled=scaled)
+        result: dict[str, object] = {"step": step, "seed": seed, "episodes": count, **run.record()}
+        write_text(folder.path / "evaluation.json", json.dumps(result, indent=2) + "\n")
+        print(f"{folder.path}, step {step}, {count} episodes per task")
+        runs.append(run)
+        records[str(folder.path)] = result
+    together = Evaluation.over_runs(runs)
+    print((together if len(runs) > 1 else runs[0]).table())
+    if arguments.json is not None:
+        everything = {"runs": records, "together": together.record()}
+        write_text(Path(arguments.json), json.dumps(everything, indent=2) + "\n")
+    return 0
+
+
+def same_tasks(folders: list[RunFolder]) -> list[TrainConfig]:
+    """The settings of runs that are to be taken together."""
+    if not folders:
+        raise InputError("name at least one run folder")
+    configs = [folder.config() for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        if config.tasks != configs[0].tasks:
+            raise InputError(
+                "runs that are evaluated together must have the same tasks in the same order: "
+                f"{folders[0].path} has {', '.join(configs[0].tasks)}, "
+                f"{folder.path} has {', '.join(config.tasks)}"
+            )
+        if [other.path.resolve() for other in folders].count(folder.path.resolve()) > 1:
+            raise InputError(f"runs must differ, but {folder.path} is listed more than once")
+        if not folder.steps():
+            raise InputError(f"{folder.path} holds no complete checkpoint")
+    return configs
+
+
+def video(words: list[str]) -> int:
+    """Film one episode of a run's policy."""
+    try:
+        from .arguments import VideoArguments, parse, resolve_device
+    except ImportError as error:
+        raise MissingExtraError("brc-fast video", "train") from error
+    from . import envs
+    from . import video as filming
+
+    arguments = parse(VideoArguments, words, "video")
+    if arguments.seed < 0:
+        raise InputError(f"seed must be 0 or more, got {arguments.seed}")
+    settings = filming.Settings.parse(arguments.size, arguments.fps, arguments.camera)
+    folder = RunFolder(arguments.run)
+    config = folder.config()
+    tasks = envs.expand(config.tasks)
+    task = tasks[0] if arguments.task is None else arguments.task
+    if task not in tasks:
+        raise InputError(f"{folder.path} did not learn {task}; its tasks: {', '.join(tasks)}")
+    default = folder.path / f"video-{task.replace('/', '-').replace(':', '-')}{filming.suffix()}"
+    output = filming.check_output(Path(arguments.output) if arguments.output else default)
+    filming.require_renderer()
+
+    from .evaluate import env_settings, restore
+
+    step, agent = restore(folder, resolve_device("auto"))
+    shared = ("episode_length", "impl", "randomize") if task.startswith("mjx/") else ("episode_length",)
+    taken = {name: value for name, value in env_settings(config).items() if name in shared}
+    with contextlib.closing(envs.make(task, 1, arguments.seed, **taken)) as env:
+        frames, result = filming.film(agent, env, tasks.index(task), arguments.seed, output, settings)
+    print(f"{output}: {task} at step {step}, {frames} frames, return {result:.1f}")
     return 0
 
 
@@ -148,26 +217,31 @@ def plot(words: list[str]) -> int:
 
     arguments = parse(PlotArguments, words, "plot")
     folders = [RunFolder(run) for run in arguments.runs]
-    if not folders:
-        raise InputError("name at least one run folder")
-    for folder in folders:
-        folder.config()
     one = folders[0].path / "learning_curve.png" if len(folders) == 1 else Path("learning_curves.png")
     output = Path(arguments.output) if arguments.output else one
-    if output.suffix not in (".png", ".svg"):
-        raise InputError(f"output must end in .png or .svg, got {output}")
-    draw(folders, output)
+    draw(folders, output, metric=arguments.metric, group=arguments.group, reference=arguments.reference)
     print(output)
     return 0
 
 
 def envs(words: list[str]) -> int:
-    """Print every task name."""
-    if words:
-        raise InputError(f"brc-fast envs takes no arguments, got {' '.join(words)}")
+    """Print what names there are, or the tasks of a suite."""
     from .envs import list_tasks
+    from .envs.suites import BACKENDS, SUITES, UNAVAILABLE
 
-    print("\n".join(list_tasks()))
+    if len(words) > 1:
+        raise InputError(f"brc-fast envs takes at most one suite, got {' '.join(words)}")
+    if words:
+        print("\n".join(list_tasks(words[0])))
+        return 0
+    print("tasks")
+    for backend, meaning in BACKENDS.items():
+        print(f"  {backend + '/...':<24}{meaning}")
+    print("suites (brc-fast envs SUITE lists the tasks)")
+    for suite, tasks in SUITES.items():
+        print(f"  {suite:<24}{len(tasks)} tasks")
+    for suite in UNAVAILABLE:
+        print(f"  {suite:<24}not available: brc-fast envs {suite} says why")
     return 0
 
 

@@ -80,11 +80,31 @@ class LearningConfig:
 
 
 @dataclass(frozen=True)
+class EnvConfig:
+    """How tasks are simulated; see envs.make."""
+
+    episode_length: int | None = None
+    """Environment steps per episode; the task's own when not given."""
+    impl: Literal["jax", "warp"] = "jax"
+    """MJX's simulator, for mjx/ tasks."""
+    randomize: bool = False
+    """Domain randomization of MuJoCo Playground, for mjx/ tasks that have one."""
+    processes: bool | None = None
+    """A process per environment; when not given, dmc/ and humanoidbench/ tasks have them, gym/ do not."""
+    restarts: int = 3
+    """How often the processes of a task are started again after one has died."""
+
+    def __post_init__(self) -> None:
+        _require(self, "positive", self.episode_length is None or self.episode_length > 0, "episode_length")
+        _require(self, "0 or more", self.restarts >= 0, "restarts")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run: `brc-fast train TASK... [settings]`."""
 
     tasks: tuple[str, ...] = ()
-    """Environment names such as mjx/CartpoleSwingup; several train one agent."""
+    """Names of tasks such as mjx/CartpoleSwingup or suites such as mjx/dmc25; several train one agent."""
     run: str | None = None
     """Folder of the run; runs/<tasks>-seed<seed> when not given."""
     seed: int = 0
@@ -119,6 +139,8 @@ class TrainConfig:
     """Environment steps per task between evaluations."""
     eval_episodes: int = 10
     """Episodes per task and evaluation, with the policy's mean action."""
+    eval_envs: int | None = None
+    """Environments per task that play them; as many as episodes when not given."""
     report_every: int = 2_000
     """Environment steps per task between rows of training metrics."""
     checkpoint_every: int = 100_000
@@ -128,6 +150,7 @@ class TrainConfig:
     critic: CriticConfig = CriticConfig()
     actor: ActorConfig = ActorConfig()
     learning: LearningConfig = LearningConfig()
+    env: EnvConfig = EnvConfig()
 
     def __post_init__(self) -> None:
         _positive(self, "num_envs", "steps", "updates_per_step", "replay_capacity", "eval_every")
@@ -135,7 +158,7 @@ class TrainConfig:
         _require(self, "0 or more", self.random_steps >= 0, "random_steps")
         _require(self, "0 or more", self.seed >= 0, "seed")
         _require(self, "0 or more", self.policy_lag >= 0, "policy_lag")
-        for name in ("batch_size", "threads"):
+        for name in ("batch_size", "threads", "eval_envs"):
             _require(self, "positive", getattr(self, name) is None or getattr(self, name) > 0, name)
         stored = self.replay_capacity * len(self.tasks)
         if self.tasks and self.transitions_per_update > stored:
@@ -178,7 +201,7 @@ def preset(device: str) -> TrainConfig:
 def from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
     """Rebuild a configuration from `dataclasses.asdict`: what is missing, because an older version wrote it,
     has its default; what is unknown is an InputError."""
-    nested = {"critic": CriticConfig, "actor": ActorConfig, "learning": LearningConfig}
+    nested = {"critic": CriticConfig, "actor": ActorConfig, "learning": LearningConfig, "env": EnvConfig}
     known = {field.name for field in fields(kind)}
     if unknown := sorted(set(values) - known):
         raise InputError(f"config.json was written by another version: it has {', '.join(unknown)}")

@@ -17,7 +17,7 @@ from .envs.base import Step
 
 
 class EpisodeTracker:
-    """Undiscounted returns of finished episodes, per task, since the last row.
+    """Undiscounted returns and successes of finished episodes, per task, since the last row.
 
     Args:
         task_names: [T]. task_ids: [N], the task of every environment.
@@ -26,23 +26,40 @@ class EpisodeTracker:
     def __init__(self, task_names: tuple[str, ...], task_ids: NDArray[np.int64]) -> None:
         self.task_names, self.task_ids = task_names, task_ids
         self._running = np.zeros(len(task_ids))
-        self._sums = np.zeros(len(task_names))
+        self._succeeded = np.zeros(len(task_ids), bool)
+        self._sums = np.zeros((2, len(task_names)))  # of returns, of successes
         self._counts = np.zeros(len(task_names), np.int64)
+        self._reports = False
 
-    def record(self, step: Step) -> None:
-        """Add one step; a dropped slot's episode is forgotten."""
+    def record(self, step: Step, successes: Tensor | None = None) -> None:
+        """Add one step; a dropped slot's episode is forgotten, one with a successful step is a success.
+
+        Args:
+            successes: [N] bool, see VectorEnvironment.
+        """
         self._running += step.rewards.cpu().numpy()
+        self._reports |= successes is not None
+        if successes is not None:
+            self._succeeded |= successes.cpu().numpy()
         dropped = step.dropped.cpu().numpy()
         ended = (step.terminated | step.truncated).cpu().numpy()
         counted = ended & ~dropped
-        np.add.at(self._sums, self.task_ids[counted], self._running[counted])
-        np.add.at(self._counts, self.task_ids[counted], 1)
-        self._running[ended | dropped] = 0.0
+        tasks = self.task_ids[counted]
+        np.add.at(self._sums[0], tasks, self._running[counted])
+        np.add.at(self._sums[1], tasks, self._succeeded[counted])
+        np.add.at(self._counts, tasks, 1)
+        self.forget(ended | dropped)
+
+    def forget(self, slots: NDArray[np.bool_]) -> None:
+        """The running episodes of these slots [N] start anew."""
+        self._running[slots], self._succeeded[slots] = 0.0, False
 
     def row(self) -> dict[str, float]:
-        """`train/return/<task>` of the tasks that finished an episode; starts a new count."""
+        """`train/return/<task>` of the tasks that finished an episode, and `train/success/<task>` where
+        environments report successes; starts a new count."""
         out = {
-            f"train/return/{name}": float(self._sums[task] / self._counts[task])
+            f"train/{kind}/{name}": float(sums[task] / self._counts[task])
+            for kind, sums in zip(("return", "success")[: 1 + self._reports], self._sums, strict=False)
             for task, name in enumerate(self.task_names)
             if self._counts[task]
         }
@@ -50,10 +67,12 @@ class EpisodeTracker:
         return out
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        return {"running": self._running.copy(), "sums": self._sums.copy(), "counts": self._counts.copy()}
+        names = ("running", "succeeded", "sums", "counts")
+        return {name: getattr(self, f"_{name}").copy() for name in names}
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
-        self._running, self._sums, self._counts = (state[key].copy() for key in ("running", "sums", "counts"))
+        for name in ("running", "succeeded", "sums", "counts"):
+            setattr(self, f"_{name}", state[name].copy())
 
 
 class Stopwatch:

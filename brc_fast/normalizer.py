@@ -94,10 +94,14 @@ class RewardNormalizer:
         self._lengths += 1
         ended = terminated | truncated
         if dropped is not None:
-            self._lengths[dropped] = 0
+            self.forget(dropped)
             ended = ended & ~dropped
         for slot in np.flatnonzero(ended):
             self._finish(int(slot), bool(terminated[slot]), None if values is None else float(values[slot]))
+
+    def forget(self, slots: NDArray[np.bool_]) -> None:
+        """The running episodes of these slots [N] start anew."""
+        self._lengths[slots] = 0
 
     def _finish(self, slot: int, terminated: bool, value: float | None) -> None:
         rewards = self._rewards[: self._lengths[slot], slot]

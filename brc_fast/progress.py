@@ -20,7 +20,7 @@ class Progress:
     def __init__(self, config: TrainConfig, done: int) -> None:
         self._total, self._first, self._started = config.steps, done, time.monotonic()
         self._training = float("nan")
-        self._evaluations: dict[str, float] = {}
+        self._evaluation: dict[str, float] = {}
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=config.steps,
@@ -41,9 +41,7 @@ class Progress:
     def report(self, step: int, row: dict[str, float]) -> None:
         """Take a row of metrics: a training report moves the bar, an evaluation is printed above it."""
         if "eval/return_mean" in row:
-            self._evaluations = {
-                k.removeprefix("eval/return/"): v for k, v in row.items() if k.startswith("eval/return/")
-            }
+            self._evaluation = row
             self._print(f"step {step}  evaluation  {self.best()}")
             return
         returns = [value for name, value in row.items() if name.startswith("train/return/")]
@@ -59,10 +57,16 @@ class Progress:
             self._print(f"step {step} of {self._total}  {told}  {seconds / 60:.1f} min left")
 
     def best(self) -> str:
-        """The newest evaluation, task by task."""
-        return (
-            ", ".join(f"{name} {value:.1f}" for name, value in self._evaluations.items()) or "no evaluation"
-        )
+        """The newest evaluation: few tasks one by one, of many the mean."""
+        prefix = "eval/return/"
+        returns = {k.removeprefix(prefix): v for k, v in self._evaluation.items() if k.startswith(prefix)}
+        if not returns:
+            return "no evaluation"
+        told = ", ".join(f"{name} {value:.1f}" for name, value in returns.items())
+        if len(returns) > 4:
+            told = f"mean of {len(returns)} tasks {self._evaluation['eval/return_mean']:.1f}"
+        successes = self._evaluation.get("eval/success_mean")
+        return told if successes is None else f"{told}, success {successes:.0%}"
 
     def _print(self, text: str) -> None:
         if self._terminal:

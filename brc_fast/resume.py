@@ -67,6 +67,8 @@ def load(trainer: Trainer, folder: RunFolder) -> None:
         if trainer.entropies is not None:
             trainer.entropies = torch.from_numpy(progress["entropies"]).to(trainer.agent.device)
         trainer.observations = trainer.env.load_state_dict(parts["environments"])
+    trainer.episodes.forget(~trainer.env.continues)
+    trainer.normalizer.forget(~trainer.env.continues)
 
 
 def require_finite(trainer: Trainer, folder: RunFolder) -> None:

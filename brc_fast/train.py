@@ -37,8 +37,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, device: str, say: Callable[[str], object] = log.info) -> None:
         self.config = config
-        self.env = envs.make(config.tasks, config.num_envs, config.seed)
-        self.eval_env = envs.make(config.tasks, config.eval_episodes, config.seed)
+        made = partial(envs.make, config.tasks, seed=config.seed, **vars(config.env))
+        self.env, self.eval_env = map(made, (config.num_envs, config.eval_envs or config.eval_episodes))
         self.names, ids = self.env.task_names, self.env.task_ids
         sizes = (self.env.observation_size, self.env.action_size)
         memory = plan_memory(config, *sizes, device)
@@ -84,7 +84,7 @@ class Trainer:
         self.replay.add(seen, actions, rows.rewards, *ends, rows.successors, streams=kept)
         rewards, terminated, truncated, dropped = (field.numpy() for field in step[2:])
         self.normalizer.update(rewards, terminated, truncated, values, dropped)
-        self.episodes.record(step)
+        self.episodes.record(step, self.env.successes)
         self.observations = step.observations
         self.watch.lap("store")
 
@@ -114,7 +114,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Returns of the current policy; the start states depend on the seed and the step alone."""
         seed = int(np.random.SeedSequence([self.config.seed, self.steps]).generate_state(1)[0])
-        return summary(self.names, evaluate(self.agent, self.eval_env, seed))
+        return summary(self.names, evaluate(self.agent, self.eval_env, seed, self.config.eval_episodes))
 
     def row(self) -> dict[str, Tensor | float]:
         """Returns since the last row, scales, and the newest update's losses."""

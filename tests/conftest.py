@@ -27,11 +27,13 @@ class ToyEnv:
     """
 
     observation_size, action_size, max_episode_steps = 3, 1, 20
+    successes = None
 
     def __init__(self, tasks: Sequence[str], num_envs: int, poison: dict[int, str]) -> None:
         self.task_names = tuple(tasks)
         self.num_envs = num_envs * len(tasks)
         self.task_ids = np.repeat(np.arange(len(tasks)), num_envs)
+        self.continues = np.ones(self.num_envs, bool)
         self.poison = poison
         self.total = 0
         self.lost = np.zeros(len(tasks), np.int64)
@@ -117,10 +119,11 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
     """Replaces the environments; the dictionary given to the test is the training environments' `poison`."""
     poison: dict[int, str] = {}
 
-    def make(tasks: Sequence[str], num_envs: int, seed: int = 0) -> ToyEnv:
+    def make(tasks: Sequence[str], num_envs: int, seed: int = 0, **settings: Any) -> ToyEnv:
         return ToyEnv(tasks, num_envs, {} if num_envs == EVALUATION_SLOTS else poison)
 
     monkeypatch.setattr("brc_fast.envs.make", make)
+    monkeypatch.setattr("brc_fast.arguments.expand", tuple)
     return poison
 
 

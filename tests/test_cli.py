@@ -16,7 +16,7 @@ CARTPOLE = "mjx/CartpoleSwingup"
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["fly"], "unknown command 'fly': one of train, evaluate, plot, envs, doctor"),
+        (["fly"], "unknown command 'fly': one of train, evaluate, plot, envs, doctor, video"),
         (["train"], "name at least one task, such as mjx/CartpoleSwingup; all names: brc-fast envs"),
         (["train", "mjx/CartpoleSwingap"], "nearest: mjx/CartpoleSwingup"),
         (["train", "atari/Pong"], "unknown suite 'atari'"),
@@ -36,7 +36,9 @@ CARTPOLE = "mjx/CartpoleSwingup"
         (["evaluate", "nowhere", "--episodes", "0"], "episodes must be positive, got 0"),
         (["plot", "nowhere"], "nowhere holds no run: config.json is missing"),
         (["plot"], "name at least one run folder"),
-        (["envs", "please"], "brc-fast envs takes no arguments"),
+        (["envs", "please", "me"], "brc-fast envs takes at most one suite, got please me"),
+        (["envs", "please"], "unknown suite 'please'; suites: mjx/dmc25, mjx/dmc-easy"),
+        (["envs", "shadowhand/test"], "shadowhand/test cannot be made: the paper's 29 objects"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
@@ -89,8 +91,15 @@ def test_a_missing_extra_is_named_with_its_pip_command(
     assert not (tmp_path / "runs").exists()
 
 
-def test_envs_lists_all_25_names(capsys: pytest.CaptureFixture[str]) -> None:
+def test_envs_says_what_names_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["envs"]) == 0
+    told = capsys.readouterr().out
+    for name in ("mjx/...", "gym/...", "metaworld/mt50", "50 tasks", "shadowhand/test"):
+        assert name in told
+
+
+def test_envs_lists_all_25_names_of_a_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["envs", "mjx/dmc25"]) == 0
     names = capsys.readouterr().out.split()
     assert len(names) == len(set(names)) == 25
     assert {CARTPOLE, "mjx/HumanoidRun", "mjx/PendulumSwingup"} <= set(names)

@@ -413,8 +413,8 @@ def finite_whatever_acts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Environments that take zero for an action that is NaN."""
     make = envs.make
 
-    def forgiving(*arguments: Any) -> Any:
-        env = make(*arguments)
+    def forgiving(*arguments: Any, **settings: Any) -> Any:
+        env = make(*arguments, **settings)
         step = env.step_tensors
         env.step_tensors = lambda actions: step(actions.nan_to_num())
         return env

@@ -15,15 +15,15 @@ PACKAGE = ROOT / "brc_fast"
 # What each layer may import of the package. A module of one line may import those of the lines above it.
 LAYERS = [
     {"errors"},
-    {"config", "batch"},
+    {"config", "batch", "published"},
     {"kernels", "_core"},
     {"networks", "graphs", "precision", "finite"},
     {"flat"},
     {"optimizer", "passes"},
     {"agent", "replay", "normalizer", "envs", "checkpoint", "interrupt"},
-    {"metrics", "lag", "memory"},
+    {"metrics", "lag", "memory", "scores"},
     {"evaluate", "plot", "resume"},
-    {"train"},
+    {"train", "video"},
     {"arguments", "progress", "doctor"},
     {"cli"},
 ]

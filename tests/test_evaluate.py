@@ -1,0 +1,474 @@
+"""Evaluation: which episodes count, successes, scores and their intervals, and the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from brc_fast import BRC, cli, evaluate
+from brc_fast.checkpoint import RunFolder
+from brc_fast.config import ActorConfig, CriticConfig, TrainConfig
+from brc_fast.envs.base import Step
+from brc_fast.errors import InputError
+from brc_fast.published import normalization
+from brc_fast.scores import aggregate, interquartile_mean, normalized
+
+
+class Scripted:
+    """Slots whose k-th episode (from 0) has length(slot, k) steps, each with reward 1 + slot / 1000.
+
+    An episode for which lost(slot, try) holds is lost in its second step. Success is told in the
+    episode's first step alone. `reset_steps`: the environment spends a step on every reset. What comes with
+    a dropped step means nothing and says so: a reward of 99 and a success.
+    """
+
+    observation_size, action_size, max_episode_steps = 2, 1, None
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        slots: int,
+        length: Callable[[int, int], int],
+        *,
+        lost: Callable[[int, int], bool] = lambda slot, number: False,
+        success: Callable[[int, int], bool] | None = None,
+        reset_steps: bool = False,
+    ) -> None:
+        self.task_names = tuple(tasks)
+        self.num_envs = slots * len(tasks)
+        self.task_ids = np.repeat(np.arange(len(tasks)), slots)
+        self.length, self.lost, self.success, self.reset_steps = length, lost, success, reset_steps
+        self.successes: Tensor | None = None
+        self.closed = False
+
+    def reset_tensors(self, seed: int | None) -> Tensor:
+        self.step_number, self.finished, self.tries = np.zeros((3, self.num_envs), int)
+        self.resetting = np.zeros(self.num_envs, bool)
+        return torch.zeros(self.num_envs, 2)
+
+    def step_tensors(self, actions: Tensor) -> Step:
+        rewards = 1.0 + np.arange(self.num_envs) / 1000
+        ended, dropped, successes = np.zeros((3, self.num_envs), bool)
+        for slot in range(self.num_envs):
+            if self.resetting[slot]:
+                dropped[slot], self.resetting[slot] = True, False
+                continue
+            if self.step_number[slot] == 1 and self.lost(slot, self.tries[slot]):
+                self.tries[slot] += 1
+                self.step_number[slot] = 0
+                ended[slot] = dropped[slot] = True
+                continue
+            if self.success is not None and self.step_number[slot] == 0:
+                successes[slot] = self.success(slot, self.finished[slot])
+            self.step_number[slot] += 1
+            if self.step_number[slot] == self.length(slot, self.finished[slot]):
+                ended[slot] = True
+                self.resetting[slot] = self.reset_steps
+                self.step_number[slot] = 0
+                self.finished[slot] += 1
+                self.tries[slot] += 1
+        rewards[dropped], successes[dropped] = 99.0, True
+        if self.success is not None:
+            self.successes = torch.from_numpy(successes)
+        observations = torch.zeros(self.num_envs, 2)
+        none = torch.zeros(self.num_envs, dtype=torch.bool)
+        return Step(
+            observations,
+            observations.clone(),
+            torch.from_numpy(rewards.astype(np.float32)),
+            none,
+            torch.from_numpy(ended),
+            torch.from_numpy(dropped),
+        )
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Still:
+    """A policy that does nothing, and only when asked for its mean action."""
+
+    device, observation_size, action_size = "cpu", 2, 1
+
+    def act(self, observations: Tensor, task_ids: Tensor, deterministic: bool = False) -> Tensor:
+        assert deterministic
+        return torch.zeros(len(observations), 1)
+
+
+def play(env: Any, episodes: int | None = None) -> evaluate.Episodes:
+    return evaluate.evaluate(Still(), env, 0, episodes)  # type: ignore[arg-type]
+
+
+def first_to_finish(env: Scripted, episodes: int) -> list[int]:
+    """What must not be done: take the first episodes that finish, whichever slot they come from."""
+    env.reset_tensors(0)
+    running, lengths = np.zeros(env.num_envs, int), []
+    while len(lengths) < episodes:
+        ended = env.step_tensors(torch.zeros(env.num_envs, 1)).truncated.numpy()
+        running += 1
+        lengths += running[ended].tolist()
+        running[ended] = 0
+    return lengths[:episodes]
+
+
+def test_short_episodes_are_not_favoured() -> None:
+    # every episode lasts 1 or 101 steps, with equal chance: on average 51
+    lengths = np.random.default_rng(0).choice([1, 101], size=(50, 1000))
+    env = Scripted(["toy/One"], 50, lambda slot, number: int(lengths[slot, number]))
+    played = play(env, 50)
+    np.testing.assert_array_equal(played.lengths, [lengths[:, 0]])
+    assert abs(played.lengths.mean() - 51) < 24  # 3.4 standard errors
+    assert np.mean(first_to_finish(env, 50)) < 27  # the test can tell them apart
+
+
+@pytest.mark.parametrize(("slots", "episodes"), [(3, 7), (3, 3), (3, 2), (1, 4), (5, 1)])
+def test_every_task_gets_exactly_n_episodes_of_slots_fixed_before_the_start(
+    slots: int, episodes: int
+) -> None:
+    env = Scripted(["toy/One", "toy/Two"], slots, lambda slot, number: 1 + (3 * slot + number) % 5)
+    played = play(env, episodes)
+    for task in range(2):
+        for number in range(episodes):
+            slot, turn = task * slots + number % slots, number // slots
+            length = 1 + (3 * slot + turn) % 5
+            assert played.lengths[task, number] == length
+            assert played.returns[task, number] == pytest.approx(length * (1 + slot / 1000), rel=1e-6)
+
+
+def test_without_a_number_every_slot_plays_one_episode() -> None:
+    played = play(Scripted(["toy/One", "toy/Two"], 3, lambda slot, number: slot + 1))
+    np.testing.assert_array_equal(played.lengths, [[1, 2, 3], [4, 5, 6]])
+
+
+def test_lost_episodes_are_played_again_and_leave_no_trace() -> None:
+    def length(slot: int, number: int) -> int:
+        return 2 + slot + number
+
+    expected = play(Scripted(["toy/One"], 2, length, success=lambda slot, number: number == 1), 6)
+    env = Scripted(
+        ["toy/One"],
+        2,
+        length,
+        lost=lambda slot, number: number % 10 != 9,  # nine of ten, but never ten in a row
+        success=lambda slot, number: number == 1,
+    )
+    for values, wanted in zip(play(env, 6), expected, strict=True):
+        np.testing.assert_array_equal(values, wanted)
+
+
+def test_ten_lost_episodes_in_a_row_are_one_clear_error() -> None:
+    env = Scripted(["toy/One", "toy/Two"], 2, lambda slot, number: 3, lost=lambda slot, number: slot == 3)
+    with pytest.raises(
+        InputError, match="toy/Two cannot be evaluated: environment 3 lost 10 episodes in a row"
+    ):
+        play(env)
+
+
+def test_a_slot_that_has_played_its_episodes_may_lose_as_many_as_it_likes() -> None:
+    env = Scripted(
+        ["toy/One"], 2, lambda slot, number: 2 + 50 * slot, lost=lambda slot, number: slot == 0 and number > 0
+    )
+    np.testing.assert_array_equal(play(env).lengths, [[2, 52]])
+
+
+def test_steps_that_the_environment_spends_on_a_reset_count_nothing() -> None:
+    def played(reset_steps: bool) -> evaluate.Episodes:
+        script = Scripted(
+            ["toy/One"],
+            2,
+            lambda slot, number: 2 + slot + number,
+            success=lambda slot, number: number == 1,
+            reset_steps=reset_steps,
+        )
+        return play(script, 6)
+
+    for values, wanted in zip(played(True), played(False), strict=True):
+        np.testing.assert_array_equal(values, wanted)
+
+
+def test_an_episode_is_a_success_if_any_of_its_steps_was_one() -> None:
+    env = Scripted(
+        ["metaworld/a", "metaworld/b"],
+        2,
+        lambda slot, number: 4,
+        success=lambda slot, number: number % 2 == slot % 2,
+    )
+    played = play(env, 6)
+    np.testing.assert_array_equal(played.successes, [[1, 0, 0, 1, 1, 0]] * 2)
+    row = evaluate.summary(env.task_names, played)
+    assert row["eval/success/metaworld/a"] == row["eval/success_mean"] == 0.5
+    assert row["eval/length/metaworld/b"] == 4.0
+
+
+def test_tasks_that_know_no_success_report_none() -> None:
+    known = Scripted(["metaworld/a"], 2, lambda slot, number: 2, success=lambda slot, number: True)
+    unknown = Scripted(["toy/One"], 2, lambda slot, number: 2)
+
+    class Both(Scripted):
+        groups = (unknown, known)  # in another order than the names
+
+    env = Both(["metaworld/a", "toy/One"], 2, lambda slot, number: 2, success=lambda slot, number: slot < 2)
+    known.successes = torch.ones(2, dtype=torch.bool)
+    row = evaluate.summary(env.task_names, play(env))
+    assert row["eval/success/metaworld/a"] == row["eval/success_mean"] == 1.0
+    assert "eval/success/toy/One" not in row
+    assert not [name for name in evaluate.summary(("toy/One",), play(unknown)) if "success" in name]
+
+
+def test_environments_of_another_size_than_the_agents_are_refused() -> None:
+    env = Scripted(["toy/One"], 2, lambda slot, number: 2)
+    env.observation_size = 3
+    with pytest.raises(InputError, match=r"must be the agent's, \[2, 1\], got environments with \[3, 1\]"):
+        play(env)
+
+
+# scores
+
+
+@pytest.mark.parametrize(
+    ("task", "score"),
+    [
+        ("dmc/dog-run", 0.25),
+        ("mjx/HumanoidRun", 0.25),
+        ("envpool/DogRun-v1", 0.25),
+        ("envpool/BallInCupCatch-v1", 0.25),
+        ("metaworld/reach-v3", 0.5),
+        ("envpool/MetaWorld/Reach-v3", 0.5),
+        ("envpool/HandManipulateBlockRotateZ-v1", 0.5),
+        ("envpool/AdroitHandDoor-v1", 0.5),
+        ("mjx/Go1JoystickFlatTerrain", None),
+        ("gym/HalfCheetah-v5", None),
+        ("envpool/Hopper-v4", None),
+        ("envpool/HandleRun-v1", None),
+        ("toy/One", None),
+    ],
+)
+def test_scores_follow_the_suite(task: str, score: float | None) -> None:
+    found = normalized(task, np.array([150.0, 350.0]), np.array([0.0, 1.0]))
+    assert (found is None) == (score is None)
+    if found is not None:
+        assert found.mean() == score
+
+
+@pytest.mark.parametrize("task", ["humanoidbench/h1-walk-v0", "gym/humanoid_bench:h1-walk-v0"])
+def test_humanoidbench_scores_are_zero_at_random_and_one_at_the_reference(task: str) -> None:
+    scale = normalization(task)
+    assert scale is not None
+    assert scale[1] > scale[0]
+    found = normalized(task, np.array([*scale, sum(scale) / 2]), None)
+    np.testing.assert_allclose(np.asarray(found), [0.0, 1.0, 0.5], atol=1e-12)
+
+
+def test_a_task_scored_by_success_has_no_score_while_success_is_unknown() -> None:
+    assert normalized("metaworld/reach-v3", np.ones(2), None) is None
+    assert normalized("metaworld/reach-v3", np.ones(2), np.full(2, np.nan)) is None
+
+
+def test_the_interquartile_mean_is_that_of_the_middle_half() -> None:
+    shuffled = np.random.default_rng(0).permutation([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 700.0, -800.0])
+    # sorted: -800 1 | 2 3 4 5 | 6 700
+    assert interquartile_mean(shuffled.reshape(2, 4)) == 3.5
+    stats = pytest.importorskip("scipy.stats", reason="needs scipy")
+    for size in ((3, 5), (7, 1), (2, 2), (1, 3)):
+        values = np.random.default_rng(1).normal(size=size)
+        assert interquartile_mean(values) == pytest.approx(stats.trim_mean(values.ravel(), 0.25))
+
+
+def test_estimates_agree_with_an_independent_bootstrap() -> None:
+    stats = pytest.importorskip("scipy.stats", reason="needs scipy")
+    rng = np.random.default_rng(3)
+    values = rng.uniform(size=(6, 5)) + np.arange(6)[:, None] / 5
+
+    def pooled(*tasks: np.ndarray, axis: int) -> np.ndarray:  # each [..., 5]
+        return np.concatenate(tasks, axis=axis)
+
+    independent = {
+        "iqm": lambda *tasks, axis: stats.trim_mean(pooled(*tasks, axis=axis), 0.25, axis=axis),
+        "mean": lambda *tasks, axis: pooled(*tasks, axis=axis).mean(axis=axis),
+        "median": lambda *tasks, axis: np.median([task.mean(axis=axis) for task in tasks], axis=0),
+    }
+    for name, statistic in independent.items():
+        wanted = stats.bootstrap(
+            tuple(values),
+            statistic,
+            n_resamples=20_000,
+            batch=5_000,
+            method="percentile",
+            rng=rng,
+            vectorized=True,
+        ).confidence_interval
+        got = aggregate(values)[name]
+        assert got.value == pytest.approx(statistic(*values, axis=-1))
+        width = wanted.high - wanted.low
+        assert got.low == pytest.approx(wanted.low, abs=0.08 * width)
+        assert got.high == pytest.approx(wanted.high, abs=0.08 * width)
+
+
+def test_the_interval_of_a_mean_is_that_of_normal_theory() -> None:
+    values = np.random.default_rng(0).normal(size=(20, 30))
+    error = np.sqrt(values.var(1).sum() / 30) / 20
+    got = aggregate(values)["mean"]
+    assert got.low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert got.high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+
+
+def test_differences_between_tasks_do_not_widen_an_interval() -> None:
+    estimates = aggregate(np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]))
+    assert all(tuple(estimate) == (0.5, 0.5, 0.5) for estimate in estimates.values())
+
+
+def test_one_sample_per_task_has_no_interval() -> None:
+    estimate = aggregate(np.array([[0.25], [0.75]]))["mean"]
+    assert estimate.value == 0.5
+    assert np.isnan(estimate.low)
+    assert str(estimate) == "0.500"
+
+
+def test_estimates_are_the_same_for_the_same_seed() -> None:
+    values = np.random.default_rng(0).normal(size=(3, 4))
+    assert aggregate(values, 5) == aggregate(values, 5) != aggregate(values, 6)
+
+
+# the command
+
+
+def make_run(folder: Path, tasks: tuple[str, ...], seed: int = 0, sizes: tuple[int, int] = (2, 1)) -> Path:
+    """A run with the checkpoint of an untrained agent."""
+    config = TrainConfig(tasks=tasks, critic=CriticConfig(width=8), actor=ActorConfig(width=8), seed=seed)
+    run = RunFolder(folder)
+    run.create(config)
+    agent = BRC.from_config(config, *sizes, "cpu")
+
+    class NoReplay:
+        def save(self, folder: Path, *, previous: Path | None = None) -> None:
+            folder.mkdir()
+
+        def load(self, folder: Path) -> None: ...
+
+    run.save(500, {"agent": {name: value.numpy() for name, value in agent.state_dict().items()}}, NoReplay())
+    return folder
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Scripted]:
+    """Replaces the environments; the list holds what the command made."""
+    made: list[Scripted] = []
+
+    def make(tasks: Sequence[str], num_envs: int, seed: int = 0, **settings: Any) -> Scripted:
+        length = settings.get("episode_length") or 200
+        env = Scripted(tasks, num_envs, lambda slot, number: length + 100 * (number % 2))
+        if tasks[0].startswith("metaworld"):
+            env.success = lambda slot, number: slot % 2 == 0
+        made.append(env)
+        return env
+
+    monkeypatch.setattr("brc_fast.envs.make", make)
+    return made
+
+
+def test_the_command_prints_and_keeps_returns_lengths_and_scores(
+    made: list[Scripted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", ("dmc/dog-run", "gym/HalfCheetah-v5"))
+    assert cli.main(["evaluate", str(run), "--episodes", "6", "--num-envs", "3"]) == 0
+    assert [env.num_envs for env in made] == [6]
+    assert made[0].closed
+    kept = json.loads((run / "evaluation.json").read_text())
+    assert (kept["step"], kept["seed"], kept["episodes"]) == (500, 1_000_000, 6)
+    assert kept["lengths"]["dmc/dog-run"] == [200, 200, 200, 300, 300, 300]
+    returns = kept["returns"]["dmc/dog-run"]
+    assert kept["eval/return/dmc/dog-run"] == pytest.approx(np.mean(returns))
+    assert kept["scores"] == {"dmc/dog-run": pytest.approx([value / 1000 for value in returns])}
+    assert kept["aggregate"]["iqm"][0] == pytest.approx(interquartile_mean(np.array([returns]) / 1000))
+    assert kept["aggregate"]["iqm"][1] < kept["aggregate"]["iqm"][2]
+    assert kept["successes"] == {}
+    told = capsys.readouterr().out
+    assert "score over 1 of 2 tasks: iqm 0.2" in told
+    assert "stratified bootstrap of 6 episodes per task" in told
+
+
+def test_several_runs_are_seeds_of_one_experiment(
+    made: list[Scripted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = ("metaworld/reach-v3", "metaworld/push-v3")
+    runs = [str(make_run(tmp_path / f"run{seed}", tasks, seed)) for seed in range(3)]
+    file = tmp_path / "all.json"
+    assert cli.main(["evaluate", *runs, "--episodes", "4", "--json", str(file)]) == 0
+    told = capsys.readouterr().out
+    assert "stratified bootstrap of 3 runs per task" in told
+    assert "score over 2 of 2 tasks: iqm 0.500 [0.500, 0.500]" in told
+    kept = json.loads(file.read_text())
+    assert list(kept["runs"]) == runs
+    assert kept["together"]["scores"] == dict.fromkeys(tasks, [0.5] * 3)
+    for run in runs:
+        assert kept["runs"][run] == json.loads((Path(run) / "evaluation.json").read_text())
+
+
+def test_runs_that_set_their_own_episode_length_get_no_scores(
+    made: list[Scripted],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(evaluate, "env_settings", lambda config: {"episode_length": 50})
+    run = make_run(tmp_path / "run", ("dmc/dog-run",))
+    assert cli.main(["evaluate", str(run), "--episodes", "2"]) == 0
+    assert "no scores: they presume the suites' own episode lengths" in capsys.readouterr().out
+    kept = json.loads((run / "evaluation.json").read_text())
+    assert kept["lengths"]["dmc/dog-run"] == [50, 50]
+    assert kept["scores"] == kept["aggregate"] == {}
+
+
+def test_the_settings_of_the_runs_environments_are_passed_on() -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        episode_length: int | None = 7
+        impl: str = "jax"
+
+    class Config:
+        env = Settings()
+
+    assert evaluate.env_settings(Config()) == {"episode_length": 7, "impl": "jax"}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "name at least one run folder"),
+        (["a", "--episodes", "0"], "episodes must be positive, got 0"),
+        (["a", "--num-envs", "0"], "num_envs must be positive, got 0"),
+        (["a", "--seed", "-1"], "seed must be 0 or more, got -1"),
+        (["a", "--json", "no/such/folder.json"], "there is no folder to write no/such/folder.json to"),
+        (["a", "nowhere"], "nowhere holds no run"),
+        (["a", "empty"], "empty holds no complete checkpoint"),
+        (["a", "a"], "runs must differ, but a is listed more than once"),
+        (["a", "b"], "must have the same tasks in the same order: a has dmc/dog-run, b has dmc/dog-walk"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    words: list[str],
+    told: str,
+    made: list[Scripted],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("a"), ("dmc/dog-run",))
+    make_run(Path("b"), ("dmc/dog-walk",))
+    RunFolder("empty").create(TrainConfig(tasks=("dmc/dog-run",)))
+    assert cli.main(["evaluate", *words]) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert captured.out == ""
+    assert not made
+    assert not list(tmp_path.rglob("evaluation.json"))
