@@ -134,8 +134,9 @@ def _simulated(
     if here:
         from .gym import make_gym
 
-        settings = {"episode_length": episode_length, "processes": processes, "restarts": restarts}
-        return make_gym(task, num_envs, seed, **settings)
+        return make_gym(
+            task, num_envs, seed, episode_length=episode_length, processes=processes, restarts=restarts
+        )
     from .envpool import make_envpool
 
     return make_envpool(task, num_envs, seed, episode_length=episode_length)

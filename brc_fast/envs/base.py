@@ -113,6 +113,7 @@ class GymnasiumFace:
     task_ids: NDArray[np.int64]
     observation_size: int
     action_size: int
+    max_episode_steps: int | None
     continues: NDArray[np.bool_]
     successes: Tensor | None = None
     single_observation_space: Space[Any]

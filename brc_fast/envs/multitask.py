@@ -51,8 +51,10 @@ class MultiTaskEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
             offset += group.num_envs
         order = np.concatenate([slots_of[name] for name in task_names])
         self._order = torch.from_numpy(order)
-        places = torch.from_numpy(np.argsort(order))
-        self._places = places.split([group.num_envs for group in self.groups])  # a group's slots among ours
+        ends = np.cumsum([group.num_envs for group in self.groups])[:-1]
+        self._places = [  # a group's slots among ours
+            torch.from_numpy(part) for part in np.split(np.argsort(order), ends)
+        ]
         self._in_order = bool((order[1:] > order[:-1]).all())
         self.declare(
             task_names=tuple(task_names),
