@@ -1,5 +1,6 @@
 """MJX programs: shared by tasks of one body, kept between processes, for any environment of Playground's."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -177,8 +178,13 @@ def settings(repeat):
     return config
 
 
-dm_control_suite.register_environment("Falling", Falling, lambda: settings(1))
-dm_control_suite.register_environment("Twice", Twice, lambda: settings(2))
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    for name, kind, repeat in (("Falling", Falling, 1), ("Twice", Twice, 2)):
+        dm_control_suite.register_environment(name, kind, functools.partial(settings, repeat))
+    yield
+    for name in ("Falling", "Twice"):
+        del dm_control_suite._envs[name], dm_control_suite._cfgs[name]
 
 
 def test_termination_is_told_from_truncation_and_the_true_successor_is_kept():
@@ -326,8 +332,8 @@ def test_a_second_process_traces_nothing_and_a_damaged_file_is_made_anew(tmp_pat
     assert (second, imported) == (first, "[]")
     (file,) = (tmp_path / "brc_fast" / "programs").iterdir()
     whole = file.read_bytes()
-    for damaged in (whole[: len(whole) // 2], whole[:40] + b"x" + whole[41:], b""):
+    for damaged in (whole[: len(whole) // 2], whole[:80] + b"x" + whole[81:]):
         file.write_bytes(damaged)
         third, imported = in_new_process(tmp_path)
         assert (third, imported) == (first, "['mujoco', 'mujoco_playground']")
-        assert file.read_bytes()[:24] == whole[:24] or len(file.read_bytes()) == len(whole)
+        assert len(file.read_bytes()) == len(whole)

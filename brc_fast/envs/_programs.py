@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from ._playground import Randomizer
 
 
+# Start states of a task are computed n at a time into a ring of so many blocks. With three, a block that a
+# step may need is there when the host has not yet heard how many the step before that one used.
+BLOCKS = 3
+
+
 class Slots(NamedTuple):
     """What one step hands to the next and nobody else sees; its buffers are donated."""
 
@@ -127,7 +132,7 @@ class _Traced:
         steps = jax.ShapeDtypeStruct((count * self.num_envs,), jnp.int32)
         per_task = jax.ShapeDtypeStruct((count,), jnp.int32)
         slots = Slots(start.state, steps, per_task, per_task)
-        arguments = (slots, start.observations, (start, start), self._actions, per_task)
+        arguments = (slots, start.observations, (start,) * BLOCKS, self._actions, per_task)
         return _export(self._reset, self._keys, self._count), _export(self._step, *arguments)
 
     def _find_carried(self) -> None:
@@ -216,29 +221,27 @@ class _Traced:
         ended = terminated | truncated
 
         ended_of = ended.reshape(count, n)
-        places = (slots.restarts[:, None] + jnp.cumsum(ended_of, axis=1) - 1) % (2 * n)
+        places = (slots.restarts[:, None] + jnp.cumsum(ended_of, axis=1) - 1) % (BLOCKS * n)
 
-        def restarted(task: int, old: Any, first: Any, second: Any) -> Any:
+        def restarted(task: int, old: Any, *fresh: Any) -> Any:
             mask = ended_of[task].reshape((n,) + (1,) * (old.ndim - 1))
-            return jnp.where(mask, jnp.concatenate((first, second))[places[task]], old)
+            return jnp.where(mask, jnp.concatenate(fresh)[places[task]], old)
 
         # Always computed: a `cond` is no faster on the CPU and makes the host wait on a GPU.
         kept = self._pick(after)
         state = [
             jax.tree.map(
-                functools.partial(restarted, task), kept[task], ring[0].state[task], ring[1].state[task]
+                functools.partial(restarted, task), kept[task], *(block.state[task] for block in ring)
             )
             for task in range(count)
         ]
-        rows = [jnp.split(x, count) for x in (joined, ring[0].observations, ring[1].observations)]
+        rows = [jnp.split(x, count) for x in (joined, *(block.observations for block in ring))]
         current = jnp.concatenate([restarted(task, *(part[task] for part in rows)) for task in range(count)])
-        slots = Slots(
-            state,
-            jnp.where(ended, 0, steps),
-            slots.restarts + jnp.sum(ended_of, axis=1, dtype=jnp.int32),
-            slots.dropped + jnp.sum(dropped.reshape(count, n), axis=1, dtype=jnp.int32),
-        )
-        return slots, Step(current, successors, rewards, terminated, truncated, dropped)
+        restarts = slots.restarts + jnp.sum(ended_of, axis=1, dtype=jnp.int32)
+        lost = slots.dropped + jnp.sum(dropped.reshape(count, n), axis=1, dtype=jnp.int32)
+        slots = Slots(state, jnp.where(ended, 0, steps), restarts, lost)
+        # `restarts` once more, for the host: the slots' own is donated to the next step.
+        return slots, restarts, Step(current, successors, rewards, terminated, truncated, dropped)
 
 
 class _Kept:

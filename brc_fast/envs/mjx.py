@@ -2,8 +2,9 @@
 
 Differs from Playground's own training wrapper, which overwrites the last observation of an episode: here the
 step returns the true successor as well, and a finished slot continues from a fresh start state. Start states
-come from a ring of two per slot that are computed ahead, by the same program as the first reset; each is used
-once, so restarting is as random as resetting and costs one batched reset per n restarts of a task.
+come from a ring of three per slot that are computed ahead, by the same program as the first reset; each is
+used once, so restarting is as random as resetting and costs one batched reset per n restarts of a task. How
+many were used is read one step late, so the host never waits for the step that is under way.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.utils.dlpack import from_dlpack
 from brc_fast.errors import InputError
 
 from . import _jax
-from ._programs import Slots, Start, programs
+from ._programs import BLOCKS, Slots, Start, programs
 from .base import GymnasiumFace, Step
 
 _jax.setup()
@@ -68,6 +69,8 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         self._keys = np.zeros((len(tasks), 2), np.uint32)
         self._fills = 0  # calls of the reset program since the keys were set
         self._slots: Slots | None = None
+        self._actions: tuple[Any, Any] = (None, None)
+        self._used: tuple[Any, Any]  # [T] start states used until the step before last, until the last
 
     @property
     def nan_count(self) -> NDArray[np.int64]:
@@ -98,8 +101,9 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         counts = (np.zeros(self.num_envs, np.int32), per_task, per_task)
         self._slots = Slots(start.state, *map(jnp.array, counts))
         self._observations = start.observations
-        self._ring = [self._fresh()] * 2  # the second half is filled before it is needed
-        self._halves = np.ones(len(self.task_names), np.int64)  # halves of the ring filled since the reset
+        self._ring = [self._fresh()] * BLOCKS  # all but the first are filled before they are needed
+        self._filled = np.ones(len(self.task_names), np.int64)  # blocks of the ring filled since the reset
+        self._used = per_task, per_task
         return from_dlpack(self._observations)
 
     def step_tensors(self, actions: Tensor) -> Step:
@@ -110,13 +114,15 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         if self._slots is None:
             raise InputError("step needs a reset first: call reset or reset_tensors")
         # First of all: from here on JAX waits for the work that torch has queued on tensors of earlier steps.
-        # Kept until the next step, when reading `restarts` shows that this one is over.
-        self._actions = _to_jax(self.as_actions(actions))
-        self._refill(np.asarray(self._slots.restarts))
+        # Kept for two steps, when `_refill` has waited for this one to be over.
+        self._actions = _to_jax(self.as_actions(actions)), self._actions[0]
+        self._refill()
         step: Step
-        self._slots, step = self._programs.step(
-            self._slots, self._observations, tuple(self._ring), self._actions, self._limits
+        self._slots, used, step = self._programs.step(
+            self._slots, self._observations, tuple(self._ring), self._actions[0], self._limits
         )
+        used.copy_to_host_async()
+        self._used = self._used[1], used
         self._observations = step.observations
         return step
 
@@ -129,26 +135,30 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         self._fills += 1
         return start
 
-    def _refill(self, restarts: NDArray[np.int32]) -> None:
-        """Fill the next half of the ring of every task that could run out of start states in this step."""
+    def _refill(self) -> None:
+        """Fill the next block of every task that could run out of start states in this step.
+
+        The step before may still be under way: of each task it can have used one block more than is known.
+        """
         each = self.num_envs // len(self.task_names)
-        short = restarts + each > self._halves * each
-        if not short.any():
-            return
+        while (short := np.asarray(self._used[0]) + 2 * each > self._filled * each).any():
+            self._fill(short, each)
+
+    def _fill(self, short: NDArray[np.bool_], each: int) -> None:
         fresh = self._fresh()
-        for half in (0, 1):
-            taking = short & (self._halves % 2 == half)
+        for place in range(BLOCKS):
+            taking = short & (self._filled % BLOCKS == place)
             if taking.all():
-                self._ring[half] = fresh
+                self._ring[place] = fresh
             elif taking.any():
                 rows = np.repeat(taking, each)[:, None]
-                kept = self._ring[half]
+                kept = self._ring[place]
                 state = [
                     new if take else old
                     for take, new, old in zip(taking, fresh.state, kept.state, strict=True)
                 ]
-                self._ring[half] = Start(jnp.where(rows, fresh.observations, kept.observations), state)
-        self._halves += short
+                self._ring[place] = Start(jnp.where(rows, fresh.observations, kept.observations), state)
+        self._filled += short
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         if self._slots is None:
@@ -156,7 +166,8 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         leaves = jax.tree.leaves((self._slots, self._observations, tuple(self._ring)))
         state = {f"leaf/{i:04d}": np.array(leaf) for i, leaf in enumerate(leaves)}
         state["keys"] = self._keys.copy()
-        state["fills"] = np.array([self._fills, *self._halves], np.int64)
+        state["fills"] = np.array([self._fills, *self._filled], np.int64)
+        state["used"] = np.stack([np.asarray(used, np.int32) for used in self._used])
         return state
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> Tensor:
@@ -164,7 +175,9 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         paths, structure = jax.tree_util.tree_flatten_with_path(self._programs.state)
         wanted = {f"leaf/{i:04d}": (jax.tree_util.keystr(path), leaf) for i, (path, leaf) in enumerate(paths)}
         wanted["keys"] = ("the seed's keys", self._keys)
-        wanted["fills"] = ("counts of resets", np.zeros(1 + len(self.task_names), np.int64))
+        count = len(self.task_names)
+        wanted["fills"] = ("counts of resets", np.zeros(1 + count, np.int64))
+        wanted["used"] = ("start states used", np.zeros((2, count), np.int32))
         task = ", ".join(self.task_names)
         if state.keys() != wanted.keys():
             different = sorted(state.keys() ^ wanted.keys())
@@ -185,7 +198,8 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         self._slots, self._observations, ring = jax.tree.unflatten(structure, arrays)
         self._ring = list(ring)
         self._keys = np.array(state["keys"])
-        self._fills, self._halves = int(state["fills"][0]), np.array(state["fills"][1:])
+        self._fills, self._filled = int(state["fills"][0]), np.array(state["fills"][1:])
+        self._used = state["used"][0].copy(), state["used"][1].copy()
         return from_dlpack(self._observations)
 
     def close_extras(self, **kwargs: Any) -> None:
