@@ -87,7 +87,9 @@ def _playground(task: str, env: Any) -> Library:
         state = jax.block_until_ready(advance(state, actions))
         return state.reward
 
-    return Library(step, lambda actions: actions, lambda: None)
+    # A jitted function takes NumPy arrays faster than its own where both are in the host's memory.
+    prepare = jax.device_put if jax.default_backend() == "gpu" else np.asarray
+    return Library(step, prepare, lambda: None)
 
 
 def _gymnasium(task: str, env: Any, seeds: Sequence[int]) -> Library:
@@ -158,14 +160,14 @@ def _both(task: str, num_envs: int) -> tuple[Any, Library]:
 
 def _check(task: str, env: Any, library: Library, actions: Sequence[Actions]) -> None:
     for number, action in enumerate(actions[:COMPARED], start=1):
-        ours = env.step_tensors(torch.from_numpy(action)).rewards.numpy()
+        ours = env.step_tensors(torch.from_numpy(action)).rewards.cpu().numpy()
         theirs = np.asarray(library.step(library.prepare(action)))
         if not np.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE):
             raise Differs(f"differs in step {number}: rewards {ours[:3]}, the library's {theirs[:3]}")
 
 
-def compare(task: str, num_envs: int, seconds: float) -> dict[str, Any]:
-    """One row; `missing` holds the reason where nothing was timed."""
+def compare(task: str, num_envs: int, seconds: float, device: str = "cpu") -> dict[str, Any]:
+    """One row, actions from torch on `device`; `missing` holds the reason where nothing was timed."""
     row: dict[str, Any] = {"task": task, "num_envs": num_envs}
     start = time.perf_counter()
     try:
@@ -179,7 +181,7 @@ def compare(task: str, num_envs: int, seconds: float) -> dict[str, Any]:
         shape = (16, num_envs, env.action_size)
         actions = list(generator.uniform(-1.0, 1.0, shape).astype(np.float32))
         _check(task, env, library, actions)
-        tensors = [torch.from_numpy(action) for action in actions]
+        tensors = [torch.from_numpy(action).to(device) for action in actions]
         prepared = [library.prepare(action) for action in actions]
 
         def ours(steps: int) -> None:

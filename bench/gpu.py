@@ -14,6 +14,7 @@ import argparse
 import importlib
 import importlib.util
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,26 @@ PARTS = ("build", "test", "kernels", "update", "replay", "envs", "train")
 WIDTHS, BATCHES = (256, 512, 1024, 2048, 4096, 8192, 11200), (1024, 256, 4096)  # what matters most first
 DRY_WIDTHS, DRY_BATCHES = (32,), (16,)
 DRY_PROVIDERS = ("ours", "ours-bf16", "plain", "compiled", "jax")
+
+
+# The environments of one table, what matters most first: compiling takes most of the time.
+ENVIRONMENTS = [
+    *((f"mjx/{task}", 1024) for task in ("CheetahRun", "HumanoidRun", "WalkerRun")),
+    ("mjx/dmc25", 128),
+    *((f"mjx/{task}", slots) for slots in (4096, 128) for task in ("CheetahRun", "HumanoidRun", "WalkerRun")),
+]
+RATES = ("time/updates_per_second", "time/environment_steps_per_second")
+_MANY = "--num-envs 128 --updates-per-step 8 --batch-size 1024 --critic.width 1024 --steps 100000000"
+_REPORTS = "--report-every 20000 --eval-every 500000 --checkpoint-every 100000000"
+RUNS = {
+    "cheetah": f"mjx/CheetahRun {_MANY} {_REPORTS}",
+    "humanoid": f"mjx/HumanoidRun {_MANY} {_REPORTS}",
+    "dmc-easy": f"mjx/dmc-easy {_MANY} --num-envs 16 {_REPORTS}",
+}
+DRY_RUNS = {
+    "cartpole": "mjx/CartpoleSwingup --device cpu --steps 3000 --random-steps 1000 --critic.width 32 "
+    "--report-every 1000 --eval-every 3000"
+}
 
 
 class Skip(Exception):
@@ -178,57 +199,79 @@ def replay(part: Part) -> dict[str, Any]:
 
 
 def envs(part: Part) -> dict[str, Any]:
-    """Environment steps per second through `step_tensors`, actions from torch and back."""
+    """Steps per second beside bare Playground, and of the 25 tasks side by side; actions from torch."""
     need("jax", "mujoco", "mujoco_playground", "gymnasium")
+    from bench_envs import compare, line
+
+    end = time.perf_counter() + part.seconds
+    rows: list[dict[str, Any]] = []
+    for task, slots in [("mjx/CartpoleSwingup", 4)] if part.dry else ENVIRONMENTS:
+        if time.perf_counter() > end:
+            rows.append({"task": task, "num_envs": slots, "missing": "the time was used up"})
+        elif task in ("mjx/dmc25", "mjx/dmc-easy"):
+            rows.append(_alone(task, slots, part))
+        else:
+            rows.append(compare(task, slots, part.seconds / 20, part.device))
+        told = rows[-1]
+        print(
+            f"  {line(told) if 'steps_per_second' not in told or 'times_library' in told else told}",
+            flush=True,
+        )
+    return {"rows": rows}
+
+
+def _alone(suite: str, slots: int, part: Part) -> dict[str, Any]:
+    """A suite's tasks side by side; the library has no loop for several."""
     import torch
     from harness import wait
 
     from brc_fast.envs import make
 
-    tasks = ("mjx/CartpoleSwingup",) if part.dry else ("mjx/CartpoleSwingup", "mjx/CheetahRun")
-    rows = []
-    for task in tasks:
-        for slots in (4,) if part.dry else (128, 1024):
-            start = time.perf_counter()
-            env = make(task, slots)
-            env.reset_tensors(0)
-            compiled = time.perf_counter() - start
-            actions = torch.zeros(slots, env.action_size, device=part.device)
-            times = []
-            end = time.perf_counter() + part.seconds / 8
-            while time.perf_counter() < end or len(times) < 3:
-                start = time.perf_counter()
-                for _ in range(20):
-                    observations = env.step_tensors(actions).observations
-                wait(observations.device.type)
-                times.append((time.perf_counter() - start) / 20)
-            rate = slots / statistics.median(times)
-            row = {"task": task, "num_envs": slots, "steps_per_second": rate, "compile_seconds": compiled}
-            rows.append(row | {"device": observations.device.type})
-            print(f"  {task}, {slots} environments: {rate:.0f} steps/s on {rows[-1]['device']}", flush=True)
-            env.close()
-    return {"rows": rows}
+    start = time.perf_counter()
+    env: Any = make(suite, slots)
+    env.reset_tensors(0)
+    actions = torch.zeros(env.num_envs, env.action_size, device=part.device)
+    wait(env.step_tensors(actions).observations.device.type)
+    started = time.perf_counter() - start
+    times = []
+    end = time.perf_counter() + part.seconds / 20
+    while time.perf_counter() < end or len(times) < 3:
+        start = time.perf_counter()
+        for _ in range(10):
+            observations = env.step_tensors(actions).observations
+        wait(observations.device.type)
+        times.append((time.perf_counter() - start) / 10)
+    env.close()
+    rate = {"ours": env.num_envs / statistics.median(times)}
+    return {"task": suite, "num_envs": env.num_envs, "steps_per_second": rate, "start_seconds": started}
 
 
 def train(part: Part) -> dict[str, Any]:
-    """The whole loop through the command line, with its own defaults for the device."""
+    """The whole loop through the command line, stopped when its share of the time is over."""
     need("jax", "mujoco", "mujoco_playground", "gymnasium", "safetensors", "tyro", "tqdm", "matplotlib")
-    from brc_fast import cli
     from brc_fast.metrics import read_rows
 
-    run = ROOT / "build" / "gpu-train"
-    size = ["--steps", "3000", "--random-steps", "1000", "--critic.width", "32", "--eval-every", "3000"]
-    full = ["--steps", "20000", "--critic.width", "512", "--eval-every", "20000"]
-    words = ["train", "mjx/CartpoleSwingup", "--run", str(run), "--overwrite", "--report-every", "1000"]
-    code = cli.main([*words, *(size if part.dry else full)])
-    if code != 0:
-        raise RuntimeError(f"brc-fast train ended with {code}")
-    rows = read_rows(run / "metrics.jsonl")
-    rates = [row for row in rows if row.get("time/updates_per_second", 0) > 0][1:]
-    names = ("time/updates_per_second", "time/environment_steps_per_second")
-    told = {name: statistics.median(row[name] for row in rates) for name in names}
-    print(f"  {told}", flush=True)
-    return {"rates": told, "evaluations": [row for row in rows if "eval/return_mean" in row]}
+    runs = {}
+    for name, words in (DRY_RUNS if part.dry else RUNS).items():
+        folder = ROOT / "build" / f"gpu-{name}"
+        command = [sys.executable, "-m", "brc_fast.cli", "train", *words.split()]
+        command += ["--run", str(folder), "--overwrite"]
+        seconds = 300.0 if part.dry else part.seconds / len(RUNS)
+        with subprocess.Popen(command) as process:
+            try:
+                code = process.wait(seconds)
+            except subprocess.TimeoutExpired:  # Ctrl-C: it ends its step and saves
+                process.send_signal(signal.SIGINT)
+                code = process.wait()
+        if code not in (0, 130):
+            raise RuntimeError(f"{name}: brc-fast train ended with {code}")
+        rows = read_rows(folder / "metrics.jsonl")
+        rates = [row for row in rows if row.get("time/updates_per_second", 0) > 0][1:]
+        told = {key: statistics.median(row[key] for row in rates) for key in RATES} if rates else {}
+        print(f"  {name}: {told}", flush=True)
+        curve = [{k: v for k, v in row.items() if k == "step" or k.startswith("eval/")} for row in rows]
+        runs[name] = {"settings": words, "rates": told, "evaluations": [row for row in curve if len(row) > 1]}
+    return {"runs": runs}
 
 
 class Part:

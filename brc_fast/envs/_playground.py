@@ -48,6 +48,7 @@ class Task:
         self.kind = jax.tree.structure(_without_idle_sizes(self.env))
         self.randomizer = _randomizer(name, randomize)
         self.varied = self._varied()
+        self.calls: dict[Any, _Simulator] = {}
 
     def _varied(self) -> tuple[int, ...]:
         """Places of the model's leaves that the randomizer draws."""
@@ -227,23 +228,59 @@ def _attempt(
 
 def _simulate(call: _Call, tasks: list[Task], varied: list[Any], operands: dict[int, Any]) -> list[Any]:
     """One call for the slots of several tasks, its results again by task."""
-    models, axes = _joined_models(tasks, varied, [len(jax.tree.leaves(x)[0]) for x in operands.values()])
+    sizes = [len(jax.tree.leaves(part)[0]) for part in operands.values()]
+    key = call, *map(id, tasks)
+    if key not in tasks[0].calls:
+        tasks[0].calls[key] = _Simulator(call, tasks)
+    simulator = tasks[0].calls[key]
     joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *operands.values())
-    structure = tasks[0].structure
-
-    def one(leaves: Any, operands: Any) -> Any:
-        model = jax.tree.unflatten(structure, leaves)
-        if call.kind == "step":
-            return _step(model, *operands, call.substeps)
-        return _forward(model, *operands)
-
-    out = jax.vmap(one, in_axes=(axes, 0))(models, joined)
-    sizes = [len(jax.tree.leaves(x)[0]) for x in operands.values()]
+    out = simulator.run(simulator.per_slot(tasks, varied, sizes), joined)
     ends = np.cumsum(sizes).tolist()
     return [
         jax.tree.map(lambda leaf, begin=end - size, end=end: leaf[begin:end], out)
         for size, end in zip(sizes, ends, strict=True)
     ]
+
+
+class _Simulator:
+    """A call of the simulator for all slots of some tasks. It is traced once, however often they are.
+
+    Leaves of the model in which the tasks agree are constants, the others have a row per slot.
+    """
+
+    def __init__(self, call: _Call, tasks: list[Task]) -> None:
+        first = tasks[0]
+        self.places = [
+            place
+            for place, leaf in enumerate(first.leaves)
+            if any(place in task.varied for task in tasks)
+            or not all(np.array_equal(leaf, task.leaves[place]) for task in tasks[1:])
+        ]
+
+        def one(own: Any, operands: Any) -> Any:
+            leaves = list(first.leaves)
+            for place, leaf in zip(self.places, own, strict=True):
+                leaves[place] = leaf
+            model = jax.tree.unflatten(first.structure, leaves)
+            if call.kind == "step":
+                return _step(model, *operands, call.substeps)
+            return _forward(model, *operands)
+
+        self.run = jax.jit(jax.vmap(one))
+
+    def per_slot(self, tasks: list[Task], varied: list[Any], sizes: list[int]) -> list[Any]:
+        """The leaves of `places`, a row for every slot."""
+        return [
+            jnp.concatenate(
+                [
+                    drawn[task.varied.index(place)]
+                    if place in task.varied
+                    else jnp.broadcast_to(task.leaves[place], (size, *np.shape(task.leaves[place])))
+                    for task, drawn, size in zip(tasks, varied, sizes, strict=True)
+                ]
+            )
+            for place in self.places
+        ]
 
 
 def _without_idle_sizes(env: Any) -> Any:
@@ -258,31 +295,6 @@ def _without_idle_sizes(env: Any) -> Any:
     if source.nhfield or not isinstance(sizes, np.ndarray):
         return model
     return model.tree_replace({"_impl.geom_rbound_hfield": np.zeros_like(sizes)})
-
-
-def _joined_models(
-    tasks: list[Task], varied: list[Any], sizes: list[int]
-) -> tuple[list[Any], list[int | None]]:
-    """Leaves of the models of all slots: one for all where the tasks agree, else one per slot."""
-    leaves: list[Any] = []
-    axes: list[int | None] = []
-    for place, first in enumerate(tasks[0].leaves):
-        same = all(place not in task.varied for task in tasks) and all(
-            np.array_equal(first, task.leaves[place]) for task in tasks[1:]
-        )
-        if same:
-            leaves.append(first)
-            axes.append(None)
-            continue
-        parts = [
-            drawn[task.varied.index(place)]
-            if place in task.varied
-            else jnp.broadcast_to(task.leaves[place], (size, *np.shape(task.leaves[place])))
-            for task, drawn, size in zip(tasks, varied, sizes, strict=True)
-        ]
-        leaves.append(jnp.concatenate(parts))
-        axes.append(0)
-    return leaves, axes
 
 
 def _load(name: str, impl: str) -> Any:
