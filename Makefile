@@ -53,10 +53,11 @@ $(VENV)/.bench: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
 	@touch $@
 
-## Speed on this CPU: the update, and the replay buffer among others
+## Speed on this CPU: the update, and replay buffer and environments among others
 bench: $(VENV)/.bench
 	$(BIN)/python bench/bench_update.py $(ARGS)
 	$(BIN)/python bench/bench_replay.py $(ARGS)
+	$(BIN)/python bench/bench_envs.py $(ARGS)
 
 ## Tests and timings on a CUDA machine, with what is installed there
 gpu:
