@@ -19,6 +19,7 @@ import cloudpickle  # noqa: E402
 from gymnasium.spaces import Box, Dict, Discrete, Tuple  # noqa: E402
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv  # noqa: E402
 
+from brc_fast.envs import make  # noqa: E402
 from brc_fast.envs.base import check_finite  # noqa: E402
 from brc_fast.envs.gym import GymAdapter, WorkerError, make_gym  # noqa: E402
 from brc_fast.envs.vector import VectorAdapter  # noqa: E402
@@ -715,3 +716,45 @@ def test_the_gymnasium_face_gives_final_observations():
         _, _, _, truncated, infos = env.step(np.zeros((N, 1), np.float32))
     assert truncated.all()
     assert [final[2] for final in infos["final_obs"]] == [LENGTH] * N
+
+
+CHECKOUT = """
+import gymnasium
+import numpy as np
+
+
+class Walk(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (51,), np.float64)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (19,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.age = 0
+        return np.zeros(51), {}
+
+    def step(self, action):
+        self.age += 1
+        return np.full(51, float(self.age)), float(self.age), False, False, {"success": self.age > 2}
+
+
+gymnasium.register("h1-walk-v0", entry_point=Walk, max_episode_steps=4)
+"""
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_humanoidbench_comes_from_a_checkout_of_ones_own(processes, tmp_path, monkeypatch):
+    (tmp_path / "humanoid_bench").mkdir()
+    (tmp_path / "humanoid_bench" / "__init__.py").write_text(CHECKOUT)
+    monkeypatch.syspath_prepend(tmp_path)
+    env = make("humanoidbench/h1-walk-v0", 2, processes=processes)
+    try:
+        assert (env.observation_size, env.action_size, env.max_episode_steps) == (51, 19, 4)
+        env.reset_tensors(0)
+        steps = [env.step_tensors(torch.zeros(2, 19)) for _ in range(4)]
+        assert [step.rewards.tolist() for step in steps] == [[n, n] for n in (1.0, 2.0, 3.0, 4.0)]
+        assert steps[-1].truncated.all()
+        assert (steps[-1].successors == 4.0).all()
+        assert env.successes.all()
+    finally:
+        env.close()
+        gymnasium.registry.pop("h1-walk-v0", None)
+        sys.modules.pop("humanoid_bench", None)
