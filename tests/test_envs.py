@@ -503,6 +503,7 @@ def test_compiled_programs_are_kept_between_processes_and_progress_is_shown(tmp_
     names = [file.name for file in (tmp_path / "brc_fast" / "jax").iterdir()]
     assert any("reset" in name for name in names)
     assert any("step" in name for name in names)
+    assert "tracing mjx/PendulumSwingup ... took" in done.stderr
     assert "compiling mjx/PendulumSwingup for 1 environments ... took" in done.stderr
     assert done.stdout == ""
 

@@ -53,7 +53,8 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         randomize: bool | Randomizer = False,
         quiet: bool = False,
     ) -> None:
-        self._programs = programs(tasks, impl, num_envs, randomize)
+        with _jax.progress(f"tracing {', '.join(tasks)}", quiet):
+            self._programs = programs(tasks, impl, num_envs, randomize)
         self._quiet = quiet
         sizes = self._programs.sizes
         limits = [episode_length or length for length in sizes.episode_lengths]
