@@ -134,7 +134,9 @@ class RewardNormalizer:
         else:
             raise ValueError('entropies [T] are needed with entropy="measured", got None')
         bonus = temperature * entropy / (1.0 - self.discount)
-        return (torch.as_tensor(extremes, dtype=bonus.dtype, device=bonus.device) + bonus) / self.v_max
+        scale = (torch.as_tensor(extremes, dtype=bonus.dtype, device=bonus.device) + bonus) / self.v_max
+        # Zero only where neither rewards nor entropy have been anything but zero: then 0 / scale must be 0.
+        return scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
     def normalize(
         self, rewards: Tensor, task_ids: Tensor, temperature: Tensor, entropies: Tensor | None = None

@@ -129,3 +129,12 @@ def test_a_restored_normalizer_goes_on_in_the_middle_of_an_episode() -> None:
 def test_impossible_settings_are_refused(task_ids: list[int], settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RewardNormalizer(task_ids, target_entropy=-1.0, **settings)
+
+
+def test_a_task_that_has_only_ever_returned_nothing_has_rewards_of_zero_without_an_entropy_bonus() -> None:
+    normalizer = RewardNormalizer([0], discount=DISCOUNT, v_max=5.0, target_entropy=0.0)
+    feed(normalizer, [[0.0, 0.0]], ["truncated"])
+    assert normalizer.normalize(torch.zeros(3), torch.zeros(3, dtype=torch.long), ALPHA).tolist() == [0.0] * 3
+    feed(normalizer, [[0.0, 2.0]], ["terminated"])
+    scaled = normalizer.normalize(torch.tensor([2.0]), torch.zeros(1, dtype=torch.long), ALPHA)
+    assert scaled.item() == pytest.approx(5.0)
