@@ -39,10 +39,10 @@ def simulator_calls(monkeypatch):
     sizes = []
     usual = _playground._simulate
 
-    def counted(call, tasks, varied, operands):
+    def counted(call, tasks, varied, operands, slots):
         if call.kind == "step":
-            sizes.append(sum(len(jax.tree.leaves(part)[0]) for part in operands.values()))
-        return usual(call, tasks, varied, operands)
+            sizes.append(sum(slots))
+        return usual(call, tasks, varied, operands, slots)
 
     monkeypatch.setattr(_playground, "_simulate", counted)
     return sizes
@@ -319,6 +319,31 @@ def test_a_robot_without_the_menagerie_says_where_it_belongs(task, monkeypatch, 
     assert f"mjx/{task} needs the MuJoCo menagerie" in str(caught.value)
     assert str(tmp_path / "menagerie") in str(caught.value)
     assert not (tmp_path / "menagerie").exists()  # and nothing was downloaded
+
+
+@pytest.mark.slow
+def test_mujoco_warp_steps_as_playground_does_and_restarts_too():
+    """It keeps the contacts of all slots together, so its tasks stand side by side without sharing calls."""
+    pytest.importorskip("warp", reason="needs warp-lang")
+    env = make(["mjx/CartpoleBalance", "mjx/CartpoleSwingup"], N, impl="warp", episode_length=6, quiet=True)
+    observations = env.reset_tensors(3)
+    for task, name in enumerate(("CartpoleBalance", "CartpoleSwingup")):
+        playground = _playground._load(name, "warp")
+        reset, step = jax.jit(jax.vmap(playground.reset)), jax.jit(jax.vmap(playground.step))
+        rows = slice(task * N, (task + 1) * N)
+        key = env._keys[task]
+        observations = env.reset_tensors(3)
+        state = reset(jax.random.split(jax.random.fold_in(key, 0), N))
+        for number, actions in enumerate(random_actions(env, 14), start=1):
+            np.testing.assert_allclose(observations[rows], state.obs, atol=1e-5)
+            state, got = step(state, actions[rows].numpy()), env.step_tensors(actions)
+            np.testing.assert_allclose(got.successors[rows], state.obs, atol=1e-5)
+            np.testing.assert_allclose(got.rewards[rows], state.reward, atol=1e-5)
+            if number % 6 == 0:
+                assert got.truncated.all()
+                state = reset(jax.random.split(jax.random.fold_in(key, number // 6), N))
+            observations = got.observations
+    assert env.nan_count.tolist() == [0, 0]
 
 
 # Kept between processes.

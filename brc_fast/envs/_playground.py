@@ -45,7 +45,8 @@ class Task:
         self.action_repeat = int(config.get("action_repeat", 1))
         self.episode_length = -(-int(config.episode_length) // self.action_repeat)
         self.leaves, self.structure = jax.tree.flatten(self.env.mjx_model)
-        self.kind = jax.tree.structure(_without_idle_sizes(self.env))
+        self.joins = impl == "jax"
+        self.kind = jax.tree.structure(_without_idle_sizes(self.env)) if self.joins else None
         self.randomizer = _randomizer(name, randomize)
         self.varied = self._varied()
         self.calls: dict[Any, _Simulator] = {}
@@ -191,7 +192,10 @@ def _in_rounds(
                 waiting.setdefault(call, []).append((number, operands))
         for call, callers in waiting.items():
             numbers = [number for number, _ in callers]
-            parts = _simulate(call, [tasks[i] for i in numbers], [varied[i] for i in numbers], dict(callers))
+            sizes = [jax.tree.leaves(arguments[i])[-1].shape[0] for i in numbers]
+            parts = _simulate(
+                call, [tasks[i] for i in numbers], [varied[i] for i in numbers], dict(callers), sizes
+            )
             for number, part in zip(numbers, parts, strict=True):
                 answers[number].append(part)
     return [results[number] for number in range(len(tasks))]
@@ -221,18 +225,23 @@ def _attempt(
         pending.kind,
         pending.substeps,
         (jax.tree.structure(operands), shapes),
-        (task.kind, model),
+        # MuJoCo Warp keeps the contacts of all slots in one array: its calls cannot be joined.
+        (task.kind, model) if task.joins else id(task),
     )
     return result, call, operands
 
 
-def _simulate(call: _Call, tasks: list[Task], varied: list[Any], operands: dict[int, Any]) -> list[Any]:
+def _simulate(
+    call: _Call, tasks: list[Task], varied: list[Any], operands: dict[int, Any], sizes: list[int]
+) -> list[Any]:
     """One call for the slots of several tasks, its results again by task."""
-    sizes = [len(jax.tree.leaves(part)[0]) for part in operands.values()]
     key = call, *map(id, tasks)
     if key not in tasks[0].calls:
         tasks[0].calls[key] = _Simulator(call, tasks)
     simulator = tasks[0].calls[key]
+    if len(tasks) == 1:
+        (only,) = operands.values()
+        return [simulator.run(simulator.per_slot(tasks, varied, sizes), only)]
     joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *operands.values())
     out = simulator.run(simulator.per_slot(tasks, varied, sizes), joined)
     ends = np.cumsum(sizes).tolist()

@@ -224,6 +224,10 @@ class _Traced:
         places = (slots.restarts[:, None] + jnp.cumsum(ended_of, axis=1) - 1) % (BLOCKS * n)
 
         def restarted(task: int, old: Any, *fresh: Any) -> Any:
+            if old.shape[:1] != (
+                n,
+            ):  # of MuJoCo Warp: scratch of all slots together, written before it is read
+                return old
             mask = ended_of[task].reshape((n,) + (1,) * (old.ndim - 1))
             return jnp.where(mask, jnp.concatenate(fresh)[places[task]], old)
 
