@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .agent import BRC
 from .checkpoint import RunFolder
 from .config import TrainConfig
-from .envs.base import VectorEnvironment, check_finite
+from .envs.base import VectorEnvironment, check_finite, tasks_with_success
 from .errors import InputError
 from .scores import Estimate, Values, aggregate, normalized
 
@@ -82,13 +82,7 @@ def evaluate(agent: BRC, env: VectorEnvironment, seed: int, episodes: int | None
         lost += ended & dropped & running
         if lost.max() >= LOST_IN_A_ROW:
             _give_up(env, int(lost.argmax()))
-    told = {
-        name
-        for group in getattr(env, "groups", [env])
-        if group.successes is not None
-        for name in group.task_names
-    }
-    result.successes[[name not in told for name in env.task_names]] = np.nan
+    result.successes[~tasks_with_success(env)] = np.nan
     return result
 
 

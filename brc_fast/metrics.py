@@ -29,7 +29,6 @@ class EpisodeTracker:
         self._succeeded = np.zeros(len(task_ids), bool)
         self._sums = np.zeros((2, len(task_names)))  # of returns, of successes
         self._counts = np.zeros(len(task_names), np.int64)
-        self._reports = False
 
     def record(self, step: Step, successes: Tensor | None = None) -> None:
         """Add one step; a dropped slot's episode is forgotten, one with a successful step is a success.
@@ -38,7 +37,6 @@ class EpisodeTracker:
             successes: [N] bool, see VectorEnvironment.
         """
         self._running += step.rewards.cpu().numpy()
-        self._reports |= successes is not None
         if successes is not None:
             self._succeeded |= successes.cpu().numpy()
         dropped = step.dropped.cpu().numpy()
@@ -54,15 +52,15 @@ class EpisodeTracker:
         """The running episodes of these slots [N] start anew."""
         self._running[slots], self._succeeded[slots] = 0.0, False
 
-    def row(self) -> dict[str, float]:
-        """`train/return/<task>` of the tasks that finished an episode, and `train/success/<task>` where
-        environments report successes; starts a new count."""
-        out = {
-            f"train/{kind}/{name}": float(sums[task] / self._counts[task])
-            for kind, sums in zip(("return", "success")[: 1 + self._reports], self._sums, strict=False)
-            for task, name in enumerate(self.task_names)
-            if self._counts[task]
-        }
+    def row(self, with_success: NDArray[np.bool_] | None = None) -> dict[str, float]:
+        """`train/return/<task>` of the tasks that finished an episode, and `train/success/<task>` of those
+        `with_success` [T]; starts a new count."""
+        out: dict[str, float] = {}
+        for task in np.flatnonzero(self._counts):
+            returns, successes = self._sums[:, task] / self._counts[task]
+            out[f"train/return/{self.task_names[task]}"] = float(returns)
+            if with_success is not None and with_success[task]:
+                out[f"train/success/{self.task_names[task]}"] = float(successes)
         self._sums[:], self._counts[:] = 0.0, 0
         return out
 

@@ -15,7 +15,7 @@ from . import envs
 from .agent import BRC
 from .checkpoint import RunFolder
 from .config import TrainConfig
-from .envs.base import Step, check_finite
+from .envs.base import Step, check_finite, tasks_with_success
 from .evaluate import evaluate, summary
 from .interrupt import StopRequest
 from .lag import LaggedPolicy
@@ -118,11 +118,11 @@ class Trainer:
 
     def row(self) -> dict[str, Tensor | float]:
         """Returns since the last row, scales, and the newest update's losses."""
-        scale, dropped = self.normalizer.scale(self.agent.alpha, self.entropies), self.env.nan_count
-        out: dict[str, Tensor | float] = {"train/updates": self.updates, **self.episodes.row()}
-        for task, name in enumerate(self.names):
+        scale, told = self.normalizer.scale(self.agent.alpha, self.entropies), tasks_with_success(self.env)
+        out: dict[str, Tensor | float] = {"train/updates": self.updates, **self.episodes.row(told)}
+        for task, (name, dropped) in enumerate(zip(self.names, self.env.nan_count, strict=True)):
             out[f"train/reward_scale/{name}"] = scale[task]
-            out[f"train/dropped/{name}"] = int(dropped[task])
+            out[f"train/dropped/{name}"] = int(dropped)
         return out | {f"train/{name}": value for name, value in self.losses.items()}
 
     def run(self, folder: RunFolder, metrics: MetricsWriter, report: Report) -> None:

@@ -193,6 +193,19 @@ class Twice(Falling):
     pass
 
 
+class Inside(cartpole.Balance):
+    """Calls the simulator inside a condition, where its operands cannot be taken out."""
+
+    def __init__(self, config=None, config_overrides=None):
+        super().__init__(swing_up=True, sparse=False, config=config, config_overrides=config_overrides)
+
+    def step(self, state, action):
+        def move():  # Playground writes into the metrics that it is given
+            return super(Inside, self).step(state.replace(metrics=dict(state.metrics)), action)
+
+        return jax.lax.cond(action[0] < 2, move, lambda: state)
+
+
 def settings(repeat):
     config = cartpole.default_config()
     config.action_repeat, config.episode_length = repeat, 31
@@ -201,10 +214,10 @@ def settings(repeat):
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    for name, kind, repeat in (("Falling", Falling, 1), ("Twice", Twice, 2)):
+    for name, kind, repeat in (("Falling", Falling, 1), ("Twice", Twice, 2), ("Inside", Inside, 1)):
         dm_control_suite.register_environment(name, kind, functools.partial(settings, repeat))
     yield
-    for name in ("Falling", "Twice"):
+    for name in ("Falling", "Twice", "Inside"):
         del dm_control_suite._envs[name], dm_control_suite._cfgs[name]
 
 
@@ -262,6 +275,16 @@ def test_an_action_repeat_adds_rewards_until_the_task_ends():
         assert torch.equal(step.rewards[one], first.rewards[one])
         assert torch.equal(step.rewards[two], (first.rewards + second.rewards)[two])
         over |= step.terminated | first.terminated | second.terminated
+
+
+def test_a_task_that_calls_the_simulator_inside_a_condition_steps_as_it_does_outside():
+    inside, usual = make("mjx/Inside", N), make("mjx/CartpoleSwingup", N)
+    inside._keys = usual._keys = np.ones((1, 2), np.uint32)
+    assert torch.equal(inside.reset_tensors(None), usual.reset_tensors(None))
+    for actions in random_actions(usual, 20):
+        np.testing.assert_allclose(
+            inside.step_tensors(actions).successors, usual.step_tensors(actions).successors, atol=1e-4
+        )
 
 
 # Domain randomization.

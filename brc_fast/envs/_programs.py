@@ -224,9 +224,8 @@ class _Traced:
         places = (slots.restarts[:, None] + jnp.cumsum(ended_of, axis=1) - 1) % (BLOCKS * n)
 
         def restarted(task: int, old: Any, *fresh: Any) -> Any:
-            if old.shape[:1] != (
-                n,
-            ):  # of MuJoCo Warp: scratch of all slots together, written before it is read
+            # MuJoCo Warp has scratch of all slots together, written before it is read.
+            if old.shape[:1] != (n,):
                 return old
             mask = ended_of[task].reshape((n,) + (1,) * (old.ndim - 1))
             return jnp.where(mask, jnp.concatenate(fresh)[places[task]], old)
@@ -280,10 +279,7 @@ class _Kept:
         try:
             parts = [json.dumps(sizes._asdict()).encode(), *(bytes(each.serialize()) for each in exported)]
             _jax.write_atomically(self._path, _packed(parts))
-        except (
-            OSError,
-            ImportError,
-        ):  # no place to keep it, or no flatbuffers: the next process traces again
+        except (OSError, ImportError):  # no place for it, or no flatbuffers: the next process traces again
             return
 
 

@@ -100,6 +100,13 @@ def check_finite(step: Step, env: VectorEnvironment, step_number: int) -> None:
             )
 
 
+def tasks_with_success(env: VectorEnvironment) -> NDArray[np.bool_]:
+    """[T] whether a task reports successes; among several, one that does not has False in `successes`."""
+    groups = getattr(env, "groups", [env])
+    told = {name for group in groups if group.successes is not None for name in group.task_names}
+    return np.array([name in told for name in env.task_names])
+
+
 class GymnasiumFace:
     """The `gymnasium.vector.VectorEnv` side of an adapter, in terms of its tensors.
 
