@@ -308,6 +308,7 @@ void index_adopt(DeviceIndex& index, const BoundStore& self) {
 py::array rows_view(BoundStore& self, py::object owner, std::size_t first, std::size_t count) {
   const std::size_t stride = self.store.layout().stride;
   if (first + count > self.store.index().rows()) throw std::out_of_range("no such rows");
+  self.store.write_heads();
   return Array<unsigned char>({count, stride}, reinterpret_cast<unsigned char*>(self.store.row(first)),
                               owner);
 }

@@ -60,6 +60,7 @@ class DeviceIndex {
       const auto s = static_cast<std::size_t>(ids[i]);
       const bool departed = index_.streams()[s].head_valid && departs[i] != 0;
       const Placement place = index_.append(s, departed, terminated[i] != 0, truncated[i] != 0);
+      index_.set_link(place.row, place.link);
       rows[i] = static_cast<std::int64_t>(place.row);
       moved[i] = place.moved;
       successors[i] = place.successor;

@@ -4,13 +4,7 @@
 #include <cstring>
 #include <limits>
 
-// Wheels run on any x86-64; the loader picks the widest version. Thread sanitizers cannot start with it.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__) && \
-    !defined(__SANITIZE_ADDRESS__)
-#define BRC_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define BRC_VECTOR_CLONES
-#endif
+#include "vector_clones.hpp"
 
 namespace brc {
 namespace {

@@ -142,7 +142,7 @@ Snapshot ReplayStore::write_segment(int file, std::span<const std::uint64_t> fro
     }
     for (const std::uint32_t slot : aside) writer.put(side_.at(slot), frame);
     const bool head = stream.head_valid && rows > 0;  // the successor of the newest row written
-    if (head) writer.put(rows_.row(index_.head_row(s)), frame);
+    if (head) writer.put(heads_.row(s), frame);
     table.first.push_back(first);
     table.rows.push_back(rows);
     table.side.push_back(static_cast<std::uint32_t>(aside.size()));
@@ -290,7 +290,7 @@ void ReplayStore::apply_segment(const Content& content, const SegmentFile& segme
       const Placement to =
           index_.append(s, false, (flags & kTerminated) != 0, jump || (flags & kTruncated) != 0);
       std::memcpy(rows_.row(to.row), buffer.data(), layout_.link);
-      if (jump) index_.unmark_truncated(to.row);
+      index_.set_link(to.row, jump ? to.link & ~kTruncated : to.link);  // of a jump only the place is needed
       if (to.successor < 0) aside.push_back(-1 - to.successor);
     }
     for (const std::int64_t slot : aside) {
@@ -300,7 +300,7 @@ void ReplayStore::apply_segment(const Content& content, const SegmentFile& segme
     }
     if (table.head[s] != 0) {
       reader.get(buffer.data(), frame);
-      if (stream.head_valid) std::memcpy(rows_.row(index_.head_row(s)), buffer.data(), frame);
+      std::memcpy(heads_.row(s), buffer.data(), frame);
     }
   }
 }

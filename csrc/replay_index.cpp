@@ -80,6 +80,7 @@ ReplayIndex::ReplayIndex(std::span<const std::int64_t> capacities, std::span<con
     refuse("capacity for " + to_string(tasks) + " tasks in " + to_string(streams_.size()) +
            " streams needs " + to_string(row) + " rows, and a store has at most " + to_string(kMaxRows));
   }
+  aside_.resize(row);
   sizes_.resize(tasks);
   seen_.resize(streams_.size());
   all_.groups.resize(1);
@@ -126,8 +127,9 @@ std::uint32_t ReplayIndex::take_slot() noexcept {
 }
 
 void ReplayIndex::release(std::size_t row) noexcept {
-  const std::uint32_t slot = links_.get(row) & kSlot;
-  if (slot != 0) free_.push_back(slot - 1);
+  if (!aside_[row]) return;
+  free_.push_back((links_.get(row) & kSlot) - 1);
+  aside_[row] = false;
 }
 
 void ReplayIndex::resize(Stream& stream, std::uint32_t size) noexcept {
@@ -147,11 +149,12 @@ Placement ReplayIndex::append(std::size_t s, bool departs, bool terminated, bool
     // With a ring of two rows, that was the newest row; where the head was its successor, nobody needs it.
     if (stream.kept == 0) departs = false;
   }
-  Placement place{stream.first_row + stream.next, -1, 0};
+  Placement place{stream.first_row + stream.next, 0, -1, 0};
   if (departs) {
     const std::size_t newest = stream.first_row + stream.position(0);
     const std::uint32_t slot = take_slot();
     links_.set(newest, links_.get(newest) | (slot + 1));
+    aside_[newest] = true;
     place.moved = slot;
   }
   stream.next = stream.after(stream.next);
@@ -160,15 +163,15 @@ Placement ReplayIndex::append(std::size_t s, bool departs, bool terminated, bool
   if (stream.size < stream.capacity) resize(stream, stream.size + 1);
   stream.phase = stream.phase + 1 == stream.capacity ? 0 : stream.phase + 1;
   stream.head_valid = !terminated && !truncated;
-  std::uint32_t word = (terminated ? kTerminated : 0) | (truncated ? kTruncated : 0);
+  place.link = (terminated ? kTerminated : 0) | (truncated ? kTruncated : 0);
   if (stream.head_valid) {
     place.successor = static_cast<std::int64_t>(stream.first_row + stream.next);
   } else {
     const std::uint32_t slot = take_slot();
-    word |= slot + 1;
+    place.link |= slot + 1;
+    aside_[place.row] = true;
     place.successor = -1 - static_cast<std::int64_t>(slot);
   }
-  links_.set(place.row, word);
   return place;
 }
 

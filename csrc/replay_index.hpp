@@ -49,7 +49,7 @@ struct Stream {
   std::uint32_t kept = 0;   // rows kept, < ring: size, and up to stack - 1 older ones for their frames
   std::uint32_t phase = 0;  // cell of the next transition, < capacity; equals size until that is capacity
   std::uint64_t count = 0;  // transitions ever added: the sequence number of the next one
-  bool head_valid = false;  // row next holds the successor of the newest row, whose link then names no slot
+  bool head_valid = false;  // the head holds the successor of the newest row, whose link then names no slot
 
   /// Ring position of the transition `back` before the newest.
   [[nodiscard]] std::uint32_t position(std::uint32_t back) const noexcept {
@@ -105,8 +105,9 @@ struct Strata {
 /// Where an appended transition goes. A place is a row, or -1 - slot in the side store.
 struct Placement {
   std::size_t row;
-  std::int64_t moved;      // side slot for what the row's observation holds now, or -1
-  std::int64_t successor;  // place of the successor
+  std::uint32_t link;      // of the row
+  std::int64_t moved;      // side slot for what the head holds now, or -1
+  std::int64_t successor;  // place of the successor: the head, which is the row after this one, or a slot
 };
 
 /// Where the parts of a sampled transition are.
@@ -147,7 +148,7 @@ class ReplayIndex {
 
   /// Refuses streams that are unknown or named twice. O(M).
   void require_streams(std::span<const std::int64_t> ids);
-  /// The row where the next transition of a stream goes; its observation is the last successor if
+  /// The row where the next transition of a stream goes, the head: what leads there is the last successor if
   /// `streams()[s].head_valid`.
   [[nodiscard]] std::size_t head_row(std::size_t s) const noexcept {
     return streams_[s].first_row + streams_[s].next;
@@ -155,10 +156,10 @@ class ReplayIndex {
   /// Makes `more` side slots free. Throws std::bad_alloc, with everything as it was.
   void reserve_slots(std::size_t more);
   /// Appends a transition; `departs`: its observation differs from a valid head, which must be moved away.
+  /// The link is the caller's to write, with the rest of the row or by `set_link`, before anything else.
   /// Precondition: as many slots are reserved as this needs (one for a departure, one for an end). O(1).
   Placement append(std::size_t s, bool departs, bool terminated, bool truncated) noexcept;
-  /// Forgets that the transition at `row` was truncated: its caller jumped, and only the place is needed.
-  void unmark_truncated(std::size_t row) noexcept { links_.set(row, links_.get(row) & ~kTruncated); }
+  void set_link(std::size_t row, std::uint32_t word) noexcept { links_.set(row, word); }
   /// Takes the newest transitions of a stream off until `count` were ever added. Precondition: they are kept.
   void rewind(std::size_t s, std::uint64_t count) noexcept;
   /// Empties every stream.
@@ -196,6 +197,7 @@ class ReplayIndex {
   std::vector<std::size_t> sizes_;  // [T] transitions of each task
   std::size_t size_ = 0;            // their sum
   Links links_;
+  std::vector<bool> aside_;          // [rows] whether the link names a slot: read without touching the row
   std::vector<std::uint32_t> free_;  // side slots, each once, the last first to go; its capacity is slots_
   std::size_t slots_ = 0;
   Strata all_;                       // of the request without tasks and weights

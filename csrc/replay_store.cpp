@@ -1,27 +1,74 @@
 #include "replay_store.hpp"
 
 #include <cstring>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 #include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "finite.hpp"
+#include "vector_clones.hpp"
 
 namespace brc {
 namespace {
 
-constexpr std::size_t kAhead = 8;               // rows between a prefetch and its use
-constexpr std::size_t kLine = 64;               // bytes of a cache line
-constexpr std::size_t kPrefetchBytes = 256;     // of a row to read
-constexpr std::size_t kPrefetchWritten = 4096;  // of a row to write
+constexpr std::size_t kAhead = 8;            // rows between a prefetch and its use
+constexpr std::size_t kLine = 64;            // bytes of a cache line
+constexpr std::size_t kGroup = 16;           // rows put together before they are written
+constexpr std::size_t kPrefetchBytes = 384;  // of a row to read
 
-constexpr std::uint32_t kEdge = 1u << 31;  // marks the last row of a ring; rows have 29 bits
+constexpr std::uint32_t kApart =
+    1u << 31;  // marks a row that its successor does not follow; rows have 29 bits
 
-template <int write = 0>
+using Vector16 = char __attribute__((vector_size(16)));
+using Vector32 = char __attribute__((vector_size(32)));
+
+/// memcpy without its call, for parts of rows.
+template <class Vector>
+BRC_INLINE void copy_bytes(std::byte* to, const std::byte* from, std::size_t bytes) noexcept {
+  constexpr std::size_t kVector = sizeof(Vector);
+  if (bytes < kVector || bytes > 1024) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  Vector part;
+  for (std::size_t at = 0; at + kVector <= bytes; at += kVector) {
+    std::memcpy(&part, from + at, kVector);
+    std::memcpy(to + at, &part, kVector);
+  }
+  std::memcpy(&part, from + bytes - kVector, kVector);  // the rest, with what comes before it
+  std::memcpy(to + bytes - kVector, &part, kVector);
+}
+
 [[gnu::always_inline]] inline void fetch(const std::byte* data, std::size_t bytes) noexcept {
-  for (std::size_t i = 0; i < std::min(bytes, kPrefetchBytes); i += kLine)
-    __builtin_prefetch(data + i, write);
+  for (std::size_t i = 0; i < std::min(bytes, kPrefetchBytes); i += kLine) __builtin_prefetch(data + i);
+}
+
+/// Copies whole lines past the caches: a row is written long before it is read, and a line that is written
+/// whole need not come from memory first. finish_stream() must follow before others look.
+void stream_lines(std::byte* to, const std::byte* from, std::size_t bytes) noexcept {
+#if defined(__SSE2__)
+  for (std::size_t at = 0; at < bytes; at += sizeof(__m128i)) {
+    const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + at), part);
+  }
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+/// Of the lines of a row that hold more than its observation.
+std::size_t tail_bytes(const Layout& layout) noexcept {
+  return layout.stride - layout.observation.bytes / kLine * kLine;
+}
+
+void finish_stream() noexcept {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 void put(MutableBytes to, std::size_t index, const std::byte* from, std::size_t bytes) noexcept {
@@ -34,6 +81,44 @@ float reward_at(const std::byte* row, const Layout& layout) noexcept {
   return reward;
 }
 
+/// Where the parts of a row are.
+struct RowParts {
+  const std::byte* base;
+  std::size_t stride, frame, action_offset, action, reward;
+};
+
+struct PlainColumns {
+  std::byte *observations, *next_observations, *actions;
+  float *rewards, *masks;
+};
+
+constexpr float kElsewhere = -1.0f;  // in place of a mask
+
+/// Copies transitions whose successors lie in the following row. Others get the mask kElsewhere, and no
+/// successor that holds.
+BRC_VECTOR_CLONES void copy_transitions(const RowParts parts, std::span<const std::uint32_t> rows,
+                                        PlainColumns out) noexcept {
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    if (i + kAhead < rows.size()) {
+      const std::byte* ahead = parts.base + (rows[i + kAhead] & ~kApart) * parts.stride;
+      for (std::size_t at = 0; at < std::min(parts.reward + 8, kPrefetchBytes); at += kLine)
+        __builtin_prefetch(ahead + at);
+    }
+    const std::byte* const row = parts.base + (rows[i] & ~kApart) * parts.stride;
+    copy_bytes<Vector32>(out.observations, row, parts.frame);
+    copy_bytes<Vector32>(out.actions, row + parts.action_offset, parts.action);
+    const bool apart = (rows[i] & kApart) != 0;
+    if (!apart) copy_bytes<Vector32>(out.next_observations, row + parts.stride, parts.frame);
+    std::memcpy(out.rewards + i, row + parts.reward, sizeof(float));
+    std::uint32_t word;
+    std::memcpy(&word, row + parts.reward + sizeof(float), sizeof(word));
+    out.masks[i] = apart || (word & (kSlot | kTerminated)) != 0 ? kElsewhere : 1.0f;
+    out.observations += parts.frame;
+    out.next_observations += parts.frame;
+    out.actions += parts.action;
+  }
+}
+
 }  // namespace
 
 ReplayStore::ReplayStore(Layout layout, std::span<const std::int64_t> capacities,
@@ -42,9 +127,12 @@ ReplayStore::ReplayStore(Layout layout, std::span<const std::int64_t> capacities
       allow_not_finite_(allow_not_finite),
       index_(capacities, task_ids, static_cast<std::int64_t>(layout_.stack), seed),
       rows_(index_.rows(), layout_.stride, "the replay store"),
+      heads_(task_ids.size(), Layout::align(layout_.observation.bytes, kLine), "the newest successors"),
       side_(layout_.observation.bytes),
       all_streams_(task_ids.size()),
-      departs_(task_ids.size()) {
+      departs_(task_ids.size()),
+      tails_(kGroup, tail_bytes(layout_), "rows to come") {
+  std::memset(tails_.row(0), 0, tails_.nbytes());
   index_.bind({rows_.row(0) + layout_.link, layout_.stride});
   std::iota(all_streams_.begin(), all_streams_.end(), 0);
 }
@@ -60,47 +148,53 @@ void ReplayStore::add(std::span<const std::int64_t> ids, const TransitionColumns
   require_columns(columns, layout_, ids.size());
   const std::size_t frame = layout_.observation.bytes;
   const auto& streams = index_.streams();
-  const auto stream_at = [&](std::size_t i) { return static_cast<std::size_t>(ids[i]); };
+  const auto observation = [&](std::size_t i) { return columns.observations.data() + i * frame; };
 
   std::size_t slots = 0;
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    if (i + kAhead < ids.size()) {
-      fetch<1>(rows_.row(index_.head_row(stream_at(i + kAhead))), std::min(frame, kPrefetchWritten));
-    }
-    const std::size_t s = stream_at(i);
-    departs_[i] = streams[s].head_valid && std::memcmp(rows_.row(index_.head_row(s)),
-                                                       columns.observations.data() + i * frame, frame) != 0;
+    const auto s = static_cast<std::size_t>(ids[i]);
+    departs_[i] = streams[s].head_valid && std::memcmp(heads_.row(s), observation(i), frame) != 0;
     slots += departs_[i];
     slots += columns.terminated[i] || columns.truncated[i];
   }
   if (!allow_not_finite_) require_finite(ids, columns);
   reserve_slots(slots);
 
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    if (i + kAhead < ids.size()) {
-      const Stream& ahead = streams[stream_at(i + kAhead)];
-      const std::byte* following = rows_.row(ahead.first_row + ahead.after(ahead.next));
-      __builtin_prefetch(rows_.row(ahead.first_row + ahead.next) + layout_.link, 1);
-      fetch<1>(following, std::min(frame, kPrefetchWritten));
-      __builtin_prefetch(following + layout_.link);  // of the row to drop
+  // In groups: what was put together from small parts is best read again some time later.
+  const std::size_t whole = frame / kLine * kLine;  // bytes of the observation that are lines of their own
+  std::array<std::byte*, kGroup> rows;
+  for (std::size_t begin = 0; begin < ids.size(); begin += kGroup) {
+    const std::size_t count = std::min(kGroup, ids.size() - begin);
+    for (std::size_t g = 0, i = begin; g < count; ++g, ++i) {
+      const auto s = static_cast<std::size_t>(ids[i]);
+      std::byte* const head = heads_.row(s);
+      const Placement to =
+          index_.append(s, departs_[i] != 0, columns.terminated[i] != 0, columns.truncated[i] != 0);
+      if (to.moved >= 0) std::memcpy(side_.at(static_cast<std::size_t>(to.moved)), head, frame);
+      std::byte* const tail = tails_.row(g);
+      copy_bytes<Vector16>(tail, observation(i) + whole, frame - whole);
+      write_payload(tail - whole, to.link, columns, i);
+      rows[g] = rows_.row(to.row);
+      copy_bytes<Vector16>(to.successor >= 0 ? head : side_.at(static_cast<std::size_t>(-1 - to.successor)),
+                           columns.successors.data() + i * frame, frame);
     }
-    const std::size_t s = stream_at(i);
-    const bool known = streams[s].head_valid && !departs_[i];  // the row holds its observation already
-    const Placement to =
-        index_.append(s, departs_[i] != 0, columns.terminated[i] != 0, columns.truncated[i] != 0);
-    std::byte* row = rows_.row(to.row);
-    if (to.moved >= 0) std::memcpy(side_.at(static_cast<std::size_t>(to.moved)), row, frame);
-    if (!known) std::memcpy(row, columns.observations.data() + i * frame, frame);
-    for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
-      const std::size_t bytes = layout_.fields[f].bytes;
-      std::memcpy(row + layout_.offsets[f], columns.fields[f].data() + i * bytes, bytes);
+    for (std::size_t g = 0; g < count; ++g) {
+      stream_lines(rows[g], observation(begin + g), whole);
+      stream_lines(rows[g] + whole, tails_.row(g), layout_.stride - whole);
     }
-    std::memcpy(row + layout_.reward, &columns.rewards[i], sizeof(float));
-    std::byte* successor = to.successor >= 0 ? rows_.row(static_cast<std::size_t>(to.successor))
-                                             : side_.at(static_cast<std::size_t>(-1 - to.successor));
-    std::memcpy(successor, columns.successors.data() + i * frame, frame);
   }
+  finish_stream();
   index_.refresh();
+}
+
+void ReplayStore::write_payload(std::byte* row, std::uint32_t link, const TransitionColumns& columns,
+                                std::size_t i) const noexcept {
+  for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
+    const std::size_t bytes = layout_.fields[f].bytes;
+    copy_bytes<Vector16>(row + layout_.offsets[f], columns.fields[f].data() + i * bytes, bytes);
+  }
+  std::memcpy(row + layout_.reward, &columns.rewards[i], sizeof(float));
+  std::memcpy(row + layout_.link, &link, sizeof(link));
 }
 
 void ReplayStore::require_finite(std::span<const std::int64_t> ids, const TransitionColumns& columns) const {
@@ -247,7 +341,8 @@ void ReplayStore::gather_plain(std::span<Pick> picks, std::size_t first,
     for (std::size_t i = 0; i < part.size(); ++i) {
       const Stream& stream = index_.streams()[part[i].stream];
       const bool edge = part[i].row + 1 == stream.first_row + stream.ring;
-      rows[i] = static_cast<std::uint32_t>(part[i].row) | (edge ? kEdge : 0);
+      const bool newest = part[i].sequence + 1 == stream.count;
+      rows[i] = static_cast<std::uint32_t>(part[i].row) | (edge || newest ? kApart : 0);
       out.task_ids[first + begin + i] = stream.task;
       part[i].steps = 1;
     }
@@ -257,51 +352,22 @@ void ReplayStore::gather_plain(std::span<Pick> picks, std::size_t first,
 
 void ReplayStore::copy_plain(std::span<const std::uint32_t> rows, std::span<const Pick> picks,
                              std::size_t first, const BatchColumns& out) const noexcept {
-  // In locals, as a copy through a byte pointer makes the compiler read members again; instructions between
-  // the loads that wait cost time here.
-  const std::byte* const base = rows_.row(0);
-  const std::size_t stride = layout_.stride;
-  const std::size_t bytes = layout_.observation.bytes;
-  const std::size_t action_offset = layout_.offsets[0];
-  const std::size_t action_bytes = layout_.fields[0].bytes;
-  const std::size_t reward_offset = layout_.reward;
-  const bool more = layout_.fields.size() > 1;
-  const bool long_rows = layout_.used >= kPrefetchBytes;
-  std::byte* observations = out.observations.data() + first * bytes;
-  std::byte* next_observations = out.next_observations.data() + first * bytes;
-  std::byte* actions = out.fields[0].data() + first * action_bytes;
-  float* rewards = out.rewards.data() + first;
-  float* masks = out.masks.data() + first;
+  const std::size_t frame = layout_.observation.bytes;
+  const std::size_t action = layout_.fields[0].bytes;
+  copy_transitions(
+      {rows_.row(0), layout_.stride, frame, layout_.offsets[0], action, layout_.reward}, rows,
+      {out.observations.data() + first * frame, out.next_observations.data() + first * frame,
+       out.fields[0].data() + first * action, out.rewards.data() + first, out.masks.data() + first});
+  // The few whose successor does not lie in the following row.
   for (std::size_t i = 0; i < rows.size(); ++i) {
-    if (i + kAhead < rows.size()) {
-      const std::byte* ahead = base + (rows[i + kAhead] & ~kEdge) * stride;
-      __builtin_prefetch(ahead);
-      if (long_rows) {
-        __builtin_prefetch(ahead + kLine);
-        __builtin_prefetch(ahead + 2 * kLine);
-        __builtin_prefetch(ahead + 3 * kLine);
-      }
-    }
-    const std::byte* const row = base + (rows[i] & ~kEdge) * stride;
-    std::memcpy(observations, row, bytes);
-    std::memcpy(actions, row + action_offset, action_bytes);
-    std::uint32_t word;
-    std::memcpy(&word, row + reward_offset + sizeof(float), sizeof(word));
-    // Branches, which the processor guesses: an address made from the link would wait for it to arrive.
-    if ((word & kSlot) != 0) {
-      std::memcpy(next_observations, side_.at((word & kSlot) - 1), bytes);
-    } else if ((rows[i] & kEdge) != 0) {
-      std::memcpy(next_observations, rows_.row(index_.streams()[picks[i].stream].first_row), bytes);
-    } else {
-      std::memcpy(next_observations, row + stride, bytes);
-    }
-    std::memcpy(rewards + i, row + reward_offset, sizeof(float));
-    masks[i] = (word & kTerminated) != 0 ? 0.0f : 1.0f;
-    if (more) gather_fields(row, first + i, out);
-    observations += bytes;
-    next_observations += bytes;
-    actions += action_bytes;
+    if (out.masks[first + i] != kElsewhere) continue;
+    const std::size_t row = rows[i] & ~kApart;
+    const std::uint32_t word = index_.link(row);
+    out.masks[first + i] = (word & kTerminated) != 0 ? 0.0f : 1.0f;
+    put(out.next_observations, first + i, successor(picks[i].stream, index_.window(picks[i], 1)), frame);
   }
+  if (layout_.fields.size() == 1) return;
+  for (std::size_t i = 0; i < rows.size(); ++i) gather_fields(rows_.row(rows[i] & ~kApart), first + i, out);
 }
 
 void ReplayStore::gather_one(Pick& pick, const Request& request, std::size_t i,
@@ -312,7 +378,7 @@ void ReplayStore::gather_one(Pick& pick, const Request& request, std::size_t i,
   const std::byte* row = rows_.row(window.row);
   if (layout_.stack == 1) {
     put(out.observations, i, row, layout_.observation.bytes);
-    put(out.next_observations, i, place(window.successor), layout_.observation.bytes);
+    put(out.next_observations, i, successor(pick.stream, window), layout_.observation.bytes);
   } else {
     gather_frames(pick, window, i, out);
   }
@@ -345,7 +411,7 @@ void ReplayStore::gather_frames(const Pick& pick, const Window& window, std::siz
   const std::uint32_t back = stream.back(pick.sequence);
   put_frames(window.position, back, stack, out.observations);
   put_frames(window.last, back - (window.steps - 1), stack - 1, out.next_observations);
-  put(out.next_observations, i * stack + stack - 1, place(window.successor), frame);
+  put(out.next_observations, i * stack + stack - 1, successor(pick.stream, window), frame);
 }
 
 ReplayIndex ReplayStore::index() const {
@@ -362,8 +428,22 @@ void ReplayStore::adopt(const ReplayIndex& index, std::uint64_t draws) {
   index_.bind({rows_.row(0) + layout_.link, layout_.stride});
   Links own(rows_.row(0) + layout_.link, layout_.stride);
   for (std::size_t row = 0; row < links.size(); ++row) own.set(row, links[row]);
+  for (std::size_t s = 0; s < num_streams(); ++s) {
+    if (index_.streams()[s].head_valid) {
+      std::memcpy(heads_.row(s), rows_.row(index_.head_row(s)), layout_.observation.bytes);
+    }
+  }
   draws_ = draws;
   ++life_;
+}
+
+void ReplayStore::write_heads() {
+  const std::unique_lock lock(mutex_);
+  for (std::size_t s = 0; s < num_streams(); ++s) {
+    if (index_.streams()[s].head_valid) {
+      std::memcpy(rows_.row(index_.head_row(s)), heads_.row(s), layout_.observation.bytes);
+    }
+  }
 }
 
 std::byte* ReplayStore::slot(std::size_t slot) {

@@ -28,10 +28,12 @@ struct Ahead {
 /// Ownership: the store owns all its memory and copies what it is given. It keeps no span after a call.
 ///
 /// Layout: each stream is a ring of rows (see Layout), `stack` more than its capacity, and all rings lie in
-/// one block. The observation of the following row is the successor of a row. Where an episode ended, or
-/// where the caller went on from another observation (compared bit by bit), the successor lies in the side
-/// store instead, and the link names its slot. So each observation is kept once, and no successor is ever
-/// that of another stream or episode. Stacked observations are put together when they are sampled.
+/// one block. The observation of the following row is the successor of a row; that of the newest row lies in
+/// the stream's head until then. Where an episode ended, or where the caller went on from another observation
+/// (compared bit by bit), the successor lies in the side store instead, and the link names its slot. So each
+/// observation is kept once, and no successor is ever that of another stream or episode. The heads of all
+/// streams lie together, so that an insertion reads nothing but what it read the last time, and writes whole
+/// rows. Stacked observations are put together when they are sampled.
 ///
 /// Wrap-around: with n streams in a task, a stream keeps its newest ceil(capacity / n) transitions. Each
 /// further one replaces the oldest of its stream, whose side slot is freed.
@@ -79,10 +81,13 @@ class ReplayStore {
   /// store empty. O(bytes).
   void load(const Content& content, std::span<const SegmentFile> segments, std::uint64_t seed);
 
-  /// Takes over another index, whose rows and slots the caller writes with `row` and `slot` before or after.
+  /// Takes over another index. Its rows, with the heads in the rows after the newest, must have been written
+  /// with `row`; its slots may be written with `slot` before or after.
   void adopt(const ReplayIndex& index, std::uint64_t draws);
   /// The index as it is now, without links.
   [[nodiscard]] ReplayIndex index() const;
+  /// Copies the heads to the rows after the newest, for one who reads all rows with `row`. O(N).
+  void write_heads();
   /// Raw memory of a row and of a side slot (grown as needed). Not locked.
   [[nodiscard]] std::byte* row(std::size_t row) noexcept { return rows_.row(row); }
   [[nodiscard]] std::byte* slot(std::size_t slot);
@@ -106,7 +111,7 @@ class ReplayStore {
   }
   /// Bytes reserved. Pages that were never written cost no memory.
   [[nodiscard]] std::size_t nbytes() const {
-    return reading([this] { return rows_.nbytes() + side_.nbytes(); });
+    return reading([this] { return rows_.nbytes() + heads_.nbytes() + side_.nbytes(); });
   }
   [[nodiscard]] std::uint64_t seed() const {
     return reading([this] { return index_.seed; });
@@ -128,10 +133,15 @@ class ReplayStore {
   void gather_frames(const Pick& pick, const Window& window, std::size_t i,
                      const BatchColumns& out) const noexcept;
   void prefetch(const Pick& pick, std::size_t n_step) const noexcept;
-  [[nodiscard]] const std::byte* place(std::int64_t place) const noexcept {
-    return place >= 0 ? rows_.row(static_cast<std::size_t>(place))
-                      : side_.at(static_cast<std::size_t>(-1 - place));
+  /// The successor at the end of a window of stream `s`.
+  [[nodiscard]] const std::byte* successor(std::size_t s, const Window& window) const noexcept {
+    if (window.successor < 0) return side_.at(static_cast<std::size_t>(-1 - window.successor));
+    const auto row = static_cast<std::size_t>(window.successor);
+    return row == index_.head_row(s) ? heads_.row(s) : rows_.row(row);
   }
+  /// All of a row but its observation.
+  void write_payload(std::byte* row, std::uint32_t link, const TransitionColumns& columns,
+                     std::size_t i) const noexcept;
   void check_segment(const Content& content, const SegmentFile& segment) const;
   void apply_segment(const Content& content, const SegmentFile& segment);
   void reserve_slots(std::size_t more);
@@ -146,11 +156,13 @@ class ReplayStore {
   const bool allow_not_finite_;
   ReplayIndex index_;
   RowBlock rows_;           // of all rings; those that the index does not keep are undefined
+  RowBlock heads_;          // [N] the newest successors of streams whose head is valid
   SideStore side_;          // by slot
   std::uint64_t life_ = 0;  // times that the content was replaced
   std::atomic<std::uint64_t> draws_ = 0;
   std::vector<std::int64_t> all_streams_;  // 0..N-1
   std::vector<unsigned char> departs_;     // [N] scratch of add
+  RowBlock tails_;                         // scratch of add: the lines of rows that observations do not fill
 };
 
 }  // namespace brc

@@ -2,7 +2,9 @@
 #pragma once
 
 // Before a function: one binary for every x86-64, whose loader picks the widest vectors the processor has.
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
+// Under a thread sanitizer a program with it cannot start.
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12 && \
+    !defined(__SANITIZE_THREAD__)
 #define BRC_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define BRC_VECTOR_CLONES

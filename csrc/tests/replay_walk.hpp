@@ -71,11 +71,12 @@ class Device {
     std::vector<std::uint32_t> links(rows_.size());
     for (std::size_t row = 0; row < links.size(); ++row) links[row] = store.link(row);
     index.adopt(store.index(), store.draws(), links);
+    store.write_heads();
     copy(store, [](std::byte* own, std::byte* its, std::size_t bytes) { std::memcpy(own, its, bytes); });
   }
   void give(ReplayStore& store) {
-    store.adopt(index.index(), index.draws());
     copy(store, [](std::byte* own, std::byte* its, std::size_t bytes) { std::memcpy(its, own, bytes); });
+    store.adopt(index.index(), index.draws());
   }
 
   DeviceIndex index;
