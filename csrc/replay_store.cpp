@@ -98,11 +98,13 @@ constexpr float kElsewhere = -1.0f;  // in place of a mask
 /// successor that holds.
 BRC_VECTOR_CLONES void copy_transitions(const RowParts parts, std::span<const std::uint32_t> rows,
                                         PlainColumns out) noexcept {
+  const std::size_t wanted = std::min(parts.stride, kPrefetchBytes);
+  for (std::size_t i = 0; i < std::min(kAhead, rows.size()); ++i) {
+    fetch(parts.base + (rows[i] & ~kApart) * parts.stride, wanted);
+  }
   for (std::size_t i = 0; i < rows.size(); ++i) {
     if (i + kAhead < rows.size()) {
-      const std::byte* ahead = parts.base + (rows[i + kAhead] & ~kApart) * parts.stride;
-      for (std::size_t at = 0; at < std::min(parts.reward + 8, kPrefetchBytes); at += kLine)
-        __builtin_prefetch(ahead + at);
+      fetch(parts.base + (rows[i + kAhead] & ~kApart) * parts.stride, wanted);
     }
     const std::byte* const row = parts.base + (rows[i] & ~kApart) * parts.stride;
     copy_bytes<Vector32>(out.observations, row, parts.frame);
