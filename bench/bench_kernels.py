@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import interleave, write
+from bench_limits import KINDS, chain, copied, copies, multiplying
+from harness import Measurement, absent, equality, interleave, measured, write
 from torch import Tensor
 
 from brc_fast.kernels import reference
@@ -237,28 +238,22 @@ def launched(calls: Sequence[Callable[[], object]], device: torch.device, second
 
 def machine(device: torch.device, seconds: float, dry: bool) -> dict[str, float]:
     """Bandwidth of a copy, read plus written; the time of one more dependent tiny kernel in a graph."""
-    size = 2**18 if dry else 2**28
-    pairs = [torch.randn(2, size, device=device) for _ in range(2)]
-    copy = seconds_per_call([lambda p=p: p[0].copy_(p[1]) for p in pairs], device, seconds)
-    x = torch.zeros(1, device=device)
-    tiny = seconds_per_call([lambda: x.add_(1.0)] * (2 if dry else 100), device, seconds)
-    return {"copy_bytes_per_second": 2 * 4 * size / copy.median, "seconds_per_tiny_kernel": tiny.median}
+    copy = seconds_per_call(copies(device, dry), device, seconds)
+    tiny = chain(device, 2 if dry else 100, seconds)
+    moved = 2 * 4 * copied(device, dry)
+    return {"copy_bytes_per_second": moved / copy.median, "seconds_per_tiny_kernel": tiny.median}
 
 
 def products(device: torch.device, seconds: float, dry: bool, deadline: float) -> list[dict[str, Any]]:
     """TFLOP/s of the critic's batched products: the input layer, plain and padded, and the square layers."""
     rows = []
     members, batch = (2, 8) if dry else (2, 1024)
-    kinds = (("bfloat16", "highest"), ("tf32", "high"), ("float32", "highest"))
-    before = torch.get_float32_matmul_precision()
     for width in (16,) if dry else (512, 1024, 4096):
         for inputs in (123, 128, width):
-            for kind, precision in kinds:
+            for kind in KINDS:
                 if time.perf_counter() > deadline:
                     return rows
-                torch.set_float32_matmul_precision(precision)
-                try:
-                    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+                with multiplying(kind) as dtype:
                     calls = []
                     for _ in range(2 if dry else 8):
                         x = torch.randn(members, batch, inputs, device=device).to(dtype)
@@ -266,8 +261,6 @@ def products(device: torch.device, seconds: float, dry: bool, deadline: float) -
                         out = torch.empty(members, batch, width, device=device, dtype=dtype)
                         calls.append(lambda x=x, w=w, out=out: torch.bmm(x, w, out=out))
                     timing = seconds_per_call(calls, device, seconds)
-                finally:
-                    torch.set_float32_matmul_precision(before)
                 work = 2.0 * members * batch * inputs * width
                 rate = work / timing.median / 1e12
                 shape = {"E": members, "B": batch, "K": inputs, "H": width, "kind": kind}
@@ -319,6 +312,17 @@ class Row:
             "kernels_speedup_over": speedups,
             "target": None if self.target is None else self.target._asdict(),
         }
+
+    def measurements(self) -> Iterator[Measurement]:
+        """Microseconds of every provider; a wrong one has its reason instead."""
+        case, floor = f"{self.case.op} {self.case.label} B={self.batch}", self.floor * 1e6
+        for name, told in self.providers.items():
+            if "missing" in told:
+                yield absent(case, name, told["missing"], "us", "less", floor)
+                continue
+            low, high = (1e6 * value for value in told["quartiles"])
+            found = measured(case, name, [1e6 * told["seconds"]], "us", "less", floor)
+            yield {**found, "low": low, "high": high, "rounds": told["samples"]}
 
     def __str__(self) -> str:
         """A line of the table, and one for each provider without a time."""
@@ -436,8 +440,16 @@ def run(
                 print(row, flush=True)
     if missed:
         print(f"  {missed} measurements were not made: time was up", flush=True)
-    done = [row.stored() for part in (real, many, small) for row in part if row.providers]
-    return {"machine": speed, "products": matrices, "rows": done, "not_reached": missed, "aborted": aborted}
+    done = [row for part in (real, many, small) for row in part if row.providers]
+    return {
+        "machine": speed,
+        "products": matrices,
+        "rows": [row.stored() for row in done],
+        "measurements": [entry for row in done for entry in row.measurements()],
+        "equality": equality([]),  # a provider that differs has a reason in the place of its time
+        "not_reached": missed,
+        "aborted": aborted,
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

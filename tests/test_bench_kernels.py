@@ -72,6 +72,13 @@ def test_a_row_holds_every_provider_its_share_and_the_ratios(
     assert row["target"] == {"share": 0.8, "over_compile": None, "bytes_per_parameter": None}
     assert {p["kind"] for p in found["products"]} == {"bfloat16", "tf32", "float32"}
     assert {p["K"] for p in found["products"]} > {123, 128}
+    assert found["equality"] == "passed"
+    for entry in found["measurements"]:
+        told = providers[entry["provider"]]
+        assert entry["case"] == "expected_value E=2 K=51 float32 B=4"
+        assert (entry["unit"], entry["value"]) == ("us", 1e6 * told["seconds"])
+        assert (entry["low"], entry["high"]) == tuple(1e6 * value for value in told["quartiles"])
+        assert (entry["rounds"], entry["floor"]) == (told["samples"], 1e6 * row["floor_seconds"])
     assert found["not_reached"] == 0
     assert found["aborted"] is None
     line = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("expected_value"))
@@ -110,7 +117,10 @@ def broken(logits: Tensor, atoms: Tensor) -> Tensor:
 def test_a_wrong_kernel_has_a_reason_and_no_time(
     kernel: Callable[[Tensor, Tensor], Tensor], reason: str, bench: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (row,) = run(bench, case(kernel))["rows"]
+    found = run(bench, case(kernel))
+    (row,), (entry, *_) = found["rows"], found["measurements"]
+    assert (entry["provider"], entry["value"]) == ("kernels", None)
+    assert entry["missing"].startswith(reason)
     assert row["providers"]["kernels"].keys() == {"missing"}
     assert row["providers"]["kernels"]["missing"].startswith(reason)
     assert row["kernels_speedup_over"] == {}
