@@ -1,16 +1,19 @@
 """Updates per second of `brc_fast.BRC` and of the same mathematics by others, beside the least it can take.
 
-    python bench/bench_update.py [--device cpu|cuda] [--providers ours plain compiled jax] [--width 128 ...]
-        [--batch 128 ...] [--updates U] [--budget SECONDS] [--save NAME]
+    python bench/bench_update.py [--device cpu|cuda] [--providers ours plain compiled jax]
+        [--workload [NAME ...]] [--width 128 ...] [--batch 128 ...] [--updates U]
+        [--budget SECONDS] [--save NAME]
 
 ours        float32 on a CPU; on a GPU ours-tf32 and ours-bf16, in CUDA graphs
 plain       PyTorch without anything of ours
 compiled    the same through torch.compile with fused optimizers, on a GPU in a CUDA graph
 jax         the same in JAX with optax, jitted as a whole
 
-All pairs of --width and --batch, in one process, interleaved; where a GPU's memory is too small for all, one
-after the other. All start from the same parameters, and updates on the same batches must agree before
-anything is timed. Products of the others are in float32 on a CPU, in TF32 on a GPU.
+Each workload (workloads.py) at its own width and batch size, or at all pairs of --width and --batch. Without
+--workload it is mjx/CartpoleSwingup; --workload alone means all of them, on a CPU those that are small.
+In one process, interleaved; where memory is too small for all, one after the other. All start from the same
+parameters, and updates on the same batches must agree with plain PyTorch's before anything is timed.
+Products of the others are in float32 on a CPU, in TF32 on a GPU.
 The floor: on a CPU the time of the update's matrix products alone, interleaved with the rest; on a GPU the
 roofline of its kernels (roofline.py).
 """
@@ -28,9 +31,11 @@ from typing import Any
 
 import roofline
 import torch
-from harness import interleave, median_ratio, write
+from harness import Measurement, absent, equality, interleave, measured, median_ratio, quartiles, write
 from update_providers import (
     BUILDERS,
+    CARTPOLE,
+    DIFFERS,
     OURS,
     PROVIDERS,
     Expected,
@@ -43,14 +48,18 @@ from update_providers import (
     fits,
     out_of_memory,
     release,
+    taken,
     tensor_cores,
+    too_large,
 )
+from workloads import WORKLOADS, Workload, named
 
 DEFAULTS = {"cpu": ("ours", "plain"), "cuda": ("ours-bf16", "ours-tf32", "plain", "compiled", "jax")}
 WARMUP = {"cpu": 1, "cuda": 5}  # calls: ours captures its two graphs in the second and the third
 ROUND = 0.05  # seconds of a provider's calls in one round, if these are at least one and at most MOST
 MOST = 100
 LONGEST = {"cpu": float("inf"), "cuda": 4.0}  # seconds of timing at one size; a quiet machine needs no more
+HEAVY = 4e9  # bytes of plain PyTorch; a CPU is not given more unless it is asked to
 COUNTED = 0.1  # share of the time on a GPU that is kept for counting kernels
 MARK = "spin_kernel"  # what torch.cuda._sleep launches
 
@@ -103,6 +112,11 @@ class Pair:
         names = [name for name in PROVIDERS if name in self.times]
         base = self.base
         return {
+            "case": self.subject.case,
+            "workload": self.subject.workload.name,
+            "observation": self.subject.workload.observation,
+            "action": self.subject.workload.action,
+            "tasks": self.subject.workload.tasks,
             "width": self.subject.width,
             "actor_width": self.subject.actor_width,
             "batch": self.subject.size,
@@ -124,11 +138,20 @@ class Pair:
             "notes": self.notes,
         }
 
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    ordered = sorted(values)
-    quarter = len(ordered) // 4
-    return ordered[quarter], statistics.median(ordered), ordered[-1 - quarter]
+    def measurements(self) -> list[Measurement]:
+        """Updates per second of every provider and of its floor; or why there are none."""
+        out = []
+        for name in PROVIDERS:
+            told = self.subject.case, name
+            if name in self.times:
+                floor = self.floor(name)
+                rates = [1.0 / seconds for seconds in self.times[name]]
+                out.append(
+                    measured(*told, rates, "updates/s", "more", None if floor is None else 1.0 / floor)
+                )
+            elif name in self.missing:
+                out.append(absent(*told, self.missing[name], "updates/s", "more"))
+        return out
 
 
 def told(error: BaseException) -> str:
@@ -140,8 +163,10 @@ def told(error: BaseException) -> str:
 
 
 def ready(name: str, pair: Pair, known: Expected) -> Provider:
-    """Built, compared with ours and warm; Unavailable if it computes something else."""
+    """Built, compared with plain PyTorch and warm; Unavailable if it computes something else."""
     cuda = pair.subject.device == "cuda"
+    if reason := too_large(pair.subject, name):
+        raise Unavailable(reason)
     before = torch.cuda.memory_allocated() if cuda else 0
     provider = BUILDERS[name](pair.subject)
     if cuda:
@@ -223,6 +248,8 @@ def compare(
     """Time the providers at one size, together where they fit."""
     pair, start = Pair(subject, machine), time.perf_counter()
     try:
+        if reason := too_large(subject, "plain"):
+            raise Unavailable(reason)
         known = expected(subject)
     except Exception as error:
         pair.missing = {name: f"nothing to compare with: {told(error)}" for name in providers}
@@ -298,7 +325,7 @@ def lines(pair: Pair) -> Iterator[str]:
     """The table of one size."""
     base = pair.base
     for place, name in enumerate(n for n in PROVIDERS if n in pair.times or n in pair.missing):
-        head = f"{pair.subject.width:6d} {pair.subject.size:6d}" if place == 0 else " " * 13
+        head = f"{pair.subject.case if place == 0 else '':<30}"
         if name not in pair.times:
             yield f"{head}  {name:<10}{'-':>10}  {pair.missing[name]}"
             continue
@@ -315,7 +342,17 @@ def lines(pair: Pair) -> Iterator[str]:
         yield words + (f"  {pair.notes[name]}" if name in pair.notes else "")
 
 
-HEAD = " width  batch  provider   updates/s   x ours (quartiles)   x floor"
+HEAD = f"{'case':<30}  provider   updates/s   x ours (quartiles)   x floor"
+
+
+def shapes(
+    workloads: Sequence[Workload], widths: Sequence[int], batches: Sequence[int]
+) -> Iterator[Workload]:
+    """The workloads, of CartpoleSwingup if there is none, at each width and batch size, or at their own."""
+    for workload in workloads or (CARTPOLE,):
+        for batch in batches or (workload.batch,):
+            for width in widths or (workload.width,):
+                yield workload._replace(width=width, batch=batch)
 
 
 def run(
@@ -325,11 +362,12 @@ def run(
     batches: Sequence[int],
     *,
     seconds: float,
+    workloads: Sequence[Workload] = (),
     updates: int | None = None,
     dry: bool = False,
     keep: Callable[[dict[str, Any]], object] = lambda found: None,
 ) -> dict[str, Any]:
-    """Every width at the first batch size, then at the second, ..., until the time is up.
+    """Of each workload every width at the first batch size, then at the second, ..., until the time is up.
 
     Args:
         seconds: in all, in equal shares of what is left. updates: U; 1 on a CPU, 2 as published on a GPU.
@@ -340,24 +378,30 @@ def run(
     deadline, cuda = start + seconds, device == "cuda"
     last = deadline - COUNTED * seconds if cuda else deadline
     machine = roofline.machine(device) if cuda else None
-    sizes = [(width, size) for size in batches for width in widths]
+    backend = "aot_eager" if dry else "inductor"
+    subjects = [
+        Subject(shape.width, shape.batch, updates or (2 if cuda else 1), device, backend, shape)
+        for shape in shapes(workloads, widths, batches)
+    ]
     pairs: list[Pair] = []
 
     def found() -> dict[str, Any]:
-        reached = [(pair.subject.width, pair.subject.size) for pair in pairs]
-        left = [list(size) for size in sizes if size not in reached]
         rows = [pair.row() for pair in pairs]
-        return {"rows": rows, "not_reached": left, "machine": machine and machine._asdict()}
+        return {
+            "rows": rows,
+            "equality": equality(wrong(rows)),
+            "not_reached": [subject.case for subject in subjects[len(pairs) :]],
+            "machine": machine and machine._asdict(),
+            "measurements": [one for pair in pairs for one in pair.measurements()],
+        }
 
     print(HEAD, flush=True)
     with tensor_cores(device):
-        for index, (width, size) in enumerate(sizes):
+        for index, subject in enumerate(subjects):
             now = time.perf_counter()
             if pairs and now > last:
                 break
-            backend = "aot_eager" if dry else "inductor"
-            subject = Subject(width, size, updates or (2 if cuda else 1), device, backend)
-            share = 0.0 if dry else (last - now) / (len(sizes) - index)
+            share = 0.0 if dry else (last - now) / (len(subjects) - index)
             pairs.append(compare(subject, providers, share, machine, last))
             print("\n".join(lines(pairs[-1])), flush=True)
             keep(found())
@@ -368,8 +412,7 @@ def run(
                 print(f"kernels were not counted: {told(error)}")
     result = found()
     if result["not_reached"]:
-        named = ", ".join(f"H {width} B {size}" for width, size in result["not_reached"])
-        print(f"not reached, time was up: {named}")
+        print(f"not reached, time was up: {', '.join(result['not_reached'])}")
     keep(result)
     return result
 
@@ -378,12 +421,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Updates per second of everybody, one line for each size."""
     names = [name for name in PROVIDERS if any(name in {**r["precision"], **r["missing"]} for r in rows)]
     ours = [name for name in names if name in OURS]
-    head = [f"{'H':>6}{'B':>6}", *(f"{name:>11}" for name in names)]
+    head = [f"{'case':<30}", *(f"{name:>11}" for name in names)]
     head += [f"{f'floor of {name}':>20}" for name in ours]
     out = ["".join([*head, f"{'kernels':>9}"])]
     for row in rows:
         rate, floors = row["updates_per_second"], row["floor_seconds"]
-        words = [f"{row['width']:6d}{row['batch']:6d}"]
+        words = [f"{row['case']:<30}"]
         words += [f"{rate[name]:11.1f}" if name in rate else f"{'-':>11}" for name in names]
         for name in ours:
             floor = floors.get(name)
@@ -398,10 +441,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def wrong(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Providers that computed something else, with sizes."""
     return [
-        f"{name} at H {row['width']} B {row['batch']} {reason}"
+        f"{name} at {row['case']} {reason}"
         for row in rows
         for name, reason in row["missing"].items()
-        if reason.startswith("differs")
+        if reason.startswith(DIFFERS)
     ]
 
 
@@ -415,12 +458,27 @@ def wanted(names: Sequence[str] | None, device: str) -> list[str]:
     return [name for name in PROVIDERS if name in asked]
 
 
+def asked(names: Sequence[str] | None, device: str) -> tuple[list[Workload], str | None]:
+    """The workloads of these names; of no names all, without those that are too much for a CPU, and a line
+    about these."""
+    if names is None:
+        return [], None
+    if names:
+        return [named(name) for name in names], None
+    sizes = {w: taken(Subject(w.width, w.batch, workload=w), ["plain"]) for w in WORKLOADS.values()}
+    heavy = {w.name: size for w, size in sizes.items() if device == "cpu" and size > HEAVY}
+    told = ", ".join(f"{name} ({size / 1e9:.0f} GB)" for name, size in heavy.items())
+    line = f"left out on a CPU for their memory, name them to run them: {told}" if heavy else None
+    return [workload for workload in sizes if workload.name not in heavy], line
+
+
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: of the device")
-    parser.add_argument("--width", type=int, nargs="+", default=[128, 256], help="of the critics")
-    parser.add_argument("--batch", type=int, nargs="+", default=[128])
+    parser.add_argument("--workload", nargs="*", metavar="NAME", help=f"among {', '.join(WORKLOADS)}")
+    parser.add_argument("--width", type=int, nargs="+", help="of the critics; 128 256 without a workload")
+    parser.add_argument("--batch", type=int, nargs="+", help="128 without a workload")
     parser.add_argument("--updates", type=int, help="updates per call: 1 on a CPU, 2 on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, and of JAX if it is one")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds in all")
@@ -431,6 +489,13 @@ def main(words: Sequence[str] | None = None) -> int:
     if device == "cuda" and not there:
         print("bench_update: torch sees no CUDA device", file=sys.stderr)
         return 2
+    try:
+        workloads, line = asked(arguments.workload, device)
+    except ValueError as error:
+        print(f"bench_update: {error}", file=sys.stderr)
+        return 2
+    if line is not None:
+        print(line)
     if device == "cpu":
         torch.set_num_threads(arguments.threads)
         if arguments.threads == 1 and hasattr(os, "sched_setaffinity"):
@@ -443,8 +508,9 @@ def main(words: Sequence[str] | None = None) -> int:
     found = run(
         device,
         wanted(arguments.providers, device),
-        arguments.width,
-        arguments.batch,
+        arguments.width or ([] if workloads else [128, 256]),
+        arguments.batch or ([] if workloads else [128]),
+        workloads=workloads,
         seconds=arguments.budget,
         updates=arguments.updates,
         keep=keep,

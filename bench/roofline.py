@@ -1,4 +1,4 @@
-"""The least that one update of `brc_fast.BRC` with one task costs: its matrix products and passes, counted.
+"""The least that one update of `brc_fast.BRC` costs: its matrix products and passes, counted.
 
     time >= sum over kernels of max(operations / matrix rate, bytes / bandwidth)
 
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+EMBEDDING = 32  # D (brc_fast.config)
 PAD = 8  # of the first kernel's rows and the head's columns (brc_fast.networks)
 
 
@@ -26,10 +27,16 @@ class Sizes(NamedTuple):
     actor_width: int
     observation: int
     action: int
+    tasks: int = 1
     depth: int = 2
     actor_depth: int = 1
     members: int = 2
     atoms: int = 101
+
+    @property
+    def embedding(self) -> int:
+        """Inputs of actor and critics that tell the task."""
+        return EMBEDDING if self.tasks > 1 else 0
 
 
 class Machine(NamedTuple):
@@ -171,11 +178,11 @@ class Net(NamedTuple):
 
 def nets(sizes: Sizes) -> tuple[Net, Net]:
     """Actor and critic."""
-    rows, inputs = sizes.batch, sizes.observation + sizes.action
+    rows, inputs = sizes.batch, sizes.observation + sizes.action + sizes.embedding
     actor = Net(
         "actor",
         rows,
-        padded(sizes.observation),
+        padded(sizes.observation + sizes.embedding),
         sizes.actor_width,
         sizes.actor_depth,
         padded(2 * sizes.action),
@@ -190,7 +197,7 @@ def products(sizes: Sizes) -> list[Product]:
     return [
         *actor.forward(1),
         *critic.forward(2 * members, (members, members)),
-        *critic.backward(members, weights=True, wants_dx=False),
+        *critic.backward(members, weights=True, wants_dx=sizes.tasks > 1),
         *actor.forward(1),
         *critic.forward(members),
         *critic.backward(members, weights=False, wants_dx=True),
@@ -199,9 +206,10 @@ def products(sizes: Sizes) -> list[Product]:
 
 
 def parameters(sizes: Sizes) -> tuple[int, int]:
-    """Of the actor, and of all members of the online critic."""
+    """Of the actor, and of all members of the online critic with the table that they share."""
     actor, critic = nets(sizes)
-    return actor.kernels + actor.vectors, sizes.members * (critic.kernels + critic.vectors)
+    table = sizes.tasks * sizes.embedding
+    return actor.kernels + actor.vectors, sizes.members * (critic.kernels + critic.vectors) + table
 
 
 def passes(sizes: Sizes, size: int) -> list[Work]:
@@ -216,8 +224,11 @@ def passes(sizes: Sizes, size: int) -> list[Work]:
     held = 4 * 3 + size + 4 * 3 + low  # bytes per parameter
     logits = members * rows * critic.outputs * size
 
+    table, several = 4 * sizes.tasks * sizes.embedding, sizes.tasks > 1
+    ids = 8 * rows if several else 0
+
     def pack(name: str, net: Net, given: int) -> Work:
-        return Work(f"pack {name}", 0, rows * (4 * given + size * net.inputs))
+        return Work(f"pack {name}", 0, rows * (4 * given + size * net.inputs) + ids + table)
 
     def norms(net: Net, networks: int) -> list[Work]:
         hidden, held = networks * rows * net.width * size, networks * (2 * rows + 3 * net.width) * 4
@@ -232,6 +243,8 @@ def passes(sizes: Sizes, size: int) -> list[Work]:
     def head_bias(net: Net, networks: int) -> Work:
         return Work(f"{net.name} head bias", 0, networks * (rows + 1) * net.outputs * size)
 
+    sum_of_dx = Work("sum of dx", 0, (members + 1) * rows * critic.inputs * size)
+    to_table = Work("embedding backward", 0, rows * sizes.embedding * size + ids + table * (4 + size) // 4)
     sample = Work("sample", 0, rows * (action * (2 * size + 4 + 4) + 4))
     inputs = sizes.observation + action
     return [
@@ -245,6 +258,7 @@ def passes(sizes: Sizes, size: int) -> list[Work]:
         Work("Bellman loss and gradient", 0, 3 * logits + rows * 4 * (3 + members)),
         head_bias(critic, members),
         *norms_backward(critic, members, weights=True),
+        *([sum_of_dx, to_table] if several else []),
         Work("critic AdamW, target and copies", 0, critics * (held + 4 * 2 + low)),
         pack("actor", actor, sizes.observation),
         *norms(actor, 1),
@@ -253,7 +267,7 @@ def passes(sizes: Sizes, size: int) -> list[Work]:
         *norms(critic, members),
         Work("expected value and gradient", 0, 2 * logits + rows * 4),
         *norms_backward(critic, members, weights=False),
-        Work("sum of dx", 0, (members + 1) * rows * critic.inputs * size),
+        sum_of_dx,
         Work("sample backward", 0, rows * action * (3 * size + 4 + 2 * size)),
         head_bias(actor, 1),
         *norms_backward(actor, 1, weights=True),

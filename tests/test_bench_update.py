@@ -8,6 +8,7 @@ import math
 import os
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ def providers(bench: Any) -> Any:
     return update_providers
 
 
-def subject(providers: Any, width: int = 16, batch: int = 8, updates: int = 1) -> Any:
-    return providers.Subject(width, batch, updates, "cpu", "aot_eager")
+def subject(providers: Any, width: int = 16, batch: int = 8, updates: int = 1, tasks: int = 1) -> Any:
+    workload = providers.CARTPOLE._replace(tasks=tasks)
+    return providers.Subject(width, batch, updates, "cpu", "aot_eager", workload)
 
 
 def run(bench: Any, names: Sequence[str], widths: Sequence[int] = (16,), **options: Any) -> dict[str, Any]:
@@ -135,14 +137,14 @@ def test_a_machine_that_is_not_known_is_measured(roofline: Any) -> None:
     assert found.bf16 > 0 < found.bandwidth
 
 
-@pytest.mark.parametrize(("width", "batch"), [(16, 8), (48, 24), (264, 8)])
+@pytest.mark.parametrize(("width", "batch", "tasks"), [(16, 8, 1), (48, 24, 3), (264, 8, 1)])
 def test_the_list_of_products_is_what_an_update_multiplies(
-    width: int, batch: int, providers: Any, roofline: Any
+    width: int, batch: int, tasks: int, providers: Any, roofline: Any
 ) -> None:
     def in_place(out: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
         return 2 * math.prod(left) * right[-1]
 
-    size = subject(providers, width, batch)
+    size = subject(providers, width, batch, tasks=tasks)
     agent = size.agent("fp32")
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place})
     with kernels.use("reference"), counter:
@@ -163,6 +165,29 @@ def test_parameters_are_those_of_the_agent(providers: Any, roofline: Any) -> Non
     assert roofline.parameters(size.sizes)[0] == own - 3 * 32 + 3 * 32
     critic = sum(p.numel() for p in agent.critic.parameters()) + 2 * (2 * 32 + 3 * 32 + 3)
     assert roofline.parameters(size.sizes)[1] == critic
+    size = subject(providers, 32, tasks=4)  # 38 inputs of a critic are padded to 40, 37 of the actor to 40
+    agent = size.agent("fp32")
+    critic = sum(p.numel() for p in agent.critic.parameters()) + 2 * (2 * 32 + 3 * 32 + 3)
+    own = sum(p.numel() for p in agent.actor.parameters()) + 3 * 32 + 6 * 32 + 6
+    assert roofline.parameters(size.sizes) == (own, critic)
+
+
+def test_several_tasks_cost_their_embedding(roofline: Any, small: Any) -> None:
+    several = small._replace(tasks=3)
+    added: dict[str, int] = {}
+    for sizes, sign in ((several, 1), (small, -1)):
+        for work in roofline.passes(sizes, 2):
+            added[work.name] = added.get(work.name, 0) + sign * work.bytes
+    table = 3 * 32 * 4
+    look_up = 4 * 32 * 2 + 4 * 8 + table  # written, ids and table
+    assert {name: more for name, more in added.items() if more} == {
+        **{f"pack {name}": look_up for name in ("actor next", "actor")},
+        **{f"pack {name}": look_up for name in ("critic", "critic next", "critic policy")},
+        "sum of dx": 2 * (2 * 4 * 48 * 2) - 2 * 4 * 16 * 2,
+        "embedding backward": 4 * 32 * 2 + 4 * 8 + table + table // 2,
+        "critic AdamW, target and copies": 38 * (32 * 16 + 3 * 32),
+        "actor AdamW and copies": 28 * 32 * 8,
+    }
 
 
 # ---------------------------------------------------------------- providers
@@ -236,7 +261,7 @@ def test_nothing_is_held_of_a_provider_when_the_next_is_built(
         def builder(subject: Any) -> Any:
             assert [ref() for ref in held] == [None] * len(held)
             provider = build(subject)
-            held.extend(weakref.ref(value) for value in (provider, *provider.parameters()))
+            held.extend(weakref.ref(value) for value in (provider, *provider.parameters().values()))
             return provider
 
         return builder
@@ -258,8 +283,81 @@ def test_a_provider_that_computes_something_else_has_no_time(
     found = run(bench, ["ours", "plain"], updates=updates)
     (row,) = found["rows"]
     assert row["updates_per_second"].keys() == {"ours"}
-    assert row["missing"]["plain"].startswith("differs from ours: ")
-    assert bench.wrong(found["rows"]) == [f"plain at H 16 B 8 {row['missing']['plain']}"]
+    assert row["missing"]["plain"].startswith("differs from plain PyTorch: ")
+    assert bench.wrong(found["rows"]) == [f"plain at cartpole H 16 B 8 {row['missing']['plain']}"]
+
+
+PLANTED = {  # ops of an update, and what a wrong one makes of its result
+    "categorical_bellman_loss_and_gradient": lambda out: (out[0] * 1.01, out[1]),
+    "expected_value_and_gradient": lambda out: (out[0], out[1].roll(1, -2)),  # rows get those of others
+    "tanh_gaussian": lambda out: (out[0], out[1] - 0.1),
+    "normalized_embedding_backward": lambda out: out.zero_(),
+}
+
+
+@pytest.mark.parametrize("op", PLANTED)
+def test_an_error_in_an_op_takes_our_time_away_and_tells_why(
+    op: str, bench: Any, providers: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = getattr(kernels, op)
+    workload = providers.CARTPOLE._replace(tasks=3)
+    (row,) = run(bench, ["ours", "plain"], workloads=[workload])["rows"]
+    assert row["missing"] == {}
+    monkeypatch.setattr(kernels, op, lambda *inputs, **options: PLANTED[op](right(*inputs, **options)))
+    found = run(bench, ["ours", "plain"], workloads=[workload])
+    (row,) = found["rows"]
+    assert row["updates_per_second"].keys() == {"plain"}
+    assert row["missing"].keys() == {"ours"}
+    assert row["missing"]["ours"].startswith("differs from plain PyTorch: ")
+    (ours,) = [one for one in found["measurements"] if one["provider"] == "ours"]
+    assert (ours["value"], ours["missing"]) == (None, row["missing"]["ours"])
+    assert row["missing"]["ours"] in capsys.readouterr().out
+    assert found["equality"] == f"failed: {bench.wrong(found['rows'])[0]}"
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("name", ["plain", "compiled", pytest.param("jax", marks=pytest.mark.slow)])
+def test_a_peer_has_a_time_until_it_is_broken(
+    name: str, tasks: int, bench: Any, providers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "jax":
+        pytest.importorskip("optax", reason="the JAX peer needs optax; pip install the bench extra")
+    size = subject(providers, 32, 64, tasks=tasks)
+    assert bench.compare(size, ["ours", name], 0.0).missing == {}
+
+    class Broken(bench.BUILDERS[name]):  # type: ignore[misc]
+        def __init__(self, subject: Any) -> None:
+            super().__init__(subject)
+            rule = "rule" if name == "jax" else "learning"
+            setattr(self.peer, rule, replace(getattr(self.peer, rule), discount=0.9))
+
+    monkeypatch.setitem(bench.BUILDERS, name, Broken)
+    pair = bench.compare(size, ["ours", name], 0.0)
+    assert pair.times.keys() == {"ours", "products"}
+    assert pair.missing[name].startswith("differs from plain PyTorch: ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["critic/embedding", "target_critic/body.head.kernel", "actor/body.head.bias", "temperature/log_alpha"],
+)
+def test_a_parameter_that_stays_as_it_was_is_noticed(name: str, providers: Any) -> None:
+    size = subject(providers, 32, 64, tasks=3)
+    known, plain = providers.expected(size), providers.Plain(size)
+    before, moved = plain.parameters()[name].clone(), plain.parameters
+    plain.parameters = lambda: moved() | {name: before}
+    differs = providers.difference(plain, size, known)
+    assert differs is not None
+    assert differs.endswith(f"elements of {name}")
+
+
+def test_providers_have_the_same_parameters_by_name(providers: Any) -> None:
+    size = subject(providers, 16, 8, tasks=3)
+    ours, plain = (providers.BUILDERS[name](size).parameters() for name in ("ours", "plain"))
+    assert ours.keys() == plain.keys()
+    assert {"critic/embedding", "target_critic/embedding", "temperature/log_alpha"} <= ours.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, plain[name]), name
 
 
 @pytest.mark.parametrize("part", ["critic_optimizer", "actor_optimizer"])
@@ -274,7 +372,7 @@ def test_a_step_that_is_left_out_is_noticed(
     monkeypatch.setattr(getattr(plain.peer, part), "step", lambda: None)
     differs = providers.difference(plain, size, known)
     assert differs is not None
-    assert differs.startswith("differs from ours")
+    assert differs.startswith("differs from plain PyTorch")
 
 
 def test_time_that_is_up_leaves_out_sizes_and_says_which(
@@ -283,8 +381,8 @@ def test_time_that_is_up_leaves_out_sizes_and_says_which(
     found = run(bench, ["ours", "plain"], (16, 24), seconds=0.0)
     assert [row["width"] for row in found["rows"]] == [16]
     assert found["rows"][0]["missing"] == {"plain": "time was up"}
-    assert found["not_reached"] == [[24, 8]]
-    assert "not reached, time was up: H 24 B 8" in capsys.readouterr().out
+    assert found["not_reached"] == ["cartpole H 24 B 8"]
+    assert "not reached, time was up: cartpole H 24 B 8" in capsys.readouterr().out
 
 
 def test_providers_of_a_device(bench: Any) -> None:
@@ -292,6 +390,58 @@ def test_providers_of_a_device(bench: Any) -> None:
     assert bench.wanted(None, "cuda") == ["ours-tf32", "ours-bf16", "plain", "compiled", "jax"]
     assert bench.wanted(["jax", "plain"], "cpu") == ["ours", "plain", "jax"]
     assert bench.wanted(["jax", "ours"], "cuda") == ["ours-tf32", "jax"]
+
+
+def test_workloads_bring_their_sizes_unless_others_are_asked_for(bench: Any) -> None:
+    dogs, hands = bench.named("dogs-multitask"), bench.named("humanoidbench-28")
+    assert list(bench.shapes([dogs, hands], [], [])) == [dogs, hands]
+    sizes = [(w.name, w.tasks, w.width, w.batch) for w in bench.shapes([dogs], [64, 128], [8, 16])]
+    assert sizes == [("dogs-multitask", 4, width, batch) for batch in (8, 16) for width in (64, 128)]
+    assert [(w.name, w.width, w.batch) for w in bench.shapes([], [16], [8])] == [("cartpole", 16, 8)]
+
+
+def test_a_billion_parameters_are_left_out_on_a_cpu_unless_named(bench: Any) -> None:
+    workloads, line = bench.asked([], "cpu")
+    assert [workload.name for workload in workloads] == ["dmc-single", "mjx-dmc25"]
+    assert "\n" not in line
+    assert "wide-1b (5" in line  # GB
+    assert bench.asked([], "cuda") == ([*bench.WORKLOADS.values()], None)
+    assert bench.asked(["wide-1b"], "cpu") == ([bench.named("wide-1b")], None)
+
+
+def test_an_update_that_a_machine_has_no_memory_for_says_how_much_it_takes(
+    bench: Any, providers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "memory", lambda device: 16_000_000_000)
+    found = bench.run("cpu", ["ours"], [], [], workloads=[bench.named("wide-1b")], seconds=1.0)
+    (told,) = found["measurements"]
+    assert (told["case"], told["value"]) == ("wide-1b H 11200 B 1024", None)
+    assert "GB of memory, this machine has 16 GB; run it on a larger one" in told["missing"]
+
+
+def test_measurements_are_updates_per_second_with_quartiles_and_floor(bench: Any) -> None:
+    workload = bench.named("metaworld-50")
+    found = run(bench, ["ours", "plain"], workloads=[workload])
+    (row,) = found["rows"]
+    assert [row[key] for key in ("case", "workload", "tasks")] == [
+        "metaworld-50 H 16 B 8",
+        "metaworld-50",
+        50,
+    ]
+    assert [one["provider"] for one in found["measurements"]] == ["ours", "plain"]
+    for one in found["measurements"]:
+        assert (one["case"], one["unit"], one["better"]) == (row["case"], "updates/s", "more")
+        assert 0 < one["low"] <= one["value"] <= one["high"]
+        assert one["value"] == row["updates_per_second"][one["provider"]]  # of 3 rounds
+        assert one["floor"] == 1.0 / row["floor_seconds"][one["provider"]]
+        assert one["rounds"] >= 3
+
+
+def test_a_workload_that_does_not_exist_is_one_line(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--device", "cpu", "--workload", "dogs"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("bench_update: no workload 'dogs'; there are dmc-single, ")
+    assert told.count("\n") == 1
 
 
 def test_kernels_are_counted_between_marks(bench: Any) -> None:
@@ -314,7 +464,7 @@ def test_the_command_line_stores_rows_with_the_machine(
     assert {"cpu", "versions", "commit", "rows", "not_reached"} <= stored.keys()
     assert [row["batch"] for row in stored["rows"]] == [8, 16]
     assert capsys.readouterr().out.splitlines()[0] == bench.HEAD
-    assert bench.table(stored["rows"]).splitlines()[0].split()[:4] == ["H", "B", "ours", "plain"]
+    assert bench.table(stored["rows"]).splitlines()[0].split()[:3] == ["case", "ours", "plain"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(["--device", "cuda"]) == 2
     assert capsys.readouterr().err == "bench_update: torch sees no CUDA device\n"

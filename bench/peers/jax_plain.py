@@ -1,8 +1,8 @@
 """The BRC update in JAX, as research code has it: pytrees, vmapped members, optax, U updates in one jitted
 loop.
 
-Single task, float32. It is a yardstick of bench_update.py and starts as a copy of `brc_fast.BRC`; one update
-of each is compared before anything is timed.
+Float32. It is a yardstick of bench_update.py and starts as a copy of `brc_fast.BRC`; updates are compared
+before anything is timed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from brc_fast import BRC, Batch, Noise
 
 Tree = Any
+LAYER = ("kernel", "bias", "norm_weight", "norm_bias")
 
 
 def from_torch(value: torch.Tensor) -> jax.Array:
@@ -30,8 +31,7 @@ def network(state: dict[str, torch.Tensor]) -> Tree:
     """Parameters of stacked networks [E, ..] as a list of layers and the head."""
     arrays = {name: from_torch(value) for name, value in state.items()}
     blocks = sorted({name.rsplit(".", 1)[0] for name in arrays if name.startswith("body.blocks")})
-    names = ("kernel", "bias", "norm_weight", "norm_bias")
-    layers = [[arrays[f"{place}.{name}"] for name in names] for place in ("body.input", *blocks)]
+    layers = [[arrays[f"{place}.{name}"] for name in LAYER] for place in ("body.input", *blocks)]
     return layers, [arrays["body.head.kernel"], arrays["body.head.bias"]]
 
 
@@ -54,6 +54,30 @@ def forward(parameters: Tree, x: jax.Array) -> jax.Array:
 ensemble = jax.vmap(forward, (0, None))
 
 
+def named(parameters: Tree) -> dict[str, jax.Array]:
+    """The inverse of `network`."""
+    (first, *rest), (kernel, bias) = parameters
+    places = ["body.input", *(f"body.blocks.{index // 2}.{index % 2}" for index in range(len(rest)))]
+    out = {"body.head.kernel": kernel, "body.head.bias": bias}
+    for place, layer in zip(places, (first, *rest), strict=True):
+        out |= {f"{place}.{name}": value for name, value in zip(LAYER, layer, strict=True)}
+    return out
+
+
+def embedded(x: jax.Array, embedding: jax.Array | None, task_ids: jax.Array) -> jax.Array:
+    """x with the task's row of the table, of length 1, beside it; x where there is one task."""
+    if embedding is None:
+        return x
+    rows = embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
+    return jnp.concatenate([x, rows[task_ids]], -1)
+
+
+def logits(critic: Tree, observations: jax.Array, actions: jax.Array, task_ids: jax.Array) -> jax.Array:
+    """[E, B, K]"""
+    x = jnp.concatenate([observations, actions], -1)
+    return ensemble(critic["nets"], embedded(x, critic["embedding"], task_ids))
+
+
 class JaxBRC:
     """Starts as a copy of `agent`."""
 
@@ -63,8 +87,12 @@ class JaxBRC:
         adamw = partial(optax.adamw, rule.learning_rate, rule.beta1, rule.beta2, rule.eps)
         self.adamw = adamw(weight_decay=rule.weight_decay)
         self.adam = optax.adam(rule.learning_rate, rule.temperature_beta1, rule.beta2, rule.eps)
-        critic, actor = network(agent.critic.state_dict()), network(agent.actor.state_dict())
-        actor = jax.tree.map(lambda x: x[0], actor)
+        table = agent.critic.embedding
+        critic = {
+            "nets": network(agent.critic.state_dict()),
+            "embedding": None if table is None else from_torch(table),
+        }
+        actor = jax.tree.map(lambda x: x[0], network(agent.actor.state_dict()))
         log_alpha = jnp.asarray(agent.temperature.log_alpha.item())
         self.state = {
             "critic": critic,
@@ -78,8 +106,8 @@ class JaxBRC:
         self._updates = jax.jit(self._run, donate_argnums=0)
         self._key, self._draw = jax.random.key(0), jax.jit(self._drawn, static_argnums=1)
 
-    def _sample(self, actor: Tree, observations: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, raw = jnp.split(forward(actor, observations), 2, -1)
+    def _sample(self, actor: Tree, x: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean, raw = jnp.split(forward(actor, x), 2, -1)
         log_std = -10.0 + 6.0 * (1.0 + jnp.tanh(raw))
         u = mean + jnp.exp(log_std) * noise
         log_slope = 2.0 * (math.log(2.0) - u - jax.nn.softplus(-2.0 * u))
@@ -87,9 +115,10 @@ class JaxBRC:
         return jnp.tanh(u), log_prob.sum(-1)
 
     def _target(self, state: Tree, batch: dict[str, jax.Array], noise: jax.Array) -> jax.Array:
-        actions, log_prob = self._sample(state["actor"], batch["next_observations"], noise)
-        x = jnp.concatenate([batch["next_observations"], actions], -1)
-        probs = jax.nn.softmax(ensemble(state["target"], x)).mean(0)
+        observations, ids = batch["next_observations"], batch["task_ids"]
+        x = embedded(observations, state["critic"]["embedding"], ids)
+        actions, log_prob = self._sample(state["actor"], x, noise)
+        probs = jax.nn.softmax(logits(state["target"], observations, actions, ids)).mean(0)
         atoms = jnp.linspace(-self.v_max, self.v_max, self.num_atoms)
         soft = atoms - jnp.exp(state["log_alpha"]) * log_prob[:, None]
         y = batch["rewards"][:, None] + self.rule.discount * batch["masks"][:, None] * soft
@@ -99,10 +128,11 @@ class JaxBRC:
 
     def _one(self, state: Tree, batch: dict[str, jax.Array], noise: tuple[jax.Array, ...]) -> Tree:
         target = jax.lax.stop_gradient(self._target(state, batch, noise[0]))
-        x = jnp.concatenate([batch["observations"], batch["actions"]], -1)
+        observations, ids = batch["observations"], batch["task_ids"]
 
         def critic_loss(critic: Tree) -> jax.Array:
-            return -(target * jax.nn.log_softmax(ensemble(critic, x))).sum(-1).mean(-1).sum()
+            told = jax.nn.log_softmax(logits(critic, observations, batch["actions"], ids))
+            return -(target * told).sum(-1).mean(-1).sum()
 
         loss, grads = jax.value_and_grad(critic_loss)(state["critic"])
         change, critic_moments = self.adamw.update(grads, state["critic_moments"], state["critic"])
@@ -112,9 +142,9 @@ class JaxBRC:
         atoms = jnp.linspace(-self.v_max, self.v_max, self.num_atoms)
 
         def actor_loss(actor: Tree) -> tuple[jax.Array, jax.Array]:
-            actions, log_prob = self._sample(actor, batch["observations"], noise[1])
-            x = jnp.concatenate([batch["observations"], actions], -1)
-            q = jax.nn.softmax(ensemble(critic, x)).mean(0) @ atoms
+            x = embedded(observations, critic["embedding"], ids)
+            actions, log_prob = self._sample(actor, x, noise[1])
+            q = jax.nn.softmax(logits(critic, observations, actions, ids)).mean(0) @ atoms
             return (alpha * log_prob - q).mean(), -log_prob.mean()
 
         (policy_loss, entropy), grads = jax.value_and_grad(actor_loss, has_aux=True)(state["actor"])
@@ -150,7 +180,17 @@ class JaxBRC:
 
     def feed(self, batches: Batch) -> dict[str, jax.Array]:
         """Batches [U, B, ...] as `update` takes them."""
-        return {name: from_torch(value) for name, value in batches._asdict().items() if name != "task_ids"}
+        fields = batches._replace(task_ids=batches.task_ids.int())  # JAX has no int64 unless told
+        return {name: from_torch(value) for name, value in fields._asdict().items()}
+
+    def named(self) -> dict[str, jax.Array]:
+        """What an update changes, by the names of ours and in its shapes."""
+        out = {f"actor/{name}": value[None] for name, value in named(self.state["actor"]).items()}
+        for part, critic in (("critic", self.state["critic"]), ("target_critic", self.state["target"])):
+            out |= {f"{part}/{name}": value for name, value in named(critic["nets"]).items()}
+            if critic["embedding"] is not None:
+                out[f"{part}/embedding"] = critic["embedding"]
+        return out | {"temperature/log_alpha": self.state["log_alpha"]}
 
     def update(self, fields: dict[str, jax.Array], noise: Noise | None = None) -> dict[str, jax.Array]:
         """U updates; the last one's losses, not waited for. Noise is drawn here where it is not given."""

@@ -1,6 +1,6 @@
 """The BRC update written the plain way: nn.Linear, nn.LayerNorm, F.*, torch.optim.AdamW, a loop over members.
 
-Single task. It is the yardstick of bench_update.py, and is checked against `brc_fast.BRC` before it is timed.
+It is the yardstick of bench_update.py: what others compute is compared with it before anything is timed.
 `CompiledBRC` is the same under torch.compile, on a GPU replayed as a CUDA graph.
 """
 
@@ -42,22 +42,44 @@ class Net(nn.Module):
         return self.head(self.blocks(F.relu(self.input_norm(self.input(x)))))
 
 
-def copy_net(net: Net, state: dict[str, Tensor]) -> None:
-    """Fill a Net from one of our single networks ([in, out] kernels)."""
+class Critics(nn.Module):
+    """The members, and the task embedding that they share where there are several tasks."""
 
-    def layer(linear: nn.Linear, norm: nn.LayerNorm, name: str) -> None:
-        linear.weight.copy_(state[f"{name}.kernel"].T)
-        linear.bias.copy_(state[f"{name}.bias"])
-        norm.weight.copy_(state[f"{name}.norm_weight"])
-        norm.bias.copy_(state[f"{name}.norm_bias"])
+    def __init__(self, nets: nn.ModuleList, embedding: Tensor | None) -> None:
+        super().__init__()
+        self.nets = nets
+        self.embedding = None if embedding is None else nn.Parameter(embedding.detach().clone())
 
+    def embedded(self, x: Tensor, task_ids: Tensor) -> Tensor:
+        """x with the task's row of the table, of length 1, beside it."""
+        if self.embedding is None:
+            return x
+        return torch.cat([x, F.embedding(task_ids, F.normalize(self.embedding, dim=-1))], -1)
+
+    def forward(self, observations: Tensor, actions: Tensor, task_ids: Tensor) -> list[Tensor]:
+        """Logits [B, K] of each member."""
+        x = self.embedded(torch.cat([observations, actions], -1), task_ids)
+        return [net(x) for net in self.nets]
+
+
+def named(net: Net) -> dict[str, Tensor]:
+    """Views of its parameters by the names of ours, whose kernels are [in, out]."""
+    out = {"body.head.kernel": net.head.weight.T, "body.head.bias": net.head.bias}
+    layers = [("body.input", net.input, net.input_norm)]
+    for index, block in enumerate(net.blocks):
+        layers.append((f"body.blocks.{index}.0", block.first, block.first_norm))
+        layers.append((f"body.blocks.{index}.1", block.second, block.second_norm))
+    for name, linear, norm in layers:
+        out |= {f"{name}.kernel": linear.weight.T, f"{name}.bias": linear.bias}
+        out |= {f"{name}.norm_weight": norm.weight, f"{name}.norm_bias": norm.bias}
+    return out
+
+
+def copy_net(net: Net, state: dict[str, Tensor], member: int = 0) -> None:
+    """Fill a Net from one of our stacked networks."""
     with torch.no_grad():
-        layer(net.input, net.input_norm, "body.input")
-        for index, block in enumerate(net.blocks):
-            layer(block.first, block.first_norm, f"body.blocks.{index}.0")
-            layer(block.second, block.second_norm, f"body.blocks.{index}.1")
-        net.head.weight.copy_(state["body.head.kernel"].T)
-        net.head.bias.copy_(state["body.head.bias"])
+        for name, value in named(net).items():
+            value.copy_(state[name][member])
 
 
 class PlainBRC:
@@ -69,17 +91,22 @@ class PlainBRC:
 
     def __init__(self, agent: BRC, **options: Any) -> None:
         critic, actor, self.learning = agent.critic_config, agent.actor_config, agent.learning
-        inputs = agent.observation_size + agent.action_size
+        tasks = agent.critic.embedding
+        embedded = 0 if tasks is None else tasks.shape[1]
+        inputs = agent.observation_size + agent.action_size + embedded
         with torch.device("meta"):  # what is copied into them needs no values before
-            self.critics = nn.ModuleList(
+            nets = nn.ModuleList(
                 Net(inputs, critic.width, critic.depth, critic.num_atoms) for _ in range(critic.members)
             )
-            self.actor = Net(agent.observation_size, actor.width, actor.depth, 2 * agent.action_size)
-        for part in (self.critics, self.actor):
+            self.actor = Net(
+                agent.observation_size + embedded, actor.width, actor.depth, 2 * agent.action_size
+            )
+        for part in (nets, self.actor):
             part.to_empty(device=agent.device)
-        for member, net in enumerate(self.critics):
-            copy_net(net, {key: value[member] for key, value in agent.critic.state_dict().items()})
-        copy_net(self.actor, {key: value[0] for key, value in agent.actor.state_dict().items()})
+        for member, net in enumerate(nets):
+            copy_net(net, agent.critic.state_dict(), member)
+        copy_net(self.actor, agent.actor.state_dict())
+        self.critics = Critics(nets, tasks)
         self.log_alpha = nn.Parameter(agent.temperature.log_alpha.detach().clone())
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.atoms, self.v_max, self.target_entropy = agent.atoms, agent.v_max, agent.target_entropy
@@ -95,8 +122,10 @@ class PlainBRC:
             [self.log_alpha], betas=(self.learning.temperature_beta1, self.learning.beta2), **rule
         )
 
-    def sample(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        mean, raw = self.actor(observations).chunk(2, -1)
+    def sample(self, observations: Tensor, task_ids: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():  # the critic's loss alone trains the embedding
+            x = self.critics.embedded(observations, task_ids)
+        mean, raw = self.actor(x).chunk(2, -1)
         log_std = -10.0 + 12.0 * (1.0 + torch.tanh(raw)) / 2.0
         u = mean + log_std.exp() * noise
         log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2.0 * math.pi)
@@ -105,9 +134,10 @@ class PlainBRC:
 
     def target(self, batch: Batch, noise: Tensor) -> Tensor:
         with torch.no_grad():
-            next_actions, next_log_prob = self.sample(batch.next_observations, noise)
-            x = torch.cat([batch.next_observations, next_actions], -1)
-            probs = torch.stack([F.softmax(net(x), -1) for net in self.targets]).mean(0)
+            ids = batch.task_ids
+            next_actions, next_log_prob = self.sample(batch.next_observations, ids, noise)
+            logits = self.targets(batch.next_observations, next_actions, ids)
+            probs = torch.stack([F.softmax(member, -1) for member in logits]).mean(0)
             soft = self.atoms - self.log_alpha.exp() * next_log_prob[:, None]
             y = batch.rewards[:, None] + self.learning.discount * batch.masks[:, None] * soft
             y = y.clamp(-self.v_max, self.v_max)
@@ -120,14 +150,14 @@ class PlainBRC:
 
     def critic_loss(self, batch: Batch, noise: Tensor) -> Tensor:
         target = self.target(batch, noise)
-        x = torch.cat([batch.observations, batch.actions], -1)
-        return torch.stack([F.cross_entropy(net(x), target) for net in self.critics]).sum()
+        logits = self.critics(batch.observations, batch.actions, batch.task_ids)
+        return torch.stack([F.cross_entropy(member, target) for member in logits]).sum()
 
     def actor_loss(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and entropy."""
-        actions, log_prob = self.sample(batch.observations, noise)
-        x = torch.cat([batch.observations, actions], -1)
-        q = torch.stack([F.softmax(net(x), -1) for net in self.critics]).mean(0) @ self.atoms
+        actions, log_prob = self.sample(batch.observations, batch.task_ids, noise)
+        logits = self.critics(batch.observations, actions, batch.task_ids)
+        q = torch.stack([F.softmax(member, -1) for member in logits]).mean(0) @ self.atoms
         return (self.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.detach().mean()
 
     def move_targets(self) -> None:
@@ -153,6 +183,18 @@ class PlainBRC:
         self.temperature_optimizer.step()
         values = critic_loss.detach(), actor_loss.detach(), entropy
         return dict(zip(METRICS, values, strict=True))
+
+    def named(self) -> dict[str, Tensor]:
+        """What an update changes, by the names of ours and in its shapes."""
+        parts = {"critic": self.critics, "target_critic": self.targets}
+        out = {f"actor/{name}": value[None] for name, value in named(self.actor).items()}
+        for part, critics in parts.items():
+            members = [named(net) for net in critics.nets]
+            for name in members[0]:
+                out[f"{part}/{name}"] = torch.stack([member[name] for member in members])
+            if critics.embedding is not None:
+                out[f"{part}/embedding"] = critics.embedding
+        return out | {"temperature/log_alpha": self.log_alpha}
 
     def updates(self, batches: Batch, noise: Noise) -> dict[str, Tensor]:
         """U updates on [U, B, ...]; the last one's losses."""
