@@ -1,6 +1,6 @@
 """Steps per second of our environments and of the same simulators driven by their own loop.
 
-    python bench/bench_envs.py [--tasks TASK ...] [--num-envs N] [--budget SECONDS] [--save NAME]
+    python bench/bench_envs.py [--tasks TASK ...] [--num-envs N ...] [--budget SECONDS] [--save NAME]
     python bench/bench_envs.py --start [--tasks TASK] [--num-envs N] [--save NAME]
 
 ours      `brc_fast.envs.make`: tensors, true successors, ended slots started again
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from harness import interleave, median_ratio, write
+from harness import Measurement, absent, equality, interleave, measured, median_ratio, write
 from numpy.typing import NDArray
 
 from brc_fast.envs import make
@@ -52,6 +52,7 @@ COMPARED = 10  # steps before timing
 TOLERANCE = 1e-3  # of rewards, relative and absolute: programs of XLA differ in rounding
 ROUND = 0.05  # seconds of a provider's steps in one round
 LONGEST = 10.0  # seconds of timing of a task; a quiet machine needs no more
+UNIT, PROVIDERS = "steps/s", ("ours", "library")
 SIMULATORS = ("gymnasium", "dm-control", "shimmy", "envpool", "playground")
 
 Actions = NDArray[np.float32]
@@ -206,9 +207,34 @@ def compare(task: str, num_envs: int, seconds: float, device: str = "cpu") -> di
     finally:
         env.close()
         library.close()
-    rates = {name: num_envs * steps / statistics.median(values) for name, values in times.items()}
+    each = {name: [num_envs * steps / value for value in values] for name, values in times.items()}
     ratio = median_ratio(times["library"], times["ours"])
-    return {**row, "steps_per_second": rates, "times_library": ratio, "rounds": len(times["ours"])}
+    return {
+        **row,
+        "steps_per_second": {name: statistics.median(values) for name, values in each.items()},
+        "times_library": ratio,
+        "rounds": len(times["ours"]),
+        "measurements": [measured(case_of(row), name, values, UNIT, "more") for name, values in each.items()],
+    }
+
+
+def case_of(row: Mapping[str, Any]) -> str:
+    return f"{row['task']} num_envs={row['num_envs']}"
+
+
+def collected(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is stored of rows: themselves, their measurements in one list, and whether rewards agreed."""
+    entries: list[Measurement] = []
+    for row in rows:
+        entries += row.pop("measurements", [])
+        if "missing" in row:
+            entries += [absent(case_of(row), who, row["missing"], UNIT, "more") for who in PROVIDERS]
+    differing = [f"{case_of(row)} {row['missing']}" for row in rows if differs(row)]
+    return {"rows": list(rows), "measurements": entries, "equality": equality(differing)}
+
+
+def differs(row: Mapping[str, Any]) -> bool:
+    return str(row.get("missing", "")).startswith("differs")
 
 
 HEAD = f"{'task':<24}{'slots':>6}{'ours':>12}{'library':>12}   x library (quartiles)"
@@ -223,14 +249,14 @@ def line(row: dict[str, Any]) -> str:
     return f"{head}{rates['ours']:12.0f}{rates['library']:12.0f}{middle:8.2f} ({low:.2f} to {high:.2f})"
 
 
-def run(tasks: Sequence[str], num_envs: int | None, seconds: float) -> list[dict[str, Any]]:
-    """Every task once, in equal shares of the time that is left."""
+def run(tasks: Sequence[str], num_envs: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+    """Every task with every number of slots, or its own number, in equal shares of the time that is left."""
     end = time.perf_counter() + seconds
     rows: list[dict[str, Any]] = []
+    pairs = [(task, n) for task in tasks for n in num_envs or [SLOTS.get(task.partition("/")[0], 8)]]
     print(HEAD, flush=True)
-    for place, task in enumerate(tasks):
-        share = (end - time.perf_counter()) / (len(tasks) - place)
-        slots = num_envs or SLOTS.get(task.partition("/")[0], 8)
+    for place, (task, slots) in enumerate(pairs):
+        share = (end - time.perf_counter()) / (len(pairs) - place)
         rows.append(compare(task, slots, share))
         print(line(rows[-1]), flush=True)
     return rows
@@ -270,6 +296,13 @@ def start(task: str, num_envs: int) -> dict[str, Any]:
     return {"task": task, "num_envs": num_envs, "first": first, "second": second, "ratio": first / second}
 
 
+def started(row: Mapping[str, Any]) -> list[Measurement]:
+    """Of one start each: there is no spread."""
+    return [
+        measured(f"{case_of(row)} {n} process", "ours", [row[n]], "s", "less") for n in ("first", "second")
+    ]
+
+
 def simulators() -> dict[str, str]:
     found = {}
     for name in SIMULATORS:
@@ -283,7 +316,7 @@ def simulators() -> dict[str, str]:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tasks", nargs="+", help=f"default: {' '.join(TASKS)}")
-    parser.add_argument("--num-envs", type=int, help=f"slots; default: {SLOTS}")
+    parser.add_argument("--num-envs", type=int, nargs="+", default=[], help=f"slots; default: {SLOTS}")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds in all")
     parser.add_argument("--start", action="store_true", help="time the start of a process")
     parser.add_argument("--save", help="name of a file under bench/results")
@@ -294,13 +327,14 @@ def main(words: Sequence[str] | None = None) -> int:
         mujoco.set_mju_user_warning(lambda message: None)  # else on the terminal and in a file in this folder
     if arguments.start:
         tasks = arguments.tasks or TASKS[:1]
-        result = {"starts": [start(task, arguments.num_envs or SLOTS["mjx"]) for task in tasks]}
+        slots = arguments.num_envs or [SLOTS["mjx"]]
+        starts = [start(task, number) for task in tasks for number in slots]
+        result = {"starts": starts, "measurements": [entry for row in starts for entry in started(row)]}
     else:
-        result = {"rows": run(arguments.tasks or TASKS, arguments.num_envs, arguments.budget)}
+        result = collected(run(arguments.tasks or TASKS, arguments.num_envs, arguments.budget))
     if arguments.save:
         write(arguments.save, {"benchmark": "envs", "simulators": simulators(), **result})
-    wrong = [row for row in result.get("rows", []) if row.get("missing", "").startswith("differs")]
-    return 1 if wrong else 0
+    return 1 if any(differs(row) for row in result.get("rows", [])) else 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import ROOT, header, median_ratio, write
+from harness import RESULTS, ROOT, Lines, Measurement, absent, equality, header, measured, median_ratio, write
 from native.row_gather import RowGather
 from plot_replay import draw
 
@@ -223,8 +223,18 @@ def timed_case(
     rows = [ratio_row(times, name, goals.get(name)) for name in times]
     result = {"case": case, "title": title, "unit": "ns per transition", "rows": rows, "missing": missing}
     result["open_goals"] = {name: goal for name, goal in goals.items() if name not in times}
+    result["measurements"] = timed_measurements(case, "ns per transition", times, missing)
     print_timed(result)
     return result
+
+
+def timed_measurements(
+    case: str, unit: str, times: Mapping[str, Times], missing: Missing
+) -> list[Measurement]:
+    """CPU time of every buffer; the floor is the bare gather."""
+    floor = statistics.median(times[LIMIT].cpu) if LIMIT in times else None
+    found = [measured(case, name, values.cpu, unit, "less", floor) for name, values in times.items()]
+    return found + [absent(case, name, why, unit, "less", floor) for name, why in missing.items()]
 
 
 def print_timed(result: Mapping[str, Any]) -> None:
@@ -271,6 +281,12 @@ def size_row(
         row["goal"] = f"<= {goal:g}"
         row["met"] = row["ratio"] <= goal if "ratio" in row else None
     return row
+
+
+def size_measurements(case: str, row: Mapping[str, Any], other: str) -> list[Measurement]:
+    """Of a `size_row` whose figures are counts and not times."""
+    named = ((OURS, row["ours"]), (other, row["other"]))
+    return [measured(case, name, [value], row["unit"], "less") for name, value in named if value is not None]
 
 
 def print_sizes(result: Mapping[str, Any]) -> None:
@@ -423,7 +439,12 @@ def atari(capacity: int, clock: Clock) -> list[dict[str, Any]]:
     ours = sizes.pop(OURS, None)
     rows = [size_row("both stacks", "bytes per transition", ours, plain, 0.15)]
     rows += [size_row(name, "bytes per transition", ours, other) for name, other in sizes.items()]
-    result = {"case": "atari memory", "title": "Memory of 4 x 84 x 84 uint8 stacks", "rows": rows}
+    result = {
+        "case": "atari memory",
+        "title": "Memory of 4 x 84 x 84 uint8 stacks",
+        "rows": rows,
+        "measurements": size_measurements("atari memory", rows[0], "both stacks, float32"),
+    }
     print_sizes(result)
     return [timed, result]
 
@@ -436,7 +457,8 @@ def memory(capacity: int, clock: Clock) -> list[dict[str, Any]]:
     ours = peers[OURS].buffer.nbytes / work.rows if peers else None
     row = size_row("memory", "bytes per transition", ours, work.row_bytes, 0.62)
     title = f"Memory of {work.rows:,} transitions, O={OBSERVATION}, A={ACTION}; other: float32 arrays"
-    result = {"case": "memory", "title": title, "rows": [row], "missing": missing}
+    entries = size_measurements("memory", row, "float32 arrays")
+    result = {"case": "memory", "title": title, "rows": [row], "missing": missing, "measurements": entries}
     print_sizes(result)
     return [result]
 
@@ -458,6 +480,7 @@ def saved_files(capacity: int, clock: Clock) -> list[dict[str, Any]]:
         "rows": file_rows(costs, OURS not in missing),
         "missing": missing,
         "costs": {name: [cost._asdict() for cost in values] for name, values in costs.items()},
+        "measurements": file_measurements(costs),
     }
     print_sizes(result)
     return [result]
@@ -490,6 +513,16 @@ def file_costs(work: Workload, folder: Path, clock: Clock, missing: Missing) -> 
         if clock.per_case(1) < time.perf_counter() - start:
             break
     return costs
+
+
+def file_measurements(costs: Mapping[str, list[files.Cost]]) -> list[Measurement]:
+    """Wall seconds of every save and load."""
+    who = {"ours": OURS, "plain": files.PlainFiles.name}
+    found = []
+    for name, values in costs.items():
+        maker, what = name.split()
+        found.append(measured(f"files {what}", who[maker], [cost.wall for cost in values], "s", "less"))
+    return found
 
 
 def file_rows(costs: Mapping[str, list[files.Cost]], complete: bool) -> list[dict[str, Any]]:
@@ -585,9 +618,15 @@ def main() -> int:
     one_thread()
     start = time.perf_counter()
     results: list[dict[str, Any]] = []
+    kept = RESULTS / f"{arguments.save}.jsonl"  # what a run that is killed leaves
+    lines = Lines(kept, benchmark="replay", capacity=capacity) if arguments.save else None
     whole = sum(SHARES[name] for name in arguments.cases) or 1.0
     for name in arguments.cases:
-        results += GROUPS[name](capacity, Clock(arguments.budget * SHARES[name] / whole))
+        found = GROUPS[name](capacity, Clock(arguments.budget * SHARES[name] / whole))
+        results += found
+        if lines is not None:
+            for entry in itertools.chain(*(result["measurements"] for result in found)):
+                lines.add("measurements", entry)
         gc.collect()
     verdicts = summary(results)
     print(f"\n{time.perf_counter() - start:.0f} s in all")
@@ -600,10 +639,16 @@ def main() -> int:
         "capacity": capacity,
         "versions": {**header()["versions"], **versions()},
         "goals": verdicts,
+        "measurements": [entry for result in results for entry in result.pop("measurements")],
+        "equality": equality(
+            [f"{r['case']}: {r['missing'][OURS]}" for r in results if OURS in r.get("missing", {})]
+        ),
         "cases": results,
     }
-    if arguments.save:
+    if lines is not None:
         print(write(arguments.save, content))
+        lines.file.close()
+        kept.unlink()
     if arguments.picture:
         draw({**header(), **content}, arguments.picture)
         print(arguments.picture)

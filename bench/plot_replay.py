@@ -18,8 +18,10 @@ OURS_COLOUR, OTHER_COLOUR, LIMIT_COLOUR, INK = "#1f6feb", "#c3cbd6", "#d1495b", 
 SMALL: dict[str, Any] = {"fontsize": 8.5, "color": INK}
 
 
-def draw(results: Mapping[str, Any], path: Path) -> None:
+def draw(results: Mapping[str, Any], path: Path, stamp: str | None = None) -> None:
     """Bars of CPU time at B = 1024, shortest first, and a line at the bare gather. PNG or SVG by the suffix.
+
+    `stamp` says when, where and with what it was measured; without it the processor is named.
 
     Raises:
         ValueError: the results lack the case.
@@ -27,6 +29,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "brc-fast"  # else every drawing has other names inside
     from matplotlib import pyplot as plt
 
     case = next((case for case in results["cases"] if case["case"] == CASE), None)
@@ -49,9 +52,10 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         axes.text(limit, len(names) - 0.45, label, color=LIMIT_COLOUR, fontsize=9, va="bottom")
     finish(axes, max(times.values()))
     figure.suptitle(case["title"], fontsize=10.5, color=INK)
-    figure.supxlabel(f"CPU time per transition, less is better. {results['cpu']}, one thread", **SMALL)
+    where = stamp or f"{results['cpu']}, one thread"
+    figure.supxlabel(f"CPU time per transition, less is better\n{where}", **SMALL)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
 

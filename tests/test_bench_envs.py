@@ -37,6 +37,12 @@ def test_rows_hold_rates_ratios_and_the_machine(bench, tmp_path, capsys):
     assert 0 < low <= middle <= high
     assert timed["rounds"] >= 3
     assert "gym/Nope-v1" in missing["missing"]
+    assert stored["equality"] == "passed"
+    ours, _, absent, _ = stored["measurements"]
+    assert (ours["case"], ours["provider"], ours["unit"]) == (f"{PENDULUM} num_envs=2", "ours", "steps/s")
+    assert ours["value"] == timed["steps_per_second"]["ours"]
+    assert ours["low"] <= ours["value"] <= ours["high"]
+    assert (absent["value"], absent["missing"]) == (None, missing["missing"])
     head, first, second = capsys.readouterr().out.splitlines()
     assert head == bench.HEAD
     assert first.split()[:2] == [PENDULUM, "2"]
@@ -61,12 +67,21 @@ def test_playground_takes_the_same_actions_to_the_same_rewards(bench):
     assert "missing" not in row, row
 
 
-def test_rewards_that_differ_are_not_timed(bench, monkeypatch, capsys):
+def test_rewards_that_differ_are_not_timed(bench, monkeypatch, capsys, tmp_path):
     prepare = bench._scaled
     monkeypatch.setattr(bench, "_scaled", lambda actions, space: prepare(-actions, space))
-    assert bench.main(["--tasks", PENDULUM, "--num-envs", "2", "--budget", "2"]) == 1
+    assert bench.main(["--tasks", PENDULUM, "--num-envs", "2", "--budget", "2", "--save", "envs"]) == 1
+    stored = json.loads((tmp_path / "envs.json").read_text())
+    assert stored["equality"].startswith(f"failed: {PENDULUM} num_envs=2 differs in step 2: rewards")
+    assert [entry["value"] for entry in stored["measurements"]] == [None, None]
     (line,) = capsys.readouterr().out.splitlines()[1:]
     assert line.split()[2:6] == ["-", "-", "differs", "in"]
+
+
+def test_every_task_is_stepped_with_every_number_of_slots(bench):
+    rows = bench.run([PENDULUM], [1, 2], 0.0)
+    assert [row["num_envs"] for row in rows] == [1, 2]
+    assert all(row["rounds"] >= 3 for row in rows)
 
 
 def test_actions_are_scaled_to_the_bounds_of_the_space(bench):
