@@ -1,0 +1,172 @@
+"""Tables and pictures of results, and the tables of the READMEs.
+
+    python bench/report.py [RESULT.json ...] [--pictures docs] [--readme README.md ...] [--check]
+
+Without --pictures and --readme: tables on standard output. --readme replaces what stands between
+
+    <!-- report: NAME -->
+    <!-- end -->
+
+by the table of the result NAME, given or in bench/results; --check changes nothing and exits with 1 where a
+README says something else than its results. Refused are results without a passed equality check, of a run or
+of tests that failed, and of a tree with uncommitted changes: exit code 1, as for files that cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS, ROOT, Unreadable, read
+from report_tables import table
+
+READMES = (ROOT / "README.md", ROOT / "bench" / "README.md")
+BEGIN = re.compile(r"^<!-- report: \S+ -->$", re.MULTILINE)  # on lines of their own
+PLACE = re.compile(r"^(<!-- report: (\S+) -->\n)(.*?)^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
+VERSIONS = ("torch", "jax", "triton")  # what a line has room for; the file has all
+
+
+class Refused(Exception):
+    """A result must not be cited; the message is one line with the remedy."""
+
+
+def refusal(path: Path, result: Mapping[str, Any]) -> str | None:
+    """Why a result must not be cited, if so."""
+    if result.get("status") == "failed":
+        return f"its run failed ({result.get('reason', 'no reason given')}): repair that and measure again"
+    if result["dirty"] or result["commit"] is None:
+        told = "with uncommitted changes" if result["dirty"] else "outside of a git checkout"
+        return f"it was measured {told}: commit and measure again"
+    checked = result.get("equality")
+    if checked is None and len({entry["provider"] for entry in result["measurements"]}) > 1:
+        return "it compares providers without an equality check: measure again"
+    if checked is not None and checked != "passed":
+        return f"its equality check {checked}"
+    tests = path.parent / "gpu-test.json"
+    if path.stem.startswith("gpu-") and tests.exists():
+        try:
+            told = json.loads(tests.read_text())
+        except ValueError:
+            return f"{tests.name} beside it is not JSON: run the tests again"
+        if told.get("commit") == result["commit"] and told.get("status") == "failed":
+            return f"the tests of its commit failed ({told.get('reason', tests.name)})"
+    return None
+
+
+def trusted(path: Path) -> dict[str, Any]:
+    """A result that may be cited.
+
+    Raises:
+        Refused, Unreadable: with the reason in a line.
+    """
+    result = read(path)
+    if (reason := refusal(path, result)) is not None:
+        raise Refused(f"{path} is refused: {reason}")
+    return result
+
+
+def stamp(result: Mapping[str, Any]) -> str:
+    """When, where and with what it was measured."""
+    threads = result["torch_threads"]
+    cores = f"{result['cores']} cores, {threads} thread{'s' if threads > 1 else ''} of torch"
+    machine = result["gpu"] or f"{result['cpu']}, {cores}"
+    versions = result["versions"]
+    used = [f"{name} {versions[name].partition('+')[0]}" for name in VERSIONS if versions.get(name)]
+    return ", ".join([result["date"][:10], machine, *used, result["commit"][:7]])
+
+
+def section(path: Path, result: Mapping[str, Any], beside: Path) -> str:
+    """The table with its line; the link is relative to the folder of `beside`."""
+    link = Path(os.path.relpath(path.resolve(), beside.resolve().parent)).as_posix()
+    return f"{table(result)}\n\n{stamp(result)} ([{path.name}]({link})).\n"
+
+
+def found_by_name(name: str, given: Sequence[Path]) -> Path:
+    """The file of a result: among those given, else in bench/results."""
+    for path in given:
+        if path.stem == name:
+            return path
+    lines = RESULTS / f"{name}.jsonl"
+    return lines if lines.exists() else RESULTS / f"{name}.json"
+
+
+def filled(readme: Path, given: Sequence[Path]) -> tuple[str, str]:
+    """The text of a README as it is and as its results want it."""
+    try:
+        text = readme.read_text()
+    except OSError as error:
+        raise Refused(f"{readme} cannot be read ({error.strerror})") from None
+    opened, closed = len(BEGIN.findall(text)), len(PLACE.findall(text))
+    if opened != closed:
+        raise Refused(f"{readme}: {opened} places begin with <!-- report: NAME -->, {closed} have an end")
+
+    def fill(place: re.Match[str]) -> str:
+        path = found_by_name(place[2], given)
+        return f"{place[1]}{section(path, trusted(path), readme)}{place[4]}"
+
+    return text, PLACE.sub(fill, text)
+
+
+def first_difference(old: str, new: str) -> str:
+    """The first line that changes, as it should be."""
+    lines = zip(old.splitlines(), new.splitlines(), strict=False)
+    return next((b for a, b in lines if a != b), "its end")
+
+
+def update_readmes(readmes: Sequence[Path], given: Sequence[Path], check: bool) -> int:
+    code = 0
+    for readme in readmes:
+        old, new = filled(readme, given)
+        if old == new:
+            continue
+        if check:
+            told = first_difference(old, new)
+            print(f"report: {readme} differs from its results, from: {told}", file=sys.stderr)
+            code = 1
+        else:
+            readme.write_text(new)
+            print(readme)
+    return code
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="*", help="files of bench_*.py --save or bench/gpu.py")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw PNG and SVG there")
+    parser.add_argument("--readme", type=Path, nargs="+", metavar="FILE", help="fill in the tables there")
+    parser.add_argument("--check", action="store_true", help="compare the READMEs, change nothing")
+    given = parser.parse_args(words)
+    if not (given.results or given.readme or given.check):
+        parser.error("name results, or --readme, or --check")
+    trustworthy, code = {}, 0
+    for path in given.results:  # one that is refused does not cost the others their tables
+        try:
+            trustworthy[path] = trusted(path)
+        except (Refused, Unreadable) as reason:
+            print(f"report: {reason}", file=sys.stderr)
+            code = 1
+    try:
+        if given.pictures is not None:
+            from report_pictures import draw
+
+            for path, result in trustworthy.items():
+                for picture in draw(path.stem, result, stamp(result), given.pictures):
+                    print(picture)
+        if given.readme or given.check:
+            return max(code, update_readmes(given.readme or READMES, given.results, given.check))
+        if given.pictures is None and trustworthy:
+            print("\n".join(section(path, r, ROOT / "README.md") for path, r in trustworthy.items()))
+    except (Refused, Unreadable, ValueError) as reason:  # ValueError: of a picture that lacks its case
+        print(f"report: {reason}", file=sys.stderr)
+        return 1
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
