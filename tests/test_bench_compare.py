@@ -1,0 +1,246 @@
+"""Comparisons tell better from worse in any unit, know their noise, and refuse what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import compare
+
+    return compare
+
+
+@pytest.fixture
+def write(compare: Any, tmp_path: Path) -> Any:
+    """Write a result with these measurements; more keys go into its header."""
+    import harness
+
+    def written(name: str, entries: Sequence[Any], **keys: Any) -> str:
+        return str(harness.write(name, {"benchmark": "update", "measurements": entries, **keys}, tmp_path))
+
+    return written
+
+
+def entry(
+    value: float | None,
+    spread: float = 0.0,
+    rounds: int = 100,
+    case: str = "width=256",
+    provider: str = "ours",
+    better: str = "more",
+    unit: str = "updates/s",
+) -> dict[str, Any]:
+    bounds = (None, None) if value is None else (value - spread, value + spread)
+    found = {"case": case, "provider": provider, "value": value, "unit": unit, "better": better}
+    found |= {"low": bounds[0], "high": bounds[1], "rounds": rounds, "floor": None}
+    return found | ({"missing": "out of memory"} if value is None else {})
+
+
+def numbers(line: str) -> list[float]:
+    """The ratio and its bounds."""
+    return [
+        float(word.strip("()")) for word in line.split()[2:] if word.strip("()").replace(".", "").isdigit()
+    ]
+
+
+def test_a_ratio_above_one_is_better_in_rates_and_in_times(
+    compare: Any, write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def both(rate: float, time: float) -> list[Any]:
+        return [entry(rate), entry(time, case="sample", better="less", unit="us")]
+
+    assert compare.main([write("a", both(100.0, 10.0)), write("b", both(200.0, 5.0))]) == 0
+    *_, rate, time = capsys.readouterr().out.splitlines()
+    assert numbers(rate) == numbers(time) == [2.0, 2.0, 2.0]
+
+
+def test_bounds_widen_with_quartiles_and_narrow_with_rounds(compare: Any) -> None:
+    def span(spread: float, rounds: int) -> float:
+        found = compare.ratio(entry(100.0, spread, rounds), entry(100.0, spread, rounds))
+        assert found.low <= found.middle <= found.high
+        return float(found.high - found.low)
+
+    assert span(0.0, 100) == 0.0
+    assert span(10.0, 100) == pytest.approx(2 * span(5.0, 100), rel=0.01)
+    assert span(5.0, 400) == pytest.approx(span(5.0, 100) / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("value", "spread", "code"), [(95.0, 0.0, 0), (85.0, 0.0, 1), (85.0, 40.0, 0), (120.0, 0.0, 0)]
+)
+def test_a_ratio_past_the_threshold_with_all_its_noise_is_an_exit_code(
+    value: float, spread: float, code: int, compare: Any, write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [write("a", [entry(100.0)]), write("b", [entry(value, spread)])]
+    assert compare.main([*files, "--threshold", "0.9"]) == code
+    assert capsys.readouterr().out.rstrip().endswith("below 0.9") == bool(code)
+    assert compare.main(files) == 0
+
+
+def test_a_busy_machine_cancels_against_what_did_not_change(
+    compare: Any, write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def both(ours: float, plain: float) -> list[Any]:
+        return [entry(ours), entry(plain, provider="plain"), entry(7.0, provider="jax")]
+
+    files = [write("a", both(100.0, 50.0)), write("b", both(60.0, 25.0))]
+    words = ["--threshold", "0.9", "--providers", "ours"]
+    assert compare.main([*files, *words]) == 1
+    capsys.readouterr()
+    assert compare.main([*files, *words, "--against", "plain"]) == 0
+    *_, head, line = capsys.readouterr().out.splitlines()
+    assert head.startswith("case")
+    assert numbers(line)[:3] == [1.2, 1.2, 1.2]
+    assert compare.main([*files, "--against", "nobody"]) == 2
+
+
+def test_different_machines_are_refused_unless_forced_and_then_marked(
+    compare: Any, write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [write("a", [entry(1.0)], cpu="Old"), write("b", [entry(2.0)], cpu="New")]
+    assert compare.main(files) == 2
+    told = capsys.readouterr()
+    assert told.err == "compare: the machines differ (cpu: Old, New); --force compares all the same\n"
+    assert "2.000" not in told.out
+    assert compare.main([*files, "--force"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("different machines")
+
+
+def test_what_has_no_partner_or_no_value_is_listed_with_its_reason(
+    compare: Any, write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = [entry(1.0), entry(1.0, provider="plain"), entry(1.0, provider="jax")]
+    files = [write("a", old), write("b", [entry(1.0), entry(None, provider="jax")])]
+    assert compare.main(files) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "width=256 plain only in A" in lines
+    assert "width=256 jax no value in B: out of memory" in lines
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "is not JSON"),
+        ("{}", "has format 0, older than 1"),
+        ('{"format": 9}', "has format 9, newer than 1"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_result_is_one_line(
+    content: str | None,
+    reason: str,
+    compare: Any,
+    write: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wrong = tmp_path / "wrong.json"
+    if content is not None:
+        wrong.write_text(content)
+    assert compare.main([write("a", [entry(1.0)]), str(wrong)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+
+
+def test_results_without_a_common_case_or_unit_are_refused(
+    compare: Any, write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = write("a", [entry(1.0)])
+    assert compare.main([first, write("b", [entry(1.0, case="other")])]) == 2
+    assert "share no case and provider" in capsys.readouterr().err
+    assert compare.main([first, write("c", [entry(1.0, unit="us")])]) == 2
+    assert "is in updates/s and in us" in capsys.readouterr().err
+
+
+def row(**ratios: Sequence[float]) -> dict[str, Any]:
+    return {"case": "cartpole H 128 B 128", "ratios_to": "ours", "ratios": ratios, "missing": {}}
+
+
+@pytest.mark.parametrize(("floor", "code"), [(1.55, 0), (1.7, 1)])
+def test_one_file_holds_ours_to_another_provider_round_by_round(
+    floor: float, code: int, compare: Any, write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write("a", [entry(1.0)], rows=[row(plain=[1.5, 1.4, 1.6], jax=[0.5, 0.4, 0.6])])
+    assert compare.main([file, "--ratio-floor", str(floor)]) == code
+    assert "ours / plain" in (line := capsys.readouterr().out.splitlines()[-1])
+    assert ("below" in line) == bool(code)
+    assert compare.main([file, "--ratio-floor", str(floor), "--to", "jax"]) == 1
+
+
+def test_a_bound_that_nothing_was_held_to_does_not_pass(
+    compare: Any, write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main([write("a", [entry(1.0)]), "--ratio-floor", "1"]) == 2
+    assert "has no ratios; bench_update.py --save NAME measures them" in capsys.readouterr().err
+    lost = row(jax=[1.5, 1.4, 1.6]) | {"missing": {"plain": "out of memory"}}
+    assert compare.main([write("a", [entry(1.0)], rows=[lost]), "--ratio-floor", "1"]) == 2
+    told = "cartpole H 128 B 128 has no ratio to plain: plain: out of memory"
+    assert told in capsys.readouterr().err
+
+
+def test_revisions_take_turns_and_their_bounds_are_the_span_over_rounds(
+    compare: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    order: list[str] = []
+
+    def run(site: Path, benchmark: str, words: Sequence[str], name: str) -> dict[str, Any]:
+        order.append(str(site))
+        assert (benchmark, words) == ("replay", ["--cases", "insert"])
+        rate = 100.0 if str(site) == "old" else 100.0 + 10.0 * len(order)
+        return {"measurements": [entry(rate)]}
+
+    monkeypatch.setattr(compare, "built", Path)
+    monkeypatch.setattr(compare, "run", run)
+    words = ["--revisions", "old", "new", "--benchmark", "replay", "--threshold", "2", "--"]
+    assert compare.main([*words, "--cases", "insert"]) == 1
+    assert order == ["old", "new", "new", "old", "old", "new"]
+    assert numbers(capsys.readouterr().out.splitlines()[-1])[:3] == [1.3, 1.2, 1.6]
+
+
+def test_a_revision_that_does_not_exist_is_one_line(compare: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(["--revisions", "no-such-revision", "HEAD"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("compare: git rev-parse")
+    with pytest.raises(SystemExit):
+        compare.main(["--ratio-floor", "1"])
+    assert "1 files are expected, got 0" in capsys.readouterr().err
+
+
+def test_a_run_takes_the_package_of_its_folder_and_no_other(compare: Any, tmp_path: Path) -> None:
+    package = tmp_path / "site" / "brc_fast"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    script = tmp_path / "script.py"
+    script.write_text("import brc_fast, sys; print(brc_fast.__file__, *sys.argv[1:])")
+    command = [compare.sys.executable, "-P", "-c", compare.BOOT, str(tmp_path / "site"), str(script), "--x"]
+    done = compare.subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == [str(package / "__init__.py"), "--x"]
+    (package / "__init__.py").unlink()
+    package.rmdir()
+    done = compare.subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+
+
+def test_a_benchmark_that_fails_is_one_line(
+    compare: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "brc_fast").mkdir()
+    (tmp_path / "brc_fast" / "__init__.py").write_text("raise ImportError('libold.so is gone')")
+    monkeypatch.setattr(compare, "FOLDER", tmp_path)
+    with pytest.raises(compare.Refused, match=r"bench_replay\.py with A ended with 1: .*libold\.so is gone"):
+        compare.run(tmp_path, "replay", [], "A")
+
+
+def test_results_name_what_the_reader_needs(write: Any) -> None:
+    stored = json.loads(Path(write("a", [entry(1.0)])).read_text())
+    assert {"cpu", "gpu", "cores", "torch_threads", "date", "commit", "dirty"} <= stored.keys()
