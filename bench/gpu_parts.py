@@ -1,0 +1,344 @@
+"""The parts of bench/gpu.py: each takes a `Part` and returns what there is to store."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / ".site"
+WIDTHS, BATCHES = (256, 512, 1024, 2048, 4096, 8192, 11200), (1024, 256, 4096)  # what matters most first
+DRY_WIDTHS, DRY_BATCHES = (32,), (16,)
+DRY_PROVIDERS = ("ours", "ours-bf16", "plain", "compiled", "jax")
+
+
+# The environments of one table, what matters most first: compiling takes most of the time.
+ENVIRONMENTS = [
+    *((f"mjx/{task}", 1024) for task in ("CheetahRun", "HumanoidRun", "WalkerRun")),
+    ("mjx/dmc25", 128),
+    *((f"mjx/{task}", slots) for slots in (4096, 128) for task in ("CheetahRun", "HumanoidRun", "WalkerRun")),
+]
+RATES = ("time/updates_per_second", "time/environment_steps_per_second")
+_MANY = "--num-envs 128 --updates-per-step 8 --batch-size 1024 --critic.width 1024 --steps 100000000"
+_REPORTS = "--report-every 20000 --eval-every 500000 --checkpoint-every 100000000"
+RUNS = {
+    "cheetah": f"mjx/CheetahRun {_MANY} {_REPORTS}",
+    "humanoid": f"mjx/HumanoidRun {_MANY} {_REPORTS}",
+    "dmc-easy": f"mjx/dmc-easy {_MANY} --num-envs 16 {_REPORTS}",
+}
+DRY_RUNS = {
+    "cartpole": "mjx/CartpoleSwingup --device cpu --steps 3000 --random-steps 1000 --critic.width 32 "
+    "--report-every 1000 --eval-every 3000"
+}
+
+
+class Skip(Exception):
+    """A part cannot run here; the message says why."""
+
+
+class Part(NamedTuple):
+    """What a part is given."""
+
+    seconds: float  # its share of the time
+    device: str
+    dry: bool
+
+
+def results(dry: bool) -> Path:
+    """The folder of the JSON files."""
+    return ROOT / "build" / "gpu-dry" if dry else ROOT / "bench" / "results"
+
+
+def need(*modules: str) -> None:
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise Skip(f"{name} is not installed")
+
+
+def judged(found: dict[str, Any]) -> dict[str, Any]:
+    """The results, as failed where their equality check is."""
+    if found["equality"] == "passed":
+        return found
+    return {**found, "status": "failed", "reason": found["equality"]}
+
+
+def build(_: Part) -> dict[str, Any]:
+    """Build the extension with what is installed: no network, no isolation."""
+    need("scikit_build_core", "pybind11", "pip")
+    words = ["install", "-q", "--no-index", "--no-build-isolation", "--no-deps", "--upgrade", "--target"]
+    subprocess.run([sys.executable, "-m", "pip", *words, str(SITE), str(ROOT)], check=True)
+    importlib.invalidate_caches()
+    return {"site": str(SITE.relative_to(ROOT))}
+
+
+def limits(part: Part) -> dict[str, Any]:
+    """What the machine can do at all (bench_limits.py)."""
+    from bench_limits import run
+
+    return run(part.device, part.seconds, dry=part.dry)
+
+
+def pytest(files: list[str], part: Part) -> dict[str, Any]:
+    """The tests marked gpu of these files, in a process of their own; a dry run sends them to the CPU."""
+    environment = os.environ | {"BRC_FAST_GPU_DRY": "1" if part.dry else "0"}
+    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # keeps the checkout off sys.path
+    words = ["-m", "gpu", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", *files]
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, *words],
+            cwd=ROOT,
+            env=environment,
+            timeout=max(300.0, part.seconds),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        returncode, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as late:
+        told = late.stdout or b""
+        returncode, output = 124, told.decode(errors="replace") if isinstance(told, bytes) else told
+    took = time.perf_counter() - start
+    return {"files": files, "returncode": returncode, "seconds": took, "output": output}
+
+
+def test(part: Part) -> dict[str, Any]:
+    """The tests marked gpu, several files at a time: most of the time goes into compiling kernels."""
+    need("pytest")
+    # Only files that hold such tests: the others may import what is not installed here.
+    found = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
+    files = [str(path.relative_to(ROOT)) for path in found]
+    groups = [files] if part.dry else [[name] for name in files]
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
+        runs = list(pool.map(lambda group: pytest(group, part), groups))
+    for run in runs:
+        good = run["returncode"] in (0, 5)
+        lines = run.pop("output").strip().splitlines()
+        run["summary"] = lines[-1] if lines else ""
+        run["failed"] = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        names = ", ".join(Path(name).name for name in run["files"])
+        print(f"  {names}: {run['summary']}" if good else "\n".join(lines[-60:]), flush=True)
+    wrong = [run for run in runs if run["returncode"] not in (0, 5)]
+    if wrong:
+        names = ", ".join(f"{Path(run['files'][0]).name} ({run['returncode']})" for run in wrong)
+        return {"status": "failed", "reason": f"pytest -m gpu failed: {names}", "runs": runs}
+    return {"runs": runs}
+
+
+def kernels(part: Part) -> dict[str, Any]:
+    """Every kernel beside its floor, its twin and others (bench_kernels.py)."""
+    need("triton")
+    import torch
+    from bench_kernels import run
+
+    found = run(torch.device(part.device), 60.0 if part.dry else part.seconds, dry=part.dry)
+    if found["aborted"] is not None:
+        return {**found, "status": "failed", "reason": found["aborted"]}
+    return found
+
+
+def update(part: Part) -> dict[str, Any]:
+    """Updates per second over width and batch, ours and others, with floors (bench_update.py)."""
+    from bench_update import run, table, wanted, wrong
+    from harness import write
+
+    found = run(
+        part.device,
+        wanted(DRY_PROVIDERS if part.dry else None, part.device),
+        DRY_WIDTHS if part.dry else WIDTHS,
+        DRY_BATCHES if part.dry else BATCHES,
+        seconds=120.0 if part.dry else part.seconds,
+        updates=2,
+        dry=part.dry,
+        keep=lambda rows: write("gpu-update", {"part": "update", **rows}, results(part.dry)),
+    )
+    print(table(found["rows"]), flush=True)
+    if differing := wrong(found["rows"]):
+        return {**found, "status": "failed", "reason": "; ".join(differing)}
+    return found
+
+
+def scaling(part: Part) -> dict[str, Any]:
+    """How the cost of an update grows with width, batch and tasks, that of a step with environments
+    (bench_scaling.py)."""
+    from bench_scaling import AXES, run
+    from harness import write
+
+    found = run(
+        part.device,
+        AXES,
+        seconds=20.0 if part.dry else part.seconds,
+        dry=part.dry,
+        keep=lambda rows: write("gpu-scaling", {"part": "scaling", **rows}, results(part.dry)),
+    )
+    return judged(found)
+
+
+def replay(part: Part) -> dict[str, Any]:
+    """Batches on the device: from a buffer there, prefetched from the host, and copied from there."""
+    import torch
+    from harness import equality, interleave, measured
+
+    from brc_fast import DeviceReplayBuffer, ReplayBuffer
+
+    capacity, streams = (2_000, 8) if part.dry else (1_000_000, 1024)
+    sizes = ((1, 64),) if part.dry else ((1, 1024), (16, 1024))
+    there = DeviceReplayBuffer(capacity, 67, 24, task_ids=[0] * streams, device=part.device)
+    host = ReplayBuffer(capacity, 67, 24, task_ids=[0] * streams)
+    flags = torch.zeros(streams, dtype=torch.bool)
+    successors = torch.randn(streams, 67)
+    for _ in range(capacity // streams):
+        seen, successors = successors, torch.randn(streams, 67)
+        arguments = (seen, torch.rand(streams, 24), torch.rand(streams), flags, flags, successors)
+        host.add(*arguments)
+        there.add(*(value.to(part.device) for value in arguments))
+    for updates, size in sizes:  # equality first
+        with host.prefetch(size, updates, device=part.device) as batches:
+            for _ in range(3):
+                pairs = zip(next(batches), there.sample(size, updates), strict=True)
+                if not all(torch.equal(a, b) for a, b in pairs):
+                    raise RuntimeError("the buffers return different batches")
+    rows, measurements = [], []
+    for updates, size in sizes:
+        with host.prefetch(size, updates, device=part.device) as batches:
+            providers: dict[str, Callable[[], object]] = {
+                "device": partial(there.sample, size, updates),
+                "prefetched": partial(next, batches),
+            }
+            times = interleave(providers, seconds=part.seconds / 4, calls=20, device=part.device)
+        copied = {"copied": lambda size=size, updates=updates: host.sample(size, updates).to(part.device)}
+        times |= interleave(copied, seconds=part.seconds / 8, calls=20, device=part.device)
+        each = {name: [1e9 * took / (updates * size) for took in t] for name, t in times.items()}
+        for name, values in each.items():
+            case = f"sample {updates} x {size} on the device"
+            measurements.append(measured(case, name, values, "ns per transition", "less"))
+        per = {name: statistics.median(values) for name, values in each.items()}
+        rows.append({"num_batches": updates, "batch_size": size, "nanoseconds_per_transition": per})
+        told = ", ".join(f"{name} {value:.1f}" for name, value in per.items())
+        print(f"  {updates} x {size}, ns per transition: {told}", flush=True)
+    return {
+        "capacity": capacity,
+        "streams": streams,
+        "device": part.device,
+        "rows": rows,
+        "equality": equality([]),  # other batches have raised above
+        "measurements": measurements,
+    }
+
+
+def envs(part: Part) -> dict[str, Any]:
+    """Steps per second beside bare Playground, and of the 25 tasks side by side; actions from torch."""
+    need("jax", "mujoco", "mujoco_playground", "gymnasium")
+    from bench_envs import collected, compare, line
+
+    end = time.perf_counter() + part.seconds
+    rows: list[dict[str, Any]] = []
+    for task, slots in [("mjx/CartpoleSwingup", 4)] if part.dry else ENVIRONMENTS:
+        if time.perf_counter() > end:
+            rows.append({"task": task, "num_envs": slots, "missing": "the time was used up"})
+        elif task in ("mjx/dmc25", "mjx/dmc-easy"):
+            rows.append(_alone(task, slots, part))
+        else:
+            rows.append(compare(task, slots, part.seconds / 20, part.device))
+        told = rows[-1]
+        print(
+            f"  {line(told) if 'steps_per_second' not in told or 'times_library' in told else told}",
+            flush=True,
+        )
+    return judged(collected(rows))
+
+
+def _alone(suite: str, slots: int, part: Part) -> dict[str, Any]:
+    """A suite's tasks side by side; the library has no loop for several."""
+    import torch
+    from bench_envs import case_of
+    from harness import measured, wait
+
+    from brc_fast.envs import make
+
+    start = time.perf_counter()
+    env: Any = make(suite, slots)
+    env.reset_tensors(0)
+    actions = torch.zeros(env.num_envs, env.action_size, device=part.device)
+    wait(env.step_tensors(actions).observations.device.type)
+    started = time.perf_counter() - start
+    times = []
+    end = time.perf_counter() + part.seconds / 20
+    while time.perf_counter() < end or len(times) < 3:
+        start = time.perf_counter()
+        for _ in range(10):
+            observations = env.step_tensors(actions).observations
+        wait(observations.device.type)
+        times.append((time.perf_counter() - start) / 10)
+    env.close()
+    rates = [env.num_envs / took for took in times]
+    row = {"task": suite, "num_envs": env.num_envs, "steps_per_second": {"ours": statistics.median(rates)}}
+    entry = measured(case_of(row), "ours", rates, "steps/s", "more")
+    return {**row, "start_seconds": started, "measurements": [entry]}
+
+
+def train(part: Part) -> dict[str, Any]:
+    """The whole loop: through the command line, each run stopped when its share of half the time is over, and
+    with our learner beside a plain one (bench_train.py)."""
+    need("jax", "mujoco", "mujoco_playground", "gymnasium", "safetensors", "tyro", "tqdm", "matplotlib")
+    from brc_fast.metrics import read_rows
+
+    runs = {}
+    for name, words in (DRY_RUNS if part.dry else RUNS).items():
+        folder = ROOT / "build" / f"gpu-{name}"
+        command = [sys.executable, "-m", "brc_fast.cli", "train", *words.split()]
+        command += ["--run", str(folder), "--overwrite"]
+        seconds = 300.0 if part.dry else part.seconds / 2 / len(RUNS)
+        with subprocess.Popen(command) as process:
+            try:
+                code = process.wait(seconds)
+            except subprocess.TimeoutExpired:  # Ctrl-C: it ends its step and saves
+                process.send_signal(signal.SIGINT)
+                code = process.wait()
+        if code not in (0, 130):
+            raise RuntimeError(f"{name}: brc-fast train ended with {code}")
+        rows = read_rows(folder / "metrics.jsonl")
+        rates = [row for row in rows if row.get("time/updates_per_second", 0) > 0][1:]
+        told = {key: statistics.median(row[key] for row in rates) for key in RATES} if rates else {}
+        print(f"  {name}: {told}", flush=True)
+        curve = [{k: v for k, v in row.items() if k == "step" or k.startswith("eval/")} for row in rows]
+        runs[name] = {"settings": words, "rates": told, "evaluations": [row for row in curve if len(row) > 1]}
+    found = time_to_return(part)
+    return {**found, "runs": runs, "seeds": found["runs"]}
+
+
+def time_to_return(part: Part) -> dict[str, Any]:
+    """Both learners in one process, for half of the part's time."""
+    import dataclasses
+
+    from bench_train import TASK, THRESHOLDS, run, settings
+
+    task = TASK[part.device]
+    config = settings(task, part.device)
+    if part.dry:
+        config = dataclasses.replace(config, random_steps=200, eval_every=400, eval_episodes=2)
+    return judged(run(task, THRESHOLDS[task], part.device, 2.0 if part.dry else part.seconds / 2, config))
+
+
+PARTS: dict[str, Callable[[Part], dict[str, Any]]] = {
+    "build": build,
+    "limits": limits,
+    "test": test,
+    "kernels": kernels,
+    "update": update,
+    "scaling": scaling,
+    "replay": replay,
+    "envs": envs,
+    "train": train,
+}

@@ -1,0 +1,111 @@
+"""The parts of bench/gpu.py on a CPU at tiny sizes, and what is stored where one cannot run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import gpu
+
+    return gpu
+
+
+@pytest.fixture
+def kept(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the results of a dry run go."""
+    monkeypatch.setattr("gpu_parts.ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    return tmp_path / "build" / "gpu-dry"
+
+
+def test_parts_share_the_budget_and_none_takes_more_than_nine_minutes(gpu: Any) -> None:
+    names = tuple(gpu.PARTS)
+    shares = gpu.shares(names, 480.0)
+    assert shares["limits"] == gpu.SHORT["limits"]
+    assert len({shares[name] for name in names if name not in ("limits", "build")}) == 1
+    assert sum(shares[name] for name in names if name != "build") == pytest.approx(480.0)
+    assert max(gpu.shares(names, 1e6).values()) == gpu.LONGEST < 540
+    assert gpu.shares(["build"], 480.0)["build"] == gpu.LONGEST
+    assert gpu.shares(["limits"], 10.0) == {"limits": 10.0}
+
+
+def test_a_dry_run_stores_measurements_of_limits_and_replay(
+    gpu: Any, kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from harness import read
+
+    assert gpu.main(["--dry", "--parts", "limits", "replay"]) == 0
+    for name in ("limits", "replay"):
+        stored = read(kept / f"gpu-{name}.json")
+        assert (stored["part"], stored["dry"], stored["status"]) == (name, True, "ok")
+        assert all(entry["value"] > 0 for entry in stored["measurements"])
+    assert {entry["provider"] for entry in stored["measurements"]} == {"device", "prefetched", "copied"}
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split()[:2] for line in table] == [["limits", "ok"], ["replay", "ok"]]
+
+
+@pytest.mark.parametrize(("error", "status"), [("Skip", "skipped"), ("RuntimeError", "failed")])
+def test_a_part_that_cannot_run_is_stored_with_its_reason_and_the_next_one_runs(
+    error: str, status: str, gpu: Any, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(part: Any) -> dict[str, Any]:
+        raise {"Skip": gpu.Skip, "RuntimeError": RuntimeError}[error]("no room")
+
+    monkeypatch.setitem(gpu.PARTS, "kernels", broken)
+    monkeypatch.setitem(gpu.PARTS, "limits", lambda part: {"measurements": []})
+    assert gpu.main(["--dry", "--parts", "kernels", "limits"]) == (1 if status == "failed" else 0)
+    stored = json.loads((kept / "gpu-kernels.json").read_text())
+    assert stored["status"] == status
+    assert stored["reason"] == ("no room" if status == "skipped" else "RuntimeError: no room")
+    assert json.loads((kept / "gpu-limits.json").read_text())["status"] == "ok"
+
+
+def test_results_that_failed_their_equality_check_are_a_failed_part(gpu: Any) -> None:
+    import gpu_parts
+
+    assert gpu_parts.judged({"equality": "passed"}) == {"equality": "passed"}
+    wrong = gpu_parts.judged({"equality": "failed: plain differs"})
+    assert (wrong["status"], wrong["reason"]) == ("failed", "failed: plain differs")
+
+
+def test_what_is_not_installed_is_named(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_parts
+
+    monkeypatch.delitem(sys.modules, "jax", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jax" else object())
+    for part in (gpu_parts.envs, gpu_parts.train):
+        with pytest.raises(gpu.Skip, match="jax is not installed"):
+            part(gpu.Part(1.0, "cpu", True))
+
+
+def test_without_a_gpu_there_is_one_line(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err == "bench/gpu.py: torch sees no CUDA device; --dry runs on the CPU\n"
+
+
+@pytest.mark.slow
+def test_a_dry_run_covers_scaling_and_training(gpu: Any, kept: Path) -> None:
+    from harness import read
+
+    for name in ("mujoco_playground", "gymnasium", "tyro", "tqdm", "matplotlib"):
+        pytest.importorskip(name, reason="needs the [mjx,train] extras")
+    assert gpu.main(["--dry", "--parts", "scaling", "train"]) == 0
+    scaling, train = (read(kept / f"gpu-{name}.json") for name in ("scaling", "train"))
+    for stored in (scaling, train):
+        assert (stored["status"], stored["equality"]) == ("ok", "passed")
+    assert {entry["provider"] for entry in train["measurements"]} == {"ours", "plain"}
+    assert train["runs"]["cartpole"]["evaluations"]
