@@ -53,11 +53,24 @@ $(VENV)/.bench: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
 	@touch $@
 
-## Speed on this CPU: the update, and replay buffer and environments among others
+## Speed on this CPU in a quarter of an hour: results in build/bench, with SAVE=1 in bench/results, then their
+## tables. ARGS go to every benchmark: ARGS="--budget 20" gives each 20 seconds, its start not included
+BENCH_DIR := $(if $(SAVE),bench/results,build/bench)
+BENCHES := limits update update-workloads scaling replay envs train
+SHAPES := dmc-single dogs-multitask humanoidbench-28 metaworld-50 mjx-dmc25
+bench: export OMP_NUM_THREADS ?= 1
 bench: $(VENV)/.bench
-	$(BIN)/python bench/bench_update.py $(ARGS)
-	$(BIN)/python bench/bench_replay.py $(ARGS)
-	$(BIN)/python bench/bench_envs.py $(ARGS)
+	mkdir -p $(BENCH_DIR)
+	$(BIN)/python bench/bench_limits.py --device cpu --budget 20 --save ../../$(BENCH_DIR)/limits-cpu $(ARGS)
+	$(BIN)/python bench/bench_update.py --device cpu --providers ours plain jax --width 128 256 512 \
+	  --batch 256 128 --budget 120 --save ../../$(BENCH_DIR)/update-cpu $(ARGS)
+	$(BIN)/python bench/bench_update.py --device cpu --providers ours plain jax --workload $(SHAPES) \
+	  --width 256 --batch 256 --budget 80 --save ../../$(BENCH_DIR)/update-workloads-cpu $(ARGS)
+	$(BIN)/python bench/bench_scaling.py --device cpu --budget 80 --save ../../$(BENCH_DIR)/scaling-cpu $(ARGS)
+	$(BIN)/python bench/bench_replay.py --budget 120 --save ../../$(BENCH_DIR)/replay-cpu $(ARGS)
+	$(BIN)/python bench/bench_envs.py --budget 100 --save ../../$(BENCH_DIR)/envs-cpu $(ARGS)
+	$(BIN)/python bench/bench_train.py --device cpu --budget 120 --save ../../$(BENCH_DIR)/train-cpu $(ARGS)
+	-$(BIN)/python bench/report.py $(patsubst %,$(BENCH_DIR)/%-cpu.json,$(BENCHES))
 
 ## Tests and timings on a CUDA machine, with what is installed there
 gpu:
