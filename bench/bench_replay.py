@@ -609,7 +609,7 @@ def main() -> int:
     )
     parser.add_argument("--budget", type=float, default=120.0, help="seconds; a long set-up comes on top")
     parser.add_argument("--save", help="name of a file under bench/results")
-    parser.add_argument("--picture", type=Path, help="draw the batch of 1024, for example docs/replay.png")
+    parser.add_argument("--picture", type=Path, help="draw the batch of 1024, for example docs/replay-cpu.png")
     arguments = parser.parse_args()
     capacity = arguments.capacity or (1_000_000 if arguments.budget >= 60 else 200_000)
     if not MIN_CAPACITY <= capacity <= MAX_ROWS:

@@ -1,6 +1,6 @@
 """Draws what bench_replay.py measured: the time per sampled transition of every buffer, and the limit.
 
-python bench/plot_replay.py bench/results/replay-cpu.json docs/replay.png
+python bench/plot_replay.py bench/results/replay-cpu.json docs/replay-cpu.png
 """
 
 from __future__ import annotations
