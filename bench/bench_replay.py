@@ -1,6 +1,7 @@
 """`brc_fast.ReplayBuffer` against other replay buffers on one CPU thread.
 
-    python bench/bench_replay.py [--cases ...] [--capacity 1000000] [--budget SECONDS] [--save NAME]
+    python bench/bench_replay.py [--cases ...] [--workload ...] [--capacity 1000000] [--budget SECONDS]
+        [--save NAME]
 
 Buffers run in turns in one process, and the figures are medians of process CPU time, with wall time beside
 them. Before a buffer is timed, the transitions that it returns must be transitions that were stored. A buffer
@@ -30,6 +31,7 @@ import torch
 from harness import RESULTS, ROOT, Lines, Measurement, absent, equality, header, measured, median_ratio, write
 from native.row_gather import RowGather
 from plot_replay import draw
+from workloads import WORKLOADS
 
 from peers import replay_files as files
 from peers import replay_frames as frames
@@ -67,6 +69,7 @@ SHARES = {
     "memory": 0.0,
     "files": 0.12,
 }
+WORKLOAD_SHARE = 0.1
 
 # How many times the time of brc-fast the others should need at least; for the limit, at most what multiple
 # of its time brc-fast should need.
@@ -362,6 +365,22 @@ def wide(capacity: int, clock: Clock) -> list[dict[str, Any]]:
     return [{**result, "limit": gather.settings() if gather else None}]
 
 
+def on_workload(name: str, capacity: int, clock: Clock) -> list[dict[str, Any]]:
+    """Two batches of a named workload, from as many bytes as the other cases have."""
+    shape = WORKLOADS[name]
+    streams = STREAMS if shape.tasks == 1 else 8
+    rows = capacity * OBSERVATION // max(OBSERVATION, shape.observation)
+    steps = max(1, rows // shape.tasks // streams)
+    work = Workload(shape.observation, shape.action, shape.tasks, streams, steps)
+    missing: Missing = {}
+    peers = built(work, missing)
+    title = (
+        f"{name}: sampling 2 x {shape.batch} from {shape.tasks} x {work.rows:,} transitions, "
+        f"O={shape.observation}, A={shape.action}"
+    )
+    return [timed_case(name, title, sampling(peers, 2, shape.batch), missing, clock.per_case(1))]
+
+
 def inserting(peer: Peer, positions: Iterator[int] | None = None) -> Callable[[], object]:
     """Adds the next step of all environments; what it needs is prepared here."""
     prepared = [peer.prepare(step) for step in peer.workload.one_cycle()]
@@ -601,7 +620,10 @@ def one_thread() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=tuple(GROUPS), default=list(GROUPS))
+    parser.add_argument("--cases", nargs="+", choices=tuple(GROUPS), help="default: all, without --workload")
+    parser.add_argument(
+        "--workload", nargs="+", choices=tuple(WORKLOADS), default=[], help="see workloads.py"
+    )
     parser.add_argument(
         "--capacity",
         type=int,
@@ -609,7 +631,9 @@ def main() -> int:
     )
     parser.add_argument("--budget", type=float, default=120.0, help="seconds; a long set-up comes on top")
     parser.add_argument("--save", help="name of a file under bench/results")
-    parser.add_argument("--picture", type=Path, help="draw the batch of 1024, for example docs/replay-cpu.png")
+    parser.add_argument(
+        "--picture", type=Path, help="draw the batch of 1024, for example docs/replay-cpu.png"
+    )
     arguments = parser.parse_args()
     capacity = arguments.capacity or (1_000_000 if arguments.budget >= 60 else 200_000)
     if not MIN_CAPACITY <= capacity <= MAX_ROWS:
@@ -620,9 +644,12 @@ def main() -> int:
     results: list[dict[str, Any]] = []
     kept = RESULTS / f"{arguments.save}.jsonl"  # what a run that is killed leaves
     lines = Lines(kept, benchmark="replay", capacity=capacity) if arguments.save else None
-    whole = sum(SHARES[name] for name in arguments.cases) or 1.0
-    for name in arguments.cases:
-        found = GROUPS[name](capacity, Clock(arguments.budget * SHARES[name] / whole))
+    cases = arguments.cases or ([] if arguments.workload else list(GROUPS))
+    groups = {name: GROUPS[name] for name in cases}
+    groups |= {name: partial(on_workload, name) for name in arguments.workload}
+    whole = sum(SHARES.get(name, WORKLOAD_SHARE) for name in groups) or 1.0
+    for name, group in groups.items():
+        found = group(capacity, Clock(arguments.budget * SHARES.get(name, WORKLOAD_SHARE) / whole))
         results += found
         if lines is not None:
             for entry in itertools.chain(*(result["measurements"] for result in found)):

@@ -89,3 +89,23 @@ def test_a_run_that_is_killed_leaves_what_it_measured(
     stored = harness.read(tmp_path / "replay.json")
     assert (stored["equality"], stored["measurements"]) == ("passed", kept["measurements"])
     assert not (tmp_path / "replay.jsonl").exists()
+
+
+def test_a_workload_is_sampled_with_its_own_sizes_and_tasks(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: list[Any] = []
+
+    def built(work: Any, missing: Any) -> Any:
+        sampled.append(work)
+        return original(work, missing, (bench.Authors,))
+
+    original = bench.built
+    monkeypatch.setattr(bench, "built", built)
+    shape = bench.WORKLOADS["dogs-multitask"]
+    (found,) = bench.on_workload(shape.name, bench.MIN_CAPACITY, bench.Clock(0.0))
+    (work,) = sampled
+    assert (work.observation_size, work.action_size, work.tasks) == (223, 38, 4)
+    assert work.tasks * work.rows * shape.observation <= bench.MIN_CAPACITY * bench.OBSERVATION
+    assert [entry["provider"] for entry in found["measurements"]] == [bench.OURS, bench.Authors.name]
+    assert all(entry["value"] > 0 for entry in found["measurements"])
