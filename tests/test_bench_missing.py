@@ -69,21 +69,21 @@ def test_a_missing_jax_learner_is_listed(module: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "task"),
+    ("task", "hidden"),
     [
-        ("mujoco_playground", "mjx/CartpoleSwingup"),
-        ("gymnasium", "gym/Pendulum-v1"),
-        ("shimmy", "dmc/cartpole-swingup"),
-        ("envpool", "envpool/CartPole-v1"),
-        ("envpool", "metaworld/reach-v3"),
+        ("mjx/CartpoleSwingup", ["mujoco_playground"]),
+        ("gym/Pendulum-v1", ["gymnasium"]),
+        ("dmc/cartpole-swingup", ["shimmy", "envpool"]),  # either can run it
+        ("envpool/CartPole-v1", ["envpool"]),
+        ("metaworld/reach-v3", ["envpool"]),
     ],
 )
-def test_tasks_whose_simulator_is_missing_are_listed(module: str, task: str, tmp_path: Path) -> None:
+def test_tasks_whose_simulator_is_missing_are_listed(task: str, hidden: list[str], tmp_path: Path) -> None:
     words = ["--tasks", task, "--num-envs", "2", "--budget", "1"]
-    found = measured("bench_envs.py", [module], words, tmp_path / "envs.json")
+    found = measured("bench_envs.py", hidden, words, tmp_path / "envs.json")
     assert found.keys() == {"ours", "library"}
     for entry in [*found["ours"], *found["library"]]:
-        assert module in entry["missing"] or "pip install" in entry["missing"]
+        assert hidden[0] in entry["missing"] or "pip install" in entry["missing"]
 
 
 def test_a_task_that_cannot_be_trained_on_is_listed(tmp_path: Path) -> None:
