@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,21 @@ class PlainEngine:
         return {**out, "temperature/log_alpha": self.log_alpha}
 
 
+@contextmanager
+def nearest_kinks() -> Iterator[list[float]]:
+    """Per call of Tensor.relu, how near to zero an entry was: at zero, rounding chooses the gradient."""
+    near: list[float] = []
+    relu = Tensor.relu
+
+    def watched(x: Tensor) -> Tensor:
+        near.append(x.detach().abs().min().item())
+        return relu(x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "relu", watched)
+        yield near
+
+
 def distance(mine: Tensor, other: Tensor) -> float:
     """Norm of the difference over the norm."""
     return ((mine.detach().double() - other.detach().double()).norm() / other.detach().double().norm()).item()
@@ -152,7 +168,7 @@ def distance(mine: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(
     ("dtype", "updates", "tolerance"),
-    [(torch.float64, 100, 1e-9), (torch.float32, 20, 1e-3)],
+    [(torch.float64, 100, 1e-9), (torch.float32, 20, 1e-4)],
     ids=["float64", "float32"],
 )
 def test_updates_are_those_of_a_plain_engine(
@@ -162,15 +178,20 @@ def test_updates_are_those_of_a_plain_engine(
     mine = agent(tasks, dtype=dtype, learning=learning, recompute=recompute)
     plain = PlainEngine(mine)
     start = {name: p.detach().clone() for name, p in plain.parameters().items()}
-    data, noise = batches(updates, tasks, dtype=dtype)
-    for call in range(0, updates, 10):  # ten updates a call
-        metrics = mine.update(
-            Batch(*(x[call : call + 10] for x in data)), Noise(*(x[call : call + 10] for x in noise))
-        )
-        for update in range(call, call + 10):
-            expected = plain.update(data.update(update), Noise(*(x[update] for x in noise)))
+    data, noise = batches(updates, tasks, seed=10, dtype=dtype)
+    with nearest_kinks() as kinks:
+        for call in range(0, updates, 10):  # ten updates a call
+            metrics = mine.update(
+                Batch(*(x[call : call + 10] for x in data)), Noise(*(x[call : call + 10] for x in noise))
+            )
+            for update in range(call, call + 10):
+                with kernels.use("reference"):
+                    expected = plain.update(data.update(update), Noise(*(x[update] for x in noise)))
         for name in METRICS:
             assert metrics[name].item() == pytest.approx(expected[name], rel=10 * tolerance), name
+    assert kinks
+    if dtype == torch.float32:  # this seed keeps off the kinks by more than float32 rounds
+        assert min(kinks) > 1e-5
     state = mine.state_dict()
     for name, parameter in plain.parameters().items():
         assert distance(state[name], parameter) < tolerance, name
@@ -207,7 +228,7 @@ def test_kernels_make_the_updates_of_a_plain_engine(kernel_device: str, precisio
 
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_bfloat16_stays_near_float32_and_keeps_float32_where_sums_are_kept(tasks: int) -> None:
-    """Losses of 20 updates within 3 %, of 1 where they are smaller; float32 is as near as 1e-3 (above)."""
+    """Losses of 20 updates within 3 %, of 1 where they are smaller; float32 is as near as 1e-4 (above)."""
     low, full = agent(tasks, precision="bf16"), agent(tasks)
     data, noise = batches(20, tasks)
     for update in range(20):
