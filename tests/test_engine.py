@@ -187,8 +187,8 @@ def test_updates_are_those_of_a_plain_engine(
             for update in range(call, call + 10):
                 with kernels.use("reference"):
                     expected = plain.update(data.update(update), Noise(*(x[update] for x in noise)))
-        for name in METRICS:
-            assert metrics[name].item() == pytest.approx(expected[name], rel=10 * tolerance), name
+            for name in METRICS:
+                assert metrics[name].item() == pytest.approx(expected[name], rel=10 * tolerance), name
     assert kinks
     if dtype == torch.float32:  # this seed keeps off the kinks by more than float32 rounds
         assert min(kinks) > 1e-5
