@@ -136,6 +136,7 @@ def _tanh_gaussian_backward_kernel(  # type: ignore[no-untyped-def]
     noise_ptr,
     dmean_ptr,
     draw_ptr,
+    members_stride,
     dactions_stride,
     dlog_probs_stride,
     mean_stride,
@@ -144,14 +145,16 @@ def _tanh_gaussian_backward_kernel(  # type: ignore[no-untyped-def]
     dmean_stride,
     draw_stride,
     dlog_prob,
+    scale,
     B,
+    MEMBERS: tl.constexpr,
     A: tl.constexpr,
     CENTRE: tl.constexpr,
     REACH: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
-    """dlog_prob stands for all rows where there is no dlog_probs_ptr."""
+    """dlog_prob stands for all rows where there is no dlog_probs_ptr, which are multiplied by scale."""
     # int64: row * stride passes 2**31 in a wide tensor
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
     a = tl.arange(0, BLOCK_A)[None, :]
@@ -161,12 +164,14 @@ def _tanh_gaussian_backward_kernel(  # type: ignore[no-untyped-def]
     noise = tl.load(noise_ptr + row * noise_stride + a, mask=mask, other=0.0).to(mean.dtype)
     da = tl.zeros_like(mean)
     if dactions_ptr is not None:
-        da = tl.load(dactions_ptr + row * dactions_stride + a, mask=mask, other=0.0).to(mean.dtype)
+        for _ in tl.static_range(MEMBERS):
+            da += tl.load(dactions_ptr + row * dactions_stride + a, mask=mask, other=0.0).to(mean.dtype)
+            dactions_ptr += members_stride
     if dlog_probs_ptr is not None:
         dlog_probs = tl.load(dlog_probs_ptr + row * dlog_probs_stride, mask=row < B, other=0.0)
+        dlog_probs = dlog_probs.to(mean.dtype) * scale
     else:
-        dlog_probs = tl.full([BLOCK_B, 1], dlog_prob, tl.float32)
-    dlog_probs = dlog_probs.to(mean.dtype)
+        dlog_probs = tl.full([BLOCK_B, 1], dlog_prob, tl.float32).to(mean.dtype)
     t, t_slope, _ = _tanh(raw)
     spread = tl.exp(CENTRE + REACH * t) * noise
     action, slope, _ = _tanh(mean + spread)
@@ -250,10 +255,12 @@ def _tanh_gaussian_backward(
     raw_log_std: Tensor,
     noise: Tensor,
     dlog_prob: float = 0.0,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    dmean, draw = _tanh_gaussian_backward_fake(dactions, dlog_probs, mean, raw_log_std, noise, dlog_prob)
-    _tanh_gaussian_backward_into(dactions, dlog_probs, mean, raw_log_std, noise, dlog_prob, dmean, draw)
-    return dmean, draw
+    given = dactions, dlog_probs, mean, raw_log_std, noise, dlog_prob, scale
+    outs = _tanh_gaussian_backward_fake(*given)
+    _tanh_gaussian_backward_into(*given, *outs)
+    return outs
 
 
 def _tanh_gaussian_backward_fake(
@@ -263,6 +270,7 @@ def _tanh_gaussian_backward_fake(
     raw_log_std: Tensor,
     noise: Tensor,
     dlog_prob: float = 0.0,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     return mean.new_empty(mean.shape), raw_log_std.new_empty(mean.shape)
 
@@ -274,26 +282,44 @@ def _tanh_gaussian_backward_into(
     raw_log_std: Tensor,
     noise: Tensor,
     dlog_prob: float,
+    scale: float,
     dmean: Tensor,
     draw: Tensor,
 ) -> None:
-    """dlog_probs of each row, or one tensor for all, or else the number dlog_prob."""
+    """dlog_probs of each row, or one tensor for all, times scale, or else the number dlog_prob."""
     if not mean.numel():
         return
     rows = [strided_rows(x) for x in (mean, raw_log_std, noise, dmean, draw)]
-    da = None if dactions is None else strided_rows(dactions)
-    if dlog_probs is None and dlog_prob and mean.dtype == torch.float64:
-        dlog_probs = mean.new_full((), dlog_prob)  # a kernel gets numbers as float32
+    members, distance, da = _members(dactions, mean)
+    if mean.dtype == torch.float64:  # a kernel gets numbers as float32
+        if dlog_probs is None and dlog_prob:
+            dlog_probs, scale = mean.new_full((), dlog_prob), 1.0
+        elif dlog_probs is not None and scale != 1.0:
+            dlog_probs, scale = dlog_probs * scale, 1.0
     dlog = None if dlog_probs is None else dlog_probs.reshape(-1)
     _launch(
         _tanh_gaussian_backward_kernel,
         "tanh_gaussian_backward",
         rows[0],
         *(da, dlog, *rows),
+        distance,
         *(0 if grad is None or len(grad) == 1 else grad.stride(0) for grad in (da, dlog)),
         *(x.stride(0) for x in rows),
         dlog_prob,
+        scale,
+        MEMBERS=members,
     )
+
+
+def _members(dactions: Tensor | None, mean: Tensor) -> tuple[int, int, Tensor | None]:
+    """How many gradients of the actions there are, the distance between them, and the rows of the first."""
+    if dactions is None or dactions.dim() == mean.dim():
+        return 1, 0, None if dactions is None else strided_rows(dactions)
+    rows = strided_rows(dactions[0])
+    if rows.data_ptr() != dactions.data_ptr():  # a copy of the first alone
+        dactions = dactions.contiguous()
+        rows = strided_rows(dactions[0])
+    return len(dactions), dactions.stride(0), rows
 
 
 def _standard_normal(rng: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -574,6 +600,7 @@ def tanh_gaussian_backward(
     raw_log_std: Tensor,
     noise: Tensor,
     *,
+    scale: float = 1.0,
     out: tuple[Tensor, Tensor] | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -584,8 +611,9 @@ def tanh_gaussian_backward(
 
     Args:
         dactions: [.., A] of any distance between rows: the columns of a wider gradient are read in place.
-            None for zeros.
+            [N, .., A] is summed over N, the networks that the actions went to. None for zeros.
         dlog_probs: [..], or a number or a 0-d tensor for all rows. None for 0.
+        scale: by which dlog_probs are multiplied: 1 / B where they are of a mean over the rows.
         mean, raw_log_std: as in `tanh_gaussian`. noise: [.., A], what it used or drew (`noise_out`).
         out: two tensors [.., A] of any float dtype and of any distance between rows, as the halves of one
             gradient [.., 2 A] are; they receive the result.
@@ -598,9 +626,10 @@ def tanh_gaussian_backward(
     """
     if not mean.dim():
         raise ValueError("mean must have shape [.., A], got []")
-    for name, x in (("raw_log_std", raw_log_std), ("noise", noise), ("dactions", dactions)):
-        if x is not None:
-            _check_like(name, x, mean)
+    for name, x in (("raw_log_std", raw_log_std), ("noise", noise)):
+        _check_like(name, x, mean)
+    if dactions is not None and (dactions.dim() == mean.dim() or dactions.shape[1:] != mean.shape):
+        _check_like("dactions", dactions, mean)
     one = isinstance(dlog_probs, Tensor) and not dlog_probs.dim()
     if isinstance(dlog_probs, Tensor) and not one and dlog_probs.shape != mean.shape[:-1]:
         wanted = f"[..] = {list(mean.shape[:-1])} of mean, or []"
@@ -611,25 +640,27 @@ def tanh_gaussian_backward(
     mean, raw_log_std, noise = mean.detach(), raw_log_std.detach(), noise.detach()
     dactions = None if dactions is None else dactions.detach()
     rows, fixed = _split(0.0 if dlog_probs is None else dlog_probs)
-    rows, fixed = None if rows is None else rows.detach(), float(fixed)
+    rows, fixed = None if rows is None else rows.detach(), float(fixed) * scale
     given = [x for x in (mean, raw_log_std, noise, dactions) if x is not None]
     numbers = [] if rows is None else [rows]
     if not takes_kernels(impl, *given, *numbers):
         compiled = chosen(impl) == "auto" and (rows is None or one) and _native.takes(*given)
         watched = observed(*numbers, *([] if out is None else out))
         if compiled and not watched:
-            fixed = fixed if rows is None else float(rows)
+            fixed = fixed if rows is None else float(rows) * scale
+            if dactions is not None and dactions.dim() > mean.dim():
+                dactions = dactions.sum(0)
             return _compiled_backward(dactions, fixed, mean, raw_log_std, noise, out)
         with torch.no_grad():
             return twin(reference.tanh_gaussian_backward, impl)(
-                dactions, dlog_probs, mean, raw_log_std, noise, out=out
+                dactions, dlog_probs, mean, raw_log_std, noise, scale=scale, out=out
             )
     if out is None:
         pair: tuple[Tensor, Tensor] = _tanh_gaussian_backward_op(
-            dactions, rows, mean, raw_log_std, noise, fixed
+            dactions, rows, mean, raw_log_std, noise, fixed, scale
         )
         return pair
-    _tanh_gaussian_backward_into_op(dactions, rows, mean, raw_log_std, noise, fixed, *out)
+    _tanh_gaussian_backward_into_op(dactions, rows, mean, raw_log_std, noise, fixed, scale, *out)
     return out
 
 

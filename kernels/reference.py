@@ -379,6 +379,7 @@ def tanh_gaussian_backward(
     raw_log_std: Tensor,
     noise: Tensor,
     *,
+    scale: float = 1.0,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `tanh_gaussian` for those of its results, without autograd.
@@ -389,7 +390,8 @@ def tanh_gaussian_backward(
     with reach = (LOG_STD_MAX - LOG_STD_MIN) / 2. Narrower types than float32 are widened to it first.
 
     Args:
-        dactions: [.., A], or None for zeros. dlog_probs: [..], or one for all rows, or None for 0.
+        dactions: [.., A], or [N, .., A] to be summed over N, or None for zeros. dlog_probs: [..], or one for
+            all rows, or None for 0; multiplied by scale.
         mean, raw_log_std, noise: [.., A]. out: two tensors [.., A], which receive the result.
     Returns:
         dmean and draw [.., A] of the dtypes of mean and raw_log_std, or out.
@@ -403,9 +405,12 @@ def tanh_gaussian_backward(
     dlog = 0.0 if dlog_probs is None else dlog_probs
     if isinstance(dlog, Tensor):
         dlog = dlog.detach().to(wide).unsqueeze(-1)
+    dlog = dlog * scale
     du = 2.0 * actions * dlog
     if dactions is not None:
-        du = du + dactions.detach().to(wide) * (1.0 - actions * actions)
+        da = dactions.detach().to(wide)
+        da = da if da.dim() == mean.dim() else da.sum(0)
+        du = du + da * (1.0 - actions * actions)
     draw = reach * (1.0 - t * t) * (du * spread - dlog)
     if out is None:
         return du.to(mean.dtype), draw.to(raw_log_std.dtype)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -363,6 +365,41 @@ def test_one_number_stands_for_the_gradient_of_every_row(kernel_device: str, dty
         assert (x == 0.0).all()
 
 
+def assert_sums_networks(op: Callable[..., Any], shape: tuple[int, ...], dtype: torch.dtype, at: str) -> None:
+    """Several networks' gradients of the actions, in three layouts, and scaled ones of log pi."""
+    torch.manual_seed(0)
+    mean, raw, noise = (torch.randn(shape, device=at, dtype=dtype) for _ in range(3))
+    every = torch.randn(shape[:-1], device=at, dtype=dtype)
+    wide = torch.randn(3, *shape[:-1], 2 * shape[-1] + 3, device=at, dtype=dtype)
+    columns = wide[..., 2 : 2 + shape[-1]]
+    slack = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 2e-2}[dtype]
+    for dactions in (columns, columns.contiguous(), wide[..., 2::2][..., : shape[-1]], columns[:1]):
+        total = dactions.to(torch.promote_types(dtype, torch.float32)).sum(0)
+        for rows in (every, every.flatten()[0], 0.3):
+            expected = reference.tanh_gaussian_backward(total, rows * (1.0 / 7), mean, raw, noise)
+            got = op(dactions, rows, mean, raw, noise, scale=1.0 / 7)
+            for mine, truth in zip(got, expected, strict=True):
+                torch.testing.assert_close(mine, truth, rtol=slack, atol=slack)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (5, 3), (2, 3, 5)], ids=str)
+def test_gradients_of_several_networks_are_summed(
+    kernel_device: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    assert_sums_networks(tanh_gaussian_backward, shape, dtype, kernel_device)
+
+
+@pytest.mark.parametrize("op", [kernels.tanh_gaussian_backward, reference.tanh_gaussian_backward])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (5, 3), (2, 3, 5)], ids=str)
+def test_on_a_cpu_gradients_of_several_networks_are_summed(
+    op: Callable[..., Any], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    assert_sums_networks(op, shape, dtype, "cpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_gradients_are_written_into_the_halves_of_a_wider_one(kernel_device: str, kind: torch.dtype) -> None:
@@ -469,7 +506,7 @@ def test_torch_sees_what_is_written(kernel_device: str) -> None:
     torch.library.opcheck(forward, (mean, raw, None, rng, actions, log_probs, noise))
     torch.library.opcheck(forward, (mean, raw, noise, None, actions, log_probs, None))
     into = torch.randn(2, 4, 3, device=kernel_device)
-    torch.library.opcheck(backward, (noise, None, mean, raw, noise, 0.5, into[0], into[1]))
+    torch.library.opcheck(backward, (noise, None, mean, raw, noise, 0.5, 1.0, into[0], into[1]))
 
     def step(head: Tensor, packed: Tensor, grad: Tensor, rng: Tensor) -> Tensor:
         mean, raw = head.chunk(2, -1)
@@ -519,7 +556,7 @@ def test_forward_and_backward_are_one_launch_each_that_reads_the_halves_in_place
     assert [x.data_ptr() for x in forward.arguments[:2]] == [mean.data_ptr(), raw.data_ptr()]
     assert [x.data_ptr() for x in backward.arguments[2:4]] == [mean.data_ptr(), raw.data_ptr()]
     assert backward.arguments[0].data_ptr() == wide[:, 3:].data_ptr()
-    assert backward.arguments[7:11] == (11, 0, 8, 8)
+    assert backward.arguments[8:12] == (11, 0, 8, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -769,6 +806,11 @@ def test_what_cannot_be_written_is_refused() -> None:
         kernels.tanh_gaussian_backward(None, None, grid, grid, grid, out=(grid.clone(), uneven))
     backward: list[tuple[tuple[object, ...], type, str]] = [
         ((torch.zeros(3), None), ValueError, r"dactions must have the shape of mean, \[2, 3\], got \[3\]"),
+        (
+            (torch.zeros(2, 3, 3), None),
+            ValueError,
+            r"dactions must have the shape of mean, \[2, 3\], got \[2, 3, 3\]",
+        ),
         (
             (None, torch.zeros(3)),
             ValueError,
