@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .optimizer import adamw_, ema_
     from .policy import standard_normal, tanh_gaussian, tanh_gaussian_backward
     from .projection import categorical_projection
+    from .summary import update_summary_
 
 FAMILIES = (
     "categorical",
@@ -45,6 +46,7 @@ FAMILIES = (
     "norm",
     "optimizer",
     "policy",
+    "summary",
     "gather",
 )
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "tanh_gaussian_backward",
     "two_hot",
     "two_hot_cross_entropy",
+    "update_summary_",
     "use",
 ]
 

@@ -17,6 +17,16 @@ Projection = Callable[[Tensor, Tensor, float], Tensor]
 EPS = 1e-6  # of every LayerNorm
 LOG_STD_MIN = -10.0
 LOG_STD_MAX = 2.0
+METRICS = (  # of one update, in the order of `update_summary_`
+    "critic_loss",
+    "critic_gradient_norm",
+    "actor_loss",
+    "actor_gradient_norm",
+    "entropy",
+    "q_mean",
+    "temperature",
+    "temperature_loss",
+)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -553,6 +563,41 @@ def ema_(target: Tensor, param: Tensor, tau: float | Tensor, *, low: Tensor | No
     target.lerp_(param, tau.to(target) if isinstance(tau, Tensor) else tau)
     if low is not None:
         low.copy_(target)
+
+
+def update_summary_(
+    metrics: Tensor,
+    losses: Tensor,
+    log_probs: Tensor,
+    q_values: Tensor,
+    alpha: Tensor,
+    *,
+    target_entropy: float,
+    gradient: Tensor,
+    step: Tensor,
+    since: Tensor,
+) -> None:
+    """The metrics of an update, but for the gradients' norms, which are there; the temperature's gradient.
+
+        critic_loss = sum_e mean_b losses,   entropy = -mean(log_probs),   q_mean = mean(q_values)
+        actor_loss = -(q_mean + alpha entropy),   temperature_loss = alpha (entropy - target_entropy)
+        since = step where it is 0 and the metric is not finite
+
+    Args:
+        metrics, since: [8]. losses, q_values: [E, B]. log_probs: [B]. alpha, step: 0-d. gradient: of one
+            element, receives the temperature's loss.
+    """
+    dtype = metrics.dtype
+    entropy, q_mean = log_probs.mean(dtype=dtype).neg(), q_values.mean(dtype=dtype)
+    alpha = alpha.to(dtype).view(())
+    loss = alpha * (entropy - target_entropy)
+    critic_loss = losses.sum(dtype=dtype) / losses.shape[-1]
+    actor_loss = torch.addcmul(q_mean, alpha, entropy).neg()
+    numbers = [critic_loss, metrics[1], actor_loss, metrics[3], entropy, q_mean, alpha, loss]
+    metrics.copy_(torch.stack(numbers))
+    gradient.copy_(loss.view(gradient.shape))
+    new = (since == 0).logical_and_(metrics.isfinite().logical_not_())
+    since.copy_(torch.where(new, step.to(since.dtype), since))
 
 
 def gather_rows(
