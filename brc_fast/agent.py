@@ -20,20 +20,12 @@ from .flat import FlatNetworks
 from .graphs import Captured
 from .networks import Actor, Critic, Temperature
 from .optimizer import FlatAdamW
-from .passes import Passes
+from .passes import Passes, Sample
 from .precision import check_precision, low_dtype, products
 
 Metrics = dict[str, Tensor]
-METRICS = (
-    "critic_loss",
-    "critic_gradient_norm",
-    "actor_loss",
-    "actor_gradient_norm",
-    "entropy",
-    "q_mean",
-    "temperature",
-    "temperature_loss",
-)
+METRICS = kernels.reference.METRICS
+CRITIC_NORM, ACTOR_NORM = (METRICS.index(f"{name}_gradient_norm") for name in ("critic", "actor"))
 
 
 class Noise(NamedTuple):
@@ -234,17 +226,19 @@ class BRC:
         """`update` of a batch's fields, the reward scale and, perhaps, noise; metrics in the order of
         METRICS. It keeps to what a CUDA graph can hold."""
         batches, scale, noise = Batch(*inputs[:6]), inputs[6], inputs[7:]
-        batches = batches._replace(rewards=batches.rewards / scale[batches.task_ids])
-        rows: list[Tensor] = []  # [METRICS] of each update
-        for index in range(batches.rewards.shape[0]):
+        each = scale if self.num_tasks == 1 else scale[batches.task_ids]
+        batches = batches._replace(rewards=batches.rewards / each)
+        given = torch.stack(noise, 1) if noise else None  # [U, 2, B, A]
+        rows = scale.new_empty(batches.rewards.shape[0], len(METRICS))
+        for index, metrics in enumerate(rows):
             batch = batches.update(index)
-            drawn = Noise(*(part[index] for part in noise) if noise else self._noise(batch))
+            drawn = self._noise(batch) if given is None else given[index]
+            samples = self.passes(batch).samples(batch, drawn)
             alpha = self.alpha
-            metrics = self.update_critic(batch, drawn.next_action, alpha)
-            metrics |= self.update_actor(batch, drawn.actor_action, alpha)
-            metrics |= self.update_temperature(metrics["entropy"], alpha)
-            rows.append(torch.stack([metrics[name] for name in METRICS]))
-        self.first_bad.note(rows, self.critic_optimizer.step_count)
+            losses = self.update_critic(batch, next(samples), alpha, metrics[CRITIC_NORM])
+            sample = next(samples)
+            q_values = self.update_actor(batch, sample, alpha, metrics[ACTOR_NORM])
+            self.update_temperature(losses, sample.log_probs, q_values, alpha, metrics)
         return rows[-1]
 
     def check_finite(self) -> None:
@@ -286,19 +280,24 @@ class BRC:
         return CriticTarget(next_actions, next_log_probs, next_logits, probs)
 
     @torch.no_grad()
-    def update_critic(self, batch: Batch, noise: Tensor, alpha: Tensor | None = None) -> Metrics:
+    def update_critic(
+        self, batch: Batch, next_sample: Sample, alpha: Tensor, norm: Tensor | None = None
+    ) -> Tensor:
         """One AdamW step of every member, and of the task embedding, towards the projected target of
         `critic_target`; then the target critic moves towards the new one, embedding included.
 
         loss = sum_e mean_b cross_entropy(target_b, log softmax(Q_e(s_b, a_b)));    Q' += tau * (Q - Q')
+
+        Args:
+            next_sample: the policy's, at the next observations. alpha: 0-d. norm: 0-d, receives that of the
+                gradient.
+        Returns:
+            The losses [E, B] before the step.
         """
         passes, rows = self.passes(batch), batch.rewards.shape[0]
-        next_actions, next_log_probs = kernels.tanh_gaussian(
-            *passes.policy(batch.next_observations, batch.task_ids), noise
-        )
         x = passes.critic_input(self.critic, batch.observations, batch.actions, batch.task_ids)
         next_x = passes.critic_input(
-            self.target_critic, batch.next_observations, next_actions, batch.task_ids
+            self.target_critic, batch.next_observations, next_sample.actions, batch.task_ids
         )
         logits, next_logits = passes.critics.forward(x, next_x).chunk(2)  # online, target: [E, B, K]
         losses, dlogits = kernels.categorical_bellman_loss_and_gradient(
@@ -306,8 +305,8 @@ class BRC:
             next_logits[..., : len(self.atoms)],
             batch.rewards,
             self.learning.discount * batch.masks,
-            next_log_probs,
-            self.alpha if alpha is None else alpha,
+            next_sample.log_probs,
+            alpha,
             self.atoms,
             self.v_max,
             scale=1.0 / rows,
@@ -316,20 +315,22 @@ class BRC:
         dx = passes.critics.backward(dlogits, wants_dx=self.num_tasks > 1)
         if dx is not None:
             passes.embedding_gradient(dx, batch.task_ids)
-        return {
-            "critic_loss": losses.sum() / rows,
-            "critic_gradient_norm": self.critic_optimizer.step(),
-        }
+        self.critic_optimizer.step(norm)
+        return losses
 
     @torch.no_grad()
-    def update_actor(self, batch: Batch, noise: Tensor, alpha: Tensor | None = None) -> Metrics:
+    def update_actor(self, batch: Batch, sample: Sample, alpha: Tensor, norm: Tensor | None = None) -> Tensor:
         """One AdamW step of the policy against the new critic, which gets no gradient.
 
         a ~ pi(.|s),   loss = mean_b [alpha * log pi(a|s) - sum_k z_k * mean_e softmax(Q_e(s, a))_k]
+
+        Args:
+            sample: the policy's, at the observations. alpha: 0-d. norm: 0-d, receives that of the gradient.
+        Returns:
+            The values [E, B] of the actions.
         """
         passes, rows, members = self.passes(batch), batch.rewards.shape[0], self.critic_config.members
-        mean, raw_log_std = passes.policy(batch.observations, batch.task_ids)
-        actions, log_probs = kernels.tanh_gaussian(mean, raw_log_std, noise)
+        mean, raw_log_std, noise, actions, _ = sample
         x = passes.critic_input(self.critic, batch.observations, actions, batch.task_ids)
         logits = passes.critic.forward(x)  # [E, B, K]
         q_values, dlogits = kernels.expected_value_and_gradient(
@@ -338,31 +339,37 @@ class BRC:
             scale=-1.0 / (members * rows),
             columns=logits.shape[-1],
         )
-        dx = passes.critic.backward(dlogits, wants_dx=True)  # [B, I]
+        dx = passes.critic.backward(dlogits, wants_dx=True)  # [E, B, I]
         assert dx is not None
-        dactions = dx[:, self.observation_size : self.observation_size + self.action_size]
-        alpha = self.alpha if alpha is None else alpha
-        kernels.tanh_gaussian_backward(
-            dactions, alpha / rows, mean, raw_log_std, noise, out=passes.policy_gradient
-        )
+        dactions = dx[..., self.observation_size : self.observation_size + self.action_size]
+        into = passes.policy_gradient
+        kernels.tanh_gaussian_backward(dactions, alpha, mean, raw_log_std, noise, scale=1.0 / rows, out=into)
         passes.actor.backward(passes.dhead)
-        entropy, q_mean = log_probs.mean().neg(), q_values.mean()
-        return {
-            "actor_loss": torch.addcmul(q_mean, alpha, entropy).neg(),
-            "actor_gradient_norm": self.actor_optimizer.step(),
-            "entropy": entropy,
-            "q_mean": q_mean,
-        }
+        self.actor_optimizer.step(norm)
+        return q_values
 
     @torch.no_grad()
-    def update_temperature(self, entropy: Tensor, alpha: Tensor | None = None) -> Metrics:
-        """One Adam step of log alpha on `alpha * (entropy - target_entropy)`; entropy is a 0-d tensor."""
-        alpha = self.alpha if alpha is None else alpha
-        # alpha is its own derivative by log alpha: the loss is the gradient
-        loss = alpha * (entropy - self.target_entropy)
-        self.temperature_optimizer.grad[0].copy_(loss)
+    def update_temperature(
+        self, losses: Tensor, log_probs: Tensor, q_values: Tensor, alpha: Tensor, metrics: Tensor
+    ) -> None:
+        """One Adam step of log alpha on `alpha * (entropy - target_entropy)`, and the update's metrics.
+
+        Args:
+            losses: of `update_critic`. log_probs: [B], of the sample given to `update_actor`. q_values: of
+                `update_actor`. metrics: [8] in the order of METRICS, with the norms; receives the others.
+        """
+        kernels.update_summary_(
+            metrics,
+            losses,
+            log_probs,
+            q_values,
+            alpha,
+            target_entropy=self.target_entropy,
+            gradient=self.temperature_optimizer.grad[:1],
+            step=self.critic_optimizer.step_count,
+            since=self.first_bad.since,
+        )
         self.temperature_optimizer.step()
-        return {"temperature": alpha, "temperature_loss": loss}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that changes, by name: parameters, target, moments, step counts, noise."""

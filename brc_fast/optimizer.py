@@ -44,12 +44,14 @@ class FlatAdamW:
             self.target = networks.master[rows:].view(-1)
             self.target_low = None if low is None else low[rows:].view(-1)
 
-    def step(self) -> Tensor:
-        """One step against the gradient; returns its norm, 0-d.
+    def step(self, norm: Tensor | None = None) -> None:
+        """One step against the gradient.
 
         The target, where there is one, and the low-precision copies follow in the same pass over memory.
+
+        Args:
+            norm: 0-d, receives the gradient's.
         """
-        norm = self.flat.new_empty(())
         kernels.adamw_(
             self.flat,
             self.grad,
@@ -66,7 +68,6 @@ class FlatAdamW:
             target_low=self.target_low,
             gradient_norm=norm,
         )
-        return norm
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments without padding, parameter by parameter, [P'] each, and the steps made."""

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import kernels
+from .batch import Batch
 from .flat import FlatNetworks
 from .networks import Actor, Critic, padded
+
+
+class Sample(NamedTuple):
+    """Of the policy at B observations: what it says, the noise, and what comes of both."""
+
+    mean: Tensor  # [B, A], overwritten by the next pass, as raw_log_std is
+    raw_log_std: Tensor  # [B, A]
+    noise: Tensor  # [B, A]
+    actions: Tensor  # [B, A]
+    log_probs: Tensor  # [B]
 
 
 class Passes:
@@ -32,15 +46,19 @@ class Passes:
         rows: int,
         recompute: bool = False,
     ) -> None:
-        self.embedding, self.norm = critic.embedding, critic.embedding_norm
+        self.embedding = None if critic.embedding is None else critic.embedding.detach()
+        self.norm = critic.embedding_norm
         self.input_sizes = tuple(net.body.input.kernel.shape[1] for net in (actor, critic))
         self.dtype = actors.grad.dtype
         plan, gradients = critic.body.plan, critics.arrays(critics.grad)
-        self.actor = actor.body.plan(actors.ordered(1), rows, actors.arrays(actors.grad))
+        # without an embedding, which the critic's step moves, both samples of an update are one pass
+        both = rows if self.embedding is not None else 2 * rows
+        into = actors.arrays(actors.grad)
+        self.actor = actor.body.plan(actors.ordered(1), both, into, trained_rows=rows)
         self.critics = plan(critics.ordered(2), rows, gradients, recompute=recompute)
         self.critic = plan(critics.ordered(1), rows, share=self.critics)
         self.actions = actor.body.head.kernel.shape[-1] // 2
-        self.dhead = torch.zeros_like(self.actor.out)
+        self.dhead = torch.zeros_like(self.actor.out[:, -rows:])
         self.policy_gradient = self._halves(self.dhead)
         self._embedding_gradient = None
         if self.embedding is not None:
@@ -49,9 +67,28 @@ class Passes:
     def _halves(self, head: Tensor) -> tuple[Tensor, Tensor]:
         return head[0, :, : self.actions], head[0, :, self.actions : 2 * self.actions]
 
-    def policy(self, observations: Tensor, task_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and raw log-std [B, A] at observations [B, O], overwritten by the next call."""
-        x = kernels.pack_inputs(
+    def samples(self, batch: Batch, noise: Tensor) -> Iterator[Sample]:
+        """The policy's sample at the next observations, and then, the last before `backward`, at the
+        observations; with a task embedding only when it is asked for.
+
+        Args:
+            noise: [2, B, A], contiguous, of the one and of the other.
+        """
+        observations = batch.next_observations, batch.observations
+        if self.embedding is not None:
+            for x, part in zip(observations, noise.unbind(), strict=True):
+                yield self._sample(self._policy_input(x, batch.task_ids), part)
+            return
+        rows = batch.rewards.shape[0]
+        x = noise.new_empty(2 * rows, padded(self.input_sizes[0]), dtype=self.dtype)
+        for part, place in zip(observations, x.chunk(2), strict=True):
+            self._policy_input(part, batch.task_ids, place)
+        both = self._sample(x, noise.view(2 * rows, -1))
+        for part in (slice(rows), slice(rows, None)):
+            yield Sample(*(value[part] for value in both))
+
+    def _policy_input(self, observations: Tensor, task_ids: Tensor, out: Tensor | None = None) -> Tensor:
+        return kernels.pack_inputs(
             observations,
             None,
             self.embedding,
@@ -59,8 +96,12 @@ class Passes:
             self.norm,
             width=padded(self.input_sizes[0]),
             dtype=self.dtype,
+            out=out,
         )
-        return self._halves(self.actor.forward(x))
+
+    def _sample(self, x: Tensor, noise: Tensor) -> Sample:
+        mean, raw_log_std = self._halves(self.actor.forward(x))
+        return Sample(mean, raw_log_std, noise, *kernels.tanh_gaussian(mean, raw_log_std, noise))
 
     def critic_input(self, critic: Critic, observations: Tensor, actions: Tensor, task_ids: Tensor) -> Tensor:
         """[B, I, padded], with the embedding of this critic."""
@@ -75,11 +116,14 @@ class Passes:
         )
 
     def embedding_gradient(self, dx: Tensor, task_ids: Tensor) -> None:
-        """Leave the task embedding's gradient, from that of the critic's input [B, I, padded]."""
-        if self.embedding is None:
-            return
+        """Leave the task embedding's gradient, from those of the critics' input [E, B, I, padded]."""
+        assert self.embedding is not None
         size = self.embedding.shape[1]
         first = self.input_sizes[1] - size
         kernels.normalized_embedding_backward(
-            dx[:, first : first + size], self.embedding, task_ids, self.norm, out=self._embedding_gradient
+            dx[..., first : first + size].sum(0),
+            self.embedding,
+            task_ids,
+            self.norm,
+            out=self._embedding_gradient,
         )

@@ -68,13 +68,14 @@ class Memory:
         self.whole = outputs if isinstance(outputs, Tensor) else None
         self.recomputed = recomputed
 
-    def part(self, networks: int) -> Memory:
-        """That of the first networks."""
-        products = [x[:networks] for x in self.products]
-        outputs: Slots = [x[:networks] for x in self.outputs]
+    def part(self, networks: int, rows: int) -> Memory:
+        """That of the first networks and, of each, of the last rows."""
+        products = [x[:networks, -rows:] for x in self.products]
+        outputs: Slots = [x[:networks, -rows:] for x in self.outputs]
         if self.whole is not None:
-            outputs = self.whole[:, :networks]
-        return Memory(products, outputs, [x[:, :networks] for x in self.stats], self.recomputed)
+            outputs = self.whole[:, :networks, -rows:]
+        stats = [x[:, :networks, -rows:] for x in self.stats]
+        return Memory(products, outputs, stats, self.recomputed)
 
 
 class Arrays(NamedTuple):

@@ -3,9 +3,10 @@
 What a learner runs thousands of times at one batch size: no memory is asked for and no graph is recorded, so
 that on a CPU nothing is left beside the arithmetic, and a CUDA graph can hold the whole.
 
-Dims:   N networks, of which the first G get gradients; B rows; I inputs, H width, K outputs, L layers.
-Memory: products and outputs [L, N, B, H], 3 more [G, B, H] (L + 2 on CUDA with gradients). With `recompute`
-        4 + blocks of [N, B, H] and 3 more [G, B, H], for 2 * blocks - 1 more products of G networks.
+Dims:   N networks, of which the first G get gradients; B rows, R of them with gradients; I inputs, H width,
+        K outputs, L layers.
+Memory: products and outputs [L, N, B, H], 3 more [G, R, H] (L + 2 on CUDA with gradients). With `recompute`
+        4 + blocks of [N, B, H] and 3 more [G, R, H], for 2 * blocks - 1 more products of G networks.
 Loop:   _stacked.py. Twin: autograd through reference.bronet.
 """
 
@@ -32,6 +33,7 @@ class BroNetPlan:
         share: a plan of as many layers and rows and at least as many networks, whose backward pass is over
             whenever this one runs: its memory is used, and it says whether to recompute.
         recompute: keep only what comes out of the blocks, and make the rest again for the backward pass.
+        trained_rows: R, of which there are gradients: the last ones, of a single network. All by default.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class BroNetPlan:
         gradients: Arrays | None = None,
         share: BroNetPlan | None = None,
         recompute: bool = False,
+        trained_rows: int | None = None,
     ) -> None:
         self.parameters, self.rows, self.gradients = list(parameters), rows, gradients
+        self.trained_rows = rows if trained_rows is None else trained_rows
         for index, (_, *vectors) in enumerate(layers_of(self.parameters)):
             strides = {vector.stride() for vector in vectors}  # the compiled passes take one for all three
             if len(strides) > 1 or vectors[0].stride(-1) != 1:
@@ -52,9 +56,15 @@ class BroNetPlan:
         self.recompute: bool = recompute if share is None else share.recompute
         head = self.parameters[-2]
         networks, _, outputs = head.shape
+        if not 0 < self.trained_rows <= rows:
+            raise ValueError(f"trained_rows must be from 1 to B = {rows}, got {trained_rows}")
+        if networks > 1 and self.trained_rows < rows:  # a pass over some of their rows has gaps
+            raise ValueError(
+                f"trained_rows must be B = {rows} with N = {networks} networks, got {trained_rows}"
+            )
         self.trained = networks if gradients is None else gradients.head.shape[0]
         self._shares = share is not None
-        self.memory: Memory = self._allocate() if share is None else share.memory.part(networks)
+        self.memory: Memory = self._allocate() if share is None else share.memory.part(networks, rows)
         self.out = head.new_empty(networks, rows, outputs)
         self._forward: dict[int, Forward] = {}
         self._backward: dict[str, Backward] = {}
@@ -79,7 +89,8 @@ class BroNetPlan:
         memory = self.memory
         batched = self.gradients is not None and torch.device(device).type == "cuda" and not self.recompute
         slots = len(memory.products) + 2 if batched else 3
-        held = slots * self.trained * memory.products[0][0].numel() + self.out.numel()
+        width = memory.products[0].shape[-1]
+        held = slots * self.trained * self.trained_rows * width + self.out.numel()
         total: int = held * self.out.element_size()
         if not self._shares:
             parts = {id(x): x for x in (*memory.products, *memory.outputs, *memory.stats)}
@@ -104,17 +115,18 @@ class BroNetPlan:
         """Fill the gradients of the first G networks; returns that of their input where it is wanted.
 
         Args:
-            grad: [G, B, K], contiguous, of what `forward` returned for them.
+            grad: [G, R, K], contiguous, of what `forward` returned for them.
         Returns:
-            [B, I], summed over the networks.
+            [G, R, I]: each network's own, to be summed where they had one input.
         """
         if self.trained > len(self.out) // len(self._inputs):
             raise ValueError("networks with gradients must all take the first input")
         passes = passes_for(grad)
         if passes.__name__ not in self._backward:
             whole = self.trained == len(self.out)
-            memory = self.memory if whole else self.memory.part(self.trained)
+            memory = self.memory
+            if not whole or self.trained_rows < self.rows:
+                memory = memory.part(self.trained, self.trained_rows)
             parameters = self.parameters if whole else [p[: self.trained] for p in self.parameters]
             self._backward[passes.__name__] = Backward(parameters, memory, self.gradients, passes)
-        dx = self._backward[passes.__name__](grad, self._inputs[0], wants_dx)
-        return None if dx is None else dx.sum(0)
+        return self._backward[passes.__name__](grad, self._inputs[0][..., -self.trained_rows :, :], wants_dx)

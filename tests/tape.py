@@ -27,6 +27,7 @@ FORBIDDEN = {
     "aten._unique2",
     "aten.lift_fresh",  # torch.tensor(number): a copy from the host
 }
+ALLOCATIONS = {"aten.new_empty", "aten.empty", "aten.empty_like"}
 
 
 class Tape(TorchDispatchMode):
@@ -37,6 +38,7 @@ class Tape(TorchDispatchMode):
         self.steps: list[Callable[[], None]] = []
         self.seen: list[tuple[Any, ...]] = []  # per operation: its name, numbers, and outer memory
         self.made: dict[int, int] = {}  # memory made inside: how many before it
+        self.launches: list[str] = []  # what a GPU would run: kernels of ours, and operations that write
         self.kept: list[Tensor] = []  # so that no address is used twice
         self._inside = False  # of an op of ours, which is run again as a whole
 
@@ -91,10 +93,13 @@ class Tape(TorchDispatchMode):
                         old.copy_(x)
 
             self.steps.append(again)
+            if not name.startswith("brc_fast.") and name not in ALLOCATIONS:
+                self.launches.append(name)
         return out
 
     def launched(self, call: _dispatch.Launch) -> None:
         arguments = tuple(self.describe(x) for x in call.arguments)
+        self.launches.append(call.kernel.__name__)
         self.seen.append((str(call.kernel), call.grid, arguments, call.constants, call.options))
         if not self._inside:
             self.steps.append(lambda: _dispatch.make(call))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from brc_fast import BRC, ActorConfig, Batch, CriticConfig, Noise
+from brc_fast.agent import METRICS
 
 SMALL = {"critic": CriticConfig(width=32), "actor": ActorConfig(width=16)}
 
@@ -50,17 +51,20 @@ def test_every_parameter_of_every_network_moves_in_one_update() -> None:
 def test_each_update_changes_its_own_network_and_the_critics_its_target() -> None:
     agent = BRC(5, 2, 3, **SMALL)
     batch = batches(1, 32, 5, 2, 3).update(0)
-    noise = torch.randn(32, 2)
+    samples = agent.passes(batch).samples(batch, torch.randn(2, 32, 2))
     flats = {
         "critic": agent.critic_optimizer.flat,
         "target": agent.critic_optimizer.target,
         "actor": agent.actor_optimizer.flat,
         "temperature": agent.temperature_optimizer.flat,
     }
+    losses, log_probs = torch.rand(2, 32), torch.randn(32)
     steps = {
-        "critic": lambda: agent.update_critic(batch, noise),
-        "actor": lambda: agent.update_actor(batch, noise),
-        "temperature": lambda: agent.update_temperature(torch.tensor(0.3)),
+        "critic": lambda: agent.update_critic(batch, next(samples), agent.alpha),
+        "actor": lambda: agent.update_actor(batch, next(samples), agent.alpha),
+        "temperature": lambda: agent.update_temperature(
+            losses, log_probs, losses, agent.alpha, torch.zeros(len(METRICS))
+        ),
     }
     for name, step in steps.items():
         before = {key: flat.clone() for key, flat in flats.items()}
@@ -156,10 +160,9 @@ def test_the_entropy_per_task_is_the_mean_over_that_tasks_rows() -> None:
     entropies = agent.entropy_per_task(batch)
     assert entropies.shape == (3,)
     assert entropies[2] == 0.0
-    noise = torch.randn(4000, 2)
-    metrics = agent.update_actor(batch, noise)
+    *_, sample = agent.passes(batch).samples(batch, torch.randn(2, 4000, 2))
     rows = batch.task_ids.bincount(minlength=3) / 4000
-    assert (entropies * rows).sum().item() == pytest.approx(metrics["entropy"].item(), rel=0.05)
+    assert (entropies * rows).sum().item() == pytest.approx(-sample.log_probs.mean().item(), rel=0.05)
 
 
 def test_injected_noise_decides_the_update() -> None:

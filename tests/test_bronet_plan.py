@@ -29,6 +29,11 @@ class Size(NamedTuple):
     depth: int = 2
     outputs: int = 6
     parts: int = 2
+    last: int = 0  # rows with gradients; 0 for all
+
+    @property
+    def trained_rows(self) -> int:
+        return self.last or self.rows
 
     def __str__(self) -> str:
         return "-".join(map(str, self))
@@ -41,6 +46,8 @@ SIZES = [
     Size(2, 2, 17, 8, 100, 1, 5, 1),  # one input for all
     Size(3, 1, 1, 1, 33, 1, 1, 1),  # one row, one input, one output; one of three is trained
     Size(2, 1, 70, 5, 7, 2, 3, 2),
+    Size(1, 1, 18, 11, 33, 2, 6, 1, last=9),  # the actor's: gradients of the second half of the rows
+    Size(1, 1, 7, 4, 20, 1, 3, 1, last=2),
 ]
 
 
@@ -102,12 +109,13 @@ class Problem:
         self.flat = to(flat)
         self.arrays = arrays_in(self.flat, size, gap)
         self.inputs = [to(normal(size.rows, size.inputs)) for _ in range(size.parts)]
-        self.grad = to(normal(size.trained, size.rows, size.outputs))
+        self.grad = to(normal(size.trained, size.trained_rows, size.outputs))
         self.gradients_flat = torch.full_like(self.flat[: size.trained], GUARD)
         self.gradients = arrays_in(self.gradients_flat, size, gap)
 
     def plan(self, **options: Any) -> BroNetPlan:
-        return BroNetPlan(self.arrays.ordered(), self.size.rows, self.gradients, **options)
+        rows = {"trained_rows": self.size.last} if self.size.last else {}
+        return BroNetPlan(self.arrays.ordered(), self.size.rows, self.gradients, **options, **rows)
 
     def run(self, plan: BroNetPlan | None = None) -> list[Tensor]:
         """Outputs, dx and every gradient, copied."""
@@ -115,7 +123,7 @@ class Problem:
         out = plan.forward(*self.inputs).clone()
         dx = plan.backward(self.grad, wants_dx=True)
         assert dx is not None
-        return [x.clone() for x in (out, dx, *self.gradients.ordered())]
+        return [x.clone() for x in (out, dx.sum(0), *self.gradients.ordered())]
 
     def twin(self, dtype: torch.dtype) -> list[Tensor]:
         """The same by autograd through the twin, in `dtype`, on the CPU."""
@@ -128,10 +136,12 @@ class Problem:
                 for part, x in enumerate(inputs)
             ]
         )
-        trained = self.size.trained
-        dx, *grads = torch.autograd.grad(out[:trained], [inputs[0], *leaves], self.grad.cpu().to(dtype))
+        trained, rows = self.size.trained, self.size.trained_rows
+        learned = out[:trained, -rows:]
+        dx, *grads = torch.autograd.grad(learned, [inputs[0], *leaves], self.grad.cpu().to(dtype))
+        assert (dx[:-rows] == 0).all()
         assert all((grad[trained:] == 0).all() for grad in grads)
-        return [out.detach(), dx, *(grad[:trained] for grad in grads)]
+        return [out.detach(), dx[-rows:], *(grad[:trained] for grad in grads)]
 
     def names(self) -> list[str]:
         layers = 1 + 2 * self.size.depth
@@ -354,7 +364,7 @@ def test_a_frozen_plan_in_anothers_memory_gives_its_input_the_gradient(
             torch.testing.assert_close(frozen.forward(x), exact.detach().float(), rtol=1e-4, atol=1e-4)
             mine = frozen.backward(grad, wants_dx=True)
             assert mine is not None
-            torch.testing.assert_close(mine, dx.float(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(mine.sum(0), dx.float(), rtol=1e-4, atol=1e-4)
             now = problem.gradients_flat, problem.flat, whole.out
             assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
             for mine, other in zip(problem.run(whole), expected, strict=True):
@@ -396,15 +406,17 @@ def test_the_bytes_of_a_plan_are_those_that_it_holds_after_its_passes(
     problem.run(plan)
     assert owned(plan, given) == plan.bytes("cpu")
     part = [p[: size.trained] for p in problem.arrays.ordered()]
-    frozen = BroNetPlan(part, size.rows, share=plan)
-    alone = BroNetPlan(part, size.rows)
+    frozen = BroNetPlan(part, size.rows, share=plan, trained_rows=size.trained_rows)
+    alone = BroNetPlan(part, size.rows, trained_rows=size.trained_rows)
     for one in (frozen, alone):
         one.forward(problem.inputs[0])
         one.backward(problem.grad, wants_dx=True)
         assert owned(one, given, plan) == one.bytes("cpu")
     assert frozen.bytes("cpu") < alone.bytes("cpu")
     shapes = [p.to("meta") for p in problem.arrays.ordered()]
-    meta = BroNetPlan(shapes, size.rows, problem.gradients, recompute=recompute)
+    meta = BroNetPlan(
+        shapes, size.rows, problem.gradients, recompute=recompute, trained_rows=size.trained_rows
+    )
     assert meta.bytes("cpu") == plan.bytes("cpu")
 
 
@@ -452,3 +464,8 @@ def test_what_would_silently_be_wrong_is_refused() -> None:
     every.forward(*problem.inputs)
     with pytest.raises(ValueError, match="networks with gradients must all take the first input"):
         every.backward(torch.zeros(4, problem.size.rows, problem.size.outputs), wants_dx=True)
+    for rows in (0, 10):
+        with pytest.raises(ValueError, match=f"trained_rows must be from 1 to B = 9, got {rows}"):
+            BroNetPlan(parameters, problem.size.rows, trained_rows=rows)
+    with pytest.raises(ValueError, match="trained_rows must be B = 9 with N = 4 networks, got 4"):
+        BroNetPlan(parameters, problem.size.rows, trained_rows=4)

@@ -206,11 +206,12 @@ def test_updates_are_those_of_a_plain_engine(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_kernels_make_the_updates_of_a_plain_engine(kernel_device: str, precision: str) -> None:
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_kernels_make_the_updates_of_a_plain_engine(kernel_device: str, tasks: int, precision: str) -> None:
     """Three updates; in bfloat16 as near to float32 as the plain passes are, within 3 % (below)."""
-    mine = agent(2, device=kernel_device, precision=precision, graphs=False)
+    mine = agent(tasks, device=kernel_device, precision=precision, graphs=False)
     plain = PlainEngine(mine)
-    data, noise = batches(3, 2)
+    data, noise = batches(3, tasks)
     data, noise = data.to(kernel_device), Noise(*(x.to(kernel_device) for x in noise))
     with kernels.use("triton"):
         metrics = mine.update(data, noise)

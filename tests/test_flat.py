@@ -258,9 +258,10 @@ def test_a_networks_gradient_is_one_row_and_the_one_of_autograd(tasks: int) -> N
     mine = agent(tasks)
     data = batches(1, tasks, rows=16).update(0)
     noise = torch.randn(16, A)
+    samples = mine.passes(data).samples(data, torch.stack([noise, noise]))
     twin, actor = copy.deepcopy(mine.critic), copy.deepcopy(mine.actor)
     target = mine.critic_target(data, noise).probs
-    mine.update_critic(data, noise)
+    mine.update_critic(data, next(samples), mine.alpha)
     logits = twin(data.observations, data.actions, data.task_ids)
     kernels.categorical_cross_entropy(logits, target).mean(-1).sum().backward()
     assert mine.critics.grad.shape[0] == 2
@@ -281,7 +282,7 @@ def test_a_networks_gradient_is_one_row_and_the_one_of_autograd(tasks: int) -> N
         mine.critic(data.observations, actions, data.task_ids, frozen=True), mine.atoms
     )
     (mine.alpha * log_probs - q.mean(0)).mean().backward()
-    mine.update_actor(data, noise)
+    mine.update_actor(data, next(samples), mine.alpha)
     actor_by_name = mine.actors.named(mine.actors.grad)
     for name, parameter in actor.named_parameters():
         torch.testing.assert_close(actor_by_name[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)

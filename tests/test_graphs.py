@@ -117,6 +117,22 @@ def test_an_update_is_the_same_operations_every_time(
         assert first == second
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tasks", "most"), [(1, 84), (3, 95)])
+def test_an_update_is_so_many_launches(kernel_device: str, tasks: int, most: int) -> None:
+    """With the published depths; cuBLAS may take more than one for a product. The launch that ends an
+    optimizer's step is left out, since it is there where more than one program is."""
+    learner, counts = agent(tasks, kernel_device, precision="bf16"), []
+    for updates in (1, 2):
+        slots = [*next(batches(updates, tasks, kernel_device)), torch.ones(tasks, device=kernel_device)]
+        with kernels.use("triton"), torch.no_grad():
+            learner.updates.function(*slots)
+            with Tape() as tape:
+                learner.updates.function(*slots)
+        counts.append(sum(name != "_finish_kernel" for name in tape.launches))
+    assert counts[1] - counts[0] == most
+
+
 @pytest.mark.parametrize(
     "breach",
     [
