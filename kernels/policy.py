@@ -665,7 +665,8 @@ def tanh_gaussian_backward(
 
 
 def _flat_cases(size: int, dtype: torch.dtype) -> Iterator[Case]:
-    """Each way alone, into columns of a critic's input and into the halves of a head's gradient."""
+    """Each way alone, into columns of a critic's input and into the halves of a head's gradient, there from
+    the gradients of two critics."""
     rest = _wide(dtype)
 
     def forward(device: torch.device, batch: int, impl: str) -> Callable[[], object]:
@@ -681,13 +682,15 @@ def _flat_cases(size: int, dtype: torch.dtype) -> Iterator[Case]:
     def backward(device: torch.device, batch: int, impl: str, flat: bool) -> Callable[[], object]:
         mean, raw = torch.randn(batch, 2 * size, device=device).to(dtype).chunk(2, -1)
         noise = torch.randn(batch, size, device=device, dtype=rest)
-        dactions = torch.randn(batch, 3 * size, device=device).to(dtype)[:, size : 2 * size]
+        wide = torch.randn(*[2] * flat, batch, 3 * size, device=device).to(dtype)
+        dactions = wide[..., size : 2 * size]
         head = torch.zeros(batch, 2 * size, device=device, dtype=dtype)
         halves = (head[:, :size], head[:, size:]) if flat else None
-        share = torch.full((), 1.0 / batch, device=device, dtype=rest) if flat else 1.0 / batch
+        share = torch.full((), 0.3, device=device, dtype=rest) if flat else 0.3
 
         def call() -> object:
-            return tanh_gaussian_backward(dactions, share, mean, raw, noise, out=halves, impl=impl)
+            given = dactions, share, mean, raw, noise
+            return tanh_gaussian_backward(*given, scale=1.0 / batch, out=halves, impl=impl)
 
         return call
 
@@ -699,7 +702,11 @@ def _flat_cases(size: int, dtype: torch.dtype) -> Iterator[Case]:
         prepare = partial(backward, flat=flat)
         told = f"{label}{' into halves' if flat else ''}"
         yield Case(
-            "tanh_gaussian_backward", told, prepare, partial(moved, rows=5), ("tanh_gaussian_backward",)
+            "tanh_gaussian_backward",
+            told,
+            prepare,
+            partial(moved, rows=5 + flat),
+            ("tanh_gaussian_backward",),
         )
     yield Case("tanh_gaussian", f"{label} into columns", forward, partial(moved, rows=3), ("tanh_gaussian",))
 
