@@ -312,9 +312,9 @@ class BRC:
             scale=1.0 / rows,
             columns=logits.shape[-1],
         )
-        dx = passes.critics.backward(dlogits, wants_dx=self.num_tasks > 1)
-        if dx is not None:
-            passes.embedding_gradient(dx, batch.task_ids)
+        dembedding = passes.critics.backward(dlogits, passes.embedding_columns)  # [E, B, D]
+        if dembedding is not None:
+            passes.embedding_gradient(dembedding, batch.task_ids)
         self.critic_optimizer.step(norm)
         return losses
 
@@ -339,11 +339,17 @@ class BRC:
             scale=-1.0 / (members * rows),
             columns=logits.shape[-1],
         )
-        dx = passes.critic.backward(dlogits, wants_dx=True)  # [E, B, I]
-        assert dx is not None
-        dactions = dx[..., self.observation_size : self.observation_size + self.action_size]
-        into = passes.policy_gradient
-        kernels.tanh_gaussian_backward(dactions, alpha, mean, raw_log_std, noise, scale=1.0 / rows, out=into)
+        dactions = passes.critic.backward(dlogits, passes.action_columns)  # [E, B, A, padded]
+        assert dactions is not None
+        kernels.tanh_gaussian_backward(
+            dactions[..., : self.action_size],
+            alpha,
+            mean,
+            raw_log_std,
+            noise,
+            scale=1.0 / rows,
+            out=passes.policy_gradient,
+        )
         passes.actor.backward(passes.dhead)
         self.actor_optimizer.step(norm)
         return q_values

@@ -34,6 +34,8 @@ class Passes:
     Attributes:
         actor: of the policy. critics: of online and target networks, where the online ones get gradients.
         critic: of the online ones, frozen; it uses the memory of `critics`.
+        action_columns, embedding_columns: of the critics' input, whose gradients an update needs: the
+            actions' rounded up to PAD, the embedding's where there is one.
         dhead, policy_gradient: gradient of the actor's outputs [1, B, 2 A, padded]; its halves [B, A].
     """
 
@@ -60,8 +62,13 @@ class Passes:
         self.actions = actor.body.head.kernel.shape[-1] // 2
         self.dhead = torch.zeros_like(self.actor.out[:, -rows:])
         self.policy_gradient = self._halves(self.dhead)
-        self._embedding_gradient = None
+        size = 0 if self.embedding is None else self.embedding.shape[1]
+        observation, first = self.input_sizes[0] - size, self.input_sizes[1] - size
+        self.action_columns = slice(observation, observation + padded(self.actions))
+        self.embedding_columns: slice | None = None
+        self._embedding_gradient: Tensor | None = None
         if self.embedding is not None:
+            self.embedding_columns = slice(first, first + size)
             self._embedding_gradient = critics.part(critics.grad, "embedding")[0]
 
     def _halves(self, head: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,8 +91,8 @@ class Passes:
         for part, place in zip(observations, x.chunk(2), strict=True):
             self._policy_input(part, batch.task_ids, place)
         both = self._sample(x, noise.view(2 * rows, -1))
-        for part in (slice(rows), slice(rows, None)):
-            yield Sample(*(value[part] for value in both))
+        for half in (slice(rows), slice(rows, None)):
+            yield Sample(*(value[half] for value in both))
 
     def _policy_input(self, observations: Tensor, task_ids: Tensor, out: Tensor | None = None) -> Tensor:
         return kernels.pack_inputs(
@@ -116,14 +123,8 @@ class Passes:
         )
 
     def embedding_gradient(self, dx: Tensor, task_ids: Tensor) -> None:
-        """Leave the task embedding's gradient, from those of the critics' input [E, B, I, padded]."""
+        """Leave the task embedding's gradient, from those of the critics' embedding inputs [E, B, D]."""
         assert self.embedding is not None
-        size = self.embedding.shape[1]
-        first = self.input_sizes[1] - size
         kernels.normalized_embedding_backward(
-            dx[..., first : first + size].sum(0),
-            self.embedding,
-            task_ids,
-            self.norm,
-            out=self._embedding_gradient,
+            dx.sum(0), self.embedding, task_ids, self.norm, out=self._embedding_gradient
         )

@@ -120,7 +120,7 @@ class _BroNet(torch.autograd.Function):
             gradients = Arrays(first, square, vectors, head, bias)
         space = Workspace(3, *ctx.shape[1:])
         sweep = Backward(parameters, ctx.memory, gradients, PASSES, space.tensor)
-        dx = sweep(grad.contiguous(), x, ctx.needs_input_grad[0])
+        dx = sweep(grad.contiguous(), x, slice(None) if ctx.needs_input_grad[0] else None)
         if dx is not None and x.dim() == 2:
             dx = dx.sum(0)
         if gradients is None:

@@ -171,8 +171,8 @@ class Backward:
             self.outputs = [output.mT for output in memory.outputs]
             self.square, self.vectors = gradients.square.unbind(), gradients.vectors.unbind()
 
-    def __call__(self, grad: Tensor, x: Tensor, wants_dx: bool) -> Tensor | None:
-        """The gradient of x [N, B, I] where it is wanted.
+    def __call__(self, grad: Tensor, x: Tensor, columns: slice | None) -> Tensor | None:
+        """The gradient of x [N, B, I] in these columns, where any are wanted.
 
         Args:
             grad: [N, B, K], contiguous. x: [N, B, I], or [B, I] of all networks.
@@ -214,7 +214,7 @@ class Backward:
                 _square_gradients(self.memory.whole, self.all_dproducts, gradients.square)
             if self.partials is not None:
                 passes.reduce_partials(self.partials, gradients.vectors)
-        return torch.bmm(dproduct, self.layers[0][2]) if wants_dx else None
+        return None if columns is None else torch.bmm(dproduct, self.layers[0][2][..., columns])
 
     def _recompute(self, index: int, x: Tensor) -> None:
         """Make the products of the block that ends at this layer again, and what lies inside of it."""

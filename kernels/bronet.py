@@ -105,7 +105,8 @@ def _backward(
         bias = x.new_empty(parameters[-1].shape, dtype=parameters[-1].dtype)
         gradients = Arrays(first, square, vectors, head, bias)
     memory = Memory(products, outputs, stats)
-    dx = Backward(_dense(parameters), memory, gradients, norm)(grad.contiguous(), x, wants_dx)
+    sweep = Backward(_dense(parameters), memory, gradients, norm)
+    dx = sweep(grad.contiguous(), x, slice(None) if wants_dx else None)
     if dx is None:
         dx = x.new_empty(0)
     elif x.dim() == 2:

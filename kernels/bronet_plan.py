@@ -111,13 +111,14 @@ class BroNetPlan:
             self._forward[parts] = Forward(self.parameters, self.memory, self.out, parts)
         return self._forward[parts](inputs, passes_for(inputs[0]))
 
-    def backward(self, grad: Tensor, wants_dx: bool = False) -> Tensor | None:
-        """Fill the gradients of the first G networks; returns that of their input where it is wanted.
+    def backward(self, grad: Tensor, columns: slice | None = None) -> Tensor | None:
+        """Fill the gradients of the first G networks; returns those of their input where they are wanted.
 
         Args:
             grad: [G, R, K], contiguous, of what `forward` returned for them.
+            columns: of the input, C of them, of which a gradient is wanted; None for none.
         Returns:
-            [G, R, I]: each network's own, to be summed where they had one input.
+            [G, R, C]: each network's own, to be summed where they had one input.
         """
         if self.trained > len(self.out) // len(self._inputs):
             raise ValueError("networks with gradients must all take the first input")
@@ -129,4 +130,4 @@ class BroNetPlan:
                 memory = memory.part(self.trained, self.trained_rows)
             parameters = self.parameters if whole else [p[: self.trained] for p in self.parameters]
             self._backward[passes.__name__] = Backward(parameters, memory, self.gradients, passes)
-        return self._backward[passes.__name__](grad, self._inputs[0][..., -self.trained_rows :, :], wants_dx)
+        return self._backward[passes.__name__](grad, self._inputs[0][..., -self.trained_rows :, :], columns)

@@ -121,7 +121,7 @@ class Problem:
         """Outputs, dx and every gradient, copied."""
         plan = plan or self.plan()
         out = plan.forward(*self.inputs).clone()
-        dx = plan.backward(self.grad, wants_dx=True)
+        dx = plan.backward(self.grad, slice(None))
         assert dx is not None
         return [x.clone() for x in (out, dx.sum(0), *self.gradients.ordered())]
 
@@ -330,13 +330,18 @@ def test_the_inputs_gradient_is_made_only_where_it_is_wanted(
     device, block = taking(passes, request)
     problem = Problem(ONLINE_AND_TARGET, torch.float32, GAP, device)
     with block:
-        expected = problem.run()[2:]
+        _, dx, *expected = problem.run()
         problem.gradients_flat.fill_(GUARD)
         plan = problem.plan()
         plan.forward(*problem.inputs)
         assert plan.backward(problem.grad) is None
         for mine, other in zip(problem.gradients.ordered(), expected, strict=True):
             assert torch.equal(mine, other)
+        plan.forward(*problem.inputs)
+        part = plan.backward(problem.grad, slice(3, 8))
+        assert part is not None
+        assert part.shape == (problem.size.trained, problem.size.rows, 5)
+        torch.testing.assert_close(part.sum(0), dx[:, 3:8], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("passes", PASSES)
@@ -362,7 +367,7 @@ def test_a_frozen_plan_in_anothers_memory_gives_its_input_the_gradient(
         before = problem.gradients_flat.clone(), problem.flat.clone(), whole.out.clone()
         for _ in range(2):  # turn by turn, as in an update
             torch.testing.assert_close(frozen.forward(x), exact.detach().float(), rtol=1e-4, atol=1e-4)
-            mine = frozen.backward(grad, wants_dx=True)
+            mine = frozen.backward(grad, slice(None))
             assert mine is not None
             torch.testing.assert_close(mine.sum(0), dx.float(), rtol=1e-4, atol=1e-4)
             now = problem.gradients_flat, problem.flat, whole.out
@@ -410,7 +415,7 @@ def test_the_bytes_of_a_plan_are_those_that_it_holds_after_its_passes(
     alone = BroNetPlan(part, size.rows, trained_rows=size.trained_rows)
     for one in (frozen, alone):
         one.forward(problem.inputs[0])
-        one.backward(problem.grad, wants_dx=True)
+        one.backward(problem.grad, slice(None))
         assert owned(one, given, plan) == one.bytes("cpu")
     assert frozen.bytes("cpu") < alone.bytes("cpu")
     shapes = [p.to("meta") for p in problem.arrays.ordered()]
@@ -463,7 +468,7 @@ def test_what_would_silently_be_wrong_is_refused() -> None:
     every = BroNetPlan(parameters, problem.size.rows)
     every.forward(*problem.inputs)
     with pytest.raises(ValueError, match="networks with gradients must all take the first input"):
-        every.backward(torch.zeros(4, problem.size.rows, problem.size.outputs), wants_dx=True)
+        every.backward(torch.zeros(4, problem.size.rows, problem.size.outputs), slice(None))
     for rows in (0, 10):
         with pytest.raises(ValueError, match=f"trained_rows must be from 1 to B = 9, got {rows}"):
             BroNetPlan(parameters, problem.size.rows, trained_rows=rows)
