@@ -20,7 +20,7 @@ test: $(STAMP)
 	$(BIN)/pytest $(ARGS)
 
 $(VENV)/.envs: $(STAMP)
-	$(BIN)/pip install -q -c constraints.txt -e ".[dmc,envpool]"
+	$(BIN)/pip install -q -c constraints.txt "brc-fast[dmc,envpool]"
 	@touch $@
 
 ## Tests of the environments with every simulator that can be installed (EnvPool takes 0.9 GB)
@@ -50,7 +50,7 @@ aot: $(STAMP)
 	PYTHONPATH=build/oldest $(BIN)/python -m brc_fast.kernels.aot $(ARGS)
 
 $(VENV)/.bench: $(STAMP)
-	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
+	$(BIN)/pip install -q -c constraints.txt "brc-fast[bench]"
 	@touch $@
 
 ## Speed on this CPU in a quarter of an hour: results in build/bench, with SAVE=1 in bench/results, then their
