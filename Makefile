@@ -15,9 +15,12 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp cs
 demo: $(STAMP)
 	$(BIN)/brc-fast train mjx/CartpoleSwingup --run runs/demo --overwrite $(ARGS)
 
+# Two processes, each with whole files: what a file sets up once stays set up once
+PYTEST := $(BIN)/pytest -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder
+
 ## The whole test suite
 test: $(STAMP)
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 $(VENV)/.envs: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt "brc-fast[dmc,envpool]"
@@ -25,7 +28,7 @@ $(VENV)/.envs: $(STAMP)
 
 ## Tests of the environments with every simulator that can be installed (EnvPool takes 0.9 GB)
 test-envs: $(VENV)/.envs
-	$(BIN)/pytest tests/test_envs*.py tests/test_bench_envs.py $(ARGS)
+	$(PYTEST) tests/test_envs*.py tests/test_bench_envs.py $(ARGS)
 
 ## Formatters, linters and types
 lint: $(STAMP)

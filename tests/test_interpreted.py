@@ -39,9 +39,9 @@ def interpret(name: str, folder: Path) -> Done:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Done]]]:
-    """One process per file, two at a time."""
+    """One process per file, two at a time, or one beside the other process that pytest-xdist started."""
     folder = tmp_path_factory.mktemp("interpreted")
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(1 if "PYTEST_XDIST_WORKER" in os.environ else 2) as pool:
         yield {name: pool.submit(interpret, name, folder) for name in (*OF_KERNELS, RECORDED)}
 
 
