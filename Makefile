@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-envs lint sanitize aot bench gpu gpu-dry clean
+.PHONY: demo test test-envs lint sanitize aot bare bench gpu gpu-dry clean
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp)
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,12 @@ sanitize: $(STAMP)
 aot: $(STAMP)
 	$(BIN)/pip install -q --no-deps --upgrade --target build/oldest triton==3.6.0
 	PYTHONPATH=build/oldest $(BIN)/python -m brc_fast.kernels.aot $(ARGS)
+
+## The install without any extra: the agent, the replay and the kernels work alone
+bare:
+	$(PYTHON) -m venv build/bare
+	build/bare/bin/pip install -q -c constraints.txt .
+	cd build && bare/bin/python -c "import brc_fast; brc_fast.ReplayBuffer(10, 3, 1); brc_fast.BRC(3, 1)"
 
 $(VENV)/.bench: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt "brc-fast[bench]"
