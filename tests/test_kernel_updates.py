@@ -1,4 +1,4 @@
-"""Whole updates through the kernels: those of the twins, over a hundred of them."""
+"""Whole updates through the kernels: those of the twins, over fifty of them."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def learn(
     return [p.detach() for p in (*parameters, agent.temperature.log_alpha)], metrics
 
 
-@pytest.mark.parametrize(("dtype", "calls"), [(torch.float64, 10), (torch.float32, 2)], ids=str)
+@pytest.mark.parametrize(("dtype", "calls"), [(torch.float64, 3), (torch.float32, 2)], ids=str)
 def test_updates_give_the_losses_and_parameters_of_the_twins(
     kernel_device: str, dtype: torch.dtype, calls: int
 ) -> None:
-    """A hundred updates in float64, twenty in float32."""
+    """Thirty updates in float64, twenty in float32."""
     ours, mine = learn("triton", kernel_device, dtype, calls)
     twins, theirs = learn("reference", kernel_device, dtype, calls)
     for a, b in zip(mine, theirs, strict=True):
