@@ -56,7 +56,8 @@ aot: $(STAMP)
 bare:
 	$(PYTHON) -m venv build/bare
 	build/bare/bin/pip install -q -c constraints.txt .
-	cd build && bare/bin/python -c "import brc_fast; brc_fast.ReplayBuffer(10, 3, 1); brc_fast.BRC(3, 1)"
+	cd build && bare/bin/python -c "import brc_fast as brc; brc.ReplayBuffer(10, 3, 1); \
+	  brc.BRC(3, 1, critic=brc.CriticConfig(width=16))"
 
 $(VENV)/.bench: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt "brc-fast[bench]"

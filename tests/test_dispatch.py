@@ -96,8 +96,9 @@ def test_without_triton_everything_but_an_explicit_choice_works() -> None:
         "u.find_spec = lambda n, *a: None if n == 'triton' else find(n, *a); sys.modules['triton'] = None; "
     )
     code = (
-        "from brc_fast import kernels, BRC; import torch; x, z = torch.ones(3, 11), torch.ones(11); "
-        "kernels.expected_value(x, z); kernels.bias_layer_norm(x, z, z, z); BRC(3, 1); "
+        "from brc_fast import kernels, BRC, CriticConfig; import torch; "
+        "x, z = torch.ones(3, 11), torch.ones(11); kernels.expected_value(x, z); "
+        "kernels.bias_layer_norm(x, z, z, z); BRC(3, 1, critic=CriticConfig(width=16)); "
         "kernels.expected_value(x, z, impl='triton')"
     )
     done = subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True)
