@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # sys.modules[name] = None is what an absent module looks like to `import` and to `find_spec`
@@ -69,21 +71,27 @@ def test_a_missing_jax_learner_is_listed(module: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "hidden"),
+    ("tasks", "hidden"),
     [
-        ("mjx/CartpoleSwingup", ["mujoco_playground"]),
-        ("gym/Pendulum-v1", ["gymnasium"]),
-        ("dmc/cartpole-swingup", ["shimmy", "envpool"]),  # either can run it
-        ("envpool/CartPole-v1", ["envpool"]),
-        ("metaworld/reach-v3", ["envpool"]),
+        (
+            # of dm_control's tasks, shimmy and envpool can each run one
+            ["mjx/CartpoleSwingup", "dmc/cartpole-swingup", "envpool/CartPole-v1", "metaworld/reach-v3"],
+            ["mujoco_playground", "shimmy", "envpool"],
+        ),
+        (["gym/Pendulum-v1"], ["gymnasium"]),
     ],
+    ids=["simulators", "gymnasium"],
 )
-def test_tasks_whose_simulator_is_missing_are_listed(task: str, hidden: list[str], tmp_path: Path) -> None:
-    words = ["--tasks", task, "--num-envs", "2", "--budget", "1"]
+def test_tasks_whose_simulator_is_missing_are_listed(
+    tasks: list[str], hidden: list[str], tmp_path: Path
+) -> None:
+    words = ["--tasks", *tasks, "--num-envs", "2", "--budget", "1"]
     found = measured("bench_envs.py", hidden, words, tmp_path / "envs.json")
     assert found.keys() == {"ours", "library"}
-    for entry in [*found["ours"], *found["library"]]:
-        assert hidden[0] in entry["missing"] or "pip install" in entry["missing"]
+    for entries in found.values():
+        assert [entry["case"].split()[0] for entry in entries] == tasks
+        for entry in entries:
+            assert any(name in entry["missing"] for name in hidden) or "pip install" in entry["missing"]
 
 
 def test_a_task_that_cannot_be_trained_on_is_listed(tmp_path: Path) -> None:
@@ -105,9 +113,15 @@ def test_kernels_without_peers_say_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["limits", "update", "scaling", "train", "kernels"])
-def test_a_gpu_that_is_not_there_is_one_line_and_exit_code_2(name: str) -> None:
-    words = [] if name == "kernels" else ["--device", "cuda"]
-    done = run(f"bench_{name}.py", [], *words)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+def test_a_gpu_that_is_not_there_is_one_line_and_exit_code_2(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(ROOT / "bench" / f"bench_{name}.py")
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.setattr(sys, "argv", [path] if name == "kernels" else [path, "--device", "cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(path, run_name="__main__")
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"bench_{name}: torch sees no CUDA device")
