@@ -1,12 +1,14 @@
 """Time of every kernel op, forward and backward, beside the least it can take and beside what others take.
 
-    python bench/bench_kernels.py [--budget SECONDS] [--ops NAME ...] [--json FILE] [--dry]
+    python bench/bench_kernels.py [--budget SECONDS] [--ops NAME ...] [--workload NAME ...] [--json FILE]
+        [--dry]
 
 Providers: our kernels; the plain PyTorch twin; the twin through torch.compile; Liger's LayerNorm in place of
 the twin. Results and gradients of each must first agree with those of the twin: where they do not stand a
 reason and no time. Times are those of a CUDA graph's replay over rotated buffers (kernels/_timing.py). The
 floor of an op is the bytes that it must move over the bandwidth of a copy, measured here and now; where the
 buffers fit in the L2 cache together, an op may beat it, and its row says L2.
+`--workload` takes the ops of an update at the sizes of these workloads (workload_cases.py), and no others.
 `--dry` runs the same code at tiny sizes on the CPU, the kernels only under TRITON_INTERPRET=1.
 """
 
@@ -28,6 +30,8 @@ import torch
 from bench_limits import KINDS, chain, copied, copies, multiplying
 from harness import Measurement, absent, equality, interleave, measured, write
 from torch import Tensor
+from workload_cases import cases_of
+from workloads import WORKLOADS, named
 
 from brc_fast.kernels import reference
 from brc_fast.kernels._cases import Case
@@ -36,7 +40,7 @@ from brc_fast.kernels._timing import PARAMETERS, batches_of, cold, rotated, seco
 from brc_fast.kernels.aot import cases as all_cases
 from brc_fast.kernels.tune import disagreement, tensors
 
-DRY_BATCHES = (4,)
+DRY_BATCHES, DRY_WIDTH = (4,), 16
 MANY = 65_536  # rows for an op that moves little even at the largest batch size
 LITTLE = 2**25  # bytes
 # As kernels.tune.SAME_KERNEL, for the twin: in 2 bytes it rounds between operations, and a kernel does not.
@@ -376,10 +380,12 @@ def run(
     dry: bool = False,
     ops: Sequence[str] | None = None,
     cases: Sequence[Case] | None = None,
+    batches: Callable[[Case], Sequence[int]] = batches_of,
 ) -> dict[str, Any]:
     """Everything above, what matters most first, until the time is up.
 
-    What was not reached is counted. Where an error spoils the device, "aborted" says so beside what there is.
+    Targets, and many rows of what moves little, belong to the usual `batches`. What was not reached is
+    counted. Where an error spoils the device, "aborted" says so beside what there is.
     """
     deadline = time.perf_counter() + seconds
     each = 0.0 if dry else 0.05
@@ -394,13 +400,14 @@ def run(
         flush=True,
     )
     matrices = products(device, each, dry, time.perf_counter() + seconds / 6)
+    usual = batches is batches_of
     real: list[Row] = []
     many: list[Row] = []
     small: list[Row] = []
     for rank, case in wanted:
-        batch, *smaller = DRY_BATCHES if dry else batches_of(case)
-        real.append(Row(case, batch, device, bandwidth, rank, large=True))
-        if not dry and 2**10 < case.bytes(batch) < LITTLE:
+        batch, *smaller = DRY_BATCHES if dry else batches(case)
+        real.append(Row(case, batch, device, bandwidth, rank, large=usual))
+        if usual and not dry and 2**10 < case.bytes(batch) < LITTLE:
             many.append(Row(case, MANY, device, bandwidth, rank, large=True))
         small += [Row(case, size, device, bandwidth, rank, large=False) for size in smaller]
     lead = [row for row in real if row.rank < LEAD]
@@ -452,23 +459,40 @@ def run(
     }
 
 
+def workload_sizes(names: Sequence[str], dry: bool) -> dict[Case, int]:
+    """The cases of these workloads with their batch sizes; critics are narrow in a dry run."""
+    found = [named(name) for name in names]
+    narrow = [workload._replace(width=DRY_WIDTH) for workload in found] if dry else found
+    return {case: workload.batch for workload in narrow for case in cases_of(workload)}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--budget", type=float, default=600.0, help="seconds in all (default 600)")
     parser.add_argument("--ops", nargs="+", help="only these ops")
+    parser.add_argument("--workload", nargs="+", metavar="NAME", help=f"among {', '.join(WORKLOADS)}")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, on the CPU")
     given = parser.parse_args(arguments)
     if not given.dry and not torch.cuda.is_available():
         print("bench_kernels: torch sees no CUDA device; --dry runs on the CPU", file=sys.stderr)
         return 2
-    known = sorted({case.op for case in all_cases()})
+    try:
+        sizes = workload_sizes(given.workload or (), given.dry)
+    except ValueError as error:
+        print(f"bench_kernels: {error}", file=sys.stderr)
+        return 2
+    known = sorted({case.op for case in sizes or all_cases()})
     for name in given.ops or ():
         if name not in known:
             print(f"bench_kernels: unknown op {name}; there are {', '.join(known)}", file=sys.stderr)
             return 2
     device = torch.device("cpu" if given.dry else "cuda")
-    found = run(device, given.budget, dry=given.dry, ops=given.ops)
+    if sizes:
+        cases = [case for case in sizes if not given.ops or case.op in given.ops]
+        found = run(device, given.budget, dry=given.dry, cases=cases, batches=lambda case: [sizes[case]])
+    else:
+        found = run(device, given.budget, dry=given.dry, ops=given.ops)
     if given.json is not None:
         write(given.json.stem, {"benchmark": "kernels", "dry": given.dry, **found}, given.json.parent)
     return 0 if found["aborted"] is None else 1

@@ -27,7 +27,7 @@ from brc_fast.config import Precision
 from brc_fast.precision import products
 from peers.torch_plain import METRICS, CompiledBRC, PlainBRC
 
-CARTPOLE = Workload("cartpole", "mjx/CartpoleSwingup", 5, 1)
+CARTPOLE = Workload("cartpole", "mjx/CartpoleSwingup", 5, 1, suites=("mjx/CartpoleSwingup",))
 OURS = ("ours", "ours-tf32", "ours-bf16")
 PROVIDERS = (*OURS, "plain", "compiled", "jax")
 # Of losses against those in float32, relative and absolute: of an update, and of one after a step of AdamW.
