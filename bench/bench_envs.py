@@ -1,6 +1,7 @@
 """Steps per second of our environments and of the same simulators driven by their own loop.
 
-    python bench/bench_envs.py [--tasks TASK ...] [--num-envs N ...] [--budget SECONDS] [--save NAME]
+    python bench/bench_envs.py [--tasks TASK ...] [--workload NAME ...] [--num-envs N ...] [--device cpu|cuda]
+        [--budget SECONDS] [--save NAME]
     python bench/bench_envs.py --start [--tasks TASK] [--num-envs N] [--save NAME]
 
 ours      `brc_fast.envs.make`: tensors, true successors, ended slots started again
@@ -9,7 +10,11 @@ library   mjx: Playground's step in jit(vmap), state donated, nothing restarted,
           envpool, metaworld: the pool's own `step`
 
 Both run in one process, interleaved, with the same actions; before timing, their rewards over the first steps
-from the same start must agree. A step is that of one slot.
+from the same start must agree. A step is that of one slot. A suite of several tasks is stepped by ours alone,
+for the libraries have no loop over tasks.
+
+--workload steps the tasks of a workload (workloads.py). --device is where the agent is whose actions come and
+whose observations go; MJX runs on the same kind of device, the other simulators on the CPU.
 
 --start measures from the start of a process to the end of the first step of an MJX task, with an empty cache
 folder and again with what the first process left there.
@@ -33,10 +38,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from harness import Measurement, absent, equality, interleave, measured, median_ratio, write
+from harness import Measurement, absent, equality, interleave, measured, median_ratio, wait, write
 from numpy.typing import NDArray
+from workloads import WORKLOADS, named
 
-from brc_fast.envs import make
+from brc_fast.envs import expand, make
 
 TASKS = (
     "mjx/CartpoleSwingup",
@@ -48,11 +54,13 @@ TASKS = (
     "metaworld/reach-v3",
 )
 SLOTS = {"mjx": 64, "gym": 8, "dmc": os.cpu_count() or 1, "envpool": 8, "metaworld": 16}
+SEVERAL = 4  # slots of each task of a suite
 COMPARED = 10  # steps before timing
 TOLERANCE = 1e-3  # of rewards, relative and absolute: programs of XLA differ in rounding
 ROUND = 0.05  # seconds of a provider's steps in one round
 LONGEST = 10.0  # seconds of timing of a task; a quiet machine needs no more
 UNIT, PROVIDERS = "steps/s", ("ours", "library")
+ALONE = "steps one task at a time; nothing to compare a suite with"
 SIMULATORS = ("gymnasium", "dm-control", "shimmy", "envpool", "playground")
 
 Actions = NDArray[np.float32]
@@ -135,9 +143,23 @@ def _recording(seeded: Callable[..., Any], seeds: list[int]) -> Callable[..., An
     return recording
 
 
-def _both(task: str, num_envs: int) -> tuple[Any, Library]:
+def _made(tasks: str, num_envs: int, device: str) -> Any:
+    """Ours; ValueError where MJX would run on another kind of device than the agent."""
+    env = make(tasks, num_envs, quiet=True)
+    if device == "cuda" and tasks.startswith("mjx/"):
+        import jax
+
+        if (backend := jax.default_backend()) != "gpu":
+            env.close()
+            raise ValueError(
+                f"JAX sees no GPU, its backend is {backend}; install jax[cuda12], or --device cpu"
+            )
+    return env
+
+
+def _both(task: str, num_envs: int, device: str) -> tuple[Any, Library]:
     """Ours after a reset, and the library's in the same start states."""
-    env: Any = make(task, num_envs, quiet=True)
+    env = _made(task, num_envs, device)
     backend = task.partition("/")[0]
     try:
         if backend == "mjx":
@@ -174,7 +196,7 @@ def compare(task: str, num_envs: int, seconds: float, device: str = "cpu") -> di
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the simulators, on bounds and versions
-            env, library = _both(task, num_envs)
+            env, library = _both(task, num_envs, device)
     except (ImportError, ValueError) as error:
         return {**row, "missing": str(error)}
     try:
@@ -218,6 +240,36 @@ def compare(task: str, num_envs: int, seconds: float, device: str = "cpu") -> di
     }
 
 
+def alone(suite: str, slots: int, seconds: float, device: str = "cpu") -> dict[str, Any]:
+    """The row of ours, with so many slots of each task, side by side."""
+    row: dict[str, Any] = {"task": suite, "num_envs": slots * len(expand(suite))}
+    start, times = time.perf_counter(), list[float]()
+    try:
+        env = _made(suite, slots, device)
+    except (ImportError, ValueError) as error:
+        return {**row, "missing": str(error)}
+    try:
+        env.reset_tensors(0)
+        actions = torch.zeros(env.num_envs, env.action_size, device=device)
+        wait(env.step_tensors(actions).observations.device.type)
+        started = time.perf_counter() - start
+        while time.perf_counter() - start < min(started + LONGEST, seconds) or len(times) < 3:
+            begin = time.perf_counter()
+            for _ in range(10):
+                observations = env.step_tensors(actions).observations
+            wait(observations.device.type)
+            times.append((time.perf_counter() - begin) / 10)
+    finally:
+        env.close()
+    rates = [env.num_envs / took for took in times]
+    entries = [
+        measured(case_of(row), "ours", rates, UNIT, "more"),
+        absent(case_of(row), "library", ALONE, UNIT, "more"),
+    ]
+    rate = {"ours": statistics.median(rates)}
+    return {**row, "steps_per_second": rate, "start_seconds": started, "measurements": entries}
+
+
 def case_of(row: Mapping[str, Any]) -> str:
     return f"{row['task']} num_envs={row['num_envs']}"
 
@@ -245,19 +297,29 @@ def line(row: dict[str, Any]) -> str:
     if "missing" in row:
         return f"{head}{'-':>12}{'-':>12}   {row['missing']}"
     rates = row["steps_per_second"]
+    if "times_library" not in row:
+        return f"{head}{rates['ours']:12.0f}{'-':>12}   library: {ALONE}"
     middle, low, high = row["times_library"]
     return f"{head}{rates['ours']:12.0f}{rates['library']:12.0f}{middle:8.2f} ({low:.2f} to {high:.2f})"
 
 
-def run(tasks: Sequence[str], num_envs: Sequence[int], seconds: float) -> list[dict[str, Any]]:
-    """Every task with every number of slots, or its own number, in equal shares of the time that is left."""
+def usual(task: str) -> int:
+    """Slots of a task, or of each of a suite, where none are asked for."""
+    return SEVERAL if len(expand(task)) > 1 else SLOTS.get(task.partition("/")[0], 8)
+
+
+def run(
+    tasks: Sequence[str], num_envs: Sequence[int], seconds: float, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Every task or suite with every number of slots, or its own, in equal shares of the time left."""
     end = time.perf_counter() + seconds
     rows: list[dict[str, Any]] = []
-    pairs = [(task, n) for task in tasks for n in num_envs or [SLOTS.get(task.partition("/")[0], 8)]]
+    pairs = [(task, n) for task in tasks for n in num_envs or [usual(task)]]
     print(HEAD, flush=True)
     for place, (task, slots) in enumerate(pairs):
         share = (end - time.perf_counter()) / (len(pairs) - place)
-        rows.append(compare(task, slots, share))
+        kind = compare if len(expand(task)) == 1 else alone
+        rows.append(kind(task, slots, share, device))
         print(line(rows[-1]), flush=True)
     return rows
 
@@ -315,25 +377,41 @@ def simulators() -> dict[str, str]:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", help=f"default: {' '.join(TASKS)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--tasks", nargs="+", help=f"or suites; default: {' '.join(TASKS)}")
+    parser.add_argument("--workload", nargs="+", metavar="NAME", help=f"among {', '.join(WORKLOADS)}")
     parser.add_argument("--num-envs", type=int, nargs="+", default=[], help=f"slots; default: {SLOTS}")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds in all")
     parser.add_argument("--start", action="store_true", help="time the start of a process")
     parser.add_argument("--save", help="name of a file under bench/results")
     arguments = parser.parse_args(words)
+    there = torch.cuda.is_available()
+    device = arguments.device or ("cuda" if there else "cpu")
+    if device == "cuda" and not there:
+        print("bench_envs: torch sees no CUDA device", file=sys.stderr)
+        return 2
+    try:
+        asked = [*(arguments.tasks or ()), *(named(name).suite for name in arguments.workload or ())] or TASKS
+        for task in asked:
+            expand(task)
+    except ValueError as error:
+        print(f"bench_envs: {error}", file=sys.stderr)
+        return 2
+    if device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # else JAX takes a GPU that it sees
     with suppress(ImportError):
         import mujoco
 
         mujoco.set_mju_user_warning(lambda message: None)  # else on the terminal and in a file in this folder
     if arguments.start:
-        tasks = arguments.tasks or TASKS[:1]
+        tasks = TASKS[:1] if asked is TASKS else asked
         slots = arguments.num_envs or [SLOTS["mjx"]]
         starts = [start(task, number) for task in tasks for number in slots]
         result = {"starts": starts, "measurements": [entry for row in starts for entry in started(row)]}
     else:
-        result = collected(run(arguments.tasks or TASKS, arguments.num_envs, arguments.budget))
+        result = collected(run(asked, arguments.num_envs, arguments.budget, device))
     if arguments.save:
-        write(arguments.save, {"benchmark": "envs", "simulators": simulators(), **result})
+        write(arguments.save, {"benchmark": "envs", "device": device, "simulators": simulators(), **result})
     return 1 if any(differs(row) for row in result.get("rows", [])) else 0
 
 

@@ -1,7 +1,7 @@
 """The whole training loop: time to a return, and environment steps and updates per second together.
 
-    python bench/bench_train.py [--device cpu|cuda] [--task TASK --threshold RETURN] [--budget SECONDS]
-        [--save NAME] [--picture PNG]
+    python bench/bench_train.py [--device cpu|cuda] [--task TASK | --workload NAME] [--threshold RETURN]
+        [--budget SECONDS] [--save NAME] [--picture PNG]
 
 ours    brc_fast.train.Trainer, as `brc-fast train TASK` runs it
 plain   the same loop, environments, replay, settings, seeds and noise, but networks and update are those of
@@ -11,12 +11,16 @@ Both train in one process, in turns of SLICE seconds, until an evaluation's mean
 The seconds of a provider are those of its own turns: neither evaluations nor the start count. Before that,
 updates of both on the same batches must agree. One seed after the other, as far as the time goes; figures of
 the loop are medians of the turns in which both were learning.
+
+--workload trains on the tasks of a workload (workloads.py), on a GPU with its width and batch size. Without
+--threshold only the figures of the loop are measured: what a good return is depends on the tasks.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,9 +32,11 @@ import torch
 from harness import Measurement, absent, equality, header, measured, median_ratio, wait, write
 from plot_replay import INK, LIMIT_COLOUR, OTHER_COLOUR, OURS_COLOUR, SMALL
 from update_providers import AFTER_A_STEP, FIRST, out_of_memory, release, tensor_cores
+from workloads import WORKLOADS, Workload, named
 
 from brc_fast import BRC, Batch, CriticConfig, Noise
 from brc_fast.config import LearningConfig, TrainConfig, cpu_preset, gpu_preset
+from brc_fast.envs import expand
 from brc_fast.train import Trainer
 from peers.plain_agent import PlainAgent
 from peers.torch_plain import METRICS
@@ -64,6 +70,16 @@ def settings(task: str, device: str) -> TrainConfig:
     return dataclasses.replace(config, learning=quick, **often)
 
 
+def on_workload(workload: Workload, device: str) -> TrainConfig:
+    """The same settings on the tasks of a workload; on a CPU the critic and the batches stay small."""
+    config, tasks = settings(workload.suite, device), expand(workload.suite)
+    few = {} if len(tasks) == 1 else {"num_envs": 4, "eval_episodes": 2}  # of each task
+    config = dataclasses.replace(config, tasks=tasks, **few)
+    if device == "cpu":
+        return dataclasses.replace(config, random_steps=min(config.random_steps, 1_000))
+    return dataclasses.replace(config, critic=CriticConfig(width=workload.width), batch_size=workload.batch)
+
+
 # ---------------------------------------------------------------- equality
 
 
@@ -80,7 +96,7 @@ def differences(config: TrainConfig, device: str, observation: int = 5, action: 
             torch.rand(*shape, action, generator=rng) * 2.0 - 1.0,
             torch.rand(shape, generator=rng),
         )
-        ids = torch.zeros(shape, dtype=torch.long)
+        ids = torch.randint(len(config.tasks), shape, generator=rng)
         batches.append(Batch(here, actions, rewards, torch.ones(shape), there, ids).to(device))
         noise.append(Noise(*torch.randn(2, *shape, action, generator=rng).to(device)))
     for name, kind in AGENTS.items():
@@ -216,23 +232,16 @@ class Seed:
 
 
 def measurements(
-    task: str, threshold: float, seeds: Sequence[Seed], wrong: Sequence[str]
+    task: str, threshold: float | None, seeds: Sequence[Seed], wrong: Sequence[str]
 ) -> list[Measurement]:
-    """Of every provider: seconds to the return, over seeds; environment steps/s and updates/s, over turns."""
+    """Of every provider: seconds to the return, over seeds, if one is asked for; environment steps/s and
+    updates/s, over turns."""
     found = []
     for name in AGENTS:
         sides = [side for seed in seeds for side in seed.sides if side.name == name]
         failed = next((told for told in (*wrong, *(seed.failed.get(name) for seed in seeds)) if told), None)
-        case, late = f"time to return {threshold:g}, {task}", [side for side in sides if not side.done]
-        missing = failed
-        if missing is None and late:
-            missing = f"not reached in {late[0].seconds:.0f} s, best return {late[0].best:.0f}"
-            if len(sides) > 1:
-                missing += f" (seed {late[0].trainer.config.seed}, {len(late)} of {len(sides)} seeds)"
-        if missing is None:
-            found.append(measured(case, name, [side.seconds for side in sides], "s", "less"))
-        else:
-            found.append(absent(case, name, missing, "s", "less"))
+        if threshold is not None:
+            found.append(time_to_return(f"time to return {threshold:g}, {task}", name, sides, failed))
         rates = [pair for seed in seeds for pair in seed.rates[name]]
         for place, (what, unit) in enumerate((("environment steps", "steps/s"), ("updates", "updates/s"))):
             case = f"{what} of the loop, {task}"
@@ -244,6 +253,18 @@ def measurements(
     return found
 
 
+def time_to_return(case: str, name: str, sides: Sequence[Side], failed: str | None) -> Measurement:
+    """Of all seeds; where one did not reach it there is no figure."""
+    missing, late = failed, [side for side in sides if not side.done]
+    if missing is None and late:
+        missing = f"not reached in {late[0].seconds:.0f} s, best return {late[0].best:.0f}"
+        if len(sides) > 1:
+            missing += f" (seed {late[0].trainer.config.seed}, {len(late)} of {len(sides)} seeds)"
+    if missing is None:
+        return measured(case, name, [side.seconds for side in sides], "s", "less")
+    return absent(case, name, missing, "s", "less")
+
+
 def line(told: Measurement) -> str:
     value, spread = "-", told.get("missing", "")
     if told["value"] is not None:
@@ -253,10 +274,10 @@ def line(told: Measurement) -> str:
 
 
 def run(
-    task: str, threshold: float, device: str, seconds: float, config: TrainConfig | None = None
+    task: str, threshold: float | None, device: str, seconds: float, config: TrainConfig | None = None
 ) -> dict[str, Any]:
     """Seed after seed until the time is up, which begins when the first can start; nothing is timed where
-    learners differ, as `equality` says."""
+    learners differ, as `equality` says. Without a threshold the first seed takes all the time."""
     config = config or settings(task, device)
     seeds: list[Seed] = []
     wrong, longest, end = differences(config, device), 0.0, 0.0
@@ -265,7 +286,8 @@ def run(
             start = time.perf_counter()
             if seeds and (seeds[-1].failed or end - start < MORE * longest):
                 break
-            seed = Seed(dataclasses.replace(config, seed=config.seed + number), device, threshold)
+            seeded = dataclasses.replace(config, seed=config.seed + number)
+            seed = Seed(seeded, device, math.inf if threshold is None else threshold)
             end = end if seeds else time.perf_counter() + seconds
             seeds.append(seed)
             seed.train(end)
@@ -312,7 +334,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         colour = OURS_COLOUR if run["provider"] == "ours" else OTHER_COLOUR
         label = {"ours": "brc-fast", "plain": "plain PyTorch"}[run["provider"]] if first else None
         axes.plot(seconds, returns, color=colour, linewidth=1.6, marker="o", markersize=3, label=label)
-    axes.axhline(found["threshold"], color=LIMIT_COLOUR, linewidth=1.2, linestyle=(0, (4, 3)))
+    if found["threshold"] is not None:
+        axes.axhline(found["threshold"], color=LIMIT_COLOUR, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_xlim(left=0)
     axes.set_xlabel(f"seconds of training on {found['gpu'] or found['cpu']}", **SMALL)
     axes.set_ylabel("mean return of an evaluation", **SMALL)
@@ -331,6 +354,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--task", help=f"default: {TASK['cpu']}, on a GPU {TASK['cuda']}")
+    parser.add_argument("--workload", metavar="NAME", help=f"among {', '.join(WORKLOADS)}")
     parser.add_argument("--threshold", type=float, help=f"mean return; known for {', '.join(THRESHOLDS)}")
     parser.add_argument("--budget", type=float, default=240.0, help="seconds, after the first start")
     parser.add_argument("--save", help="name of a file under bench/results")
@@ -338,17 +362,26 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     there = torch.cuda.is_available()
     device = arguments.device or ("cuda" if there else "cpu")
-    task = arguments.task or TASK[device]
-    threshold = THRESHOLDS.get(task) if arguments.threshold is None else arguments.threshold
+    task, threshold, config = arguments.task or TASK[device], arguments.threshold, None
+    try:
+        if arguments.workload and arguments.task:
+            raise ValueError("--task and --workload both say what to train on; give one of them")
+        if arguments.workload:
+            task, config = arguments.workload, on_workload(named(arguments.workload), device)
+    except ValueError as error:
+        print(f"bench_train: {error}", file=sys.stderr)
+        return 2
+    if threshold is None and config is None:
+        threshold = THRESHOLDS.get(task)
     if device == "cuda" and not there:
         print("bench_train: torch sees no CUDA device", file=sys.stderr)
         return 2
-    if threshold is None:
+    if threshold is None and config is None:
         print(f"bench_train: no threshold is known for {task}; give --threshold", file=sys.stderr)
         return 2
     if device == "cpu":
         torch.set_num_threads(1)
-    found = run(task, threshold, device, arguments.budget)
+    found = run(task, threshold, device, arguments.budget, config)
     if arguments.save:
         print(write(arguments.save, {"benchmark": "train", **found}))
     if arguments.picture:

@@ -240,7 +240,7 @@ def replay(part: Part) -> dict[str, Any]:
 def envs(part: Part) -> dict[str, Any]:
     """Steps per second beside bare Playground, and of the 25 tasks side by side; actions from torch."""
     need("jax", "mujoco", "mujoco_playground", "gymnasium")
-    from bench_envs import collected, compare, line
+    from bench_envs import alone, collected, compare, line
 
     end = time.perf_counter() + part.seconds
     rows: list[dict[str, Any]] = []
@@ -248,44 +248,11 @@ def envs(part: Part) -> dict[str, Any]:
         if time.perf_counter() > end:
             rows.append({"task": task, "num_envs": slots, "missing": "the time was used up"})
         elif task in ("mjx/dmc25", "mjx/dmc-easy"):
-            rows.append(_alone(task, slots, part))
+            rows.append(alone(task, slots, part.seconds / 20, part.device))
         else:
             rows.append(compare(task, slots, part.seconds / 20, part.device))
-        told = rows[-1]
-        print(
-            f"  {line(told) if 'steps_per_second' not in told or 'times_library' in told else told}",
-            flush=True,
-        )
+        print(f"  {line(rows[-1])}", flush=True)
     return judged(collected(rows))
-
-
-def _alone(suite: str, slots: int, part: Part) -> dict[str, Any]:
-    """A suite's tasks side by side; the library has no loop for several."""
-    import torch
-    from bench_envs import case_of
-    from harness import measured, wait
-
-    from brc_fast.envs import make
-
-    start = time.perf_counter()
-    env: Any = make(suite, slots)
-    env.reset_tensors(0)
-    actions = torch.zeros(env.num_envs, env.action_size, device=part.device)
-    wait(env.step_tensors(actions).observations.device.type)
-    started = time.perf_counter() - start
-    times = []
-    end = time.perf_counter() + part.seconds / 20
-    while time.perf_counter() < end or len(times) < 3:
-        start = time.perf_counter()
-        for _ in range(10):
-            observations = env.step_tensors(actions).observations
-        wait(observations.device.type)
-        times.append((time.perf_counter() - start) / 10)
-    env.close()
-    rates = [env.num_envs / took for took in times]
-    row = {"task": suite, "num_envs": env.num_envs, "steps_per_second": {"ours": statistics.median(rates)}}
-    entry = measured(case_of(row), "ours", rates, "steps/s", "more")
-    return {**row, "start_seconds": started, "measurements": [entry]}
 
 
 def train(part: Part) -> dict[str, Any]:

@@ -144,10 +144,13 @@ def envs(result: Mapping[str, Any]) -> str:
         return grid(["seconds to the first step", "slots", "first process", "second"], cells)
     rows = []
     for row in result["rows"]:
-        if "times_library" in row:
-            rates = row["steps_per_second"]
-            line = [row["task"], str(row["num_envs"]), number(rates["ours"]), number(rates["library"])]
-            rows.append([*line, spread(row["times_library"])])
+        if rates := row.get("steps_per_second"):
+            line = [
+                row["task"],
+                str(row["num_envs"]),
+                *(number(rates.get(who)) for who in ("ours", "library")),
+            ]
+            rows.append([*line, spread(row["times_library"]) if "times_library" in row else NOTHING])
     head = ["steps/s", "slots", label("ours"), label("library"), "x its own loop (quartiles)"]
     return grid(head, rows)
 

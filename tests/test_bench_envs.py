@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ def bench(monkeypatch, tmp_path):
 
     monkeypatch.setattr(bench_envs, "write", partial(bench_envs.write, folder=tmp_path))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # main sets it too, and this takes it back
     return bench_envs
 
 
@@ -106,3 +109,15 @@ def test_the_second_start_of_a_process_finds_the_first_ones_programs(bench, tmp_
 def test_a_process_that_makes_no_step_is_an_error(bench):
     with pytest.raises(RuntimeError, match="gym/Nope-v1 made no step, exit code 1"):
         bench.start("gym/Nope-v1", 1)
+
+
+def test_a_device_that_is_not_there_is_one_line_or_the_reason_of_a_row(bench, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "bench_envs: torch sees no CUDA device\n"
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(default_backend=lambda: "cpu"))
+    monkeypatch.setattr(bench, "make", lambda *words, **named: SimpleNamespace(close=lambda: None))
+    row = bench.compare("mjx/CartpoleSwingup", 1, 0.0, "cuda")
+    assert row["missing"].startswith("JAX sees no GPU, its backend is cpu; ")
