@@ -27,7 +27,8 @@ import torch
 from bench_update import MOST, ROUND, Pair, ready, timed, told
 from fitting import Fit, fit
 from harness import Measurement, absent, equality, interleave, measured, quartiles, wait, write
-from roofline import Machine, machine
+from machines import machine
+from roofline import Machine
 from update_providers import DIFFERS, Products, Provider, Subject, expected, release, tensor_cores
 from workloads import named
 
@@ -224,7 +225,7 @@ def run(
     """One axis after the other, each with its share of the time. `dry`: tiny sizes, three rounds."""
     end, sizes, done = time.perf_counter() + seconds, DRY if dry else SIZES[device], list[Axis]()
     width, batch = (16, 8) if dry else KEPT[device]
-    roof = machine(device) if device == "cuda" else None
+    roof = machine(device, dry=dry) if device == "cuda" else None
 
     def found() -> dict[str, Any]:
         measurements = [one for axis in done for one in axis.measurements()]
@@ -233,6 +234,7 @@ def run(
             "axes": [axis.row() for axis in done],
             "workload": BASE.name,
             "device": device,
+            "machine": roof and roof._asdict(),
             "equality": equality([reason for reason in wrong if DIFFERS in reason]),
             "measurements": measurements,
         }

@@ -15,7 +15,8 @@ In one process, interleaved; where memory is too small for all, one after the ot
 parameters, and updates on the same batches must agree with plain PyTorch's before anything is timed.
 Products of the others are in float32 on a CPU, in TF32 on a GPU.
 The floor: on a CPU the time of the update's matrix products alone, interleaved with the rest; on a GPU the
-roofline of its kernels (roofline.py).
+roofline of its kernels (roofline.py), of this machine's limits (machines.py). On a CPU a tenth of the time
+goes into measuring the parts of ours (update_parts.py).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from typing import Any
 import roofline
 import torch
 from harness import Measurement, absent, equality, interleave, measured, median_ratio, quartiles, write
+from machines import machine as limits_of
+from update_parts import measured_parts
 from update_providers import (
     BUILDERS,
     CARTPOLE,
@@ -60,7 +63,9 @@ ROUND = 0.05  # seconds of a provider's calls in one round, if these are at leas
 MOST = 100
 LONGEST = {"cpu": float("inf"), "cuda": 4.0}  # seconds of timing at one size; a quiet machine needs no more
 HEAVY = 4e9  # bytes of plain PyTorch; a CPU is not given more unless it is asked to
-COUNTED = 0.1  # share of the time on a GPU that is kept for counting kernels
+COUNTED = (
+    0.1  # share of the time on a GPU that is kept for counting kernels, on a CPU for parts of the update
+)
 MARK = "spin_kernel"  # what torch.cuda._sleep launches
 
 Times = dict[str, list[float]]
@@ -72,8 +77,12 @@ Times = dict[str, list[float]]
 class Pair:
     """One size: what was found, and the reason of each provider that has no time."""
 
-    def __init__(self, subject: Subject, machine: roofline.Machine | None) -> None:
+    def __init__(
+        self, subject: Subject, machine: roofline.Machine | None, limits: roofline.Machine | None = None
+    ) -> None:
         self.subject, self.machine = subject, machine
+        self.limits = limits  # for the floors of the parts, which are measured where it is given
+        self.parts: dict[str, Any] = {}
         self.times: Times = {}  # seconds per update, round by round
         self.groups: list[list[str]] = []  # providers of one interleaved run
         self.precision: dict[str, str] = {}
@@ -136,6 +145,7 @@ class Pair:
             "peak_memory_bytes": self.memory,
             "missing": self.missing,
             "notes": self.notes,
+            **self.parts,
         }
 
     def measurements(self) -> list[Measurement]:
@@ -228,8 +238,11 @@ def run_group(
         providers["products"] = Products(pair.subject)
     try:
         left = seconds - (time.perf_counter() - start)
-        pair.times |= timed(providers, pair.subject, max(0.0, left))
+        split = COUNTED if pair.limits is not None and "ours" in providers else 0.0
+        pair.times |= timed(providers, pair.subject, max(0.0, left * (1.0 - split)))
         pair.groups.append(list(providers))
+        if split:
+            pair.parts = measured_parts(providers["ours"], pair.subject, max(0.0, left * split), pair.limits)
     except Exception as error:
         if out_of_memory(error) and not alone:
             crowded = [name for name in names if name not in pair.missing]
@@ -244,9 +257,10 @@ def compare(
     seconds: float,
     machine: roofline.Machine | None = None,
     deadline: float = float("inf"),
+    limits: roofline.Machine | None = None,
 ) -> Pair:
     """Time the providers at one size, together where they fit."""
-    pair, start = Pair(subject, machine), time.perf_counter()
+    pair, start = Pair(subject, machine, limits), time.perf_counter()
     try:
         if reason := too_large(subject, "plain"):
             raise Unavailable(reason)
@@ -340,6 +354,12 @@ def lines(pair: Pair) -> Iterator[str]:
         if "products" not in pair.times and (floor := pair.floor(name)) is not None:
             words += f" of {floor * 1e6:.0f} us"
         yield words + (f"  {pair.notes[name]}" if name in pair.notes else "")
+    if "parts_missing" in pair.parts:
+        yield f"  no parts: {pair.parts['parts_missing']}"
+    elif pair.parts:
+        whole = sum(part["seconds"] for part in pair.parts["parts"])
+        shares = [f"{part['part']} {part['seconds'] / whole:.0%}" for part in pair.parts["parts"]]
+        yield f"  parts of ours: {', '.join(shares)}"
 
 
 HEAD = f"{'case':<30}  provider   updates/s   x ours (quartiles)   x floor"
@@ -377,7 +397,8 @@ def run(
     start = time.perf_counter()
     deadline, cuda = start + seconds, device == "cuda"
     last = deadline - COUNTED * seconds if cuda else deadline
-    machine = roofline.machine(device) if cuda else None
+    limits = limits_of(device, dry=dry)
+    machine = limits if cuda else None
     backend = "aot_eager" if dry else "inductor"
     subjects = [
         Subject(shape.width, shape.batch, updates or (2 if cuda else 1), device, backend, shape)
@@ -392,6 +413,7 @@ def run(
             "equality": equality(wrong(rows)),
             "not_reached": [subject.case for subject in subjects[len(pairs) :]],
             "machine": machine and machine._asdict(),
+            "limits": limits._asdict(),
             "measurements": [one for pair in pairs for one in pair.measurements()],
         }
 
@@ -402,7 +424,7 @@ def run(
             if pairs and now > last:
                 break
             share = 0.0 if dry else (last - now) / (len(subjects) - index)
-            pairs.append(compare(subject, providers, share, machine, last))
+            pairs.append(compare(subject, providers, share, machine, last, None if cuda else limits))
             print("\n".join(lines(pairs[-1])), flush=True)
             keep(found())
         if cuda:
@@ -411,6 +433,7 @@ def run(
             except RuntimeError as error:
                 print(f"kernels were not counted: {told(error)}")
     result = found()
+    print(f"limits of this machine: {limits.source}")
     if result["not_reached"]:
         print(f"not reached, time was up: {', '.join(result['not_reached'])}")
     keep(result)

@@ -20,8 +20,7 @@ COLOURS = {
     "jax": "#bf8700",
     "library": OTHER_COLOUR,
 }
-PARTS = ("matrix products", "norms", "optimizers", "losses, inputs, noise")
-PART_COLOURS = (OURS_COLOUR, "#8250df", "#bf8700", OTHER_COLOUR)
+PART_COLOURS = (OURS_COLOUR, "#8250df", "#6ea8fe", "#c8a6f5", "#bf8700", OTHER_COLOUR, "#57606a")
 
 
 def figure(panels: int, width: float = 3.9, height: float = 3.3) -> tuple[Any, list[Any]]:
@@ -50,11 +49,11 @@ def close(drawn: Any) -> None:
     plt.close(drawn)
 
 
-def legend(drawn: Any, panel: Any) -> None:
-    """In a row above all panels, where no line can run through it."""
+def legend(drawn: Any, panel: Any, columns: int = 6) -> None:
+    """Above all panels, where no line can run through it."""
     handles, names = panel.get_legend_handles_labels()
     style = {"frameon": False, "fontsize": 8, "labelcolor": INK}
-    drawn.legend(handles, names, ncols=len(names), loc="outside upper center", **style)
+    drawn.legend(handles, names, ncols=min(len(names), columns), loc="outside upper center", **style)
 
 
 def ticks(panel: Any, places: Sequence[float]) -> None:
@@ -113,55 +112,51 @@ def update(result: Mapping[str, Any]) -> Any:
     return drawn
 
 
-def part_of(name: str) -> str:
-    """The part of an update that a kernel of the roofline belongs to: products are named net.matrix."""
-    if "." in name:
-        return PARTS[0]
-    if "norm" in name:
-        return PARTS[1]
-    return PARTS[2] if "AdamW" in name else PARTS[3]
-
-
 def parts_of(row: Mapping[str, Any], machine: Mapping[str, Any] | None) -> dict[str, float]:
     """Seconds by part: as measured where the row has them, else of the roofline's kernels on this machine."""
     if "parts" in row:
         return {part["part"]: part["seconds"] for part in row["parts"]}
     if machine is None or row["ratios_to"] is None:
         return {}
-    given = roofline.Machine(**machine)
     precision = "bf16" if "ours-bf16" in row["precision"] else "tf32"
     shape = (row.get("observation", 5), row.get("action", 1))
     more = {"tasks": row["tasks"]} if row.get("tasks", 1) > 1 else {}
     sizes = roofline.Sizes(row["batch"], row["width"], row["actor_width"], *shape, **more)
-    found = dict.fromkeys(PARTS, 0.0)
-    rate = given.bf16 if precision == "bf16" else given.tf32
-    for kernel in roofline.kernels(sizes, precision):
-        found[part_of(kernel.name)] += max(kernel.operations / rate, kernel.bytes / given.bandwidth)
-    return found
+    return roofline.parts(sizes, precision, roofline.Machine(**machine))
 
 
 def parts(result: Mapping[str, Any]) -> Any:
-    """Share of an update's time by part, a bar per size."""
-    found = {}
+    """Share of an update's time by part, a bar per size; under one that was measured the parts' floors."""
+    bars: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
     for row in result["rows"]:
         if shares := parts_of(row, result.get("machine")):
-            found[row.get("case", f"width {row['width']}, batch {row['batch']}")] = shares
-    if not found:
+            floors = {part["part"]: part.get("floor") or 0.0 for part in row.get("parts", ())}
+            bars[row.get("case", f"width {row['width']}, batch {row['batch']}")] = shares, floors
+    if not bars:
         return None
-    drawn, (panel,) = figure(1, 7.6, 1.3 + 0.34 * len(found))
-    names = list(dict.fromkeys(name for shares in found.values() for name in shares))
-    left = [0.0] * len(found)
-    for place, name in enumerate(names):
-        share = [shares.get(name, 0.0) / sum(shares.values()) * 100 for shares in found.values()]
-        colour = PART_COLOURS[place % len(PART_COLOURS)]
-        panel.barh(list(found), share, left=left, color=colour, height=0.68, label=name)
-        left = [a + b for a, b in zip(left, share, strict=True)]
+    measured = any(any(floors.values()) for _, floors in bars.values())
+    drawn, (panel,) = figure(1, 7.6, 1.3 + (0.52 if measured else 0.34) * len(bars))
+    names = list(dict.fromkeys(name for shares, _ in bars.values() for name in shares))
+    rows = [(-0.14, 0.4, 1.0), (0.26, 0.24, 0.5)] if measured else [(0.0, 0.68, 1.0)]
+    wholes = [sum(shares.values()) for shares, _ in bars.values()]
+    for kind, (shift, height, alpha) in enumerate(rows):  # what was measured, then floors
+        left, places = [0.0] * len(bars), [place + shift for place in range(len(bars))]
+        for colour, name in zip(PART_COLOURS, names, strict=False):
+            own = [pair[kind].get(name, 0.0) for pair in bars.values()]
+            share = [100.0 * part / whole for part, whole in zip(own, wholes, strict=True)]
+            style = {"color": colour, "alpha": alpha, "label": None if kind else name}
+            panel.barh(places, share, left=left, height=height, **style)
+            left = [a + b for a, b in zip(left, share, strict=True)]
+    panel.set_yticks(range(len(bars)), list(bars))
     panel.invert_yaxis()
-    panel.set_xlim(0, 100)
-    measured = "parts" in result["rows"][0]
-    told = "% of the measured time" if measured else "% of the least time that the parts can take (roofline)"
+    panel.set_xlim(0, max(100.0, *left))
+    told = "% of the least time that the parts can take (roofline)"
+    if "parts" in result["rows"][0]:
+        told = "% of the measured time"
+    if measured:
+        told += "; below, paler: the floor of each part by the model"
     panel.set_xlabel(told, **SMALL)
-    legend(drawn, panel)
+    legend(drawn, panel, 4)
     return drawn
 
 

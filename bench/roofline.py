@@ -9,13 +9,14 @@ is not counted: this is a floor.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
-
 EMBEDDING = 32  # D (brc_fast.config)
+FORWARD, FORWARD_NORMS = "forward: products", "forward: norms"
+BACKWARD, BACKWARD_NORMS = "backward: products", "backward: norms"
+OPTIMIZERS, OTHERS = "optimizers", "losses, inputs, noise"
+PARTS = (FORWARD, FORWARD_NORMS, BACKWARD, BACKWARD_NORMS, OPTIMIZERS, OTHERS)
 PAD = 8  # of the first kernel's rows and the head's columns (brc_fast.networks)
 
 
@@ -46,9 +47,14 @@ class Machine(NamedTuple):
     bf16: float
     tf32: float
     bandwidth: float
+    fp32: float = 0.0
+    source: str = ""  # where these were measured (machines.py)
 
-
-H200 = Machine("NVIDIA H200", 790e12, 395e12, 4.3e12)  # measured; tf32 as half of bf16
+    def seconds(self, kernel: Work, precision: str) -> float:
+        """The least that a kernel takes with products in bf16, tf32 or fp32."""
+        rate = {"bf16": self.bf16, "tf32": self.tf32, "fp32": self.fp32}[precision]
+        least = kernel.bytes / self.bandwidth
+        return max(least, kernel.operations / rate) if kernel.operations else least
 
 
 class Operand(NamedTuple):
@@ -277,7 +283,7 @@ def passes(sizes: Sizes, size: int) -> list[Work]:
 
 
 def kernels(sizes: Sizes, precision: str) -> list[Work]:
-    """Those of one update with products in `precision` (bf16 or tf32)."""
+    """Those of one update with products in `precision` (bf16, tf32 or fp32)."""
     size = 2 if precision == "bf16" else 4
     multiplied = [Work(p.out, p.operations, size * p.elements) for p in products(sizes)]
     return multiplied + passes(sizes, size)
@@ -285,27 +291,24 @@ def kernels(sizes: Sizes, precision: str) -> list[Work]:
 
 def floor(sizes: Sizes, precision: str, machine: Machine) -> float:
     """Seconds per update that no sequence of these kernels can beat on this machine."""
-    rate = machine.bf16 if precision == "bf16" else machine.tf32
-    return sum(max(k.operations / rate, k.bytes / machine.bandwidth) for k in kernels(sizes, precision))
+    return sum(machine.seconds(kernel, precision) for kernel in kernels(sizes, precision))
 
 
-def machine(device: str, size: int = 8192, repeats: int = 10) -> Machine:
-    """What the roofline of this GPU is made of: known for an H200, else measured now."""
-    name = torch.cuda.get_device_name() if device == "cuda" else device
-    if "H200" in name:
-        return H200
+def part_of(name: str) -> str:
+    """The part of an update that a kernel belongs to: products are named net.matrix."""
+    net, _, matrix = name.partition(".")
+    if matrix:
+        return FORWARD if matrix == "out" or matrix.startswith("product") else BACKWARD
+    if "norm" in net:
+        return BACKWARD_NORMS if net.endswith("backward") else FORWARD_NORMS
+    if net.endswith("head bias"):
+        return BACKWARD
+    return OPTIMIZERS if "AdamW" in net or net == "temperature" else OTHERS
 
-    def seconds(work: torch.Tensor, *operands: torch.Tensor) -> float:
-        took = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            torch.mm(*operands, out=work) if len(operands) == 2 else work.copy_(*operands)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            took.append(time.perf_counter() - start)
-        return min(took)
 
-    out, left, right = torch.randn(3, size, size, device=device, dtype=torch.bfloat16).unbind()
-    rate = 2 * size**3 / seconds(out, left, right)
-    bandwidth = 2 * out.numel() * out.element_size() / seconds(out, left)
-    return Machine(name, rate, rate / 2, bandwidth)
+def parts(sizes: Sizes, precision: str, machine: Machine) -> dict[str, float]:
+    """The floor of each part."""
+    found = dict.fromkeys(PARTS, 0.0)
+    for kernel in kernels(sizes, precision):
+        found[part_of(kernel.name)] += machine.seconds(kernel, precision)
+    return found

@@ -131,12 +131,6 @@ def test_the_slower_of_arithmetic_and_memory_counts_kernel_by_kernel(roofline: A
     assert either < roofline.floor(small, "tf32", roofline.Machine("", 6.0, rate, bandwidth)) < both
 
 
-def test_a_machine_that_is_not_known_is_measured(roofline: Any) -> None:
-    found = roofline.machine("cpu", size=64, repeats=2)
-    assert (found.name, found.tf32) == ("cpu", found.bf16 / 2)
-    assert found.bf16 > 0 < found.bandwidth
-
-
 @pytest.mark.parametrize(("width", "batch", "tasks"), [(16, 8, 1), (48, 24, 3), (264, 8, 1)])
 def test_the_list_of_products_is_what_an_update_multiplies(
     width: int, batch: int, tasks: int, providers: Any, roofline: Any
