@@ -67,7 +67,7 @@ $(VENV)/.bench: $(STAMP)
 ## tables. ARGS go to every benchmark: ARGS="--budget 20" gives each 20 seconds, its start not included
 BENCH_DIR := $(if $(SAVE),bench/results,build/bench)
 BENCHES := limits update update-workloads scaling replay envs train
-SHAPES := dmc-single dogs-multitask humanoidbench-28 metaworld-50 mjx-dmc25
+SHAPES := dmc-single mjx-dmc25 dogs-multitask humanoidbench-28 metaworld-50
 bench: export OMP_NUM_THREADS ?= 1
 bench: $(VENV)/.bench
 	mkdir -p $(BENCH_DIR)
@@ -75,7 +75,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python bench/bench_update.py --device cpu --providers ours plain jax --width 128 256 512 \
 	  --batch 256 128 --budget 120 --save ../../$(BENCH_DIR)/update-cpu $(ARGS)
 	$(BIN)/python bench/bench_update.py --device cpu --providers ours plain jax --workload $(SHAPES) \
-	  --width 256 --batch 256 --budget 80 --save ../../$(BENCH_DIR)/update-workloads-cpu $(ARGS)
+	  --width 256 --batch 256 --budget 200 --save ../../$(BENCH_DIR)/update-workloads-cpu $(ARGS)
 	$(BIN)/python bench/bench_scaling.py --device cpu --budget 80 --save ../../$(BENCH_DIR)/scaling-cpu $(ARGS)
 	$(BIN)/python bench/bench_replay.py --budget 120 --save ../../$(BENCH_DIR)/replay-cpu $(ARGS)
 	$(BIN)/python bench/bench_envs.py --budget 100 --save ../../$(BENCH_DIR)/envs-cpu $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -183,3 +184,19 @@ def test_training_on_a_workload_measures_rates_alone_unless_a_return_is_asked_fo
     assert not any("return" in one["case"] for one in train.measurements("dmc-single", None, [], []))
     assert train.main([*words, "--task", "gym/Pendulum-v1"]) == 2
     assert capsys.readouterr().err.endswith("both say what to train on; give one of them\n")
+
+
+# ---------------------------------------------------------------- make bench
+
+
+def test_make_bench_knows_its_workloads_and_its_budgets_leave_room_in_a_quarter_of_an_hour() -> None:
+    from workloads import WORKLOADS
+
+    text = (ROOT / "Makefile").read_text()
+    shapes = re.search(r"^SHAPES := (.*)$", text, re.MULTILINE)
+    assert shapes is not None
+    assert set(shapes[1].split()) <= WORKLOADS.keys()
+    recipe = text.partition("\nbench: $(VENV)")[2].partition("\n\n")[0]
+    budgets = [int(seconds) for seconds in re.findall(r"--budget (\d+)", recipe)]
+    assert len(budgets) == recipe.count("bench/bench_")
+    assert sum(budgets) <= 800  # of 900: starts and what compiles come on top
