@@ -2,10 +2,14 @@
 
     python bench/bench_replay.py [--cases ...] [--workload ...] [--capacity 1000000] [--budget SECONDS]
         [--save NAME]
+    python bench/bench_replay.py --device cuda|cpu [--workload ...] [--capacity ...] [--budget ...] [--save]
 
 Buffers run in turns in one process, and the figures are medians of process CPU time, with wall time beside
 them. Before a buffer is timed, the transitions that it returns must be transitions that were stored. A buffer
 that is not installed, fails or returns something else is listed with its reason.
+
+--device asks for batches there instead, and times our two buffers (replay_device.py); on a CPU it tries the
+same code.
 """
 
 from __future__ import annotations
@@ -20,18 +24,20 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import replay_device
 import torch
 from harness import RESULTS, ROOT, Lines, Measurement, absent, equality, header, measured, median_ratio, write
 from native.row_gather import RowGather
 from plot_replay import draw
 from workloads import WORKLOADS
+from workloads import Workload as Named
 
 from peers import replay_files as files
 from peers import replay_frames as frames
@@ -365,11 +371,22 @@ def wide(capacity: int, clock: Clock) -> list[dict[str, Any]]:
     return [{**result, "limit": gather.settings() if gather else None}]
 
 
+def room(shape: Named, capacity: int) -> tuple[int, int]:
+    """Environments of each task, and transitions of all: as many bytes as the other cases have."""
+    streams = STREAMS if shape.tasks == 1 else 8
+    return streams, capacity * OBSERVATION // max(OBSERVATION, shape.observation)
+
+
+def held(shape: Named, capacity: int) -> Workload:
+    """The same for `replay_device`."""
+    streams, rows = room(shape, capacity)
+    return replay_device.stored(shape.observation, shape.action, shape.tasks, streams, rows)
+
+
 def on_workload(name: str, capacity: int, clock: Clock) -> list[dict[str, Any]]:
     """Two batches of a named workload, from as many bytes as the other cases have."""
     shape = WORKLOADS[name]
-    streams = STREAMS if shape.tasks == 1 else 8
-    rows = capacity * OBSERVATION // max(OBSERVATION, shape.observation)
+    streams, rows = room(shape, capacity)
     steps = max(1, rows // shape.tasks // streams)
     work = Workload(shape.observation, shape.action, shape.tasks, streams, steps)
     missing: Missing = {}
@@ -609,6 +626,23 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def on_device(device: str, names: Sequence[str], capacity: int, seconds: float) -> dict[str, Any]:
+    """Our buffers at the sizes of these workloads, or of the first case, with batches on a device."""
+    usual = Named("", "the first case", OBSERVATION, ACTION)
+    runs = []
+    for shape in [WORKLOADS[name] for name in names] or [usual]:
+        sizes = [(2, shape.batch)] if names else [(1, 1024), (16, 1024)]
+        share = seconds / max(1, len(names))
+        runs.append(replay_device.run(held(shape, capacity), sizes, device, share, shape.name))
+    wrong = [run["equality"] for run in runs if run["equality"] != "passed"]
+    return {
+        "device": device,
+        "rows": [row for run in runs for row in run["rows"]],
+        "measurements": [entry for run in runs for entry in run["measurements"]],
+        "equality": wrong[0] if wrong else equality([]),
+    }
+
+
 def one_thread() -> None:
     """Asks every library for one thread; those that are loaded later read the environment."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"):
@@ -624,6 +658,7 @@ def main() -> int:
     parser.add_argument(
         "--workload", nargs="+", choices=tuple(WORKLOADS), default=[], help="see workloads.py"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="batches there, of ours alone")
     parser.add_argument(
         "--capacity",
         type=int,
@@ -639,6 +674,18 @@ def main() -> int:
     if not MIN_CAPACITY <= capacity <= MAX_ROWS:
         print(f"bench_replay: --capacity must lie in {MIN_CAPACITY}..{MAX_ROWS}", file=sys.stderr)
         return 2
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("bench_replay: torch sees no CUDA device; --device cpu runs the same code", file=sys.stderr)
+        return 2
+    if arguments.device and (arguments.cases or arguments.picture):
+        print("bench_replay: --device knows neither --cases nor --picture; leave them out", file=sys.stderr)
+        return 2
+    if arguments.device:
+        torch.set_num_threads(1)
+        device_found = on_device(arguments.device, arguments.workload, capacity, arguments.budget)
+        if arguments.save:
+            print(write(arguments.save, {"benchmark": "replay", "capacity": capacity, **device_found}))
+        return 0 if device_found["equality"] == "passed" else 1
     one_thread()
     start = time.perf_counter()
     results: list[dict[str, Any]] = []

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,55 +185,13 @@ def scaling(part: Part) -> dict[str, Any]:
 
 
 def replay(part: Part) -> dict[str, Any]:
-    """Batches on the device: from a buffer there, prefetched from the host, and copied from there."""
-    import torch
-    from harness import equality, interleave, measured
+    """Batches on the device: from a buffer there, prefetched from the host, and copied from there
+    (replay_device.py)."""
+    from replay_device import run, stored
 
-    from brc_fast import DeviceReplayBuffer, ReplayBuffer
-
-    capacity, streams = (2_000, 8) if part.dry else (1_000_000, 1024)
+    transitions, streams = (2_000, 8) if part.dry else (1_000_000, 1024)
     sizes = ((1, 64),) if part.dry else ((1, 1024), (16, 1024))
-    there = DeviceReplayBuffer(capacity, 67, 24, task_ids=[0] * streams, device=part.device)
-    host = ReplayBuffer(capacity, 67, 24, task_ids=[0] * streams)
-    flags = torch.zeros(streams, dtype=torch.bool)
-    successors = torch.randn(streams, 67)
-    for _ in range(capacity // streams):
-        seen, successors = successors, torch.randn(streams, 67)
-        arguments = (seen, torch.rand(streams, 24), torch.rand(streams), flags, flags, successors)
-        host.add(*arguments)
-        there.add(*(value.to(part.device) for value in arguments))
-    for updates, size in sizes:  # equality first
-        with host.prefetch(size, updates, device=part.device) as batches:
-            for _ in range(3):
-                pairs = zip(next(batches), there.sample(size, updates), strict=True)
-                if not all(torch.equal(a, b) for a, b in pairs):
-                    raise RuntimeError("the buffers return different batches")
-    rows, measurements = [], []
-    for updates, size in sizes:
-        with host.prefetch(size, updates, device=part.device) as batches:
-            providers: dict[str, Callable[[], object]] = {
-                "device": partial(there.sample, size, updates),
-                "prefetched": partial(next, batches),
-            }
-            times = interleave(providers, seconds=part.seconds / 4, calls=20, device=part.device)
-        copied = {"copied": lambda size=size, updates=updates: host.sample(size, updates).to(part.device)}
-        times |= interleave(copied, seconds=part.seconds / 8, calls=20, device=part.device)
-        each = {name: [1e9 * took / (updates * size) for took in t] for name, t in times.items()}
-        for name, values in each.items():
-            case = f"sample {updates} x {size} on the device"
-            measurements.append(measured(case, name, values, "ns per transition", "less"))
-        per = {name: statistics.median(values) for name, values in each.items()}
-        rows.append({"num_batches": updates, "batch_size": size, "nanoseconds_per_transition": per})
-        told = ", ".join(f"{name} {value:.1f}" for name, value in per.items())
-        print(f"  {updates} x {size}, ns per transition: {told}", flush=True)
-    return {
-        "capacity": capacity,
-        "streams": streams,
-        "device": part.device,
-        "rows": rows,
-        "equality": equality([]),  # other batches have raised above
-        "measurements": measurements,
-    }
+    return judged(run(stored(67, 24, 1, streams, transitions), sizes, part.device, part.seconds))
 
 
 def envs(part: Part) -> dict[str, Any]:
