@@ -65,14 +65,17 @@ def providers(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def missing(entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A line per provider and reason, with the cases that it left out."""
+    """A line per reason and cases that it left out, with the providers."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
         if entry["value"] is None:
             reasons.setdefault((entry["provider"], entry["missing"]), []).append(entry["case"])
+    together: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (provider, reason), cases in reasons.items():
+        together.setdefault((reason, tuple(cases)), []).append(label(provider))
+    for (reason, cases), names in together.items():
         where = cases[0] if len(cases) == 1 else f"{len(cases)} cases"
-        yield f"Missing: {label(provider)} ({where}): {reason}."
+        yield f"Missing: {', '.join(names)} ({where}): {reason}."
 
 
 def pivot(entries: Sequence[Mapping[str, Any]], names: Mapping[str, str] | None = None) -> str:

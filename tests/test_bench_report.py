@@ -133,6 +133,14 @@ def test_a_provider_without_a_value_is_listed_with_its_reason_and_not_dropped(
     assert "Missing: JAX (2 cases): jax is not installed." in report.table(report.trusted(write()))
 
 
+def test_providers_without_a_value_for_the_same_reason_share_a_line(report: Any, write: Write) -> None:
+    case, rows = "dmc/dog-run num_envs=2", envs_result(8)
+    entries = [*rows["measurements"], *(entry(case, name, None, "steps/s") for name in ("ours", "library"))]
+    found = report.table(report.trusted(write(content=rows | {"measurements": entries})))
+    assert f"Missing: brc-fast, its own loop ({case}): jax is not installed." in found
+    assert found.count("Missing") == 1
+
+
 def test_a_kernel_that_is_wrong_has_a_reason_in_the_place_of_its_row(report: Any, write: Write) -> None:
     good = entry("two_hot K=101", "kernels", 3.0, "us")
     wrong = entry("adamw_", "kernels", None, "us") | {"missing": "differs from the twin: result 0"}
