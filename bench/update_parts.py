@@ -8,13 +8,12 @@ there are no shares, and the reason.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from harness import interleave, quartiles
+from harness import interleave, median_ratio, quartiles
 from roofline import (
     BACKWARD,
     BACKWARD_NORMS,
@@ -109,7 +108,7 @@ def measured_parts(provider: Provider, subject: Subject, seconds: float, machine
     times = interleave({"whole": whole, "split": split}, seconds=seconds, calls=1, warmup=1)
     del rounds[:1]  # of the warm-up
     sums = [sum(found.values()) for found in rounds]
-    share = statistics.median(sums) / statistics.median(times["whole"])
+    share = median_ratio(sums, times["whole"])[0]
     if abs(share - 1.0) > TOLERANCE:
         told = f"the parts' sum is {share:.2f} times the update without timers, more than {TOLERANCE:g} off"
         return {"parts_missing": f"{told}; measure on a quieter machine"}
