@@ -93,6 +93,16 @@ def test_a_return_that_is_reached_has_the_seconds_of_every_seed(
     assert entries(found, "updates")["ours"]["missing"].endswith("raise --budget")
 
 
+def test_where_no_return_is_asked_for_nothing_is_evaluated_and_rates_are_there(
+    bench: Any, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.Side, "evaluate", lambda side: pytest.fail("evaluated"))
+    found = bench.run(TASK, None, "cpu", 2.0, dataclasses.replace(config, eval_every=4))
+    assert found["threshold"] is None
+    assert {entry["unit"] for entry in found["measurements"]} == {"steps/s", "updates/s"}
+    assert all(entry["value"] > 0 for entry in found["measurements"])
+
+
 @pytest.mark.parametrize("name", ["ours", "plain"])
 def test_a_learner_that_computes_something_else_is_not_timed(
     name: str, bench: Any, config: Any, monkeypatch: pytest.MonkeyPatch

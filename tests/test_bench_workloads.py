@@ -184,6 +184,8 @@ def test_training_on_a_workload_measures_rates_alone_unless_a_return_is_asked_fo
     assert not any("return" in one["case"] for one in train.measurements("dmc-single", None, [], []))
     assert train.main([*words, "--task", "gym/Pendulum-v1"]) == 2
     assert capsys.readouterr().err.endswith("both say what to train on; give one of them\n")
+    assert train.main([*words, "--picture", "none.png"]) == 2
+    assert capsys.readouterr().err.endswith("none are evaluated without --threshold; give it\n")
 
 
 # ---------------------------------------------------------------- make bench
