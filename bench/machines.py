@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ def machine(device: str, *, dry: bool = False, folders: tuple[Path, ...] = FOLDE
         path, result = found[-1]
         return made(device, result["measurements"], f"{path.name} of {result['date'][:16]}")
     wanted = (one for one in limits(torch.device(device), dry) if one.case.startswith(("copy", "product")))
-    return made(device, [measurement(one, 0.0 if dry else EACH) for one in wanted], "measured in this run")
+    found = [measurement(one, 0.0 if dry else EACH) for one in wanted]
+    if device == "cuda":
+        torch.cuda.empty_cache()  # gigabytes that the updates need
+    return made(device, found, "measured in this run")
 
 
 def stored(device: str, folders: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -44,7 +47,7 @@ def stored(device: str, folders: tuple[Path, ...]) -> Iterator[tuple[Path, dict[
             yield path, result
 
 
-def made(device: str, measurements: list[Mapping[str, Any]] | list[Any], source: str) -> Machine:
+def made(device: str, measurements: Sequence[Mapping[str, Any]], source: str) -> Machine:
     """The best rate of each kind of product. A kind that was not measured counts as the next more exact one.
 
     Raises:
