@@ -157,8 +157,9 @@ class Net(NamedTuple):
         top = self.operand(f"output.{self.layers - 1}")
         yield self.product(networks, shape, top, self.operand("head"), "out", "bias")
 
-    def backward(self, networks: int, weights: bool, wants_dx: bool) -> Iterator[Product]:
-        """From the head down, gradients of products where kernels/_stacked.py has them on a CPU."""
+    def backward(self, networks: int, weights: bool, columns: int = 0) -> Iterator[Product]:
+        """From the head down, gradients of products where kernels/_stacked.py has them on a CPU; `columns`
+        of the input get one."""
         rows, width, outputs, inputs = self.rows, self.width, self.outputs, self.inputs
         top, dout = self.operand(f"output.{self.layers - 1}", transposed=True), self.operand("dout")
         if weights:
@@ -174,12 +175,12 @@ class Net(NamedTuple):
             kernel, place = self.operand(f"kernel.{layer}", transposed=True), "inner" if closes else "g"
             adds = "" if closes else "out"
             yield self.product(networks, (rows, width, width), dproduct, kernel, place, adds)
-        g, kernel = self.operand("g"), self.operand("kernel.0", transposed=True)
+        g, kernel = self.operand("g"), self.operand(f"{columns} rows of kernel.0", transposed=True)
         if weights:
             x = self.operand("x", transposed=True, shared=True)
             yield self.product(networks, (inputs, rows, width), x, g, "gradient.0")
-        if wants_dx:
-            yield self.product(networks, (rows, width, inputs), g, kernel, "dx")
+        if columns:
+            yield self.product(networks, (rows, width, columns), g, kernel, f"dx of {columns}")
 
 
 def nets(sizes: Sizes) -> tuple[Net, Net]:
@@ -199,16 +200,21 @@ def nets(sizes: Sizes) -> tuple[Net, Net]:
 def products(sizes: Sizes) -> list[Product]:
     """Every matrix product of one update, in order."""
     actor, critic = nets(sizes)
-    members = sizes.members
+    members, several = sizes.members, sizes.tasks > 1
     return [
-        *actor.forward(1),
+        *(actor if several else both(actor)).forward(1),
         *critic.forward(2 * members, (members, members)),
-        *critic.backward(members, weights=True, wants_dx=sizes.tasks > 1),
-        *actor.forward(1),
+        *critic.backward(members, weights=True, columns=padded(sizes.embedding)),
+        *(actor.forward(1) if several else ()),
         *critic.forward(members),
-        *critic.backward(members, weights=False, wants_dx=True),
-        *actor.backward(1, weights=True, wants_dx=False),
+        *critic.backward(members, weights=False, columns=padded(sizes.action)),
+        *actor.backward(1, weights=True),
     ]
+
+
+def both(actor: Net) -> Net:
+    """The policy at s' and at s in one pass, where the critic's step does not move its input."""
+    return actor._replace(name="actor twice", rows=2 * actor.rows)
 
 
 def parameters(sizes: Sizes) -> tuple[int, int]:
@@ -237,7 +243,8 @@ def passes(sizes: Sizes, size: int) -> list[Work]:
         return Work(f"pack {name}", 0, rows * (4 * given + size * net.inputs) + ids + table)
 
     def norms(net: Net, networks: int) -> list[Work]:
-        hidden, held = networks * rows * net.width * size, networks * (2 * rows + 3 * net.width) * 4
+        hidden = networks * net.rows * net.width * size
+        held = networks * (2 * net.rows + 3 * net.width) * 4
         moved = [2, *(2, 3) * net.depth]  # in and out; where a block closes, what skipped it too
         return [Work(f"{net.name} norm", 0, tensors * hidden + held) for tensors in moved]
 
@@ -249,35 +256,39 @@ def passes(sizes: Sizes, size: int) -> list[Work]:
     def head_bias(net: Net, networks: int) -> Work:
         return Work(f"{net.name} head bias", 0, networks * (rows + 1) * net.outputs * size)
 
-    sum_of_dx = Work("sum of dx", 0, (members + 1) * rows * critic.inputs * size)
-    to_table = Work("embedding backward", 0, rows * sizes.embedding * size + ids + table * (4 + size) // 4)
-    sample = Work("sample", 0, rows * (action * (2 * size + 4 + 4) + 4))
+    def sample(rows: int) -> Work:
+        return Work("sample", 0, rows * (action * (2 * size + 4 + 4) + 4))
+
+    to_table = Work(
+        "embedding backward", 0, members * rows * sizes.embedding * size + ids + table * (4 + size) // 4
+    )
     inputs = sizes.observation + action
+    first = [pack("actor next", actor, sizes.observation)]
+    second = [pack("actor", actor, sizes.observation)]
+    policy, samples = ((actor, rows), (both(actor), 2 * rows))[not several]
+    own_pass = [*norms(policy, 1), sample(samples)]
     return [
         Work("noise", 0, 2 * rows * action * 4),
-        pack("actor next", actor, sizes.observation),
-        *norms(actor, 1),
-        sample,
+        *(first if several else first + second),
+        *own_pass,
         pack("critic", critic, inputs),
         pack("critic next", critic, inputs),
         *norms(critic, 2 * members),
         Work("Bellman loss and gradient", 0, 3 * logits + rows * 4 * (3 + members)),
         head_bias(critic, members),
         *norms_backward(critic, members, weights=True),
-        *([sum_of_dx, to_table] if several else []),
+        *([to_table] if several else []),
         Work("critic AdamW, target and copies", 0, critics * (held + 4 * 2 + low)),
-        pack("actor", actor, sizes.observation),
-        *norms(actor, 1),
-        sample,
+        *(second + own_pass if several else []),
         pack("critic policy", critic, inputs),
         *norms(critic, members),
-        Work("expected value and gradient", 0, 2 * logits + rows * 4),
+        Work("expected value and gradient", 0, 2 * logits + members * rows * 4),
         *norms_backward(critic, members, weights=False),
-        sum_of_dx,
-        Work("sample backward", 0, rows * action * (3 * size + 4 + 2 * size)),
+        Work("sample backward", 0, rows * action * ((2 + members) * size + 4 + 2 * size)),
         head_bias(actor, 1),
         *norms_backward(actor, 1, weights=True),
         Work("actor AdamW and copies", 0, own * held),
+        Work("metrics", 0, (2 * members + 1) * rows * 4),
         Work("temperature", 0, 3 * 2 * 4),
     ]
 

@@ -45,6 +45,7 @@ WRAPPED: list[tuple[Any, str, str]] = [  # owner, name, part
     (kernels, "tanh_gaussian_backward", OTHERS),
     (kernels, "categorical_bellman_loss_and_gradient", OTHERS),
     (kernels, "expected_value_and_gradient", OTHERS),
+    (kernels, "update_summary_", OTHERS),
     (BRC, "_noise", OTHERS),
 ]
 

@@ -312,9 +312,7 @@ class BRC:
             scale=1.0 / rows,
             columns=logits.shape[-1],
         )
-        dembedding = passes.critics.backward(dlogits, passes.embedding_columns)  # [E, B, D]
-        if dembedding is not None:
-            passes.embedding_gradient(dembedding, batch.task_ids)
+        passes.critics_backward(dlogits, batch.task_ids)
         self.critic_optimizer.step(norm)
         return losses
 
@@ -339,10 +337,8 @@ class BRC:
             scale=-1.0 / (members * rows),
             columns=logits.shape[-1],
         )
-        dactions = passes.critic.backward(dlogits, passes.action_columns)  # [E, B, A, padded]
-        assert dactions is not None
         kernels.tanh_gaussian_backward(
-            dactions[..., : self.action_size],
+            passes.actions_gradient(dlogits),
             alpha,
             mean,
             raw_log_std,

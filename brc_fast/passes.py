@@ -34,8 +34,6 @@ class Passes:
     Attributes:
         actor: of the policy. critics: of online and target networks, where the online ones get gradients.
         critic: of the online ones, frozen; it uses the memory of `critics`.
-        action_columns, embedding_columns: of the critics' input, whose gradients an update needs: the
-            actions' rounded up to PAD, the embedding's where there is one.
         dhead, policy_gradient: gradient of the actor's outputs [1, B, 2 A, padded]; its halves [B, A].
     """
 
@@ -63,16 +61,19 @@ class Passes:
         self.dhead = torch.zeros_like(self.actor.out[:, -rows:])
         self.policy_gradient = self._halves(self.dhead)
         size = 0 if self.embedding is None else self.embedding.shape[1]
-        observation, first = self.input_sizes[0] - size, self.input_sizes[1] - size
-        self.action_columns = slice(observation, observation + padded(self.actions))
-        self.embedding_columns: slice | None = None
+        self._action_columns = self._columns(self.input_sizes[0] - size, self.actions)
+        self._embedding_columns = self._columns(self.input_sizes[1] - size, size)
         self._embedding_gradient: Tensor | None = None
         if self.embedding is not None:
-            self.embedding_columns = slice(first, first + size)
             self._embedding_gradient = critics.part(critics.grad, "embedding")[0]
 
     def _halves(self, head: Tensor) -> tuple[Tensor, Tensor]:
         return head[0, :, : self.actions], head[0, :, self.actions : 2 * self.actions]
+
+    def _columns(self, first: int, size: int) -> tuple[slice, slice]:
+        """Columns of the critics' input, a multiple of PAD, that hold these; and these among them."""
+        start = min(first, padded(self.input_sizes[1]) - padded(size))
+        return slice(start, start + padded(size)), slice(first - start, first - start + size)
 
     def samples(self, batch: Batch, noise: Tensor) -> Iterator[Sample]:
         """The policy's sample at the next observations, and then, the last before `backward`, at the
@@ -122,9 +123,21 @@ class Passes:
             dtype=self.dtype,
         )
 
-    def embedding_gradient(self, dx: Tensor, task_ids: Tensor) -> None:
-        """Leave the task embedding's gradient, from those of the critics' embedding inputs [E, B, D]."""
-        assert self.embedding is not None
+    def critics_backward(self, dlogits: Tensor, task_ids: Tensor) -> None:
+        """Leave the gradients of the online critics and of the task embedding, from that of their logits."""
+        if self.embedding is None:
+            self.critics.backward(dlogits)
+            return
+        columns, own = self._embedding_columns
+        dx = self.critics.backward(dlogits, columns)
+        assert dx is not None
         kernels.normalized_embedding_backward(
-            dx.sum(0), self.embedding, task_ids, self.norm, out=self._embedding_gradient
+            dx[..., own].sum(0), self.embedding, task_ids, self.norm, out=self._embedding_gradient
         )
+
+    def actions_gradient(self, dlogits: Tensor) -> Tensor:
+        """[E, B, A], of the actions to each online critic, from the gradient of what `critic` returned."""
+        columns, own = self._action_columns
+        dx = self.critic.backward(dlogits, columns)
+        assert dx is not None
+        return dx[..., own]
