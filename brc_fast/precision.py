@@ -40,14 +40,23 @@ def low_dtype(precision: Precision) -> torch.dtype | None:
 
 @contextmanager
 def products(precision: Precision, device: str | torch.device) -> Iterator[None]:
-    """Let float32 products on a GPU use TF32, or not, in this block; the caller's own choice comes back."""
+    """Let float32 products on a GPU use TF32, or not, in this block; the caller's own choice comes back.
+
+    torch has an older and a newer switch, and refuses to read one that contradicts the other: the older sets
+    both.
+    """
     if torch.device(device).type != "cuda":
         yield
         return
     backend = torch.backends.cuda.matmul
-    before = backend.fp32_precision
-    backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    newer = backend.fp32_precision
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # only the newer one was set
+        older = "highest"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         yield
     finally:
-        backend.fp32_precision = before
+        torch.set_float32_matmul_precision(older)
+        backend.fp32_precision = newer

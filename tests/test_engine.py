@@ -19,7 +19,7 @@ from brc_fast import BRC, ActorConfig, Batch, CriticConfig, LearningConfig, Nois
 from brc_fast.agent import METRICS
 from brc_fast.checkpoint import RunFolder
 from brc_fast.config import TrainConfig
-from brc_fast.precision import check_precision
+from brc_fast.precision import check_precision, products
 from brc_fast.replay import ReplayBuffer
 from brc_fast.resume import load, save
 from brc_fast.train import Trainer
@@ -250,6 +250,39 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_where_sums_are_kept(tasks
     assert {p.dtype for module in (low.critic, low.actor) for p in module.parameters()} == {torch.float32}
     observations, ids = torch.randn(4, OBS), torch.zeros(4, dtype=torch.long)
     assert low.act(observations, ids).dtype == low.value(observations, ids).dtype == torch.float32
+
+
+@pytest.mark.parametrize("older", ["highest", "high", None])
+@pytest.mark.parametrize("newer", ["ieee", "tf32", None])
+def test_products_leave_both_of_torchs_switches_as_they_were(older: str | None, newer: str | None) -> None:
+    """And inside they agree: torch refuses to multiply where they contradict each other."""
+    backend = torch.backends.cuda.matmul
+
+    def switches() -> list[object]:
+        found: list[object] = [backend.fp32_precision]
+        for read in (torch.get_float32_matmul_precision, lambda: backend.allow_tf32):
+            try:
+                found.append(read())
+            except RuntimeError:
+                found.append("refused")
+        return found
+
+    fresh = backend.fp32_precision
+    try:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        if newer is not None:
+            backend.fp32_precision = newer
+        before = switches()
+        for precision, expected in (("tf32", ["tf32", "high", True]), ("fp32", ["ieee", "highest", False])):
+            with products(precision, "cuda"):
+                assert switches() == expected
+            assert switches() == before
+        with products("tf32", "cpu"):
+            assert switches() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        backend.fp32_precision = fresh
 
 
 def test_precisions_that_a_device_lacks_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
