@@ -93,8 +93,8 @@ class JaxBRC:
             "embedding": None if table is None else from_torch(table),
         }
         actor = jax.tree.map(lambda x: x[0], network(agent.actor.state_dict()))
-        log_alpha = jnp.asarray(agent.temperature.log_alpha.item())
-        self.state = {
+        log_alpha = from_torch(agent.temperature.log_alpha)
+        state = {
             "critic": critic,
             "target": jax.tree.map(jnp.copy, critic),
             "actor": actor,
@@ -103,8 +103,10 @@ class JaxBRC:
             "actor_moments": self.adamw.init(actor),
             "alpha_moments": self.adam.init(log_alpha),
         }
+        # All on one device, and said to be: else jit compiles once more for what it gave back itself.
+        self.state, self._key = jax.device_put((state, jax.random.key(0)), log_alpha.device)
         self._updates = jax.jit(self._run, donate_argnums=0)
-        self._key, self._draw = jax.random.key(0), jax.jit(self._drawn, static_argnums=1)
+        self._draw = jax.jit(self._drawn, static_argnums=1)
 
     def _sample(self, actor: Tree, x: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         mean, raw = jnp.split(forward(actor, x), 2, -1)
