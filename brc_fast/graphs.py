@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 from torch import Generator, Tensor
@@ -178,8 +178,18 @@ class Captured:
             with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
                 out = self.function(*slots.inputs)
         except RuntimeError as error:
+            self._abandon()
             self.reason = f"capturing failed: {str(error).splitlines()[0]}"
             warnings.warn(f"updates run without a CUDA graph: {self.reason}", stacklevel=4)
             return
         slots.graph, slots.out = graph, out
         self.captures += 1
+
+    def _abandon(self) -> None:
+        """End what a failed capture leaves begun, as torch does it only where the capture's end succeeds: the
+        allocator would refuse all that follows, and generators count their draws into the dead graph."""
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        with suppress(RuntimeError):  # nothing is begun any more
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        for generator in self.generators:
+            generator.graphsafe_set_state(generator.clone_state())

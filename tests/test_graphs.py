@@ -225,12 +225,37 @@ def test_what_cannot_be_captured_runs_all_the_same_and_says_why() -> None:
 
 
 @pytest.mark.gpu
+def test_a_capture_that_failed_leaves_neither_memory_nor_noise_in_it() -> None:
+    with on_cuda():
+        generator, same = (torch.Generator("cuda").manual_seed(0) for _ in range(2))
+
+    def draw(x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        return noise * float(x.sum().item())
+
+    captured, x = Captured(draw, "cuda", [generator]), torch.ones(3, device="cuda")
+    outs = [captured([x])]
+    with pytest.warns(UserWarning, match="capturing failed"):
+        outs.append(captured([x]))
+    outs.append(captured([x]))
+    for out in outs:
+        torch.testing.assert_close(out, 3.0 * torch.randn(3, generator=same, device="cuda"))
+    torch.cuda.empty_cache()  # which torch refuses while a capture goes on
+    learner = agent(1, "cuda")
+    for _ in range(3):
+        learner.update(next(batches(1, 1, "cuda")))
+    assert learner.updates.reason is None
+    assert learner.updates.captures == 2
+
+
+@pytest.mark.gpu
 def test_a_replay_reads_the_newest_learning_rate() -> None:
     with on_cuda():
         learner = agent(1, "cuda")
     data = batches(1, 1, "cuda")
     for _ in range(4):
         learner.update(next(data))
+    assert learner.updates.captures == 2
     for optimizer in (learner.critic_optimizer, learner.actor_optimizer):
         optimizer.learning_rate.zero_()
     before = learner.critic_optimizer.flat.clone()
