@@ -134,7 +134,9 @@ class RewardNormalizer:
         else:
             raise ValueError('entropies [T] are needed with entropy="measured", got None')
         bonus = temperature * entropy / (1.0 - self.discount)
-        scale = (torch.as_tensor(extremes, dtype=bonus.dtype, device=bonus.device) + bonus) / self.v_max
+        # A copy of so few bytes is staged at once: nothing waits for the GPU, and extremes may change.
+        given = torch.from_numpy(extremes).to(bonus.dtype).to(bonus.device, non_blocking=True)
+        scale = (given + bonus) / self.v_max
         # Zero only where neither rewards nor entropy have been anything but zero: then 0 / scale must be 0.
         return scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
