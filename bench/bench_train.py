@@ -38,6 +38,7 @@ from workloads import WORKLOADS, Workload, named
 from brc_fast import BRC, Batch, CriticConfig, Noise
 from brc_fast.config import LearningConfig, TrainConfig, cpu_preset, gpu_preset
 from brc_fast.envs import expand
+from brc_fast.lag import LaggedPolicy
 from brc_fast.train import Trainer
 from peers.plain_agent import PlainAgent
 from peers.torch_plain import METRICS
@@ -125,6 +126,8 @@ class Side:
         if name != "ours":
             sizes = trainer.env.observation_size, trainer.env.action_size
             trainer.agent = AGENTS[name].from_config(config, *sizes, device)
+            if trainer.lagged:
+                trainer.lagged = LaggedPolicy(trainer.agent)
         self.seconds = 0.0
         self.evaluations: list[dict[str, float]] = []
         if self.evaluates:
