@@ -52,6 +52,7 @@ class Part(NamedTuple):
     seconds: float  # its share of the time
     device: str
     dry: bool
+    folder: Path  # of the results
 
 
 def results(dry: bool) -> Path:
@@ -59,10 +60,24 @@ def results(dry: bool) -> Path:
     return ROOT / "build" / "gpu-dry" if dry else ROOT / "bench" / "results"
 
 
-def need(*modules: str) -> None:
-    for name in modules:
-        if importlib.util.find_spec(name) is None:
-            raise Skip(f"{name} is not installed")
+SIMULATOR = ("jax", "mujoco", "mujoco_playground", "gymnasium")
+NEEDS = {
+    "build": ("scikit_build_core", "pybind11", "pip"),
+    "test": ("pytest",),
+    "kernels": ("triton",),
+    "envs": SIMULATOR,
+    "train": (*SIMULATOR, "safetensors", "tyro", "tqdm", "matplotlib"),
+}
+
+
+def missing(part: str) -> str | None:
+    """The first module that this part needs and that is not installed."""
+    return next((name for name in NEEDS.get(part, ()) if importlib.util.find_spec(name) is None), None)
+
+
+def need(part: str) -> None:
+    if name := missing(part):
+        raise Skip(f"{name} is not installed")
 
 
 def judged(found: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +89,7 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
 
 def build(_: Part) -> dict[str, Any]:
     """Build the extension with what is installed: no network, no isolation."""
-    need("scikit_build_core", "pybind11", "pip")
+    need("build")
     words = ["install", "-q", "--no-index", "--no-build-isolation", "--no-deps", "--upgrade", "--target"]
     subprocess.run([sys.executable, "-m", "pip", *words, str(SITE), str(ROOT)], check=True)
     importlib.invalidate_caches()
@@ -114,7 +129,7 @@ def pytest(files: list[str], part: Part) -> dict[str, Any]:
 
 def test(part: Part) -> dict[str, Any]:
     """The tests marked gpu, several files at a time: most of the time goes into compiling kernels."""
-    need("pytest")
+    need("test")
     # Only files that hold such tests: the others may import what is not installed here.
     found = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
     files = [str(path.relative_to(ROOT)) for path in found]
@@ -137,7 +152,7 @@ def test(part: Part) -> dict[str, Any]:
 
 def kernels(part: Part) -> dict[str, Any]:
     """Every kernel beside its floor, its twin and others (bench_kernels.py)."""
-    need("triton")
+    need("kernels")
     import torch
     from bench_kernels import run
 
@@ -160,7 +175,7 @@ def update(part: Part) -> dict[str, Any]:
         seconds=120.0 if part.dry else part.seconds,
         updates=2,
         dry=part.dry,
-        keep=lambda rows: write("gpu-update", {"part": "update", **rows}, results(part.dry)),
+        keep=lambda rows: write("gpu-update", {"part": "update", **rows}, part.folder),
     )
     print(table(found["rows"]), flush=True)
     if differing := wrong(found["rows"]):
@@ -176,10 +191,10 @@ def scaling(part: Part) -> dict[str, Any]:
 
     found = run(
         part.device,
-        AXES,
+        [axis for axis in AXES if axis != "environments" or not missing("envs")],
         seconds=20.0 if part.dry else part.seconds,
         dry=part.dry,
-        keep=lambda rows: write("gpu-scaling", {"part": "scaling", **rows}, results(part.dry)),
+        keep=lambda rows: write("gpu-scaling", {"part": "scaling", **rows}, part.folder),
     )
     return judged(found)
 
@@ -196,7 +211,7 @@ def replay(part: Part) -> dict[str, Any]:
 
 def envs(part: Part) -> dict[str, Any]:
     """Steps per second beside bare Playground, and of the 25 tasks side by side; actions from torch."""
-    need("jax", "mujoco", "mujoco_playground", "gymnasium")
+    need("envs")
     from bench_envs import alone, collected, compare, line
 
     end = time.perf_counter() + part.seconds
@@ -215,7 +230,7 @@ def envs(part: Part) -> dict[str, Any]:
 def train(part: Part) -> dict[str, Any]:
     """The whole loop: through the command line, each run stopped when its share of half the time is over, and
     with our learner beside a plain one (bench_train.py)."""
-    need("jax", "mujoco", "mujoco_playground", "gymnasium", "safetensors", "tyro", "tqdm", "matplotlib")
+    need("train")
     from brc_fast.metrics import read_rows
 
     runs = {}
@@ -229,7 +244,11 @@ def train(part: Part) -> dict[str, Any]:
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired:  # Ctrl-C: it ends its step and saves
                 process.send_signal(signal.SIGINT)
-                code = process.wait()
+                try:
+                    code = process.wait(60.0)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    raise RuntimeError(f"{name}: brc-fast train did not end within a minute") from None
         if code not in (0, 130):
             raise RuntimeError(f"{name}: brc-fast train ended with {code}")
         rows = read_rows(folder / "metrics.jsonl")

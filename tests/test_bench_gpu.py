@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 def kept(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the results of a dry run go."""
     monkeypatch.setattr("gpu_parts.ROOT", tmp_path)
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
     return tmp_path / "build" / "gpu-dry"
 
 
-def test_parts_share_the_budget_and_none_takes_more_than_nine_minutes(gpu: Any) -> None:
+def test_parts_share_the_budget_and_none_takes_more_than_nine_minutes(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "missing", lambda name: None)
     names = tuple(gpu.PARTS)
     shares = gpu.shares(names, 480.0)
     assert shares["limits"] == gpu.SHORT["limits"]
@@ -56,19 +59,58 @@ def test_a_dry_run_stores_measurements_of_limits_and_replay(
 
 
 @pytest.mark.parametrize(("error", "status"), [("Skip", "skipped"), ("RuntimeError", "failed")])
-def test_a_part_that_cannot_run_is_stored_with_its_reason_and_the_next_one_runs(
+def test_a_part_that_cannot_run_is_stored_with_its_reason(
     error: str, status: str, gpu: Any, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(part: Any) -> dict[str, Any]:
         raise {"Skip": gpu.Skip, "RuntimeError": RuntimeError}[error]("no room")
 
     monkeypatch.setitem(gpu.PARTS, "kernels", broken)
-    monkeypatch.setitem(gpu.PARTS, "limits", lambda part: {"measurements": []})
-    assert gpu.main(["--dry", "--parts", "kernels", "limits"]) == (1 if status == "failed" else 0)
+    assert gpu.main(["--dry", "--parts", "kernels"]) == (1 if status == "failed" else 0)
     stored = json.loads((kept / "gpu-kernels.json").read_text())
     assert stored["status"] == status
     assert stored["reason"] == ("no room" if status == "skipped" else "RuntimeError: no room")
-    assert json.loads((kept / "gpu-limits.json").read_text())["status"] == "ok"
+
+
+def test_what_a_part_measured_stays_when_its_process_dies_and_the_next_one_runs(
+    gpu: Any, kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = subprocess.run
+
+    def process(words: list[str], timeout: float = 0.0, **others: Any) -> Any:
+        if words[0] != sys.executable:  # for the header
+            return run(words, **others)
+        name, folder = words[words.index("--parts") + 1], Path(words[words.index("--folder") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = {"status": "ok", "seconds": 2.0} if name == "limits" else {}
+        if name == "scaling":
+            raise subprocess.TimeoutExpired(words, timeout)
+        if name != "kernels":  # which dies before it has anything
+            (folder / f"gpu-{name}.json").write_text(json.dumps({"part": name, "rows": [1], **whole}))
+        return subprocess.CompletedProcess(words, 0 if whole else -11)
+
+    kept.mkdir(parents=True)
+    (kept / "gpu-kernels.json").write_text('{"status": "ok", "of": "an earlier run"}')
+    monkeypatch.setattr(gpu.subprocess, "run", process)
+    assert gpu.main(["--dry", "--parts", "kernels", "update", "scaling", "limits"]) == 1
+    found = {path.stem[4:]: json.loads(path.read_text()) for path in kept.iterdir()}
+    assert {name: one["status"] for name, one in found.items()} == {
+        **dict.fromkeys(("kernels", "update", "scaling"), "failed"),
+        "limits": "ok",
+    }
+    assert found["update"]["rows"] == [1]
+    assert "of" not in found["kernels"]
+    assert found["kernels"]["reason"] == found["update"]["reason"] == "its process ended with -11"
+    assert found["scaling"]["reason"] == "it was stopped after 540 s"
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[-4:]] == [*["failed"] * 3, "ok"]
+
+
+def test_a_part_that_will_be_skipped_has_no_share_of_the_time(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "missing", lambda name: "mujoco" if name in ("envs", "train") else None)
+    assert gpu.shares(["update", "envs", "train", "kernels"], 100.0)["update"] == 50.0
+    assert gpu.shares(["envs"], 100.0)["envs"] > 0.0  # to say so
 
 
 def test_results_that_failed_their_equality_check_are_a_failed_part(gpu: Any) -> None:
@@ -86,7 +128,7 @@ def test_what_is_not_installed_is_named(gpu: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jax" else object())
     for part in (gpu_parts.envs, gpu_parts.train):
         with pytest.raises(gpu.Skip, match="jax is not installed"):
-            part(gpu.Part(1.0, "cpu", True))
+            part(gpu.Part(1.0, "cpu", True, ROOT))
 
 
 def test_without_a_gpu_there_is_one_line(
