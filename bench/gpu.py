@@ -17,10 +17,12 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +70,17 @@ def alone(name: str, seconds: float, dry: bool, path: Path) -> dict[str, Any]:
     ]
     path.unlink(missing_ok=True)
     start = time.perf_counter()
-    try:
-        code = subprocess.run([*words, *["--dry"] * dry], timeout=END).returncode
-        told = f"its process ended with {code}"
-    except subprocess.TimeoutExpired:
-        code, told = None, f"it was stopped after {END:.0f} s"
+    code: int | None = None
+    told = f"it was stopped after {END:.0f} s"
+    with subprocess.Popen([*words, *["--dry"] * dry], start_new_session=True) as process:
+        try:
+            code = process.wait(END)
+            told = f"its process ended with {code}"
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # and, at Ctrl-C too, whatever it started
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     stored: dict[str, Any] = {"part": name, "dry": dry}
     if path.exists():
         stored |= json.loads(path.read_text())

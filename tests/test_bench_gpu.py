@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,28 +73,37 @@ def test_a_part_that_cannot_run_is_stored_with_its_reason(
     assert stored["reason"] == ("no room" if status == "skipped" else "RuntimeError: no room")
 
 
+def runs(process: str) -> bool:
+    """A process that ended and was not asked how is not counted."""
+    try:
+        return Path("/proc", process, "stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
 def test_what_a_part_measured_stays_when_its_process_dies_and_the_next_one_runs(
     gpu: Any, kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = subprocess.run
+    start, crash = subprocess.Popen, "import os; os.kill(os.getpid(), 11)"
+    hang = f"import subprocess as s, time; p = s.Popen(['sleep', '60']); open({str(kept / 'child')!r}, 'w')"
+    hang += ".write(str(p.pid)); time.sleep(60)"
+    scripts = {"kernels": crash, "update": crash, "scaling": hang, "limits": ""}
 
-    def process(words: list[str], timeout: float = 0.0, **others: Any) -> Any:
+    def process(words: list[str], **options: Any) -> Any:
         if words[0] != sys.executable:  # for the header
-            return run(words, **others)
+            return start(words, **options)
         name, folder = words[words.index("--parts") + 1], Path(words[words.index("--folder") + 1])
-        folder.mkdir(parents=True, exist_ok=True)
         whole = {"status": "ok", "seconds": 2.0} if name == "limits" else {}
-        if name == "scaling":
-            raise subprocess.TimeoutExpired(words, timeout)
-        if name != "kernels":  # which dies before it has anything
+        if name in ("update", "limits"):  # the others die before they have anything
             (folder / f"gpu-{name}.json").write_text(json.dumps({"part": name, "rows": [1], **whole}))
-        return subprocess.CompletedProcess(words, 0 if whole else -11)
+        return start([sys.executable, "-S", "-c", scripts[name]], **options)
 
     kept.mkdir(parents=True)
     (kept / "gpu-kernels.json").write_text('{"status": "ok", "of": "an earlier run"}')
-    monkeypatch.setattr(gpu.subprocess, "run", process)
+    monkeypatch.setattr(gpu, "END", 3.0)
+    monkeypatch.setattr(gpu.subprocess, "Popen", process)
     assert gpu.main(["--dry", "--parts", "kernels", "update", "scaling", "limits"]) == 1
-    found = {path.stem[4:]: json.loads(path.read_text()) for path in kept.iterdir()}
+    found = {path.stem[4:]: json.loads(path.read_text()) for path in kept.glob("*.json")}
     assert {name: one["status"] for name, one in found.items()} == {
         **dict.fromkeys(("kernels", "update", "scaling"), "failed"),
         "limits": "ok",
@@ -101,7 +111,11 @@ def test_what_a_part_measured_stays_when_its_process_dies_and_the_next_one_runs(
     assert found["update"]["rows"] == [1]
     assert "of" not in found["kernels"]
     assert found["kernels"]["reason"] == found["update"]["reason"] == "its process ended with -11"
-    assert found["scaling"]["reason"] == "it was stopped after 540 s"
+    assert found["scaling"]["reason"] == "it was stopped after 3 s"
+    end = time.monotonic() + 30.0
+    while runs((kept / "child").read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[-4:]] == [*["failed"] * 3, "ok"]
 
 
