@@ -191,5 +191,5 @@ class Captured:
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
         with suppress(RuntimeError):  # nothing is begun any more
             torch._C._cuda_endAllocateToPool(index, self._pool)
-        for generator in self.generators:
+        for generator in (*self.generators, torch.cuda.default_generators[index]):
             generator.graphsafe_set_state(generator.clone_state())

@@ -230,6 +230,7 @@ def test_a_capture_that_failed_leaves_neither_memory_nor_noise_in_it() -> None:
         generator, same = (torch.Generator("cuda").manual_seed(0) for _ in range(2))
 
     def draw(x: Tensor) -> Tensor:
+        torch.rand(2, device=x.device)  # from the default generator, which every graph registers
         noise = torch.randn(x.shape, generator=generator, device=x.device)
         return noise * float(x.sum().item())
 
