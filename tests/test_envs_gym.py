@@ -559,6 +559,7 @@ def test_close_ends_all_workers_also_while_one_is_dead_or_at_work(workers, pendi
 SCRIPT = """
 import os, signal, sys, time, torch
 from brc_fast.envs.gym import make_gym
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 print("script", flush=True)
 env = make_gym("gym/Pendulum-v1", 2, processes=True)
 env.reset_tensors(0)

@@ -307,9 +307,8 @@ def test_another_format_or_byte_order_is_refused_with_both(saved: Feed, tmp_path
     rewrite(tmp_path, lambda manifest: manifest.update(format=99))
     refused(saved, tmp_path, reads)
     rewrite(tmp_path, lambda manifest: manifest.update(format=0))
-    refused(
-        saved, tmp_path, reads.replace("99", "0").replace("upgrade brc-fast", "use the version that wrote it")
-    )
+    older = reads.replace("format 99", "format 0")  # the folder may have a number too
+    refused(saved, tmp_path, older.replace("upgrade brc-fast", "use the version that wrote it"))
     rewrite(tmp_path, lambda manifest: manifest.update(format=1, byte_order="big"))
     refused(saved, tmp_path, f"{path} was written in big-endian order, this machine is little-endian")
 
