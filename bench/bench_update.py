@@ -63,9 +63,7 @@ ROUND = 0.05  # seconds of a provider's calls in one round, if these are at leas
 MOST = 100
 LONGEST = {"cpu": float("inf"), "cuda": 4.0}  # seconds of timing at one size; a quiet machine needs no more
 HEAVY = 4e9  # bytes of plain PyTorch; a CPU is not given more unless it is asked to
-COUNTED = (
-    0.1  # share of the time on a GPU that is kept for counting kernels, on a CPU for parts of the update
-)
+COUNTED = 0.1  # share of the time that is kept: on a GPU for counting kernels, on a CPU for parts
 MARK = "spin_kernel"  # what torch.cuda._sleep launches
 
 Times = dict[str, list[float]]
