@@ -120,59 +120,9 @@ void ReplayIndex::reserve_slots(std::size_t more) {
   slots_ = grown;
 }
 
-std::uint32_t ReplayIndex::take_slot() noexcept {
-  const std::uint32_t slot = free_.back();
-  free_.pop_back();
-  return slot;
-}
-
-void ReplayIndex::release(std::size_t row) noexcept {
-  if (!aside_[row]) return;
+void ReplayIndex::free_slot(std::size_t row) noexcept {
   free_.push_back((links_.get(row) & kSlot) - 1);
   aside_[row] = false;
-}
-
-void ReplayIndex::resize(Stream& stream, std::uint32_t size) noexcept {
-  const std::uint32_t before = stream.reach();
-  std::size_t& of_task = sizes_[static_cast<std::size_t>(stream.task)];
-  of_task = of_task - stream.size + size;
-  size_ = size_ - stream.size + size;
-  stream.size = size;
-  stale_ = stale_ || stream.reach() != before;
-}
-
-Placement ReplayIndex::append(std::size_t s, bool departs, bool terminated, bool truncated) noexcept {
-  Stream& stream = streams_[s];
-  if (stream.kept + 1 == stream.ring) {  // the oldest row makes place for the next head
-    release(stream.first_row + stream.position(stream.kept - 1));
-    --stream.kept;
-    // With a ring of two rows, that was the newest row; where the head was its successor, nobody needs it.
-    if (stream.kept == 0) departs = false;
-  }
-  Placement place{stream.first_row + stream.next, 0, -1, 0};
-  if (departs) {
-    const std::size_t newest = stream.first_row + stream.position(0);
-    const std::uint32_t slot = take_slot();
-    links_.set(newest, links_.get(newest) | (slot + 1));
-    aside_[newest] = true;
-    place.moved = slot;
-  }
-  stream.next = stream.after(stream.next);
-  ++stream.kept;
-  ++stream.count;
-  if (stream.size < stream.capacity) resize(stream, stream.size + 1);
-  stream.phase = stream.phase + 1 == stream.capacity ? 0 : stream.phase + 1;
-  stream.head_valid = !terminated && !truncated;
-  place.link = (terminated ? kTerminated : 0) | (truncated ? kTruncated : 0);
-  if (stream.head_valid) {
-    place.successor = static_cast<std::int64_t>(stream.first_row + stream.next);
-  } else {
-    const std::uint32_t slot = take_slot();
-    place.link |= slot + 1;
-    aside_[place.row] = true;
-    place.successor = -1 - static_cast<std::int64_t>(slot);
-  }
-  return place;
 }
 
 void ReplayIndex::rewind(std::size_t s, std::uint64_t count) noexcept {

@@ -81,6 +81,51 @@ float reward_at(const std::byte* row, const Layout& layout) noexcept {
   return reward;
 }
 
+/// Whether bytes differ; memcmp without its call.
+template <class Vector>
+BRC_INLINE bool differ(const std::byte* one, const std::byte* other, std::size_t bytes) noexcept {
+  constexpr std::size_t kVector = sizeof(Vector);
+  if (bytes < kVector || bytes > 1024) return std::memcmp(one, other, bytes) != 0;
+  Vector found{};
+  const auto look = [&](std::size_t at) __attribute__((always_inline)) {
+    Vector a, b;
+    std::memcpy(&a, one + at, kVector);
+    std::memcpy(&b, other + at, kVector);
+    found |= a ^ b;
+  };
+  for (std::size_t at = 0; at + kVector <= bytes; at += kVector) look(at);
+  look(bytes - kVector);
+  std::array<std::uint64_t, kVector / sizeof(std::uint64_t)> words;
+  std::memcpy(words.data(), &found, kVector);
+  std::uint64_t any = 0;
+  for (const std::uint64_t word : words) any |= word;
+  return any != 0;
+}
+
+/// Puts together what of the rows of some transitions, from `first` on, observations do not fill with lines
+/// of their own, but for links: `tails` [G]. Whether observations differ from `heads` [G], where those are
+/// `valid`, goes to `departs` [G].
+BRC_VECTOR_CLONES void put_together(const Layout& layout, const TransitionColumns& columns, std::size_t first,
+                                    std::span<std::byte* const> heads, const bool* valid, std::byte* tails,
+                                    unsigned char* departs) noexcept {
+  const std::size_t frame = layout.observation.bytes;
+  const std::size_t tail = tail_bytes(layout);
+  const std::size_t whole = layout.stride - tail;
+  const std::span<const Field> fields = layout.fields;
+  for (std::size_t g = 0; g < heads.size(); ++g, tails += tail) {
+    const std::size_t i = first + g;
+    const std::byte* const from = columns.observations.data() + i * frame;
+    departs[g] = valid[g] && differ<Vector32>(heads[g], from, frame);
+    copy_bytes<Vector32>(tails, from + whole, frame - whole);
+    for (std::size_t f = 0; f < fields.size(); ++f) {
+      const std::size_t bytes = fields[f].bytes;
+      copy_bytes<Vector32>(tails + layout.offsets[f] - whole, columns.fields[f].data() + i * bytes, bytes);
+    }
+    std::memcpy(tails + layout.reward - whole, &columns.rewards[i], sizeof(float));
+    std::memset(tails + layout.link - whole, 0, sizeof(std::uint32_t));
+  }
+}
+
 /// Where the parts of a row are.
 struct RowParts {
   const std::byte* base;
@@ -133,6 +178,7 @@ ReplayStore::ReplayStore(Layout layout, std::span<const std::int64_t> capacities
       side_(layout_.observation.bytes),
       all_streams_(task_ids.size()),
       departs_(task_ids.size()),
+      departed_(task_ids.size(), heads_.stride(), "the newest successors"),
       tails_(kGroup, tail_bytes(layout_), "rows to come") {
   std::memset(tails_.row(0), 0, tails_.nbytes());
   index_.bind({rows_.row(0) + layout_.link, layout_.stride});
@@ -148,55 +194,82 @@ void ReplayStore::add(std::span<const std::int64_t> ids, const TransitionColumns
   const std::unique_lock lock(mutex_);
   if (ids.data() != all_streams_.data()) index_.require_streams(ids);
   require_columns(columns, layout_, ids.size());
-  const std::size_t frame = layout_.observation.bytes;
-  const auto& streams = index_.streams();
-  const auto observation = [&](std::size_t i) { return columns.observations.data() + i * frame; };
-
-  std::size_t slots = 0;
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    const auto s = static_cast<std::size_t>(ids[i]);
-    departs_[i] = streams[s].head_valid && std::memcmp(heads_.row(s), observation(i), frame) != 0;
-    slots += departs_[i];
-    slots += columns.terminated[i] || columns.truncated[i];
-  }
-  if (!allow_not_finite_) require_finite(ids, columns);
-  reserve_slots(slots);
-
-  // In groups: what was put together from small parts is best read again some time later.
-  const std::size_t whole = frame / kLine * kLine;  // bytes of the observation that are lines of their own
-  std::array<std::byte*, kGroup> rows;
-  for (std::size_t begin = 0; begin < ids.size(); begin += kGroup) {
-    const std::size_t count = std::min(kGroup, ids.size() - begin);
-    for (std::size_t g = 0, i = begin; g < count; ++g, ++i) {
-      const auto s = static_cast<std::size_t>(ids[i]);
-      std::byte* const head = heads_.row(s);
-      const Placement to =
-          index_.append(s, departs_[i] != 0, columns.terminated[i] != 0, columns.truncated[i] != 0);
-      if (to.moved >= 0) std::memcpy(side_.at(static_cast<std::size_t>(to.moved)), head, frame);
-      std::byte* const tail = tails_.row(g);
-      copy_bytes<Vector16>(tail, observation(i) + whole, frame - whole);
-      write_payload(tail - whole, to.link, columns, i);
-      rows[g] = rows_.row(to.row);
-      copy_bytes<Vector16>(to.successor >= 0 ? head : side_.at(static_cast<std::size_t>(-1 - to.successor)),
-                           columns.successors.data() + i * frame, frame);
+  const bool finite = stage(ids, columns);
+  try {
+    if (!finite && !allow_not_finite_) require_finite(ids, columns);
+    std::size_t slots = 0;
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      slots += std::size_t{departs_[i]} + ((columns.terminated[i] | columns.truncated[i]) != 0);
     }
-    for (std::size_t g = 0; g < count; ++g) {
-      stream_lines(rows[g], observation(begin + g), whole);
-      stream_lines(rows[g] + whole, tails_.row(g), layout_.stride - whole);
-    }
+    reserve_slots(slots);
+  } catch (...) {
+    unstage(ids, columns);
+    throw;
   }
-  finish_stream();
+  for (std::size_t i = 0; i < ids.size(); ++i) commit(static_cast<std::size_t>(ids[i]), i, columns);
   index_.refresh();
 }
 
-void ReplayStore::write_payload(std::byte* row, std::uint32_t link, const TransitionColumns& columns,
-                                std::size_t i) const noexcept {
+bool ReplayStore::stage(std::span<const std::int64_t> ids, const TransitionColumns& columns) noexcept {
+  const Field& observation = layout_.observation;
+  const std::size_t frame = observation.bytes;
+  const std::size_t tail = tail_bytes(layout_);
+  const std::size_t whole = layout_.stride - tail;
+  bool finite = all_finite(std::as_bytes(columns.rewards), Kind::float32);
   for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
-    const std::size_t bytes = layout_.fields[f].bytes;
-    copy_bytes<Vector16>(row + layout_.offsets[f], columns.fields[f].data() + i * bytes, bytes);
+    finite = finite && all_finite(columns.fields[f], layout_.fields[f].kind);
   }
-  std::memcpy(row + layout_.reward, &columns.rewards[i], sizeof(float));
-  std::memcpy(row + layout_.link, &link, sizeof(link));
+  // In groups: what was put together from small parts is best read again some time later.
+  std::array<std::byte*, kGroup> rows;
+  std::array<std::byte*, kGroup> heads;
+  std::array<bool, kGroup> valid;
+  for (std::size_t begin = 0; begin < ids.size(); begin += kGroup) {
+    const std::size_t count = std::min(kGroup, ids.size() - begin);
+    for (std::size_t g = 0; g < count; ++g) {
+      const auto s = static_cast<std::size_t>(ids[begin + g]);
+      rows[g] = rows_.row(index_.head_row(s));
+      heads[g] = heads_.row(s);
+      valid[g] = index_.streams()[s].head_valid;
+    }
+    put_together(layout_, columns, begin, std::span(heads).first(count), valid.data(), tails_.row(0),
+                 &departs_[begin]);
+    const std::byte* const observations = columns.observations.data() + begin * frame;
+    for (std::size_t g = 0; g < count; ++g) {
+      // An observation that equals the last successor was looked at when it came.
+      if (valid[g] && departs_[begin + g] == 0) continue;
+      finite = finite && all_finite({observations + g * frame, frame}, observation.kind);
+      if (valid[g]) std::memcpy(departed_.row(begin + g), heads[g], frame);
+    }
+    finite &= copy_finite(std::span(heads).first(count), columns.successors.data() + begin * frame, frame,
+                          observation.kind);
+    for (std::size_t g = 0; g < count; ++g) {
+      stream_lines(rows[g], observations + g * frame, whole);
+      stream_lines(rows[g] + whole, tails_.row(g), tail);
+    }
+  }
+  finish_stream();
+  return finite;
+}
+
+void ReplayStore::unstage(std::span<const std::int64_t> ids, const TransitionColumns& columns) noexcept {
+  const std::size_t frame = layout_.observation.bytes;
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    const auto s = static_cast<std::size_t>(ids[i]);
+    if (!index_.streams()[s].head_valid) continue;
+    std::memcpy(heads_.row(s), departs_[i] ? departed_.row(i) : columns.observations.data() + i * frame,
+                frame);
+  }
+}
+
+void ReplayStore::commit(std::size_t s, std::size_t i, const TransitionColumns& columns) noexcept {
+  const Placement to =
+      index_.append(s, departs_[i] != 0, columns.terminated[i] != 0, columns.truncated[i] != 0);
+  const auto keep_aside = [this](std::int64_t slot, const std::byte* observation) {
+    std::memcpy(side_.at(static_cast<std::size_t>(slot)), observation, layout_.observation.bytes);
+  };
+  if (to.moved >= 0) keep_aside(to.moved, departed_.row(i));
+  if (to.link != 0) index_.set_link(to.row, to.link);
+  if (to.successor < 0) keep_aside(-1 - to.successor, heads_.row(s));
 }
 
 void ReplayStore::require_finite(std::span<const std::int64_t> ids, const TransitionColumns& columns) const {

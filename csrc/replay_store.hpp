@@ -31,9 +31,13 @@ struct Ahead {
 /// one block. The observation of the following row is the successor of a row; that of the newest row lies in
 /// the stream's head until then. Where an episode ended, or where the caller went on from another observation
 /// (compared bit by bit), the successor lies in the side store instead, and the link names its slot. So each
-/// observation is kept once, and no successor is ever that of another stream or episode. The heads of all
-/// streams lie together, so that an insertion reads nothing but what it read the last time, and writes whole
-/// rows. Stacked observations are put together when they are sampled.
+/// observation is kept once, and no successor is ever that of another stream or episode. Stacked observations
+/// are put together when they are sampled.
+///
+/// Insertion: the heads of all streams lie together, so that it reads nothing but what it read the last time,
+/// and writes whole rows. It reads every argument once and writes what it finds at the same time: to the rows
+/// after the newest ones, where nobody looks yet, and over the heads, which can be restored, since those that
+/// nobody departed from equal the observations. All of it counts only once it was found right.
 ///
 /// Wrap-around: with n streams in a task, a stream keeps its newest ceil(capacity / n) transitions. Each
 /// further one replaces the oldest of its stream, whose side slot is freed.
@@ -111,7 +115,7 @@ class ReplayStore {
   }
   /// Bytes reserved. Pages that were never written cost no memory.
   [[nodiscard]] std::size_t nbytes() const {
-    return reading([this] { return rows_.nbytes() + heads_.nbytes() + side_.nbytes(); });
+    return reading([this] { return rows_.nbytes() + heads_.nbytes() + departed_.nbytes() + side_.nbytes(); });
   }
   [[nodiscard]] std::uint64_t seed() const {
     return reading([this] { return index_.seed; });
@@ -139,9 +143,12 @@ class ReplayStore {
     const auto row = static_cast<std::size_t>(window.successor);
     return row == index_.head_row(s) ? heads_.row(s) : rows_.row(row);
   }
-  /// All of a row but its observation.
-  void write_payload(std::byte* row, std::uint32_t link, const TransitionColumns& columns,
-                     std::size_t i) const noexcept;
+  /// Writes what add was given, but for links, to where it will be, and says whether all of it is finite.
+  [[nodiscard]] bool stage(std::span<const std::int64_t> streams, const TransitionColumns& columns) noexcept;
+  /// Brings the heads back that `stage` has overwritten.
+  void unstage(std::span<const std::int64_t> streams, const TransitionColumns& columns) noexcept;
+  /// Lets a staged transition count, the i-th of an add.
+  void commit(std::size_t s, std::size_t i, const TransitionColumns& columns) noexcept;
   void check_segment(const Content& content, const SegmentFile& segment) const;
   void apply_segment(const Content& content, const SegmentFile& segment);
   void reserve_slots(std::size_t more);
@@ -161,7 +168,8 @@ class ReplayStore {
   std::uint64_t life_ = 0;  // times that the content was replaced
   std::atomic<std::uint64_t> draws_ = 0;
   std::vector<std::int64_t> all_streams_;  // 0..N-1
-  std::vector<unsigned char> departs_;     // [N] scratch of add
+  std::vector<unsigned char> departs_;     // [N] scratch of add: whether a transition departs from the head
+  RowBlock departed_;                      // [N] scratch of add: the heads that those depart from
   RowBlock tails_;                         // scratch of add: the lines of rows that observations do not fill
 };
 

@@ -78,6 +78,7 @@ class ReplayBuffer(Buffer):
             _exact(observation),
             _exact(action),
         )
+        self._try_add = self._store.try_add
         self._arena = Arena(self.spec, pinned=torch.cuda.is_available())
 
     @property
@@ -120,9 +121,12 @@ class ReplayBuffer(Buffer):
         """
         # Arrays that are exactly right are checked in the compiled store: the checks below would cost more
         # than the rest.
-        given = (streams, observations, actions, rewards, terminated, truncated, successors)
-        if extras is None and (self._store.try_add(*given) or self._store.try_add(*map(_as_array, given))):
-            return
+        if extras is None:
+            if self._try_add(streams, observations, actions, rewards, terminated, truncated, successors):
+                return
+            given = streams, observations, actions, rewards, terminated, truncated, successors
+            if self._try_add(*map(_as_array, given)):
+                return
         ids = self._streams if streams is None else checked("streams", streams, "[M]", (-1,), "int64")
         m, observation = len(ids), self.spec.observation
         fields = {"actions": actions, **(extras or {})}

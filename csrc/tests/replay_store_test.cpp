@@ -226,7 +226,7 @@ int run() {
     unusable_arguments_are_refused();
     not_finite_values_are_found();
     for (const Floats& floats : kFloats) {
-      for (const std::size_t items : {1, 3, 8}) not_finite_values_are_refused(floats, items);
+      for (const std::size_t items : {1, 3, 8, 16, 19}) not_finite_values_are_refused(floats, items);
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "failed: %s\n", error.what());

@@ -1,6 +1,7 @@
 // A random life of a replay store beside those of a list, of a twin and of a device index.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -147,16 +148,27 @@ class Walk {
       }
     }
     Rows rows(layout, ids.size());
+    std::vector<Transition> transitions;
+    const auto draw = [&] {
+      transitions.clear();
+      for (std::size_t i = 0; i < ids.size(); ++i) {
+        const Transition& transition = transitions.emplace_back(any(static_cast<std::size_t>(ids[i])));
+        put(rows.observations, i, transition.observation);
+        for (std::size_t f = 0; f < rows.fields.size(); ++f) put(rows.fields[f], i, transition.fields[f]);
+        rows.rewards[i] = transition.reward;
+        rows.terminated[i] = transition.terminated ? 2 : 0;
+        rows.truncated[i] = transition.truncated ? 1 : 0;
+        put(rows.successors, i, transition.successor);
+      }
+    };
+    if (!ids.empty() && random.one_in(3)) {  // one is refused, and with it all; the next ones must not notice
+      draw();
+      rows.rewards[random.below(static_cast<std::uint32_t>(ids.size()))] = NAN;
+      check_refuses([&] { store->add(ids, rows.columns()); }, "rewards of stream");
+    }
+    draw();
     for (std::size_t i = 0; i < ids.size(); ++i) {
-      const auto s = static_cast<std::size_t>(ids[i]);
-      Transition transition = any(s);
-      put(rows.observations, i, transition.observation);
-      for (std::size_t f = 0; f < rows.fields.size(); ++f) put(rows.fields[f], i, transition.fields[f]);
-      rows.rewards[i] = transition.reward;
-      rows.terminated[i] = transition.terminated ? 2 : 0;
-      rows.truncated[i] = transition.truncated ? 1 : 0;
-      put(rows.successors, i, transition.successor);
-      list->add(s, std::move(transition));
+      list->add(static_cast<std::size_t>(ids[i]), std::move(transitions[i]));
     }
     store->add(ids, rows.columns());
     twin->add(ids, rows.columns());
