@@ -1,6 +1,6 @@
-// Python module brc_fast.kernels._cpu: the functions of csrc/{layer_norm,categorical,optimizer,policy}.hpp
-// with buffers as addresses, 0 for null, and distances in floats. Nothing is checked here: the Python modules
-// that call it check and own the buffers.
+// Python module brc_fast.kernels._cpu: the functions of
+// csrc/{layer_norm,categorical,optimizer,policy,summary}.hpp with buffers as addresses, 0 for null, and
+// distances in floats. Nothing is checked here: the Python modules that call it check and own the buffers.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 #include "layer_norm.hpp"
 #include "optimizer.hpp"
 #include "policy.hpp"
+#include "summary.hpp"
 
 namespace py = pybind11;
 
@@ -83,6 +84,14 @@ double adamw(std::int64_t count, Address param, Address grad, Address exp_avg, A
       {learning_rate, beta1, beta2, eps, weight_decay, mean_scale, root_scale, tau, grad_scale});
 }
 
+void summary(std::int64_t rows, std::int64_t losses_count, std::int64_t values_count, Address losses,
+             Address log_probs, Address q_values, float target_entropy, Address alpha, Address step,
+             Address metrics, Address gradient, Address since) {
+  brc::update_summary(
+      {rows, losses_count, values_count, at(losses), at(log_probs), at(q_values), *at(alpha), target_entropy},
+      *at(step), at(metrics), at(gradient), at(since));
+}
+
 double squares(std::int64_t count, Address x) {
   return brc::sum_of_squares(count, at(x));
 }
@@ -102,4 +111,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("tanh_gaussian_backward", &sample_backward, released);
   m.def("adamw", &adamw, released);
   m.def("sum_of_squares", &squares, released);
+  m.def("update_summary", &summary, released);
 }

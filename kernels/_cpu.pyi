@@ -125,3 +125,18 @@ def adamw(
     /,
 ) -> float: ...
 def sum_of_squares(count: int, x: int, /) -> float: ...
+def update_summary(
+    rows: int,
+    losses_count: int,
+    values_count: int,
+    losses: int,
+    log_probs: int,
+    q_values: int,
+    target_entropy: float,
+    alpha: int,
+    step: int,
+    metrics: int,
+    gradient: int,
+    since: int,
+    /,
+) -> None: ...

@@ -12,6 +12,8 @@ Launches: 1, of a single program; as operations of their own they are about twen
 Numbers:  float32, or float64 where the metrics are; sums are added in a fixed order.
 Source:   Nauman et al. 2025, arXiv:2505.23150; Haarnoja et al. 2018, arXiv:1812.05905, section 5.
 Twin:     reference.update_summary_
+
+On a CPU, float32 takes a compiled pass (csrc/summary.hpp).
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _native, reference
 from ._cases import Case
 from ._compiled import twin
-from ._dispatch import DTYPES, launch, takes_kernels
+from ._dispatch import DTYPES, chosen, launch, takes_kernels
 from ._triton import jit, tl
 from .optimizer import WIDE, InPlaceOp, _check_place
 from .reference import METRICS
@@ -162,28 +164,52 @@ def update_summary_(
     if takes_kernels(impl, *given):
         _update_summary_op(*given, gradient, step, since, target_entropy)
         return
+    numbers = *given, gradient, step, since
+    if chosen(impl) == "auto" and _native.takes(*numbers) and all(x.is_contiguous() for x in given[1:4]):
+        _compiled_update_summary(*numbers, target_entropy)
+        return
     written = {"gradient": gradient, "step": step, "since": since}
     with torch.no_grad():
         twin(reference.update_summary_, impl)(*given, target_entropy=target_entropy, **written)
 
 
+def _compiled_update_summary(
+    metrics: Tensor,
+    losses: Tensor,
+    log_probs: Tensor,
+    q_values: Tensor,
+    alpha: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    since: Tensor,
+    target_entropy: float,
+) -> None:
+    sizes = (x.numel() for x in (log_probs, losses, q_values))
+    read = (x.data_ptr() for x in (losses, log_probs, q_values))
+    written = (x.data_ptr() for x in (alpha, step, metrics, gradient, since))
+    _native.compiled.update_summary(*sizes, *read, target_entropy, *written)  # type: ignore[call-arg]
+    torch.autograd.graph.increment_version((metrics, gradient, since))
+
+
 def cases() -> Iterator[Case]:
-    """Two members, in each of the types that metrics have."""
+    """Two members, in each of the types that metrics have; every result of order 1, one metric not finite."""
     for dtype in (torch.float32, torch.float64):
 
         def prepare(
             device: torch.device, batch: int, impl: str, dtype: torch.dtype = dtype
         ) -> Callable[[], object]:
-            losses, q_values = torch.randn(2, 2, batch, device=device, dtype=dtype)
-            log_probs = torch.randn(batch, device=device, dtype=dtype)
+            losses, q_values = torch.randn(2, 2, batch, device=device, dtype=dtype) + 2.0
+            log_probs = torch.randn(batch, device=device, dtype=dtype) - 1.5
             metrics, since = (torch.zeros(len(METRICS), device=device, dtype=dtype) for _ in range(2))
-            alpha, gradient, step = (torch.ones((), device=device, dtype=dtype) for _ in range(3))
+            alpha, gradient, step = (torch.full((), x, device=device, dtype=dtype) for x in (0.3, 0.0, 7.0))
+            metrics[1], metrics[3], since[4] = float("nan"), 3.0, 5.0
+            results = metrics[:1], metrics[2:], gradient, since  # all but the NaN, which equals nothing
 
             def call() -> object:
                 rest = {"gradient": gradient, "step": step, "since": since}
                 given = metrics, losses, log_probs, q_values, alpha
                 update_summary_(*given, target_entropy=-3.0, impl=impl, **rest)
-                return metrics, gradient, since
+                return results
 
             return call
 

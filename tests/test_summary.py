@@ -94,10 +94,28 @@ def test_the_kernel_follows_its_twin(kernel_device: str, rows: int, low: Any, dt
     assert mine["metrics"][[1, 3]].tolist() == [11.0, 13.0]
 
 
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("rows", [1, 100, 4097])
+def test_the_compiled_pass_follows_its_twin(rows: int, members: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = numbers(rows, members)
+    plain, mine = to(exact, torch.float32), to(exact, torch.float32)
+    versions = {name: x._version for name, x in mine.items()}
+    reference.update_summary_(**plain, target_entropy=-2.7)
+    monkeypatch.setattr(reference, "update_summary_", None)  # nothing but the compiled pass is called
+    kernels.update_summary_(**mine, target_entropy=-2.7)
+    monkeypatch.undo()
+    reference.update_summary_(**exact, target_entropy=-2.7)
+    for name in ("metrics", "gradient", "since"):
+        assert_close_to_truth(mine[name], exact[name], plain[name], name)
+    assert mine["metrics"][[1, 3]].tolist() == [11.0, 13.0]
+    changed = {name for name, x in mine.items() if x._version > versions[name]}
+    assert changed == {"metrics", "gradient", "since"}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_the_first_step_with_a_number_that_is_not_finite_stays(kernel_device: str, bad: float) -> None:
-    for op in (reference.update_summary_, update_summary_):
+    for op in (reference.update_summary_, update_summary_, kernels.update_summary_):
         given = to(numbers(9), torch.float32, kernel_device)
         rule = {"target_entropy": -1.0}
         for step, name, value in (
