@@ -17,7 +17,14 @@ from ._ops import first_derivative
 from ._stacked import Arrays, Backward, Forward, Memory
 from .reference import EPS
 
-__all__ = ["BATCHED", "bronet_on_cpu", "norm_backward", "norm_forward"]
+__all__ = [
+    "BATCHED",
+    "backward_arguments",
+    "bronet_on_cpu",
+    "forward_arguments",
+    "norm_backward",
+    "norm_forward",
+]
 
 PASSES = sys.modules[__name__]
 BATCHED = False
@@ -25,7 +32,7 @@ SHAPES_KEPT = 16
 _free: dict[tuple[int, ...], list[Tensor]] = {}
 
 
-def norm_forward(
+def forward_arguments(
     x: Tensor,
     bias: Tensor,
     weight: Tensor,
@@ -34,21 +41,21 @@ def norm_forward(
     relu: bool,
     y: Tensor,
     stats: Tensor,
-) -> None:
-    """Fill `y` [N, B, H] and the rows' mean and 1/std, `stats` [2, N, B].
+) -> tuple[Any, ...]:
+    """Of `norm_forward`, which fills `y` [N, B, H] and the rows' mean and 1/std, `stats` [2, N, B].
 
-    Networks of the vectors [N, H] may be any distance apart, the same for all three.
+    Networks of the vectors [N, H] may be any distance apart, the same for all three. The tensors must be kept
+    as long as what comes back: it holds their addresses.
     """
-    networks, rows, width = x.shape
     mean = stats.data_ptr()
-    _native.compiled.bias_layer_norm_forward(
-        networks, rows, width, bias.stride(0), x.data_ptr(), bias.data_ptr(), weight.data_ptr(),
-        shift.data_ptr(), 0 if residual is None else residual.data_ptr(), relu, EPS, y.data_ptr(),
-        mean, mean + 4 * stats.stride(0),
+    return (
+        *x.shape, bias.stride(0), x.data_ptr(), bias.data_ptr(), weight.data_ptr(), shift.data_ptr(),
+        0 if residual is None else residual.data_ptr(), relu, EPS, y.data_ptr(), mean,
+        mean + 4 * stats.stride(0),
     )  # fmt: skip
 
 
-def norm_backward(
+def backward_arguments(
     dy: Tensor,
     x: Tensor,
     bias: Tensor,
@@ -59,18 +66,28 @@ def norm_backward(
     dx: Tensor,
     partial: None,
     into: Tensor | None,
-) -> None:
-    """Fill the gradient of x, `dx`, and of bias, weight and shift, `into` [3, N, H], any distance apart."""
-    networks, rows, width = x.shape
+) -> tuple[Any, ...]:
+    """Of `norm_backward`, which fills the gradient of x, `dx`, and of bias, weight and shift, `into`
+    [3, N, H], any distance apart."""
     mean = stats.data_ptr()
     first = distance = stride = 0
     if into is not None:
         first, distance, stride = into.data_ptr(), 4 * into.stride(0), into.stride(1)
-    _native.compiled.bias_layer_norm_backward(
-        networks, rows, width, bias.stride(0), stride, dy.data_ptr(), x.data_ptr(), bias.data_ptr(),
-        weight.data_ptr(), shift.data_ptr(), relu, mean, mean + 4 * stats.stride(0), dx.data_ptr(),
-        first, first + distance, first + 2 * distance,
+    return (
+        *x.shape, bias.stride(0), stride, dy.data_ptr(), x.data_ptr(), bias.data_ptr(), weight.data_ptr(),
+        shift.data_ptr(), relu, mean, mean + 4 * stats.stride(0), dx.data_ptr(), first, first + distance,
+        first + 2 * distance,
     )  # fmt: skip
+
+
+def norm_forward(*arguments: Any) -> None:
+    """See `forward_arguments`."""
+    _native.compiled.bias_layer_norm_forward(*arguments)
+
+
+def norm_backward(*arguments: Any) -> None:
+    """See `backward_arguments`."""
+    _native.compiled.bias_layer_norm_backward(*arguments)
 
 
 class Workspace:
@@ -104,7 +121,7 @@ class _BroNet(torch.autograd.Function):
         products, outputs = ctx.work[0].tensor.unbind()
         ctx.memory = Memory(products, outputs, ctx.work[1].tensor)
         ctx.save_for_backward(x, *parameters)
-        return Forward(parameters, ctx.memory)([x], PASSES)
+        return Forward(parameters, ctx.memory, PASSES)([x])
 
     @staticmethod
     @first_derivative("bronet")

@@ -5,15 +5,25 @@ Formulas: norm.py. Numbers: computed in float32, in float64 for float64.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._compiled import twin
 from .reference import EPS
 
-__all__ = ["BATCHED", "norm_backward", "norm_forward"]
+__all__ = ["BATCHED", "backward_arguments", "forward_arguments", "norm_backward", "norm_forward"]
 
 BATCHED = False
+
+
+def forward_arguments(*tensors: Any) -> tuple[Any, ...]:
+    """Of `norm_forward`: the same."""
+    return tensors
+
+
+backward_arguments = forward_arguments
 
 
 def norm_forward(

@@ -7,6 +7,8 @@ residual. Backward, from the head down, with dh_i the gradient of layer i's prod
     dW_i = below_i^T dh_i;    biases and norms: sums over the rows, made by the pass itself
 
 `passes` is what runs between the products: norm (Triton), _bronet_cpu (compiled) or _bronet_plain (PyTorch).
+What its `norm_forward` and `norm_backward` are called with, `forward_arguments` and `backward_arguments` make
+of tensors, once.
 Where it says BATCHED, the square layers' dW are products over all layers at once, after the last, and sums
 over the rows are left as `partials`, reduced at the end.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,36 +108,63 @@ class Forward:
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], memory: Memory, out: Tensor | None = None, parts: int = 1
+        self,
+        parameters: Sequence[Tensor],
+        memory: Memory,
+        passes: ModuleType,
+        out: Tensor | None = None,
+        parts: int = 1,
     ) -> None:
-        self.layers, self.memory, self.out = layers_of(parameters), memory, out
+        self.parameters, self.memory, self.passes, self.out = parameters, memory, passes, out
         self.head, self.bias = parameters[-2], parameters[-1].unsqueeze(1)
-        kernel, product = self.layers[0][0], memory.products[0]
+        products, outputs, stats = memory.products, memory.outputs, memory.stats
+        kernel = parameters[0]
         self.share = kernel.shape[0] // parts
-        self.first = tuple(zip(kernel.chunk(parts), product.chunk(parts), strict=True))
-
-    def __call__(self, inputs: Sequence[Tensor], passes: ModuleType) -> Tensor:
-        """[N, B, K] of one [N, B, I], or of several [B, I]."""
-        products, outputs, stats = self.memory.products, self.memory.outputs, self.memory.stats
-        for x, (kernel, product) in zip(inputs, self.first, strict=True):
-            torch.bmm(x.expand(self.share, *x.shape[-2:]), kernel, out=product)
-        hidden = skip = inputs[0]
-        for index, (kernel, *vectors) in enumerate(self.layers):
+        self.first = tuple(zip(kernel.chunk(parts), products[0].chunk(parts), strict=True))
+        self.products: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.norms: list[tuple[Any, ...]] = []
+        self.hidden = skip = outputs[0]
+        for index, (kernel, *vectors) in enumerate(layers_of(parameters)):
             product, held = products[index % len(products)], stats[index % len(stats)]
             y = outputs[index % len(outputs)]  # of three, the one that is neither `hidden` nor `skip`
             if index:
-                torch.bmm(hidden, kernel, out=product)
+                self.products.append((self.hidden, kernel, product))
             closes_block = index > 0 and index % 2 == 0
             residual = skip if closes_block else None
-            passes.norm_forward(product, *vectors, residual, not closes_block, y, held)
-            hidden = y
+            self.norms.append(
+                passes.forward_arguments(product, *vectors, residual, not closes_block, y, held)
+            )
+            self.hidden = y
             if index % 2 == 0:
                 skip = y
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """[N, B, K] of one [N, B, I], or of several [B, I]."""
+        norm, norms = self.passes.norm_forward, iter(self.norms)
+        for x, (kernel, product) in zip(inputs, self.first, strict=True):
+            torch.bmm(x.expand(self.share, *x.shape[-2:]), kernel, out=product)
+        norm(*next(norms))
+        for (hidden, kernel, product), arguments in zip(self.products, norms, strict=True):
+            torch.bmm(hidden, kernel, out=product)
+            norm(*arguments)
+        hidden = self.hidden
         bias = self.bias if self.bias.dtype == hidden.dtype else self.bias.to(hidden.dtype)
         if len(hidden) == 1 and self.out is not None:  # one kernel: baddbmm copies the bias first
             torch.addmm(bias[0, 0], hidden[0], self.head[0], out=self.out[0])
             return self.out
         return torch.baddbmm(bias, hidden, self.head, out=self.out)
+
+
+class _Layer(NamedTuple):
+    """What the backward pass does for one layer."""
+
+    number: int
+    norm: tuple[Any, ...]  # arguments of norm_backward
+    dproduct: Tensor  # what that leaves
+    kernel: Tensor  # [N, H, H], transposed
+    dkernel: tuple[Tensor, Tensor, Tensor] | None  # factors and place of the kernel's gradient
+    opens_block: bool
+    closes_block: bool
 
 
 class Backward:
@@ -154,22 +183,38 @@ class Backward:
         passes: ModuleType,
         space: Tensor | None = None,
     ) -> None:
-        self.passes, self.memory, self.gradients = passes, memory, gradients
-        self.layers = [(kernel, vectors, kernel.mT) for kernel, *vectors in layers_of(parameters)]
-        self.head = parameters[-2].mT
-        product, layers = memory.products[0], len(self.layers)
+        self.parameters, self.memory, self.passes, self.gradients = parameters, memory, passes, gradients
+        self.head, self.first = parameters[-2].mT, parameters[0].mT
+        layers = layers_of(parameters)
         self.batched = gradients is not None and passes.BATCHED and not memory.recomputed
+        product = memory.products[0]
         if space is None:
-            space = product.new_empty(layers + 2 if self.batched else 3, *product.shape)
-        slots = space.unbind()
-        self.g, self.inner, self.dproducts = slots[0], slots[1], slots[2:]
+            space = product.new_empty(len(layers) + 2 if self.batched else 3, *product.shape)
+        self.space = space
+        slots: tuple[Tensor, ...] = space.unbind()
+        self.g, self.inner, dproducts = slots[0], slots[1], slots[2:]
         self.partials: Tensor | None = None
+        if gradients is not None and passes.BATCHED:
+            self.partials = passes.partials(len(layers), *product.shape, product)
+        self.layers = [self._layer(index, layers[index], dproducts) for index in reversed(range(len(layers)))]
+
+    def _layer(self, index: int, parameters: Sequence[Tensor], dproducts: Sequence[Tensor]) -> _Layer:
+        (kernel, *vectors), memory, gradients = parameters, self.memory, self.gradients
+        opens_block, closes_block = index % 2 == 1, index > 0 and index % 2 == 0
+        incoming, relu = self.inner if opens_block else self.g, not closes_block
+        dproduct = dproducts[index % len(dproducts)]
+        if not closes_block and not self.batched:  # what comes in is not needed again
+            dproduct = incoming
+        partial = None if self.partials is None else self.partials[index]
+        into, dkernel = None, None
         if gradients is not None:
-            self.all_dproducts = space[2:]
-            if passes.BATCHED:
-                self.partials = passes.partials(layers, *product.shape, product)
-            self.outputs = [output.mT for output in memory.outputs]
-            self.square, self.vectors = gradients.square.unbind(), gradients.vectors.unbind()
+            into = gradients.vectors[index]
+            if index and not self.batched:
+                dkernel = memory.outputs[index - 1].mT, dproduct, gradients.square[index - 1]
+        norm = self.passes.backward_arguments(
+            incoming, memory.products[index], *vectors, relu, memory.stats[index], dproduct, partial, into
+        )
+        return _Layer(index, norm, dproduct, kernel.mT, dkernel, opens_block, closes_block)
 
     def __call__(self, grad: Tensor, x: Tensor, columns: slice | None) -> Tensor | None:
         """The gradient of x [N, B, I] in these columns, where any are wanted.
@@ -177,32 +222,18 @@ class Backward:
         Args:
             grad: [N, B, K], contiguous. x: [N, B, I], or [B, I] of all networks.
         """
-        passes, products, stats = self.passes, self.memory.products, self.memory.stats
-        g, inner = self.g, self.inner
-        gradients, partial, into = self.gradients, None, None
+        passes, gradients, g, inner = self.passes, self.gradients, self.g, self.inner
         x = x.expand(len(g), *x.shape[-2:])
         if gradients is not None:
-            torch.bmm(self.outputs[-1], grad, out=gradients.head)
+            torch.bmm(self.memory.outputs[-1].mT, grad, out=gradients.head)
             torch.sum(grad, 1, dtype=gradients.bias.dtype, out=gradients.bias)
         torch.bmm(grad, self.head, out=g)
-        dproduct = g
-        for index in reversed(range(len(self.layers))):
-            _, vectors, kernel = self.layers[index]
-            opens_block, closes_block = index % 2 == 1, index > 0 and index % 2 == 0
-            dproduct = self.dproducts[index % len(self.dproducts)]
+        for index, norm, dproduct, kernel, dkernel, opens_block, closes_block in self.layers:
             if self.memory.recomputed and index < len(self.layers) - 1 and not opens_block:
                 self._recompute(index, x)
-            if gradients is not None:
-                into = self.vectors[index]
-                partial = None if self.partials is None else self.partials[index]
-            incoming, relu = inner if opens_block else g, not closes_block
-            if not closes_block and not self.batched:  # what comes in is not needed again
-                dproduct = incoming
-            passes.norm_backward(
-                incoming, products[index], *vectors, relu, stats[index], dproduct, partial, into
-            )
-            if gradients is not None and index and not self.batched:
-                torch.bmm(self.outputs[index - 1], dproduct, out=self.square[index - 1])
+            passes.norm_backward(*norm)
+            if dkernel is not None:
+                torch.bmm(dkernel[0], dkernel[1], out=dkernel[2])
             if closes_block:
                 torch.bmm(dproduct, kernel, out=inner)
             elif opens_block:
@@ -211,23 +242,26 @@ class Backward:
             torch.bmm(x.mT, dproduct, out=gradients.first)
             if self.batched:
                 assert self.memory.whole is not None
-                _square_gradients(self.memory.whole, self.all_dproducts, gradients.square)
+                _square_gradients(self.memory.whole, self.space[2:], gradients.square)
             if self.partials is not None:
                 passes.reduce_partials(self.partials, gradients.vectors)
-        return None if columns is None else torch.bmm(dproduct, self.layers[0][2][..., columns])
+        return None if columns is None else torch.bmm(dproduct, self.first[..., columns])
 
     def _recompute(self, index: int, x: Tensor) -> None:
         """Make the products of the block that ends at this layer again, and what lies inside of it."""
-        products, outputs, stats = self.memory.products, self.memory.outputs, self.memory.stats
+        products, outputs, layers = self.memory.products, self.memory.outputs, layers_of(self.parameters)
         if index == 0:
-            torch.bmm(x, self.layers[0][0], out=products[0])
+            torch.bmm(x, layers[0][0], out=products[0])
             return
-        kernel, vectors, _ = self.layers[index - 1]
+        kernel, *vectors = layers[index - 1]
         torch.bmm(outputs[index - 2], kernel, out=products[index - 1])
+        stats = self.memory.stats[index - 1]
         self.passes.norm_forward(
-            products[index - 1], *vectors, None, True, outputs[index - 1], stats[index - 1]
+            *self.passes.forward_arguments(
+                products[index - 1], *vectors, None, True, outputs[index - 1], stats
+            )
         )
-        torch.bmm(outputs[index - 1], self.layers[index][0], out=products[index])
+        torch.bmm(outputs[index - 1], layers[index][0], out=products[index])
 
 
 def _square_gradients(outputs: Tensor, dproducts: Tensor, out: Tensor) -> None:

@@ -59,7 +59,7 @@ def _forward(x: Tensor, parameters: list[Tensor], wanted: int) -> tuple[Tensor, 
     products = x.new_empty(depth if wanted >= INPUT else 1, *shape)
     outputs = x.new_empty(depth if wanted == EVERYTHING else 3, *shape)
     stats = x.new_empty(len(products), 2, *shape[:2], dtype=_wide(x.dtype))
-    out = Forward(_dense(parameters), Memory(products, outputs, stats))([x], norm)
+    out = Forward(_dense(parameters), Memory(products, outputs, stats), norm)([x])
     return (
         out,
         products if wanted >= INPUT else x.new_empty(0),

@@ -45,7 +45,8 @@ class BroNetPlan:
         recompute: bool = False,
         trained_rows: int | None = None,
     ) -> None:
-        self.parameters, self.rows, self.gradients = list(parameters), rows, gradients
+        # tensors of its own: what it holds stays where it is, also if a module puts other data into its own
+        self.parameters, self.rows, self.gradients = [p.detach() for p in parameters], rows, gradients
         self.trained_rows = rows if trained_rows is None else trained_rows
         for index, (_, *vectors) in enumerate(layers_of(self.parameters)):
             strides = {vector.stride() for vector in vectors}  # the compiled passes take one for all three
@@ -66,7 +67,7 @@ class BroNetPlan:
         self._shares = share is not None
         self.memory: Memory = self._allocate() if share is None else share.memory.part(networks, rows)
         self.out = head.new_empty(networks, rows, outputs)
-        self._forward: dict[int, Forward] = {}
+        self._forward: dict[tuple[int, str], Forward] = {}
         self._backward: dict[str, Backward] = {}
         self._inputs: Sequence[Tensor] = ()
 
@@ -107,9 +108,11 @@ class BroNetPlan:
         self._inputs, parts = inputs, len(inputs)
         if inputs[0].shape[-2] != self.rows:  # torch would make the memory larger and go on
             raise ValueError(f"inputs must have B = {self.rows} rows, got {inputs[0].shape[-2]}")
-        if parts not in self._forward:
-            self._forward[parts] = Forward(self.parameters, self.memory, self.out, parts)
-        return self._forward[parts](inputs, passes_for(inputs[0]))
+        passes = passes_for(inputs[0])
+        kind = parts, passes.__name__
+        if kind not in self._forward:
+            self._forward[kind] = Forward(self.parameters, self.memory, passes, self.out, parts)
+        return self._forward[kind](inputs)
 
     def backward(self, grad: Tensor, columns: slice | None = None) -> Tensor | None:
         """Fill the gradients of the first G networks; returns those of their input where they are wanted.

@@ -419,6 +419,14 @@ def partials(layers: int, networks: int, rows: int, width: int, like: Tensor) ->
     return like.new_empty(layers, *shape, dtype=_computed(like.dtype))
 
 
+def forward_arguments(*tensors: Any) -> tuple[Any, ...]:
+    """Of `norm_forward`: the same."""
+    return tensors
+
+
+backward_arguments = forward_arguments
+
+
 def norm_forward(
     x: Tensor,
     bias: Tensor,
@@ -619,7 +627,7 @@ def _case(E: int, H: int, dtype: torch.dtype, form: str, spread: int = 1) -> Cas
 
         def call() -> object:
             out = bias_layer_norm(x, *parameters, residual=skip, relu=skip is None, impl=impl)
-            return torch.autograd.grad(out, wanted, seed)
+            return out, *torch.autograd.grad(out, wanted, seed)
 
         return call
 

@@ -291,6 +291,21 @@ def test_parameters_are_read_where_they_lie_at_every_pass(
             assert torch.equal(mine, other)
 
 
+@pytest.mark.parametrize("passes", PASSES)
+def test_tensors_that_turn_to_other_memory_leave_a_plan_where_it_was(
+    request: pytest.FixtureRequest, passes: str
+) -> None:
+    device, block = taking(passes, request)
+    problem = Problem(ONLINE_AND_TARGET, torch.float32, 0, device)
+    parameters = problem.arrays.ordered()
+    with block:
+        plan = BroNetPlan(parameters, problem.size.rows, problem.gradients)
+        before = plan.forward(*problem.inputs).clone()
+        for parameter in parameters:
+            parameter.data = torch.full_like(parameter, math.nan)
+        assert torch.equal(plan.forward(*problem.inputs), before)
+
+
 def test_a_float32_bias_of_a_bfloat16_head_is_read_at_every_pass_too() -> None:
     problem = Problem(ONLINE_AND_TARGET, torch.bfloat16)
     mixed = problem.arrays._replace(bias=problem.arrays.bias.float())
