@@ -598,5 +598,6 @@ def cases() -> Iterator[Case]:
         yield _bellman_case(E, K, dtype, padded, "loss")
     for padded in (False, True):
         yield _bellman_case(2, 101, bf16, padded, "gradient")
+    yield _bellman_case(2, 101, f32, False, "gradient")
     for dtype in (bf16, f32):
         yield _bellman_case(2, 101, dtype, False, "target")

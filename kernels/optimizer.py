@@ -616,7 +616,8 @@ def cases() -> Iterator[Case]:
             state = [param, grad.to(dtypes[1]), torch.zeros_like(param), torch.zeros_like(param)]
             state.append(torch.zeros((), device=device))
             rule: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
-            rule |= {"learning_rate": torch.full((), 3e-4, device=device) if clip else 3e-4}
+            # Steps as large as the parameters: a wrong one is seen in them.
+            rule |= {"learning_rate": torch.full((), 0.3, device=device) if clip else 0.3}
             if clip:
                 rule |= {"max_norm": torch.full((), 1.0, device=device)}
             if extras:

@@ -109,6 +109,8 @@ def test_kernels_without_peers_say_why(tmp_path: Path) -> None:
     absent = [entry for entry in entries if entry["provider"] in ("kernels", "liger")]
     assert absent
     assert all(entry["missing"] in done.stdout for entry in absent)
+    (liger,) = {entry["missing"] for entry in absent if entry["provider"] == "liger"}
+    assert liger == 'liger_kernel is not installed; pip install "brc-fast[bench]"'
     assert any(entry["value"] for entry in entries if entry["provider"] == "eager")
 
 
