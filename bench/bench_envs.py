@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from harness import Measurement, absent, equality, interleave, measured, median_ratio, wait, write
+from harness import Measurement, absent, equality, interleave, measured, median_ratio, refusal, wait, write
 from numpy.typing import NDArray
 from workloads import WORKLOADS, named
 
@@ -54,6 +54,7 @@ TASKS = (
     "metaworld/reach-v3",
 )
 SLOTS = {"mjx": 64, "gym": 8, "dmc": os.cpu_count() or 1, "envpool": 8, "metaworld": 16}
+SERIES = {"mjx/CartpoleSwingup": (16, 64, 256)}  # steps against slots, of one that compiles in seconds
 SEVERAL = 4  # slots of each task of a suite
 COMPARED = 10  # steps before timing
 TOLERANCE = 1e-3  # of rewards, relative and absolute: programs of XLA differ in rounding
@@ -303,9 +304,11 @@ def line(row: dict[str, Any]) -> str:
     return f"{head}{rates['ours']:12.0f}{rates['library']:12.0f}{middle:8.2f} ({low:.2f} to {high:.2f})"
 
 
-def usual(task: str) -> int:
+def usual(task: str) -> Sequence[int]:
     """Slots of a task, or of each of a suite, where none are asked for."""
-    return SEVERAL if len(expand(task)) > 1 else SLOTS.get(task.partition("/")[0], 8)
+    if len(expand(task)) > 1:
+        return (SEVERAL,)
+    return SERIES.get(task, (SLOTS.get(task.partition("/")[0], 8),))
 
 
 def run(
@@ -314,7 +317,7 @@ def run(
     """Every task or suite with every number of slots, or its own, in equal shares of the time left."""
     end = time.perf_counter() + seconds
     rows: list[dict[str, Any]] = []
-    pairs = [(task, n) for task in tasks for n in num_envs or [usual(task)]]
+    pairs = [(task, n) for task in tasks for n in num_envs or usual(task)]
     print(HEAD, flush=True)
     for place, (task, slots) in enumerate(pairs):
         share = (end - time.perf_counter()) / (len(pairs) - place)
@@ -380,11 +383,21 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--tasks", nargs="+", help=f"or suites; default: {' '.join(TASKS)}")
     parser.add_argument("--workload", nargs="+", metavar="NAME", help=f"among {', '.join(WORKLOADS)}")
-    parser.add_argument("--num-envs", type=int, nargs="+", default=[], help=f"slots; default: {SLOTS}")
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds in all")
+    parser.add_argument(
+        "--num-envs", type=int, nargs="+", default=[], help=f"slots; default: {SERIES | SLOTS}"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=120.0,
+        help="seconds; starts come on top: MJX compiles for up to a minute",
+    )
     parser.add_argument("--start", action="store_true", help="time the start of a process")
     parser.add_argument("--save", help="name of a file under bench/results")
     arguments = parser.parse_args(words)
+    if (wrong := refusal(arguments)) is not None:
+        print(f"bench_envs: {wrong}", file=sys.stderr)
+        return 2
     there = torch.cuda.is_available()
     device = arguments.device or ("cuda" if there else "cpu")
     if device == "cuda" and not there:

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from harness import Better, Measurement, absent, interleave, quartiles, write
+from harness import Better, Measurement, absent, interleave, quartiles, refusal, write
 from native.row_gather import RowGather
 from torch import Tensor
 
@@ -194,6 +194,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=30.0, help="seconds in all")
     parser.add_argument("--save", help="name of a file under bench/results")
     arguments = parser.parse_args(words)
+    if (wrong := refusal(arguments)) is not None:
+        print(f"bench_limits: {wrong}", file=sys.stderr)
+        return 2
     there = torch.cuda.is_available()
     device = arguments.device or ("cuda" if there else "cpu")
     if device == "cuda" and not there:

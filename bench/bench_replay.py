@@ -33,10 +33,22 @@ from typing import Any, NamedTuple
 
 import replay_device
 import torch
-from harness import RESULTS, ROOT, Lines, Measurement, absent, equality, header, measured, median_ratio, write
+from harness import (
+    RESULTS,
+    ROOT,
+    Lines,
+    Measurement,
+    absent,
+    equality,
+    header,
+    measured,
+    median_ratio,
+    refusal,
+    write,
+)
 from native.row_gather import RowGather
 from plot_replay import draw
-from workloads import WORKLOADS
+from workloads import WORKLOADS, named
 from workloads import Workload as Named
 
 from peers import replay_files as files
@@ -405,8 +417,8 @@ def inserting(peer: Peer, positions: Iterator[int] | None = None) -> Callable[[]
     return lambda: peer.add(prepared[next(positions)])
 
 
-def check_insert(kind: type[Peer], workload: Workload) -> None:
-    """A small buffer that was overwritten by `add` more than once must return what was added."""
+def check_insert(kind: Callable[[Workload], Peer], workload: Workload) -> None:
+    """A small buffer of `kind` that was overwritten by `add` more than once must return what was added."""
     steps = max(8, 2048 // workload.lanes)
     peer = kind(Workload(OBSERVATION, ACTION, workload.tasks, workload.streams, steps, cycle=steps + 1))
     add = inserting(peer)
@@ -423,7 +435,7 @@ def insert_providers(environments: int, capacity: int, missing: Missing) -> dict
     per_environment = Workload(OBSERVATION, ACTION, environments, 1, steps, cycle)
     providers: dict[str, Provider] = {}
 
-    def include(peer: Peer, kind: type[Peer], positions: Iterator[int]) -> None:
+    def include(peer: Peer, kind: Callable[[Workload], Peer], positions: Iterator[int]) -> None:
         work, workload = inserting(peer, positions), peer.workload
         providers[peer.name] = Provider(work, environments, lambda: check_insert(kind, workload))
 
@@ -436,7 +448,7 @@ def insert_providers(environments: int, capacity: int, missing: Missing) -> dict
             positions = itertools.cycle(range(cycle))
             include(peer, kind, positions)
             if isinstance(peer, Ours):
-                include(OursTensors(peer), kind, positions)
+                include(OursTensors(peer), lambda small: OursTensors(Ours(small)), positions)
     return providers
 
 
@@ -513,10 +525,10 @@ def saved_files(capacity: int, clock: Clock) -> list[dict[str, Any]]:
     result = {
         "case": "files",
         "title": f"Files of {work.rows:,} transitions, O={OBSERVATION}; other: {files.PlainFiles.name}",
-        "rows": file_rows(costs, OURS not in missing),
+        "rows": file_rows(costs),
         "missing": missing,
         "costs": {name: [cost._asdict() for cost in values] for name, values in costs.items()},
-        "measurements": file_measurements(costs),
+        "measurements": file_measurements(costs, missing),
     }
     print_sizes(result)
     return [result]
@@ -548,24 +560,26 @@ def file_costs(work: Workload, folder: Path, clock: Clock, missing: Missing) -> 
         shutil.rmtree(place)
         if clock.per_case(1) < time.perf_counter() - start:
             break
-    return costs
+    return {name: spent for name, spent in costs.items() if name.startswith("plain") or OURS not in missing}
 
 
-def file_measurements(costs: Mapping[str, list[files.Cost]]) -> list[Measurement]:
+def file_measurements(costs: Mapping[str, list[files.Cost]], missing: Missing) -> list[Measurement]:
     """Wall seconds of every save and load."""
     who = {"ours": OURS, "plain": files.PlainFiles.name}
     found = []
     for name, values in costs.items():
         maker, what = name.split()
         found.append(measured(f"files {what}", who[maker], [cost.wall for cost in values], "s", "less"))
+    for name, why in missing.items():
+        found += [absent(f"files {what}", name, why, "s", "less") for what in ("save", "load", "again")]
     return found
 
 
-def file_rows(costs: Mapping[str, list[files.Cost]], complete: bool) -> list[dict[str, Any]]:
-    """Medians of what the files took; without figures of ours unless they are complete."""
+def file_rows(costs: Mapping[str, list[files.Cost]]) -> list[dict[str, Any]]:
+    """Medians of what the files took."""
 
     def median(who: str, what: str, key: str) -> float | None:
-        values = costs.get(f"{who} {what}") if who == "plain" or complete else None
+        values = costs.get(f"{who} {what}")
         return statistics.median(getattr(cost, key) for cost in values) if values else None
 
     rows = []
@@ -614,6 +628,16 @@ def summary(results: list[dict[str, Any]]) -> dict[str, list[str]]:
     return verdicts
 
 
+def failures(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Cases in which ours has no figure, with the reason."""
+    pairs = itertools.product(results, (OURS, OursTensors.name))
+    return [
+        f"{result['case']}, {name}: {result['missing'][name]}"
+        for result, name in pairs
+        if name in result.get("missing", {})
+    ]
+
+
 def versions() -> dict[str, str | None]:
     """Of the buffers' packages."""
     found: dict[str, str | None] = {}
@@ -656,7 +680,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=tuple(GROUPS), help="default: all, without --workload")
     parser.add_argument(
-        "--workload", nargs="+", choices=tuple(WORKLOADS), default=[], help="see workloads.py"
+        "--workload", nargs="+", metavar="NAME", default=[], help=f"among {', '.join(WORKLOADS)}"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="batches there, of ours alone")
     parser.add_argument(
@@ -670,7 +694,18 @@ def main() -> int:
         "--picture", type=Path, help="draw the batch of 1024, for example docs/replay-cpu.png"
     )
     arguments = parser.parse_args()
-    capacity = arguments.capacity or (1_000_000 if arguments.budget >= 60 else 200_000)
+    try:
+        for name in arguments.workload:
+            named(name)
+    except ValueError as error:
+        print(f"bench_replay: {error}", file=sys.stderr)
+        return 2
+    if (wrong := refusal(arguments)) is not None:
+        print(f"bench_replay: {wrong}", file=sys.stderr)
+        return 2
+    capacity = arguments.capacity
+    if capacity is None:
+        capacity = 1_000_000 if arguments.budget >= 60 else 200_000
     if not MIN_CAPACITY <= capacity <= MAX_ROWS:
         print(f"bench_replay: --capacity must lie in {MIN_CAPACITY}..{MAX_ROWS}", file=sys.stderr)
         return 2
@@ -714,9 +749,7 @@ def main() -> int:
         "versions": {**header()["versions"], **versions()},
         "goals": verdicts,
         "measurements": [entry for result in results for entry in result.pop("measurements")],
-        "equality": equality(
-            [f"{r['case']}: {r['missing'][OURS]}" for r in results if OURS in r.get("missing", {})]
-        ),
+        "equality": equality(failures(results)),
         "cases": results,
     }
     if lines is not None:
@@ -726,6 +759,9 @@ def main() -> int:
     if arguments.picture:
         draw({**header(), **content}, arguments.picture)
         print(arguments.picture)
+    if content["equality"] != "passed":
+        print(content["equality"], file=sys.stderr)
+        return 1
     return 0
 
 

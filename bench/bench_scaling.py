@@ -3,9 +3,10 @@
     python bench/bench_scaling.py [--device cpu|cuda] [--axes width batch tasks environments] [--dry]
         [--budget SECONDS] [--save NAME] [--picture FILE.png]
 
-One axis after the other, the sizes of an axis in one process, interleaved. Updates must agree with plain
-PyTorch's at every size before any is timed. The floor of an update is that of bench_update.py. A step is one
-of all environments of mjx/CartpoleSwingup, on the device that JAX has; nothing is known of its floor.
+One axis after the other, the sizes of an axis in one process, interleaved. What the time is too short for is
+left out evenly between the ends of an axis, but never what a fit of updates needs. Updates must agree with
+plain PyTorch's at every size before any is timed. The floor of an update is that of bench_update.py. A step
+is one of all environments of mjx/CartpoleSwingup, on the device that JAX has; nothing is known of its floor.
 
 Through the medians goes `fixed + rate * x ** power` of least relative error, and its error is told. The power
 of the width is fitted; that of the others is 1, for these are rows of the same work, or of the table. One
@@ -15,21 +16,22 @@ task has no embedding, so the line of the tasks begins at two.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_update import MOST, ROUND, Pair, ready, timed, told
+from bench_update import LONGEST, MOST, ROUND, Pair, ready, timed, told
 from fitting import Fit, fit
-from harness import Measurement, absent, equality, interleave, measured, quartiles, wait, write
+from harness import Measurement, absent, equality, interleave, measured, quartiles, refusal, wait, write
 from machines import machine
 from roofline import Machine
-from update_providers import DIFFERS, Products, Provider, Subject, expected, release, tensor_cores
+from update_providers import DIFFERS, Products, Provider, Subject, expected, loaded, release, tensor_cores
 from workloads import named
 
 Sizes = Mapping[str, Sequence[int]]
@@ -55,6 +57,7 @@ KEPT = {"cpu": (128, 128), "cuda": (1024, 1024)}  # width and batch size along t
 WEIGHTS = {"environments": 3}  # shares of the time; the others have 1
 OURS = {"cpu": "ours", "cuda": "ours-bf16"}
 TASK = "mjx/CartpoleSwingup"
+TIME_UP = "time was up"
 
 
 class Axis:
@@ -68,10 +71,27 @@ class Axis:
         self.missing: dict[int, str] = {}
 
     @property
+    def needs(self) -> int:
+        """Sizes that a fit takes."""
+        return 4 if self.name == "width" else 3
+
+    def on_curve(self, sizes: Iterable[int]) -> list[int]:
+        """Those that the curve goes through."""
+        return sorted(x for x in sizes if self.name != "tasks" or x > 1)
+
+    @property
     def curve(self) -> Fit | None:
-        xs = [x for x in sorted(self.times) if self.name != "tasks" or x > 1]
+        xs = self.on_curve(self.times)
         medians = [quartiles(self.times[x])[1] for x in xs]
         return fit(xs, medians, None if self.name == "width" else 1.0)
+
+    @property
+    def no_curve(self) -> str | None:
+        """Why there is no curve."""
+        if self.curve is not None:
+            return None
+        told = f"{sentence(None)}: {len(self.on_curve(self.times))} of at least {self.needs} have a time"
+        return told + ("; raise --budget" if TIME_UP in self.missing.values() else "")
 
     def measurements(self) -> list[Measurement]:
         out = []
@@ -101,6 +121,7 @@ class Axis:
             "floor": [self.floors.get(x) for x in sizes],
             "missing": self.missing,
             "fit": None if curve is None else curve._asdict(),
+            "no_fit": self.no_curve,
         }
 
     def lines(self) -> list[str]:
@@ -114,7 +135,7 @@ class Axis:
             low, middle, high = (1e6 * t for t in quartiles(self.times[x]))
             words = f"{x:8d}{middle:12.0f} us ({low:.0f} to {high:.0f})"
             out.append(words + (f", floor {1e6 * self.floors[x]:.0f}" if x in self.floors else ""))
-        return [*out, "  " + sentence(self.curve)]
+        return [*out, "  " + (self.no_curve or sentence(self.curve))]
 
 
 def sentence(curve: Fit | None) -> str:
@@ -138,16 +159,28 @@ def subject(device: str, sizes: Mapping[str, int]) -> Subject:
     return Subject(workload.width, workload.batch, count, device, workload=workload)
 
 
+def spread(sizes: Sequence[int]) -> list[int]:
+    """Both ends first, then always the middle of the widest gap."""
+    places = [0, len(sizes) - 1][: len(sizes)]
+    while len(places) < len(sizes):
+        taken = sorted(places)
+        low, high = max(itertools.pairwise(taken), key=lambda gap: gap[1] - gap[0])
+        places.append((low + high) // 2)
+    return [sizes[place] for place in places]
+
+
 def updates(
     axis: Axis, subjects: Mapping[int, Subject], seconds: float, roof: Machine | None, dry: bool
 ) -> None:
-    """Ours at every size, and on a CPU its products, together."""
+    """Ours at every size, and on a CPU its products, together; at as many as a fit needs in any case."""
     end = time.perf_counter() + seconds
+    kept = min(seconds / 2, LONGEST[next(iter(subjects.values())).device])  # for timing
     pairs: dict[int, Pair] = {}
     providers: dict[str, Provider] = {}
-    for x, subject in subjects.items():
-        if pairs and time.perf_counter() > end:
-            axis.missing[x] = "time was up"
+    for x in spread(list(subjects)):
+        subject = subjects[x]
+        if len(axis.on_curve(pairs)) >= axis.needs and time.perf_counter() > end - kept:
+            axis.missing[x] = TIME_UP
             continue
         pair = Pair(subject, roof)
         try:
@@ -187,7 +220,7 @@ def steps(axis: Axis, sizes: Sequence[int], seconds: float, dry: bool) -> None:
 
     for x in sizes:
         if work and time.perf_counter() > end:
-            axis.missing[x] = "time was up"
+            axis.missing[x] = TIME_UP
             continue
         try:
             env: Any = make(TASK, x, quiet=True)
@@ -223,6 +256,8 @@ def run(
     keep: Callable[[dict[str, Any]], object] = lambda found: None,
 ) -> dict[str, Any]:
     """One axis after the other, each with its share of the time. `dry`: tiny sizes, three rounds."""
+    if device == "cpu" and not dry:
+        loaded()
     end, sizes, done = time.perf_counter() + seconds, DRY if dry else SIZES[device], list[Axis]()
     width, batch = (16, 8) if dry else KEPT[device]
     roof = machine(device, dry=dry) if device == "cuda" else None
@@ -261,11 +296,16 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, help="default: all")
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds in all")
+    parser.add_argument(
+        "--budget", type=float, default=120.0, help="seconds; what starts and compiles may come on top"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny sizes, three rounds")
     parser.add_argument("--save", help="name of a file under bench/results")
     parser.add_argument("--picture", type=Path, help="PNG or SVG by the suffix")
     arguments = parser.parse_args(words)
+    if (wrong := refusal(arguments)) is not None:
+        print(f"bench_scaling: {wrong}", file=sys.stderr)
+        return 2
     there = torch.cuda.is_available()
     device = arguments.device or ("cuda" if there else "cpu")
     if device == "cuda" and not there:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Measurement, absent, equality, header, measured, median_ratio, wait, write
+from harness import Measurement, absent, equality, header, measured, median_ratio, refusal, wait, write
 from plot_replay import INK, LIMIT_COLOUR, OTHER_COLOUR, OURS_COLOUR, SMALL
 from update_providers import AFTER_A_STEP, FIRST, out_of_memory, release, tensor_cores
 from workloads import WORKLOADS, Workload, named
@@ -370,6 +370,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--save", help="name of a file under bench/results")
     parser.add_argument("--picture", type=Path, help="draw the returns against time")
     arguments = parser.parse_args(words)
+    if (reason := refusal(arguments)) is not None:
+        print(f"bench_train: {reason}", file=sys.stderr)
+        return 2
     there = torch.cuda.is_available()
     device = arguments.device or ("cuda" if there else "cpu")
     task, threshold, config = arguments.task or TASK[device], arguments.threshold, None

@@ -16,7 +16,8 @@ parameters, and updates on the same batches must agree with plain PyTorch's befo
 Products of the others are in float32 on a CPU, in TF32 on a GPU.
 The floor: on a CPU the time of the update's matrix products alone, interleaved with the rest; on a GPU the
 roofline of its kernels (roofline.py), of this machine's limits (machines.py). On a CPU a tenth of the time
-goes into measuring the parts of ours (update_parts.py).
+goes into measuring the parts of ours (update_parts.py), and a size is left out, with the reason, where the
+roofline tells that a comparison takes longer than the budget.
 """
 
 from __future__ import annotations
@@ -28,11 +29,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import roofline
 import torch
-from harness import Measurement, absent, equality, interleave, measured, median_ratio, quartiles, write
+from harness import (
+    Measurement,
+    absent,
+    equality,
+    interleave,
+    measured,
+    median_ratio,
+    quartiles,
+    refusal,
+    write,
+)
 from machines import machine as limits_of
 from update_parts import measured_parts
 from update_providers import (
@@ -49,6 +60,7 @@ from update_providers import (
     difference,
     expected,
     fits,
+    loaded,
     out_of_memory,
     release,
     taken,
@@ -61,9 +73,11 @@ DEFAULTS = {"cpu": ("ours", "plain"), "cuda": ("ours-bf16", "ours-tf32", "plain"
 WARMUP = {"cpu": 1, "cuda": 5}  # calls: ours captures its two graphs in the second and the third
 ROUND = 0.05  # seconds of a provider's calls in one round, if these are at least one and at most MOST
 MOST = 100
+ROUNDS = 3  # at least
 LONGEST = {"cpu": float("inf"), "cuda": 4.0}  # seconds of timing at one size; a quiet machine needs no more
 HEAVY = 4e9  # bytes of plain PyTorch; a CPU is not given more unless it is asked to
 COUNTED = 0.1  # share of the time that is kept: on a GPU for counting kernels, on a CPU for parts
+PARTS_UPDATES, PARTS_FREE = 2 + 2 * ROUNDS, 1.0  # at least of the parts; seconds of them that may come on top
 MARK = "spin_kernel"  # what torch.cuda._sleep launches
 
 Times = dict[str, list[float]]
@@ -202,11 +216,13 @@ def repeated(provider: Provider, calls: int) -> None:
 
 def timed(providers: dict[str, Provider], subject: Subject, seconds: float) -> Times:
     """Seconds per update in rounds. Each provider makes its calls of a round and then waits for them."""
-    calls, work = {}, {}
+    calls, work, turn = {}, {}, ROUND
+    if subject.device == "cpu":
+        turn = min(ROUND, seconds / (ROUNDS * len(providers)))
     for name, provider in providers.items():
         start = time.perf_counter()
         repeated(provider, 1)
-        calls[name] = max(1, min(MOST, int(ROUND / (time.perf_counter() - start))))
+        calls[name] = max(1, min(MOST, int(turn / (time.perf_counter() - start))))
         work[name] = partial(repeated, provider, calls[name])
     found = interleave(work, seconds=min(seconds, LONGEST[subject.device]), calls=1, warmup=0)
     return {name: [t / (calls[name] * subject.updates) for t in values] for name, values in found.items()}
@@ -240,7 +256,12 @@ def run_group(
         pair.times |= timed(providers, pair.subject, max(0.0, left * (1.0 - split)))
         pair.groups.append(list(providers))
         if split:
-            pair.parts = measured_parts(providers["ours"], pair.subject, max(0.0, left * split), pair.limits)
+            took = PARTS_UPDATES * pair.subject.updates * statistics.median(pair.times["ours"])
+            if took > max(PARTS_FREE, deadline - time.perf_counter()):
+                pair.parts = {"parts_missing": "time was up"}
+            else:
+                given = max(0.0, left * split)
+                pair.parts = measured_parts(providers["ours"], pair.subject, given, pair.limits)
     except Exception as error:
         if out_of_memory(error) and not alone:
             crowded = [name for name in names if name not in pair.missing]
@@ -270,13 +291,59 @@ def compare(
         release(subject.device)
     waiting = list(providers)
     if fits(subject, waiting):
-        waiting = run_group(waiting, pair, known, seconds, deadline)
+        left = seconds - (time.perf_counter() - start)
+        waiting = run_group(waiting, pair, known, left, deadline)
         release(subject.device)
     for index, name in enumerate(waiting):
         left = seconds - (time.perf_counter() - start)
         run_group([name], pair, known, left / (len(waiting) - index), deadline)
         release(subject.device)
     return pair
+
+
+# ---------------------------------------------------------------- the budget of a CPU
+
+
+class Least(NamedTuple):
+    """What a size takes at the least, and why the budget has no room for it."""
+
+    seconds: float
+    reason: str | None = None
+
+
+def least_updates(subject: Subject, count: int) -> int:
+    """Of a comparison of so many providers: checks with plain PyTorch, warm-ups, a trial and rounds, and the
+    products alone."""
+    checks, timed = subject.calls * (count + 1), (1 + ROUNDS) * (count + 1)
+    return subject.updates * (checks + WARMUP["cpu"] * count + timed)
+
+
+def planned(
+    subjects: Sequence[Subject], count: int, seconds: float, machine: roofline.Machine
+) -> list[Least]:
+    """Of each size with so many providers. What is refused leaves its time to the sizes after it."""
+    found, left = list[Least](), seconds
+    for subject in subjects:
+        if too_large(subject, "plain"):
+            found.append(Least(0.0))
+            continue
+        each, updates = roofline.floor(subject.sizes, "fp32", machine), least_updates(subject, count)
+        if each * updates <= left:
+            found.append(Least(each * updates))
+            left -= each * updates
+            continue
+        allowed = f"the budget of {seconds:g} s allows"
+        if each * updates <= seconds:
+            allowed = f"other sizes leave of the budget of {seconds:g} s"
+        takes = f"an update takes about {each:.2g} s here and a comparison {updates} of them"
+        found.append(Least(0.0, f"{takes}, more than {allowed}; raise --budget"))
+    return found
+
+
+def shared(left: float, waiting: Sequence[Least]) -> float:
+    """Seconds of the first size that waits: its least, and an equal share of what all of them leave."""
+    spare = left - sum(least.seconds for least in waiting)
+    return waiting[0].seconds + max(0.0, spare) / sum(least.reason is None for least in waiting)
 
 
 # ---------------------------------------------------------------- kernels per update
@@ -388,27 +455,32 @@ def run(
     """Of each workload every width at the first batch size, then at the second, ..., until the time is up.
 
     Args:
-        seconds: in all, in equal shares of what is left. updates: U; 1 on a CPU, 2 as published on a GPU.
+        seconds: in all, once the limits of the machine are known; in equal shares of what is left, on a CPU
+            beyond what each size takes at the least. updates: U; 1 on a CPU, 2 as published on a GPU.
         dry: no more than three rounds, and nothing that compiles for long.
         keep: called with what there is after each size.
     """
-    start = time.perf_counter()
-    deadline, cuda = start + seconds, device == "cuda"
+    cuda, limits = device == "cuda", limits_of(device, dry=dry)
+    if not (cuda or dry):
+        loaded()
+    deadline = time.perf_counter() + seconds
     last = deadline - COUNTED * seconds if cuda else deadline
-    limits = limits_of(device, dry=dry)
     machine = limits if cuda else None
     backend = "aot_eager" if dry else "inductor"
     subjects = [
         Subject(shape.width, shape.batch, updates or (2 if cuda else 1), device, backend, shape)
         for shape in shapes(workloads, widths, batches)
     ]
+    plan = [Least(0.0)] * len(subjects)
+    if not (cuda or dry):
+        plan = planned(subjects, len(providers), seconds, limits)
     pairs: list[Pair] = []
 
     def found() -> dict[str, Any]:
         rows = [pair.row() for pair in pairs]
         return {
             "rows": rows,
-            "equality": equality(wrong(rows)),
+            "equality": equality(wrong(rows) or uncompared(rows)),
             "not_reached": [subject.case for subject in subjects[len(pairs) :]],
             "machine": machine and machine._asdict(),
             "limits": limits._asdict(),
@@ -421,8 +493,12 @@ def run(
             now = time.perf_counter()
             if pairs and now > last:
                 break
-            share = 0.0 if dry else (last - now) / (len(subjects) - index)
-            pairs.append(compare(subject, providers, share, machine, last, None if cuda else limits))
+            if (reason := plan[index].reason) is not None:
+                pairs.append(Pair(subject, machine))
+                pairs[-1].missing = dict.fromkeys(providers, reason)
+            else:
+                share = 0.0 if dry else shared(last - now, plan[index:])
+                pairs.append(compare(subject, providers, share, machine, last, None if cuda else limits))
             print("\n".join(lines(pairs[-1])), flush=True)
             keep(found())
         if cuda:
@@ -469,6 +545,11 @@ def wrong(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def uncompared(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The reason not to call results equal where no provider has a time."""
+    return [] if any(row["updates_per_second"] for row in rows) else ["nothing was compared"]
+
+
 def wanted(names: Sequence[str] | None, device: str) -> list[str]:
     """Providers in their order, ours always among them."""
     asked = set(names or DEFAULTS[device])
@@ -502,9 +583,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, nargs="+", help="128 without a workload")
     parser.add_argument("--updates", type=int, help="updates per call: 1 on a CPU, 2 on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, and of JAX if it is one")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds in all")
+    parser.add_argument(
+        "--budget", type=float, default=60.0, help="seconds, once limits of this machine are known"
+    )
     parser.add_argument("--save", help="name of a file under bench/results")
     arguments = parser.parse_args(words)
+    if (reason := refusal(arguments)) is not None:
+        print(f"bench_update: {reason}", file=sys.stderr)
+        return 2
     there = torch.cuda.is_available()
     device = arguments.device or ("cuda" if there else "cpu")
     if device == "cuda" and not there:
@@ -538,7 +624,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     if device == "cuda":
         print(table(found["rows"]))
-    if differing := wrong(found["rows"]):
+    if differing := wrong(found["rows"]) or uncompared(found["rows"]):
         print("\n".join(differing), file=sys.stderr)
     return 1 if differing else 0
 

@@ -11,7 +11,8 @@ are the span over the rounds. Options after -- go to the benchmark (-- --width 1
 --against: ratios over that of a provider that did not change, which ran interleaved: a busy machine cancels.
 --threshold: exit code 1 if a ratio lies below it with all of its bounds. --ratio-floor: the same for ours to
 another provider of one result of bench_update.py; its bounds are quartiles of the ratios round by round.
-Exit code 2: there is nothing to compare.
+Exit code 2: there is nothing to compare, or what must not be: files of different machines, of a run that
+failed or whose equality check did. --force compares such files all the same and marks every line.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import ROOT, Measurement, Unreadable, read
+from harness import ROOT, Measurement, Unreadable, failures, finite, making, one_line, read
 
 MACHINE = ("cpu", "gpu", "cores", "torch_threads")
 FOLDER = ROOT / "build" / "compare"
+MOST = 300.0  # of a logarithm, where noise is past telling
 # Runs a script with the package of a folder, also where another one is installed to be edited in place.
 BOOT = """
 import runpy, sys
@@ -90,8 +92,12 @@ def ratio(old: Measurement, new: Measurement) -> Ratio:
     assert old["value"] is not None
     assert new["value"] is not None
     middle = oriented(old["value"], new["value"], new["better"])
-    noise = math.exp(2.0 * math.hypot(error(old), error(new)))
-    return Ratio(new["case"], new["provider"], middle, middle / noise, middle * noise)
+    noise = math.exp(min(MOST, 2.0 * math.hypot(error(old), error(new))))
+    found = Ratio(new["case"], new["provider"], middle, middle / noise, middle * noise)
+    if not (found.low > 0.0 and math.isfinite(found.high)):
+        told = f"{old['value']:g} and {new['value']:g}"
+        raise Refused(f"{new['case']}, {new['provider']}: {told} have no ratio; measure both anew")
+    return found
 
 
 # ---------------------------------------------------------------- two files
@@ -142,24 +148,40 @@ def against(found: Sequence[Ratio], control: str) -> list[Ratio]:
 
 
 def told(name: str, result: Mapping[str, Any]) -> str:
-    """A file's line: when, where and of which commit."""
+    """A file's line: when, where and of which commit, and why not to trust it."""
     commit = (result["commit"] or "no commit")[:7] + (", dirty" if result["dirty"] else "")
-    return f"{name}: {result['date'][:10]}, {result['gpu'] or result['cpu']}, {commit}"
+    line = f"{name}: {result['date'][:10]}, {result['gpu'] or result['cpu']}, {commit}"
+    return one_line("; ".join([line, *failures(result).values()]))
+
+
+def trusted(path: Path, force: bool) -> dict[str, Any]:
+    """Results of a run that did not fail and that passed its equality check, or of any if it is forced.
+
+    Raises:
+        Refused, Unreadable: with the reason in a line.
+    """
+    result = read(path)
+    if not force and (reasons := failures(result)):
+        told = "; ".join(reasons.values())
+        raise Refused(f"{path} must not be compared: {told}; --force compares all the same")
+    return result
 
 
 def compare_files(
     paths: Sequence[Path], wanted: Sequence[str], control: str | None, force: bool
-) -> tuple[list[Ratio], str]:
+) -> tuple[list[Ratio], list[str]]:
     """Prints all but the ratios; returns them, and what to mark each line with."""
-    one, other = (read(path) for path in paths)
+    one, other = (trusted(path, force) for path in paths)
     differing = machine_difference(one, other)
     if differing and not force:
         raise Refused(f"the machines differ ({differing}); --force compares all the same")
     found, lines = ratios(one, other, wanted, control)
     if not found:
         raise Refused(f"{paths[0]} and {paths[1]} share no case and provider with values")
-    print("\n".join([*(told(*pair) for pair in zip("AB", (one, other), strict=True)), *lines]))
-    return found, "different machines" if differing else ""
+    pairs = list(zip("AB", (one, other), strict=True))
+    print("\n".join([*(told(*pair) for pair in pairs), *lines]))
+    marks = ["different machines"] if differing else []
+    return found, marks + [f"{short} of {name}" for name, result in pairs for short in failures(result)]
 
 
 # ---------------------------------------------------------------- two revisions
@@ -246,18 +268,29 @@ def compare_revisions(
 # ---------------------------------------------------------------- one file
 
 
-def compare_providers(path: Path, other: str) -> list[Ratio]:
-    """How many times as fast ours is as the other, round by round, at every size of an update's result."""
-    found = []
-    for row in read(path).get("rows", []):
-        if other not in row.get("ratios", {}):
-            reasons = row.get("missing", {})
-            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it was not timed"
-            raise Refused(f"{row.get('case', path)} has no ratio to {other}: {why}")
-        found.append(Ratio(row["case"], f"{row['ratios_to']} / {other}", *row["ratios"][other]))
+def compare_providers(path: Path, other: str, force: bool) -> tuple[list[Ratio], list[str]]:
+    """How many times as fast ours is as the other, round by round, at every size of an update's result; and
+    what to mark each line with."""
+    result, found = trusted(path, force), []
+    with making("ratio", path, result):
+        for row in result.get("rows") or []:
+            if other not in row.get("ratios", {}):
+                reasons = row.get("missing", {})
+                why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it was not timed"
+                raise Refused(f"{row.get('case', path)} has no ratio to {other}: {why}")
+            if not all(isinstance(x, int | float) and finite(x) for x in row["ratios"][other]):
+                raise ValueError(f"{row['case']}: its ratios to {other} are no finite numbers")
+            found.append(Ratio(str(row["case"]), f"{row['ratios_to']} / {other}", *row["ratios"][other]))
     if not found:
         raise Refused(f"{path} has no ratios; bench_update.py --save NAME measures them")
-    return found
+    return found, list(failures(result))
+
+
+def bound(word: str) -> float:
+    """A finite number: nothing lies below NaN."""
+    if not math.isfinite(value := float(word)):
+        raise ValueError
+    return value
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -265,14 +298,14 @@ def main(words: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("results", type=Path, nargs="*", help="two files; one with --ratio-floor")
-    parser.add_argument("--threshold", type=float, help="exit code 1 below it, for example 0.9")
+    parser.add_argument("--threshold", type=bound, help="exit code 1 below it, for example 0.9")
     parser.add_argument("--providers", nargs="+", default=[], help="only these")
     parser.add_argument("--against", metavar="NAME", help="over the ratio of this provider")
-    parser.add_argument("--force", action="store_true", help="compare different machines, and say so")
+    parser.add_argument("--force", action="store_true", help="compare also what should not be, and say so")
     parser.add_argument("--revisions", nargs=2, metavar=("OLD", "NEW"))
     parser.add_argument("--benchmark", choices=("update", "replay"), default="update", help="of --revisions")
     parser.add_argument("--rounds", type=int, default=3, help="of --revisions")
-    parser.add_argument("--ratio-floor", type=float, help="least ratio of ours to --to in one file")
+    parser.add_argument("--ratio-floor", type=bound, help="least ratio of ours to --to in one file")
     parser.add_argument("--to", default="plain", metavar="NAME", help="default: plain")
     asked = list(sys.argv[1:] if words is None else words)
     place = asked.index("--") if "--" in asked else len(asked)
@@ -284,23 +317,26 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"only --revisions runs a benchmark that could take {' '.join(rest)}")
     if given.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
-    mark, threshold = "", given.threshold
+    threshold = given.threshold
+    marks: list[str] = []
     try:
         if given.revisions:
             found = compare_revisions(
                 given.revisions, given.benchmark, given.rounds, rest, given.providers, given.against
             )
         elif given.ratio_floor is not None:
-            found, threshold = compare_providers(given.results[0], given.to), given.ratio_floor
+            found, marks = compare_providers(given.results[0], given.to, given.force)
+            threshold = given.ratio_floor
         else:
-            found, mark = compare_files(given.results, given.providers, given.against, given.force)
-    except (Refused, Unreadable) as reason:
-        print(f"compare: {reason}", file=sys.stderr)
+            found, marks = compare_files(given.results, given.providers, given.against, given.force)
+    except (Refused, Unreadable, OSError) as reason:  # OSError: of building a revision
+        print(f"compare: {one_line(reason)}", file=sys.stderr)
         return 2
     print(f"{'case':<44} {'provider':<22} {'x':>8} (bounds)")
     worse = [] if threshold is None else [r for r in found if r.below(threshold)]
     for line in found:
-        print(f"{line}  {mark}{f'below {threshold:g}' if line in worse else ''}".rstrip())
+        below = [f"below {threshold:g}"] if line in worse else []
+        print(f"{line}  {', '.join(marks + below)}".rstrip())
     return 1 if worse else 0
 
 

@@ -6,11 +6,12 @@ python bench/plot_replay.py bench/results/replay-cpu.json docs/replay-cpu.png
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from harness import Unreadable, making, one_line, read
 
 CASE = "1 x 1024"
 OURS, LIMIT = "brc-fast", "row gather (limit)"
@@ -32,7 +33,7 @@ def draw(results: Mapping[str, Any], path: Path, stamp: str | None = None) -> No
     matplotlib.rcParams["svg.hashsalt"] = "brc-fast"  # else every drawing has other names inside
     from matplotlib import pyplot as plt
 
-    case = next((case for case in results["cases"] if case["case"] == CASE), None)
+    case = next((case for case in results.get("cases", []) if case["case"] == CASE), None)
     if case is None or not case["rows"]:
         raise ValueError(f"the results hold no case {CASE!r}; bench_replay.py --cases locomotion measures it")
     times = {row["buffer"]: row["cpu"] for row in case["rows"]}
@@ -69,13 +70,28 @@ def finish(axes: Any, longest: float) -> None:
         side.set_visible(False)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def command(benchmark: str, told: str | None, draw: Callable[..., None], words: Sequence[str] | None) -> int:
+    """Draw the result of a benchmark as the command line says; exit code 2 where it cannot be drawn."""
+    parser = argparse.ArgumentParser(description=told, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("picture", type=Path)
-    arguments = parser.parse_args()
-    draw(json.loads(arguments.results.read_text()), arguments.picture)
+    parser.add_argument("picture", type=Path, help="PNG or SVG by the suffix")
+    given = parser.parse_args(words)
+    if given.picture.suffix not in (".png", ".svg"):
+        parser.error(f"a picture ends in .png or .svg, not {given.picture.name}")
+    try:
+        found = read(given.results)
+        if (of := found.get("benchmark", found.get("part"))) != benchmark:
+            raise Unreadable(f"{given.results} is a result of {of}, not of {benchmark}")
+        with making("picture", given.results, found):
+            draw(found, given.picture)
+    except Unreadable as reason:
+        print(f"plot_{benchmark}: {one_line(reason)}", file=sys.stderr)
+        return 2
     return 0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    return command("replay", __doc__, draw, words)
 
 
 if __name__ == "__main__":

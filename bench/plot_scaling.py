@@ -5,15 +5,13 @@ python bench/plot_scaling.py bench/results/scaling-cpu.json docs/scaling.png
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fitting import Fit
-from plot_replay import INK, LIMIT_COLOUR, OURS_COLOUR, SMALL
+from plot_replay import INK, LIMIT_COLOUR, OURS_COLOUR, SMALL, command
 
 TITLES = {
     "width": "update against width of the critics",
@@ -102,13 +100,8 @@ def formula(curve: Fit) -> str:
     return f"{1e3 * curve.fixed:.3g} ms{growth}, off by {100 * curve.residual:.1f} %"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("picture", type=Path)
-    arguments = parser.parse_args()
-    draw(json.loads(arguments.results.read_text()), arguments.picture)
-    return 0
+def main(words: Sequence[str] | None = None) -> int:
+    return command("scaling", __doc__, draw, words)
 
 
 if __name__ == "__main__":

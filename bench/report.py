@@ -9,7 +9,8 @@ Without --pictures and --readme: tables on standard output. --readme replaces wh
 
 by the table of the result NAME, given or in bench/results; --check changes nothing and exits with 1 where a
 README says something else than its results. Refused are results without a passed equality check, of a run or
-of tests that failed, and of a tree with uncommitted changes: exit code 1, as for files that cannot be read.
+of tests that failed, and of a tree with uncommitted changes or perhaps with some: exit code 1, as for files
+that cannot be read. The other files have their tables all the same.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, ROOT, Unreadable, read
+from harness import RESULTS, ROOT, Unreadable, failures, making, one_line, read
 from report_tables import table
 
 READMES = (ROOT / "README.md", ROOT / "bench" / "README.md")
@@ -33,30 +34,29 @@ VERSIONS = ("torch", "jax", "triton")  # what a line has room for; the file has 
 
 
 class Refused(Exception):
-    """A result must not be cited; the message is one line with the remedy."""
+    """A result must not be cited; the message has the reasons and the remedy."""
 
 
-def refusal(path: Path, result: Mapping[str, Any]) -> str | None:
-    """Why a result must not be cited, if so."""
-    if result.get("status") == "failed":
-        return f"its run failed ({result.get('reason', 'no reason given')}): repair that and measure again"
-    if result["dirty"] or result["commit"] is None:
-        told = "with uncommitted changes" if result["dirty"] else "outside of a git checkout"
-        return f"it was measured {told}: commit and measure again"
-    checked = result.get("equality")
-    if checked is None and len({entry["provider"] for entry in result["measurements"]}) > 1:
-        return "it compares providers without an equality check: measure again"
-    if checked is not None and checked != "passed":
-        return f"its equality check {checked}"
-    tests = path.parent / "gpu-test.json"
-    if path.stem.startswith("gpu-") and tests.exists():
+def refusals(path: Path, result: Mapping[str, Any]) -> Iterator[str]:
+    """Every reason why a result must not be cited."""
+    yield from failures(result).values()
+    if result.get("equality") is None and len({entry["provider"] for entry in result["measurements"]}) > 1:
+        yield "it compares providers without an equality check: measure again"
+    if result["commit"] is None:
+        yield "it was measured outside of a git checkout: commit and measure again"
+    elif result["dirty"] is None:
+        yield "it is not known whether it was measured with uncommitted changes: commit and measure again"
+    elif result["dirty"]:
+        yield "it was measured with uncommitted changes: commit and measure again"
+    if path.stem.startswith("gpu-") and (tests := path.parent / "gpu-test.json").exists():
         try:
             told = json.loads(tests.read_text())
-        except ValueError:
-            return f"{tests.name} beside it is not JSON: run the tests again"
-        if told.get("commit") == result["commit"] and told.get("status") == "failed":
-            return f"the tests of its commit failed ({told.get('reason', tests.name)})"
-    return None
+        except (OSError, ValueError, RecursionError):
+            told = None
+        if not isinstance(told, dict):
+            yield f"{tests.name} beside it holds no result of tests: run the tests again"
+        elif told.get("commit") == result["commit"] and told.get("status") == "failed":
+            yield f"the tests of its commit failed ({told.get('reason', tests.name)})"
 
 
 def trusted(path: Path) -> dict[str, Any]:
@@ -66,8 +66,8 @@ def trusted(path: Path) -> dict[str, Any]:
         Refused, Unreadable: with the reason in a line.
     """
     result = read(path)
-    if (reason := refusal(path, result)) is not None:
-        raise Refused(f"{path} is refused: {reason}")
+    if reasons := list(refusals(path, result)):
+        raise Refused(f"{path} is refused: {'; '.join(reasons)}")
     return result
 
 
@@ -82,9 +82,14 @@ def stamp(result: Mapping[str, Any]) -> str:
 
 
 def section(path: Path, result: Mapping[str, Any], beside: Path) -> str:
-    """The table with its line; the link is relative to the folder of `beside`."""
+    """The table with its line; the link is relative to the folder of `beside`.
+
+    Raises:
+        Unreadable: the result lacks what its table needs.
+    """
     link = Path(os.path.relpath(path.resolve(), beside.resolve().parent)).as_posix()
-    return f"{table(result)}\n\n{stamp(result)} ([{path.name}]({link})).\n"
+    with making("table", path, result):
+        return f"{table(result)}\n\n{stamp(result)} ([{path.name}]({link})).\n"
 
 
 def found_by_name(name: str, given: Sequence[Path]) -> Path:
@@ -100,8 +105,9 @@ def filled(readme: Path, given: Sequence[Path]) -> tuple[str, str]:
     """The text of a README as it is and as its results want it."""
     try:
         text = readme.read_text()
-    except OSError as error:
-        raise Refused(f"{readme} cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        told = error.strerror if isinstance(error, OSError) else "no text"
+        raise Refused(f"{readme} cannot be read ({told})") from None
     opened, closed = len(BEGIN.findall(text)), len(PLACE.findall(text))
     if opened != closed:
         raise Refused(f"{readme}: {opened} places begin with <!-- report: NAME -->, {closed} have an end")
@@ -122,17 +128,55 @@ def first_difference(old: str, new: str) -> str:
 def update_readmes(readmes: Sequence[Path], given: Sequence[Path], check: bool) -> int:
     code = 0
     for readme in readmes:
-        old, new = filled(readme, given)
+        try:
+            old, new = filled(readme, given)
+        except (Refused, Unreadable) as reason:
+            code = complain(reason)
+            continue
         if old == new:
             continue
         if check:
-            told = first_difference(old, new)
-            print(f"report: {readme} differs from its results, from: {told}", file=sys.stderr)
-            code = 1
-        else:
+            code = complain(f"{readme} differs from its results, from: {first_difference(old, new)}")
+            continue
+        try:
             readme.write_text(new)
             print(readme)
+        except OSError as error:
+            code = complain(f"{readme} cannot be written ({error.strerror})")
     return code
+
+
+def draw_all(results: Mapping[Path, Mapping[str, Any]], folder: Path) -> int:
+    from report_pictures import draw
+
+    code = 0
+    for path, result in results.items():
+        try:
+            with making("picture", path, result):
+                pictures = draw(path.stem, result, stamp(result), folder)
+        except Unreadable as reason:
+            code = complain(reason)
+            continue
+        print(*pictures, sep="\n", end="\n" if pictures else "")
+    return code
+
+
+def print_all(results: Mapping[Path, Mapping[str, Any]]) -> int:
+    code, sections = 0, []
+    for path, result in results.items():
+        try:
+            sections.append(section(path, result, ROOT / "README.md"))
+        except Unreadable as reason:
+            code = complain(reason)
+    if sections:
+        print("\n".join(sections))
+    return code
+
+
+def complain(reason: object) -> int:
+    """A line on standard error, and the exit code that goes with it."""
+    print(f"report: {one_line(reason)}", file=sys.stderr)
+    return 1
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -149,22 +193,13 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             trustworthy[path] = trusted(path)
         except (Refused, Unreadable) as reason:
-            print(f"report: {reason}", file=sys.stderr)
-            code = 1
-    try:
-        if given.pictures is not None:
-            from report_pictures import draw
-
-            for path, result in trustworthy.items():
-                for picture in draw(path.stem, result, stamp(result), given.pictures):
-                    print(picture)
-        if given.readme or given.check:
-            return max(code, update_readmes(given.readme or READMES, given.results, given.check))
-        if given.pictures is None and trustworthy:
-            print("\n".join(section(path, r, ROOT / "README.md") for path, r in trustworthy.items()))
-    except (Refused, Unreadable, ValueError) as reason:  # ValueError: of a picture that lacks its case
-        print(f"report: {reason}", file=sys.stderr)
-        return 1
+            code = complain(reason)
+    if given.pictures is not None:
+        code |= draw_all(trustworthy, given.pictures)
+    if given.readme or given.check:
+        code |= update_readmes(given.readme or READMES, given.results, given.check)
+    elif given.pictures is None:
+        code |= print_all(trustworthy)
     return code
 
 

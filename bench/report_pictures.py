@@ -182,7 +182,7 @@ def envs(result: Mapping[str, Any]) -> Any:
         logs(panel, "y")
         ticks(panel, [row["num_envs"] for row in own])
         panel.set_title(task, fontsize=9.5, color=INK)
-        panel.set_xlabel("environments", **SMALL)
+        panel.set_xlabel("environments side by side", **SMALL)
     panels[0].set_ylabel("steps per second, more is better", **SMALL)
     legend(drawn, panels[0])
     return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ REPLAY = {  # the cases of the table; the file and `pivot` have them all
     "insert 64": "add from 64 environments",
     "insert 1024": "add from 1024 environments",
 }
+OURS, OURS_TENSORS = "brc-fast", "brc-fast, tensors"  # buffers of the replay
 NOTHING = "–"
 
 
@@ -40,11 +42,17 @@ def label(provider: str) -> str:
     return LABELS.get(provider, provider)
 
 
+def finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"a figure is {value}")
+    return value
+
+
 def number(value: float | None) -> str:
     """Three digits, or all of a large number."""
     if value is None:
         return NOTHING
-    if abs(value) >= 100:
+    if abs(finite(value)) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
@@ -56,7 +64,7 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def spread(ratio: Sequence[float]) -> str:
-    middle, low, high = ratio
+    middle, low, high = map(finite, ratio)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
@@ -114,16 +122,24 @@ def update(result: Mapping[str, Any]) -> str:
         line += [number(row["updates_per_second"].get(name)) for name in names]
         line += [spread(row["ratios"][name]) if name in row["ratios"] else NOTHING for name in others]
         over = row["times_floor"].get(row["ratios_to"])
-        cells.append([*line, NOTHING if over is None else f"{over:.2f}"])
+        cells.append([*line, NOTHING if over is None else f"{finite(over):.2f}"])
     return grid([*head, f"time / {floor}"], cells)
 
 
+SLOWER = ", both stacks"  # of a buffer that also keeps frames once: what nobody would choose
+
+
 def replay(result: Mapping[str, Any]) -> str:
-    """CPU time per transition of the buffers that the first case compares; the bare gather last."""
-    entries = [e for e in result["measurements"] if e["case"] in REPLAY]
+    """CPU time per transition of every buffer in these cases; ours side by side, the bare gather last."""
+    entries = [
+        e for e in result["measurements"] if e["case"] in REPLAY and not e["provider"].endswith(SLOWER)
+    ]
     if not entries:
         return pivot(result["measurements"])
-    columns = providers([e for e in entries if e["case"] == entries[0]["case"]])
+    columns = list(dict.fromkeys(map(_one_of, providers(entries))))
+    if OURS in columns and OURS_TENSORS in columns:  # which only some cases have
+        columns.remove(OURS_TENSORS)
+        columns.insert(columns.index(OURS) + 1, OURS_TENSORS)
     columns.sort(key="row gather (limit)".__eq__)
     rows = []
     for case in dict.fromkeys(entry["case"] for entry in entries):
@@ -164,8 +180,9 @@ def scaling(result: Mapping[str, Any]) -> str:
     for axis in result["axes"]:
         if (fit := axis["fit"]) is not None:
             power = "x" if fit["power"] == 1.0 else f"x^{fit['power']:.2f}"
-            curve = f"{number(1e6 * fit['fixed'])} + {1e6 * fit['rate']:.3g} {power}"
-            rows.append([f"{axis['what']}, x = {axis['axis']}", curve, f"{100 * fit['residual']:.1f} %"])
+            curve = f"{number(1e6 * fit['fixed'])} + {1e6 * finite(fit['rate']):.3g} {power}"
+            off = f"{100 * finite(fit['residual']):.1f} %"
+            rows.append([f"{axis['what']}, x = {axis['axis']}", curve, off])
     fits = grid(["cost of", "us", "off by (root mean square)"], rows)
     return f"{fits}\n\n{pivot(result['measurements'])}"
 

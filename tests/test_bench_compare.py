@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,37 @@ def test_different_machines_are_refused_unless_forced_and_then_marked(
     assert capsys.readouterr().out.splitlines()[-1].endswith("different machines")
 
 
+@pytest.mark.parametrize(
+    ("keys", "reason", "short"),
+    [
+        ({"equality": "failed: plain differs"}, "its equality check failed: plain", "failed equality check"),
+        ({"status": "failed", "reason": "out of\nmemory"}, "its run failed (out of memory)", "failed run"),
+    ],
+)
+def test_what_must_not_be_trusted_is_refused_unless_forced_and_then_marked(
+    keys: dict[str, Any],
+    reason: str,
+    short: str,
+    compare: Any,
+    write: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [row(plain=[1.5, 1.4, 1.6])]
+    first, wrong = write("a", [entry(1.0)]), write("b", [entry(0.5)], rows=rows, cpu="New", **keys)
+    two, one = [first, wrong, "--threshold", "0.9"], [wrong, "--ratio-floor", "1.7"]
+    for words in (two, one):
+        assert compare.main(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"compare: {wrong} must not be compared: {reason}")
+        assert line.endswith("; --force compares all the same")
+    assert compare.main([*two, "--force"]) == 1
+    told = capsys.readouterr().out
+    assert told.endswith(f"  different machines, {short} of B, below 0.9\n")
+    assert f"; {reason}" in told.splitlines()[1]
+    assert compare.main([*one, "--force"]) == 1
+    assert capsys.readouterr().out.endswith(f"  {short}, below 1.7\n")
+
+
 def test_what_has_no_partner_or_no_value_is_listed_with_its_reason(
     compare: Any, write: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +163,7 @@ def test_what_has_no_partner_or_no_value_is_listed_with_its_reason(
     ("content", "reason"),
     [
         ("{", "is not JSON"),
+        pytest.param("[" * 100_000, "is not JSON (maximum recursion depth exceeded", id="deep"),
         ("{}", "has format 0, older than 1"),
         ('{"format": 9}', "has format 9, newer than 1"),
         (None, "cannot be read"),
@@ -149,6 +182,36 @@ def test_a_file_that_is_no_result_is_one_line(
         wrong.write_text(content)
     assert compare.main([write("a", [entry(1.0)]), str(wrong)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("entries", "keys", "reason"),
+    [
+        ([{"value": math.nan}], {}, "value is nan, not a finite number or null"),
+        ([{"value": "fast"}], {}, "value is 'fast'"),
+        ([{"rounds": None}], {}, "rounds is None"),
+        ([{"case": [1]}], {}, "case is [1], not text"),
+        ([{"value": 1e-300, "high": 1e300}], {}, "1 and 1e-300 have no ratio; measure both anew"),
+        ([{"value": -1.0}], {}, "1 and -1 have no ratio; measure both anew"),
+        ([{}], {"date": None}, "date is None, not text"),
+        ([{}], {"dirty": 1}, "dirty is 1, not true, false or null"),
+    ],
+    ids=str,
+)
+def test_figures_that_are_none_have_no_ratio_but_a_line(
+    entries: list[dict[str, Any]],
+    keys: dict[str, Any],
+    reason: str,
+    compare: Any,
+    write: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wrong = write("b", [entry(1.0) | other for other in entries], **keys)
+    assert compare.main([write("a", [entry(1.0)]), wrong, "--threshold", "0.9"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    (line,) = told.err.splitlines()
     assert reason in line
 
 
@@ -186,6 +249,33 @@ def test_a_bound_that_nothing_was_held_to_does_not_pass(
     assert compare.main([write("a", [entry(1.0)], rows=[lost]), "--ratio-floor", "1"]) == 2
     told = "cartpole H 128 B 128 has no ratio to plain: plain: out of memory"
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (None, "has no ratios; bench_update.py --save NAME measures them"),
+        ([1], "gives no ratio ('int' object has no attribute 'get'); measure again with"),
+        ([{"ratios": {"plain": [1, 2, 3]}}], "gives no ratio (it has no 'case'); measure again with"),
+        ([{"case": "a", "ratios_to": "ours", "ratios": {"plain": [1, 2]}}], "gives no ratio ("),
+        (
+            [{"case": "a", "ratios": {"plain": [math.nan] * 3}}],
+            "a: its ratios to plain are no finite numbers",
+        ),
+    ],
+)
+def test_rows_without_ratios_are_one_line(
+    rows: Any, reason: str, compare: Any, write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main([write("a", [entry(1.0)], rows=rows), "--ratio-floor", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+
+
+def test_a_bound_is_a_finite_number(compare: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(["a.json", "b.json", "--threshold", "nan"])
+    assert "argument --threshold: invalid bound value: 'nan'" in capsys.readouterr().err
 
 
 def test_revisions_take_turns_and_their_bounds_are_the_span_over_rounds(

@@ -81,6 +81,17 @@ def test_rewards_that_differ_are_not_timed(bench, monkeypatch, capsys, tmp_path)
     assert line.split()[2:6] == ["-", "-", "differs", "in"]
 
 
+def test_an_option_that_cannot_be_is_one_line(bench, capsys):
+    assert bench.main(["--num-envs", "2", "0"]) == 2
+    assert capsys.readouterr().err == "bench_envs: --num-envs must be at least 1\n"
+
+
+def test_the_help_says_what_the_budget_does_not_hold(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    assert "starts come on top" in capsys.readouterr().out
+
+
 def test_every_task_is_stepped_with_every_number_of_slots(bench):
     rows = bench.run([PENDULUM], [1, 2], 0.0)
     assert [row["num_envs"] for row in rows] == [1, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import time
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,13 @@ def test_a_killed_run_keeps_the_lines_that_are_complete(harness: Any, tmp_path: 
         (b'{"format": 1, "measurements": [{"case": "a"}]}', "measurement 0 lacks better, missing, provider"),
         (b'{"format": 1, "measurements": [{"value": 1}]}', "measurement 0 lacks better, case, floor, high"),
         (b'{"format": 1, "measurements": [7]}', "measurement 0 is none"),
+        (
+            b'{"format": 1, "measurements": [], "reason": "no\\nGPU"}',
+            "holds no measurements (no\nGPU): measure",
+        ),
+        (b'{"format": true}', "has format True"),
+        pytest.param(b"[" * 100_000, "is not JSON (maximum recursion depth exceeded", id="deep"),
+        (b'{"cpu": "\\ud800"}', "is not JSON ('utf-8' codec can't encode"),
     ],
 )
 def test_what_is_no_result_is_refused_in_one_line(
@@ -120,7 +128,109 @@ def test_what_is_no_result_is_refused_in_one_line(
         harness.read(path)
     assert str(refused.value).startswith(str(path))
     assert reason in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in harness.one_line(refused.value)
+
+
+def stored(harness: Any, path: Path, lacks: str | None = None, entry: Any = None, **keys: Any) -> Path:
+    """A file with a result of these keys, of whose measurement some may be other ones."""
+    entries = [{**one(harness), **(entry or {})}]
+    content = {**harness.header(), "benchmark": "envs", "measurements": entries, **keys}
+    content.pop(lacks, None)
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        *(
+            ({"lacks": key}, f" lacks {key}; measure again with bench/bench_envs.py --save result")
+            for key in ("commit", "cores", "cpu", "date", "dirty", "gpu", "torch_threads", "versions")
+        ),
+        ({"date": 5}, "date is 5, not text; measure again with"),
+        ({"versions": None}, "versions is None, not an object"),
+        ({"versions": {"torch": 2}}, "torch is 2, not text or null"),
+        ({"torch_threads": None}, "torch_threads is None, not a whole number"),
+        ({"torch_threads": True}, "torch_threads is True, not a whole number"),
+        ({"dirty": "no"}, "dirty is 'no', not true, false or null"),
+        ({"benchmark": [1]}, "benchmark is [1], not text; measure again with the benchmark that wrote it"),
+        ({"equality": True}, "equality is True, not text or null"),
+        ({"entry": {"value": "fast"}}, "measurement 0 is none: value is 'fast', not a finite number or null"),
+        ({"entry": {"value": float("nan")}}, "measurement 0 is none: value is nan, not a finite number"),
+        ({"entry": {"high": float("inf")}}, "measurement 0 is none: high is inf, not a finite number"),
+        ({"entry": {"floor": 10**400}}, "measurement 0 is none: floor is 1000000"),
+        ({"entry": {"value": True}}, "measurement 0 is none: value is True"),
+        ({"entry": {"rounds": None}}, "measurement 0 is none: rounds is None, not a whole number"),
+        ({"entry": {"case": [1]}}, "measurement 0 is none: case is [1], not text"),
+        ({"entry": {"better": "most"}}, "measurement 0 is none: better is 'most', not 'more' or 'less'"),
+        ({"entry": {"value": None, "missing": 3}}, "measurement 0 is none: missing is 3, not text"),
+    ],
+    ids=lambda value: reprlib.repr(value),
+)
+def test_what_is_not_as_it_is_written_is_refused_before_anything_is_made_of_it(
+    keys: dict[str, Any], reason: str, harness: Any, tmp_path: Path
+) -> None:
+    path = stored(harness, tmp_path / "result.json", **keys)
+    with pytest.raises(harness.Unreadable) as refused:
+        harness.read(path)
+    assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (["[1]"], "line 1 is no object"),
+        (["{}", "[1]"], "line 2 is no object"),
+        (["{}", "{"], "line 2: Expecting property name"),
+        (['{"measurements": 5}', '{"measurements": {}}'], "line 2 adds to 'measurements', which is no list"),
+        (["[" * 100_000], "maximum recursion depth exceeded"),
+    ],
+    ids=["first", "later", "cut", "no list", "deep"],
+)
+def test_lines_that_add_nothing_are_refused_with_their_number(
+    lines: list[str], reason: str, harness: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "result.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(harness.Unreadable, match=r"result\.jsonl is not JSON") as refused:
+        harness.read(path)
+    assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        (
+            "envs",
+            {"benchmark": "envs", "starts": []},
+            "measure again with bench/bench_envs.py --start --save envs",
+        ),
+        (
+            "demo",
+            {"benchmark": "train", "command": "brc-fast train a/b"},
+            "no benchmark writes it; it holds runs",
+        ),
+        ("gpu-no", {}, "measure again with the benchmark that wrote it"),
+        ("a", {"benchmark": "no-such"}, "measure again with the benchmark that wrote it"),
+        ("a", {"benchmark": "../bench_envs"}, "measure again with the benchmark that wrote it"),
+        ("gpu-mine", {"benchmark": "train"}, "measure again with bench/bench_train.py --save gpu-mine"),
+        ("a", {"part": "kernels"}, "measure again with bench/gpu.py --parts kernels"),
+        ("a", {"benchmark": "kernels"}, "measure again with bench/bench_kernels.py --json "),
+        (
+            "a",
+            {"benchmark": "replay", "device": "cuda"},
+            "measure again with bench/bench_replay.py --device cuda",
+        ),
+    ],
+)
+def test_the_remedy_names_the_command_that_makes_a_result_or_none(
+    name: str, content: dict[str, Any], remedy: str, harness: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(harness.Unreadable) as refused:
+        harness.read(path)
+    assert f"has format 0, older than 1: {remedy}" in str(refused.value)
 
 
 def test_lines_that_hold_nothing_complete_are_refused(harness: Any, tmp_path: Path) -> None:

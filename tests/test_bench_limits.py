@@ -90,6 +90,24 @@ def test_the_command_line_stores_what_the_reader_takes(
     assert capsys.readouterr().err == "bench_limits: torch sees no CUDA device\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--budget", "-1"], "--budget must be a number of seconds, at least 0"),
+        (["--threads", "0"], "--threads must lie in 1..1024"),
+        (
+            ["--save", "nowhere/limits"],
+            f"--save: there is no folder {ROOT / 'bench' / 'results' / 'nowhere'}",
+        ),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_line(
+    words: list[str], told: str, bench: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(["--device", "cpu", *words]) == 2
+    assert capsys.readouterr().err == f"bench_limits: {told}\n"
+
+
 def bench_run(bench: Any) -> list[dict[str, Any]]:
     """A dry run's measurements: sizes of a real one take minutes on a slow machine."""
     limits = bench.limits(torch.device("cpu"), True)

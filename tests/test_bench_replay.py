@@ -59,7 +59,7 @@ def test_memory_is_measured_exactly_and_files_over_their_rounds(bench: Any) -> N
     ours, other = memory["measurements"]
     assert 0 < ours["value"] < other["value"] == 4 * (2 * 67 + 24) + 8
     costs = {"ours save": [bench.files.Cost(2.0, 1.0, 0), bench.files.Cost(4.0, 1.0, 0)]}
-    (save,) = bench.file_measurements(costs)
+    (save,) = bench.file_measurements(costs, {})
     assert (save["case"], save["provider"], save["value"], save["rounds"]) == (
         "files save",
         bench.OURS,
@@ -89,6 +89,101 @@ def test_a_run_that_is_killed_leaves_what_it_measured(
     stored = harness.read(tmp_path / "replay.json")
     assert (stored["equality"], stored["measurements"]) == ("passed", kept["measurements"])
     assert not (tmp_path / "replay.jsonl").exists()
+
+
+def run(bench: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(bench, "PEERS", ())
+    monkeypatch.setattr(sys, "argv", ["bench_replay", "--budget", "0", *words])
+    return bench.main()  # type: ignore[no-any-return]
+
+
+def test_ours_that_returns_something_else_fails_the_run(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import harness
+
+    right = bench.Ours.sample
+
+    def wrong(self: Any, batches: int, size: int) -> Any:
+        sampled = right(self, batches, size)
+        sampled.rewards.mul_(1.01)
+        return sampled
+
+    monkeypatch.setattr(bench.Ours, "sample", wrong)
+    words = ["--capacity", f"{bench.MIN_CAPACITY}", "--cases", "insert", "--save", str(tmp_path / "replay")]
+    assert run(bench, monkeypatch, *words) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("failed: insert 1, brc-fast: Mismatch: ")
+    assert told.count("\n") == 1
+    stored = harness.read(tmp_path / "replay.json")
+    assert stored["equality"] == told.rstrip()
+    ours = [one for one in stored["measurements"] if one["provider"].startswith(bench.OURS)]
+    assert len(ours) == 6
+    assert all(one["value"] is None for one in ours)
+
+
+def test_what_is_added_as_tensors_is_checked(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, missing = bench.insert_providers(64, bench.MIN_CAPACITY, {}), {}
+    assert bench.checked({name: work[name] for name in (bench.OURS, bench.OursTensors.name)}, missing)
+    assert missing == {}
+    right = bench.OursTensors.prepare
+
+    def wrong(self: Any, step: Any) -> Any:
+        observations, actions, rewards, *rest = right(self, step)
+        return observations, actions, rewards * 1.01, *rest
+
+    monkeypatch.setattr(bench.OursTensors, "prepare", wrong)
+    work[bench.OURS].check()
+    with pytest.raises(Exception, match="sampled rewards do not belong"):
+        work[bench.OursTensors.name].check()
+
+
+def test_files_of_data_that_was_never_stored_have_no_times(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from brc_fast import ReplayBuffer
+
+    assert bench.failures(bench.saved_files(bench.MIN_CAPACITY, bench.Clock(0.0))) == []
+    right = ReplayBuffer.sample
+
+    def wrong(self: Any, *words: Any) -> Any:
+        sampled = right(self, *words)
+        sampled.rewards.mul_(1.01)
+        return sampled
+
+    monkeypatch.setattr(ReplayBuffer, "sample", wrong)
+    results = bench.saved_files(bench.MIN_CAPACITY, bench.Clock(0.0))
+    (reason,) = bench.failures(results)
+    assert reason.startswith("files, brc-fast: Mismatch: 1024 of 1024 sampled rewards do not belong")
+    (found,) = results
+    assert found["costs"].keys() == {"plain save", "plain load"}
+    assert all(row["ours"] is None for row in found["rows"])
+    assert [one["case"] for one in found["measurements"] if one["value"] is None] == [
+        "files save",
+        "files load",
+        "files again",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--workload", "dogs"], "no workload 'dogs'; there are dmc-single, "),
+        (["--capacity", "0"], "--capacity must lie in 20480.."),
+        (["--budget", "-1"], "--budget must be a number of seconds, at least 0"),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_line(
+    words: list[str],
+    told: str,
+    bench: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(bench, monkeypatch, *words) == 2
+    lines = capsys.readouterr().err
+    assert lines.startswith(f"bench_replay: {told}")
+    assert lines.count("\n") == 1
 
 
 def test_a_workload_is_sampled_with_its_own_sizes_and_tasks(

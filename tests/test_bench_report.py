@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 Write = Callable[..., Path]
+ADDED = {"brc-fast": 1824.0, "brc-fast, tensors": 12538.0, "cpprb": 31577.0, "another": 199.0}
 
 
 @pytest.fixture
@@ -77,7 +79,8 @@ def replay_result() -> dict[str, Any]:
     case = {"case": "1 x 1024", "title": "Sampling 1 x 1024", "rows": row, "missing": {}}
     entries = [entry("1 x 1024", name, value, "ns per transition") for name, value in times.items()]
     many = [entry("ten tasks", "cpprb x 10", 779.0, "ns per transition")]
-    return {"benchmark": "replay", "cases": [case], "measurements": entries + many}
+    slower = [entry("insert 1", name, value, "ns per transition") for name, value in ADDED.items()]
+    return {"benchmark": "replay", "cases": [case], "measurements": entries + many + slower}
 
 
 def envs_result(*slots: int) -> dict[str, Any]:
@@ -156,9 +159,11 @@ def test_buffers_of_several_tasks_stand_in_their_own_columns_and_the_gather_last
     report: Any, write: Write
 ) -> None:
     head, _, *rows = table_of(report, write(content=replay_result()))
-    assert head == ["CPU ns per transition", "brc-fast", "cpprb", "copying one row"]
-    assert rows[0] == ["sample 1 x 1024", "170", "520", "137"]
-    assert rows[1] == ["sample 1 x 1024 of 10 tasks", "", "779", ""]
+    buffers = ["brc-fast", "brc-fast, tensors", "cpprb", "another", "copying one row"]
+    assert head == ["CPU ns per transition", *buffers]
+    assert rows[0] == ["sample 1 x 1024", "170", "", "520", "", "137"]
+    assert rows[1] == ["sample 1 x 1024 of 10 tasks", "", "", "779", "", ""]
+    assert rows[2] == ["add from 1 environment", "1,824", "12,538", "31,577", "199", ""]
 
 
 def test_the_table_of_environments_stands_beside_the_simulators_own_loop(report: Any, write: Write) -> None:
@@ -192,6 +197,15 @@ def test_the_table_of_scaling_begins_with_the_curves(report: Any, write: Write) 
         ({"status": "failed", "reason": "out of memory"}, "its run failed (out of memory)"),
         ({"dirty": True}, "it was measured with uncommitted changes: commit and measure again"),
         ({"commit": None, "dirty": None}, "it was measured outside of a git checkout"),
+        (
+            {"dirty": None},
+            "it is not known whether it was measured with uncommitted changes: commit and measure",
+        ),
+        (
+            {"dirty": True, "equality": "failed: plain differs"},
+            "its equality check failed: plain differs; it was measured with uncommitted changes: commit",
+        ),
+        ({"status": "failed", "reason": "no\nmemory"}, "its run failed (no memory)"),
     ],
 )
 def test_what_must_not_be_cited_is_refused_in_one_line(
@@ -229,6 +243,61 @@ def test_a_result_that_is_refused_does_not_cost_the_others_their_tables(
     assert "[clean.json](" in told.out
     assert "dirty.json" not in told.out
     assert len(told.err.splitlines()) == 1
+
+
+def without(content: dict[str, Any], key: str) -> dict[str, Any]:
+    first, *others = content["rows"]
+    return content | {"rows": [{name: first[name] for name in first if name != key}, *others]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({**update_result(), "rows": rows} for rows in (None, [1], [{}], {"a": 1}, "text")),
+        {key: value for key, value in update_result().items() if key != "rows"},
+        without(update_result(), "ratios"),
+        without(update_result(), "width"),
+        {**envs_result(8), "rows": None},
+        {**envs_result(8), "starts": [5]},
+        {**scaling_result(), "axes": [{"fit": 3}]},
+        {**envs_result(8), "rows": [envs_result(8)["rows"][0] | {"times_library": [float("nan")] * 3}]},
+    ],
+)
+def test_a_result_without_what_its_table_needs_is_one_line_and_costs_the_others_nothing(
+    content: dict[str, Any], report: Any, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong, good = write("wrong", content), write("good")
+    assert report.main([str(wrong), str(good)]) == 1
+    told = capsys.readouterr()
+    (line,) = told.err.splitlines()
+    assert line.startswith(f"report: {wrong} gives no table (")
+    assert f"; measure again with bench/bench_{content['benchmark']}.py" in line
+    assert "[good.json](" in told.out
+    assert "wrong.json" not in told.out
+
+
+def test_a_place_of_a_readme_whose_result_is_wrong_does_not_cost_the_other_readmes_theirs(
+    report: Any, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = write("wrong", rows=None), write("good")
+    readmes = [tmp_path / f"{path.stem}.md" for path in paths]
+    for path, readme in zip(paths, readmes, strict=True):
+        readme.write_text(f"<!-- report: {path.stem} -->\n<!-- end -->\n")
+    assert report.main([*map(str, paths), "--readme", *map(str, readmes)]) == 1
+    told = capsys.readouterr()
+    assert told.out == f"{readmes[1]}\n"
+    assert "wrong.json gives no table (" in told.err
+    assert "| workload |" in readmes[1].read_text()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000], ids=["list", "cut", "deep"])
+def test_tests_of_a_gpu_that_cannot_be_read_are_a_reason(
+    content: str, report: Any, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gpu-test.json").write_text(content)
+    assert report.main([str(write("gpu-update"))]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("gpu-test.json beside it holds no result of tests: run the tests again")
 
 
 def test_older_results_are_refused_with_the_command_that_makes_them_anew(
@@ -321,6 +390,59 @@ def test_pictures_are_png_and_svg_and_carry_machine_and_commit(
             assert path.stat().st_size < 200_000
         else:
             assert "0123456" in path.read_text()
+
+
+def test_pictures_that_cannot_be_drawn_or_written_are_one_line_each(
+    report: Any, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="needs the [train] extra")
+    wrong, good = write("wrong", rows=[1]), write("good")
+    assert report.main([str(wrong), str(good), "--pictures", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert told.err.startswith(f"report: {wrong} gives no picture (")
+    assert len(told.err.splitlines()) == 1
+    assert str(tmp_path / "good.png") in told.out
+    assert report.main([str(good), "--pictures", str(good / "docs")]) == 1
+    assert capsys.readouterr().err == f"report: {good / 'docs'} cannot be written (Not a directory)\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        (b"", "is not JSON"),
+        (b"\xff\xfe", "cannot be read (no text)"),
+        (b"[]", "a JSON object is expected, not list"),
+        (envs_result(8), "is a result of envs, not of "),
+        ("nothing in it", "gives no picture ("),
+    ],
+    ids=["absent", "empty", "binary", "list", "other", "nothing in it"],
+)
+@pytest.mark.parametrize(("name", "key"), [("replay", "cases"), ("scaling", "axes")])
+def test_what_cannot_be_drawn_alone_is_one_line(
+    name: str,
+    key: str,
+    content: Any,
+    reason: str,
+    report: Any,
+    write: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("matplotlib", reason="needs the [train] extra")
+    plot = importlib.import_module(f"plot_{name}")
+    path = tmp_path / "result.json"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        known = update_result() | {"benchmark": name, key: [1]}
+        path = write("result", known if isinstance(content, str) else content)
+    assert plot.main([str(path), str(tmp_path / "picture.png")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"plot_{name}: {path} ")
+    assert reason in line
+    with pytest.raises(SystemExit, match="2"):
+        plot.main([str(path), "picture.txt"])
 
 
 def test_shares_of_the_roofline_are_its_floor_and_measured_ones_come_first(report: Any) -> None:

@@ -100,13 +100,35 @@ def test_an_update_that_is_wrong_has_no_point_but_the_reason(
     assert told.err.startswith("failed: update, tasks 2: differs from plain PyTorch")
 
 
-def test_time_that_is_up_leaves_out_sizes_and_says_so(bench: Any) -> None:
-    found = bench.run("cpu", ["batch"], seconds=0.0, dry=True)
-    (row,) = found["axes"]
-    assert row["x"] == [4]
-    assert row["missing"] == {8: "time was up", 16: "time was up"}
-    assert [one["value"] is None for one in found["measurements"]] == [False, True, True]
+def test_time_that_is_up_leaves_out_sizes_evenly_and_says_so(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "DRY", {"batch": (4, 8, 12, 16, 20), "width": (8, 12, 16, 20, 24, 28)})
+    found = bench.run("cpu", ["batch", "width"], seconds=0.0, dry=True)
+    batch, width = found["axes"]
+    assert batch["x"] == [4, 12, 20]
+    assert batch["missing"] == {8: "time was up", 16: "time was up"}
+    assert batch["fit"]["points"] == 3
+    assert width["x"] == [8, 16, 20, 28]
+    assert width["fit"]["points"] == 4
+    assert [one["value"] is None for one in found["measurements"][:5]] == [False, True, False, True, False]
     assert found["equality"] == "passed"
+
+
+def test_sizes_are_taken_from_the_ends_to_the_middles_of_gaps(bench: Any) -> None:
+    assert bench.spread((1, 2, 4, 8, 16, 32, 64)) == [1, 64, 8, 2, 16, 4, 32]
+    assert [bench.spread(sizes) for sizes in ((), (5,), (5, 6))] == [[], [5], [5, 6]]
+
+
+def test_an_axis_without_a_curve_says_why(bench: Any) -> None:
+    axis = bench.Axis("tasks", "ours", {})
+    axis.times = {1: [1.0], 2: [1.0], 64: [2.0]}
+    told = "too few sizes for a curve: 2 of at least 3 have a time"
+    assert axis.row()["no_fit"] == told
+    axis.missing = {8: bench.TIME_UP}
+    assert axis.lines()[-1] == f"  {told}; raise --budget"
+    axis.times[16] = [1.5]
+    assert axis.no_curve is None
 
 
 def test_a_step_is_timed_for_every_number_of_environments(
@@ -142,6 +164,8 @@ def test_what_cannot_be_done_is_one_line(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(["--device", "cuda"]) == 2
     assert capsys.readouterr().err == "bench_scaling: torch sees no CUDA device\n"
+    assert bench.main(["--device", "cpu", "--budget", "-1"]) == 2
+    assert capsys.readouterr().err == "bench_scaling: --budget must be a number of seconds, at least 0\n"
     pytest.importorskip("matplotlib", reason='the picture needs pip install "brc-fast[train]"')
     with pytest.raises(ValueError, match=r"no axis with times; bench_scaling\.py --save NAME measures them"):
         plot_scaling.draw({"axes": []}, tmp_path / "none.png")

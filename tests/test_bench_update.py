@@ -6,11 +6,13 @@ import gc
 import json
 import math
 import os
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -380,6 +382,101 @@ def test_time_that_is_up_leaves_out_sizes_and_says_which(
     assert "not reached, time was up: cartpole H 24 B 8" in capsys.readouterr().out
 
 
+@pytest.fixture
+def slow(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine that makes 100,000 operations per second; returns an update of a size there, in seconds."""
+    machine = bench.roofline.Machine("", 1e5, 1e5, 1e12, 1e5)
+    monkeypatch.setattr(bench, "limits_of", lambda device, dry: machine)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None, raising=False)
+    return lambda subject: bench.roofline.floor(subject.sizes, "fp32", machine)
+
+
+def test_a_size_that_the_budget_has_no_room_for_is_refused(
+    bench: Any, providers: Any, slow: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "compare", lambda *_: pytest.fail("was compared"))
+    assert bench.main(["--device", "cpu", "--width", "16", "24", "--batch", "8", "--budget", "5"]) == 1
+    told = capsys.readouterr()
+    each = slow(providers.Subject(16, 8))
+    reason = f"an update takes about {each:.2g} s here and a comparison 20 of them, "
+    assert (
+        told.out.count(f"{reason}more than the budget of 5 s allows; raise --budget") == 2
+    )  # ours and plain
+    assert told.err == "nothing was compared\n"
+    found = bench.run("cpu", ["ours"], (16,), (8,), seconds=5.0)
+    assert found["equality"] == "failed: nothing was compared"
+    assert found["not_reached"] == []
+    assert found["measurements"][0]["missing"].startswith("an update takes about ")
+
+
+def test_every_size_has_its_least_time_and_a_share_of_the_rest(bench: Any, providers: Any, slow: Any) -> None:
+    sizes = [providers.Subject(width, 8) for width in (16, 64, 16)]
+    small, large = (slow(size) * bench.least_updates(size, 2) for size in sizes[:2])
+    machine = bench.limits_of("cpu", False)
+    plan = bench.planned(sizes, 2, 2.0 * small + large + 1.0, machine)
+    assert [least.seconds for least in plan] == [small, large, small]
+    assert bench.shared(2.0 * small + large + 3.0, plan) == pytest.approx(small + 1.0)
+    assert bench.shared(large, plan[1:]) == large
+    first, refused, last = bench.planned(sizes, 2, large + 0.5 * small, machine)
+    assert (first.reason, last.reason) == (None, None)
+    assert "more than other sizes leave of the budget of " in refused.reason
+    assert bench.shared(5.0 + small, [last, refused]) == pytest.approx(5.0 + small)
+
+
+def test_limits_are_measured_beside_the_budget(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[float] = []
+
+    def limits_of(device: str, dry: bool) -> Any:
+        time.sleep(1.0)
+        return bench.roofline.Machine("", 1e12, 1e12, 1e12, 1e12)
+
+    def compare(subject: Any, names: Any, seconds: float, machine: Any, deadline: float, limits: Any) -> Any:
+        left.append(deadline - time.perf_counter())
+        return bench.Pair(subject, machine)
+
+    monkeypatch.setattr(bench, "limits_of", limits_of)
+    monkeypatch.setattr(bench, "compare", compare)
+    assert bench.run("cpu", ["ours"], (16, 24), (8,), seconds=0.9)["not_reached"] == []
+    assert len(left) == 2
+    assert min(left) > 0.0
+
+
+def test_what_the_time_is_too_short_for_is_the_least(
+    bench: Any, providers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, called = subject(providers), []
+    provider = SimpleNamespace(call=lambda: called.append(1), finish=lambda: None)
+    found = bench.timed({"ours": provider}, size, 0.0)
+    assert (len(found["ours"]), len(called)) == (bench.ROUNDS, 1 + bench.ROUNDS)  # with the trial
+    monkeypatch.setattr(bench, "PARTS_FREE", 0.0)
+    limits = bench.roofline.Machine("", 1e12, 1e12, 1e12, 1e12)
+    pair = bench.compare(size, ["ours"], 0.0, None, 0.0, limits)
+    assert pair.times.keys() == {"ours", "products"}
+    assert pair.parts == {"parts_missing": "time was up"}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--batch", "128", "0"], "--batch must be at least 1"),
+        (["--width", "0"], "--width must be at least 1"),
+        (["--updates", "-1"], "--updates must be at least 1"),
+        (["--threads", "0"], "--threads must lie in 1..1024"),
+        (["--budget", "-5"], "--budget must be a number of seconds, at least 0"),
+        (["--budget", "nan"], "--budget must be a number of seconds, at least 0"),
+        (
+            ["--save", "nowhere/update"],
+            f"--save: there is no folder {ROOT / 'bench' / 'results' / 'nowhere'}",
+        ),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_line(
+    words: list[str], told: str, bench: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(["--device", "cpu", *words]) == 2
+    assert capsys.readouterr().err == f"bench_update: {told}\n"
+
+
 def test_providers_of_a_device(bench: Any) -> None:
     assert bench.wanted(None, "cpu") == ["ours", "plain"]
     assert bench.wanted(None, "cuda") == ["ours-tf32", "ours-bf16", "plain", "compiled", "jax"]
@@ -412,6 +509,7 @@ def test_an_update_that_a_machine_has_no_memory_for_says_how_much_it_takes(
     (told,) = found["measurements"]
     assert (told["case"], told["value"]) == ("wide-1b H 11200 B 1024", None)
     assert "GB of memory, this machine has 16 GB; run it on a larger one" in told["missing"]
+    assert found["equality"] == "failed: nothing was compared"
 
 
 def test_measurements_are_updates_per_second_with_quartiles_and_floor(bench: Any) -> None:

@@ -119,6 +119,7 @@ class OurFiles:
         for first, steps in workload.chunks():
             self.source.put(first, steps)
         self.target = Ours.empty(workload)
+        self.grown = False
 
     def save(self, folder: Path) -> None:
         self.source.buffer.save(folder)
@@ -128,14 +129,16 @@ class OurFiles:
 
     def grow(self, rows: int) -> None:
         """Adds about so many further transitions."""
-        workload = self.source.workload
+        workload, self.grown = self.source.workload, True
         self.source.put(workload.steps, workload.at(workload.steps, rows // workload.lanes))
 
     def check(self) -> None:
-        """After `load`, both buffers must draw the same."""
+        """After `load`, both buffers must draw the same, and what the workload has stored until they grow."""
         if len(self.target) != len(self.source.buffer):
             raise Mismatch(f"{len(self.target)} of {len(self.source.buffer)} transitions were loaded")
         one, two = self.source.buffer.sample(1024), self.target.sample(1024)
         for name, saved, loaded in zip(one._fields, one, two, strict=True):
             if not torch.equal(saved, loaded):
                 raise Mismatch(f"{name} differ after load")
+        if not self.grown:
+            self.source.workload.check(self.source.columns(two))
