@@ -32,7 +32,7 @@ def figure(panels: int, width: float = 3.9, height: float = 3.3) -> tuple[Any, l
     from matplotlib import pyplot as plt
 
     drawn, axes = plt.subplots(
-        1, panels, figsize=(max(5.2, width * panels), height), layout="constrained", squeeze=False
+        1, panels, figsize=(max(6.6, width * panels), height), layout="constrained", squeeze=False
     )
     for panel in axes[0]:
         panel.tick_params(length=0, colors=INK, labelsize=8.5, which="both")
