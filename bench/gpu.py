@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gpu_parts import PARTS, ROOT, SITE, Part, Skip, missing, results
+from gpu_parts import PARTS, ROOT, Part, Skip, missing, results, site
 
 LONGEST = 420.0  # seconds of a part; compiling and starting come on top
 END = 540.0  # when a part is stopped, its start included
@@ -106,11 +106,11 @@ def main(words: Sequence[str] | None = None) -> int:
     if not arguments.dry and not torch.cuda.is_available():
         print("bench/gpu.py: torch sees no CUDA device; --dry runs on the CPU", file=sys.stderr)
         return 2
-    parts = [name for name in arguments.parts if not (arguments.dry and name == "build")]
-    if "build" in parts or (SITE.exists() and importlib.util.find_spec("brc_fast") is None):
+    parts, built = arguments.parts, site(arguments.dry)
+    if "build" in parts or (built.exists() and importlib.util.find_spec("brc_fast") is None):
         # Later parts, and their child processes, use what was just built, or built by an earlier call.
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
-        sys.path.insert(0, str(SITE))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(built), os.environ.get("PYTHONPATH")]))
+        sys.path.insert(0, str(built))
     if arguments.dry:
         torch.set_num_threads(1)
 

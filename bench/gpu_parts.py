@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-SITE = ROOT / ".site"
+SITE = ROOT / ".site"  # where the extension is built to
 WIDTHS, BATCHES = (256, 512, 1024, 2048, 4096, 8192, 11200), (1024, 256, 4096)  # what matters most first
 DRY_WIDTHS, DRY_BATCHES = (32,), (16,)
 DRY_PROVIDERS = ("ours", "ours-bf16", "plain", "compiled", "jax")
@@ -87,13 +87,19 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
     return {**found, "status": "failed", "reason": found["equality"]}
 
 
-def build(_: Part) -> dict[str, Any]:
+def site(dry: bool) -> Path:
+    """The folder that the package is built to; a dry run leaves the other one alone."""
+    return ROOT / "build" / "gpu-dry-site" if dry else SITE
+
+
+def build(part: Part) -> dict[str, Any]:
     """Build the extension with what is installed: no network, no isolation."""
     need("build")
+    folder = site(part.dry)
     words = ["install", "-q", "--no-index", "--no-build-isolation", "--no-deps", "--upgrade", "--target"]
-    subprocess.run([sys.executable, "-m", "pip", *words, str(SITE), str(ROOT)], check=True)
+    subprocess.run([sys.executable, "-m", "pip", *words, str(folder), str(ROOT)], check=True)
     importlib.invalidate_caches()
-    return {"site": str(SITE.relative_to(ROOT))}
+    return {"site": str(folder.relative_to(ROOT))}
 
 
 def limits(part: Part) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -151,6 +152,20 @@ def test_without_a_gpu_there_is_one_line(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
     assert capsys.readouterr().err == "bench/gpu.py: torch sees no CUDA device; --dry runs on the CPU\n"
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_the_package_is_built_from_what_is_installed_to_a_folder_of_its_own(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, dry: bool
+) -> None:
+    parts, calls = importlib.import_module("gpu_parts"), list[list[str]]()
+    monkeypatch.setattr(parts, "missing", lambda name: None)
+    monkeypatch.setattr(parts.subprocess, "run", lambda words, check: calls.append(words))
+    found = parts.build(parts.Part(1.0, "cpu", dry, parts.ROOT))
+    assert found == {"site": "build/gpu-dry-site" if dry else ".site"}
+    (words,) = calls
+    assert words[-2:] == [str(parts.ROOT / found["site"]), str(parts.ROOT)]
+    assert {"--no-index", "--no-build-isolation", "--no-deps"} < set(words)
 
 
 @pytest.mark.slow
