@@ -23,11 +23,9 @@ constexpr std::size_t kPrefetchBytes = 384;  // of a row to read
 constexpr std::uint32_t kApart =
     1u << 31;  // marks a row that its successor does not follow; rows have 29 bits
 
-using Vector16 = char __attribute__((vector_size(16)));
-using Vector32 = char __attribute__((vector_size(32)));
+using Vector = char __attribute__((vector_size(32)));
 
 /// memcpy without its call, for parts of rows.
-template <class Vector>
 BRC_INLINE void copy_bytes(std::byte* to, const std::byte* from, std::size_t bytes) noexcept {
   constexpr std::size_t kVector = sizeof(Vector);
   if (bytes < kVector || bytes > 1024) {
@@ -82,7 +80,6 @@ float reward_at(const std::byte* row, const Layout& layout) noexcept {
 }
 
 /// Whether bytes differ; memcmp without its call.
-template <class Vector>
 BRC_INLINE bool differ(const std::byte* one, const std::byte* other, std::size_t bytes) noexcept {
   constexpr std::size_t kVector = sizeof(Vector);
   if (bytes < kVector || bytes > 1024) return std::memcmp(one, other, bytes) != 0;
@@ -115,11 +112,11 @@ BRC_VECTOR_CLONES void put_together(const Layout& layout, const TransitionColumn
   for (std::size_t g = 0; g < heads.size(); ++g, tails += tail) {
     const std::size_t i = first + g;
     const std::byte* const from = columns.observations.data() + i * frame;
-    departs[g] = valid[g] && differ<Vector32>(heads[g], from, frame);
-    copy_bytes<Vector32>(tails, from + whole, frame - whole);
+    departs[g] = valid[g] && differ(heads[g], from, frame);
+    copy_bytes(tails, from + whole, frame - whole);
     for (std::size_t f = 0; f < fields.size(); ++f) {
       const std::size_t bytes = fields[f].bytes;
-      copy_bytes<Vector32>(tails + layout.offsets[f] - whole, columns.fields[f].data() + i * bytes, bytes);
+      copy_bytes(tails + layout.offsets[f] - whole, columns.fields[f].data() + i * bytes, bytes);
     }
     std::memcpy(tails + layout.reward - whole, &columns.rewards[i], sizeof(float));
     std::memset(tails + layout.link - whole, 0, sizeof(std::uint32_t));
@@ -152,10 +149,10 @@ BRC_VECTOR_CLONES void copy_transitions(const RowParts parts, std::span<const st
       fetch(parts.base + (rows[i + kAhead] & ~kApart) * parts.stride, wanted);
     }
     const std::byte* const row = parts.base + (rows[i] & ~kApart) * parts.stride;
-    copy_bytes<Vector32>(out.observations, row, parts.frame);
-    copy_bytes<Vector32>(out.actions, row + parts.action_offset, parts.action);
+    copy_bytes(out.observations, row, parts.frame);
+    copy_bytes(out.actions, row + parts.action_offset, parts.action);
     const bool apart = (rows[i] & kApart) != 0;
-    if (!apart) copy_bytes<Vector32>(out.next_observations, row + parts.stride, parts.frame);
+    if (!apart) copy_bytes(out.next_observations, row + parts.stride, parts.frame);
     std::memcpy(out.rewards + i, row + parts.reward, sizeof(float));
     std::uint32_t word;
     std::memcpy(&word, row + parts.reward + sizeof(float), sizeof(word));
