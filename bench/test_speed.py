@@ -15,8 +15,8 @@ import pytest
 pytest.importorskip("pytest_benchmark", reason='needs pytest-benchmark: pip install "brc-fast[bench]"')
 
 import torch
-from bench_replay import check_insert, inserting
 from bench_update import HEAVY
+from replay_cases import check_insert, inserting
 from update_providers import BUILDERS, Subject, difference, expected, taken, tensor_cores
 from workloads import WORKLOADS, Workload
 

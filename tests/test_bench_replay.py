@@ -27,13 +27,13 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def provider(bench: Any, check: Any = lambda: None) -> Any:
-    return bench.Provider(lambda: sum(range(1000)), 10, check)
+    return bench.timing.Provider(lambda: sum(range(1000)), 10, check)
 
 
 def test_a_case_measures_every_buffer_beside_the_bare_gather(bench: Any) -> None:
-    names = (bench.OURS, "other", bench.LIMIT)
+    names = (bench.timing.OURS, "other", bench.timing.LIMIT)
     missing = {"third": "is not installed"}
-    found = bench.timed_case("1 x 8", "title", {name: provider(bench) for name in names}, missing, 0.0)
+    found = bench.timing.timed_case("1 x 8", "title", {name: provider(bench) for name in names}, missing, 0.0)
     *timed, absent = found["measurements"]
     assert [entry["provider"] for entry in timed] == list(names)
     for entry, row in zip(timed, found["rows"], strict=True):
@@ -47,22 +47,22 @@ def test_a_buffer_that_returns_something_else_has_a_reason_and_no_time(bench: An
     def wrong() -> None:
         raise ValueError("rewards differ")
 
-    providers = {bench.OURS: provider(bench), "other": provider(bench, wrong)}
-    found = bench.timed_case("1 x 8", "title", providers, {}, 0.0)
+    providers = {bench.timing.OURS: provider(bench), "other": provider(bench, wrong)}
+    found = bench.timing.timed_case("1 x 8", "title", providers, {}, 0.0)
     absent = found["measurements"][1]
     assert (absent["provider"], absent["value"]) == ("other", None)
     assert absent["missing"] == "ValueError: rewards differ"
 
 
 def test_memory_is_measured_exactly_and_files_over_their_rounds(bench: Any) -> None:
-    (memory,) = bench.memory(bench.MIN_CAPACITY, bench.Clock(0.0))
+    (memory,) = bench.cases.memory(bench.MIN_CAPACITY, bench.timing.Clock(0.0))
     ours, other = memory["measurements"]
     assert 0 < ours["value"] < other["value"] == 4 * (2 * 67 + 24) + 8
-    costs = {"ours save": [bench.files.Cost(2.0, 1.0, 0), bench.files.Cost(4.0, 1.0, 0)]}
-    (save,) = bench.file_measurements(costs, {})
+    costs = {"ours save": [bench.cases.files.Cost(2.0, 1.0, 0), bench.cases.files.Cost(4.0, 1.0, 0)]}
+    (save,) = bench.cases.file_measurements(costs, {})
     assert (save["case"], save["provider"], save["value"], save["rounds"]) == (
         "files save",
-        bench.OURS,
+        bench.timing.OURS,
         3.0,
         2,
     )
@@ -92,6 +92,7 @@ def test_a_run_that_is_killed_leaves_what_it_measured(
 
 
 def run(bench: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(bench.cases, "PEERS", ())
     monkeypatch.setattr(bench, "PEERS", ())
     monkeypatch.setattr(sys, "argv", ["bench_replay", "--budget", "0", *words])
     return bench.main()  # type: ignore[no-any-return]
@@ -102,14 +103,14 @@ def test_ours_that_returns_something_else_fails_the_run(
 ) -> None:
     import harness
 
-    right = bench.Ours.sample
+    right = bench.cases.Ours.sample
 
     def wrong(self: Any, batches: int, size: int) -> Any:
         sampled = right(self, batches, size)
         sampled.rewards.mul_(1.01)
         return sampled
 
-    monkeypatch.setattr(bench.Ours, "sample", wrong)
+    monkeypatch.setattr(bench.cases.Ours, "sample", wrong)
     words = ["--capacity", f"{bench.MIN_CAPACITY}", "--cases", "insert", "--save", str(tmp_path / "replay")]
     assert run(bench, monkeypatch, *words) == 1
     told = capsys.readouterr().err
@@ -117,25 +118,27 @@ def test_ours_that_returns_something_else_fails_the_run(
     assert told.count("\n") == 1
     stored = harness.read(tmp_path / "replay.json")
     assert stored["equality"] == told.rstrip()
-    ours = [one for one in stored["measurements"] if one["provider"].startswith(bench.OURS)]
+    ours = [one for one in stored["measurements"] if one["provider"].startswith(bench.timing.OURS)]
     assert len(ours) == 6
     assert all(one["value"] is None for one in ours)
 
 
 def test_what_is_added_as_tensors_is_checked(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    work, missing = bench.insert_providers(64, bench.MIN_CAPACITY, {}), {}
-    assert bench.checked({name: work[name] for name in (bench.OURS, bench.OursTensors.name)}, missing)
+    work, missing = bench.cases.insert_providers(64, bench.MIN_CAPACITY, {}), {}
+    assert bench.timing.checked(
+        {name: work[name] for name in (bench.timing.OURS, bench.cases.OursTensors.name)}, missing
+    )
     assert missing == {}
-    right = bench.OursTensors.prepare
+    right = bench.cases.OursTensors.prepare
 
     def wrong(self: Any, step: Any) -> Any:
         observations, actions, rewards, *rest = right(self, step)
         return observations, actions, rewards * 1.01, *rest
 
-    monkeypatch.setattr(bench.OursTensors, "prepare", wrong)
-    work[bench.OURS].check()
+    monkeypatch.setattr(bench.cases.OursTensors, "prepare", wrong)
+    work[bench.timing.OURS].check()
     with pytest.raises(Exception, match="sampled rewards do not belong"):
-        work[bench.OursTensors.name].check()
+        work[bench.cases.OursTensors.name].check()
 
 
 def test_files_of_data_that_was_never_stored_have_no_times(
@@ -143,7 +146,7 @@ def test_files_of_data_that_was_never_stored_have_no_times(
 ) -> None:
     from brc_fast import ReplayBuffer
 
-    assert bench.failures(bench.saved_files(bench.MIN_CAPACITY, bench.Clock(0.0))) == []
+    assert bench.failures(bench.cases.saved_files(bench.MIN_CAPACITY, bench.timing.Clock(0.0))) == []
     right = ReplayBuffer.sample
 
     def wrong(self: Any, *words: Any) -> Any:
@@ -152,7 +155,7 @@ def test_files_of_data_that_was_never_stored_have_no_times(
         return sampled
 
     monkeypatch.setattr(ReplayBuffer, "sample", wrong)
-    results = bench.saved_files(bench.MIN_CAPACITY, bench.Clock(0.0))
+    results = bench.cases.saved_files(bench.MIN_CAPACITY, bench.timing.Clock(0.0))
     (reason,) = bench.failures(results)
     assert reason.startswith("files, brc-fast: Mismatch: 1024 of 1024 sampled rewards do not belong")
     (found,) = results
@@ -193,14 +196,17 @@ def test_a_workload_is_sampled_with_its_own_sizes_and_tasks(
 
     def built(work: Any, missing: Any) -> Any:
         sampled.append(work)
-        return original(work, missing, (bench.Authors,))
+        return original(work, missing, (bench.cases.Authors,))
 
-    original = bench.built
-    monkeypatch.setattr(bench, "built", built)
+    original = bench.cases.built
+    monkeypatch.setattr(bench.cases, "built", built)
     shape = bench.WORKLOADS["dogs-multitask"]
-    (found,) = bench.on_workload(shape.name, bench.MIN_CAPACITY, bench.Clock(0.0))
+    (found,) = bench.cases.on_workload(shape.name, bench.MIN_CAPACITY, bench.timing.Clock(0.0))
     (work,) = sampled
     assert (work.observation_size, work.action_size, work.tasks) == (223, 38, 4)
-    assert work.tasks * work.rows * shape.observation <= bench.MIN_CAPACITY * bench.OBSERVATION
-    assert [entry["provider"] for entry in found["measurements"]] == [bench.OURS, bench.Authors.name]
+    assert work.tasks * work.rows * shape.observation <= bench.MIN_CAPACITY * bench.cases.OBSERVATION
+    assert [entry["provider"] for entry in found["measurements"]] == [
+        bench.timing.OURS,
+        bench.cases.Authors.name,
+    ]
     assert all(entry["value"] > 0 for entry in found["measurements"])
