@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_update import LONGEST, MOST, ROUND, Pair, ready, timed, told
 from fitting import Fit, fit
 from harness import Measurement, absent, equality, interleave, measured, quartiles, refusal, wait, write
 from machines import machine
 from roofline import Machine
 from update_providers import DIFFERS, Products, Provider, Subject, expected, loaded, release, tensor_cores
+from update_timing import LONGEST, MOST, ROUND, Pair, ready, timed, told
 from workloads import named
 
 Sizes = Mapping[str, Sequence[int]]

@@ -60,12 +60,12 @@ def run(bench: Any, names: Sequence[str], widths: Sequence[int] = (16,), **optio
 def times_as_much(bench: Any, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """Let the plain update start with another temperature."""
 
-    class Other(bench.BUILDERS["plain"]):  # type: ignore[misc]
+    class Other(bench.timing.BUILDERS["plain"]):  # type: ignore[misc]
         def __init__(self, subject: Any) -> None:
             super().__init__(subject)
             self.peer.log_alpha.data += math.log(factor)
 
-    monkeypatch.setitem(bench.BUILDERS, "plain", Other)
+    monkeypatch.setitem(bench.timing.BUILDERS, "plain", Other)
 
 
 # ---------------------------------------------------------------- floors
@@ -219,7 +219,7 @@ def test_a_provider_without_room_is_left_out_and_the_others_run(
     def full(subject: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
 
-    monkeypatch.setitem(bench.BUILDERS, "plain", full)
+    monkeypatch.setitem(bench.timing.BUILDERS, "plain", full)
     (row,) = run(bench, ["ours", "plain", "ours-bf16"])["rows"]
     assert row["missing"] == {"plain": "out of memory"}
     assert row["updates_per_second"].keys() == {"ours", "ours-bf16"}
@@ -231,7 +231,7 @@ def test_a_provider_without_room_beside_others_is_timed_alone(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[object] = []
-    plain = bench.BUILDERS["plain"]
+    plain = bench.timing.BUILDERS["plain"]
 
     def once(subject: Any) -> Any:
         built.append(subject)
@@ -239,7 +239,7 @@ def test_a_provider_without_room_beside_others_is_timed_alone(
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
         return plain(subject)
 
-    monkeypatch.setitem(bench.BUILDERS, "plain", once)
+    monkeypatch.setitem(bench.timing.BUILDERS, "plain", once)
     (row,) = run(bench, ["ours", "plain"])["rows"]
     assert row["missing"] == {}
     assert row["interleaved"] == [["ours", "products"], ["plain", "products"]]
@@ -253,7 +253,7 @@ def test_nothing_is_held_of_a_provider_when_the_next_is_built(
     held: list[weakref.ref[Any]] = []
 
     def watched(name: str) -> Any:
-        build = bench.BUILDERS[name]
+        build = bench.timing.BUILDERS[name]
 
         def builder(subject: Any) -> Any:
             assert [ref() for ref in held] == [None] * len(held)
@@ -264,9 +264,9 @@ def test_nothing_is_held_of_a_provider_when_the_next_is_built(
         return builder
 
     for name in HERE:
-        monkeypatch.setitem(bench.BUILDERS, name, watched(name))
-    monkeypatch.setattr(bench, "fits", lambda subject, names: False)
-    pair = bench.compare(subject(providers), HERE, 0.0)
+        monkeypatch.setitem(bench.timing.BUILDERS, name, watched(name))
+    monkeypatch.setattr(bench.timing, "fits", lambda subject, names: False)
+    pair = bench.timing.compare(subject(providers), HERE, 0.0)
     assert pair.missing == {}
     assert pair.times.keys() == {*HERE, "products"}
     gc.collect()
@@ -320,16 +320,16 @@ def test_a_peer_has_a_time_until_it_is_broken(
     if name == "jax":
         pytest.importorskip("optax", reason="the JAX peer needs optax; pip install the bench extra")
     size = subject(providers, 32, 64, tasks=tasks)
-    assert bench.compare(size, ["ours", name], 0.0).missing == {}
+    assert bench.timing.compare(size, ["ours", name], 0.0).missing == {}
 
-    class Broken(bench.BUILDERS[name]):  # type: ignore[misc]
+    class Broken(bench.timing.BUILDERS[name]):  # type: ignore[misc]
         def __init__(self, subject: Any) -> None:
             super().__init__(subject)
             rule = "rule" if name == "jax" else "learning"
             setattr(self.peer, rule, replace(getattr(self.peer, rule), discount=0.9))
 
-    monkeypatch.setitem(bench.BUILDERS, name, Broken)
-    pair = bench.compare(size, ["ours", name], 0.0)
+    monkeypatch.setitem(bench.timing.BUILDERS, name, Broken)
+    pair = bench.timing.compare(size, ["ours", name], 0.0)
     assert pair.times.keys() == {"ours", "products"}
     assert pair.missing[name].startswith("differs from plain PyTorch: ")
 
@@ -394,7 +394,7 @@ def slow(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_size_that_the_budget_has_no_room_for_is_refused(
     bench: Any, providers: Any, slow: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "compare", lambda *_: pytest.fail("was compared"))
+    monkeypatch.setattr(bench.timing, "compare", lambda *_: pytest.fail("was compared"))
     assert bench.main(["--device", "cpu", "--width", "16", "24", "--batch", "8", "--budget", "5"]) == 1
     told = capsys.readouterr()
     each = slow(providers.Subject(16, 8))
@@ -435,7 +435,7 @@ def test_limits_are_measured_beside_the_budget(bench: Any, monkeypatch: pytest.M
         return bench.Pair(subject, machine)
 
     monkeypatch.setattr(bench, "limits_of", limits_of)
-    monkeypatch.setattr(bench, "compare", compare)
+    monkeypatch.setattr(bench.timing, "compare", compare)
     assert bench.run("cpu", ["ours"], (16, 24), (8,), seconds=0.9)["not_reached"] == []
     assert len(left) == 2
     assert min(left) > 0.0
@@ -446,11 +446,14 @@ def test_what_the_time_is_too_short_for_is_the_least(
 ) -> None:
     size, called = subject(providers), []
     provider = SimpleNamespace(call=lambda: called.append(1), finish=lambda: None)
-    found = bench.timed({"ours": provider}, size, 0.0)
-    assert (len(found["ours"]), len(called)) == (bench.ROUNDS, 1 + bench.ROUNDS)  # with the trial
-    monkeypatch.setattr(bench, "PARTS_FREE", 0.0)
+    found = bench.timing.timed({"ours": provider}, size, 0.0)
+    assert (len(found["ours"]), len(called)) == (
+        bench.timing.ROUNDS,
+        1 + bench.timing.ROUNDS,
+    )  # with the trial
+    monkeypatch.setattr(bench.timing, "PARTS_FREE", 0.0)
     limits = bench.roofline.Machine("", 1e12, 1e12, 1e12, 1e12)
-    pair = bench.compare(size, ["ours"], 0.0, None, 0.0, limits)
+    pair = bench.timing.compare(size, ["ours"], 0.0, None, 0.0, limits)
     assert pair.times.keys() == {"ours", "products"}
     assert pair.parts == {"parts_missing": "time was up"}
 
@@ -538,18 +541,20 @@ def test_a_workload_that_does_not_exist_is_one_line(bench: Any, capsys: pytest.C
 
 
 def test_kernels_are_counted_between_marks(bench: Any) -> None:
-    mark = f"void at::{bench.MARK}(long)"
+    import update_counts as counting
+
+    mark = f"void at::{counting.MARK}(long)"
     seen = ["warm", mark, "a", "Memcpy DtoD (Device -> Device)", "b", "c", mark, "warm", mark, "a", mark]
-    assert bench.between(seen) == [seen[2:6], ["a"]]
-    assert bench.between([*seen[1:7], mark, mark]) == [seen[2:6], []]
-    assert bench.counts(seen[2:6], updates=2) == {"kernels": 1.5, "copies": 0.5}
+    assert counting.between(seen) == [seen[2:6], ["a"]]
+    assert counting.between([*seen[1:7], mark, mark]) == [seen[2:6], []]
+    assert counting.counts(seen[2:6], updates=2) == {"kernels": 1.5, "copies": 0.5}
 
 
 def test_the_command_line_stores_rows_with_the_machine(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None, raising=False)
-    monkeypatch.setattr(bench, "LONGEST", {"cpu": 0.0})
+    monkeypatch.setattr(bench.timing, "LONGEST", {"cpu": 0.0})
     monkeypatch.setattr(bench, "write", partial(bench.write, folder=tmp_path))
     words = ["--device", "cpu", "--width", "16", "--batch", "8", "16", "--budget", "20", "--save", "update"]
     assert bench.main(words) == 0
