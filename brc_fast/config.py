@@ -93,10 +93,14 @@ class EnvConfig:
     """A process per environment; when not given, dmc/ and humanoidbench/ tasks have them, gym/ do not."""
     restarts: int = 3
     """How often the processes of a task are started again after one has died."""
+    step_seconds: float | None = None
+    """Seconds after which a process that is still at a step or a reset counts as dead; no limit when not
+    given."""
 
     def __post_init__(self) -> None:
         _require(self, "positive", self.episode_length is None or self.episode_length > 0, "episode_length")
         _require(self, "0 or more", self.restarts >= 0, "restarts")
+        _require(self, "positive", self.step_seconds is None or self.step_seconds > 0, "step_seconds")
 
 
 @dataclass(frozen=True)

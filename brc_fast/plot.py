@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -38,7 +39,8 @@ GREY = "#8c8c8c"  # the published curves
 AXIS = {"return": "evaluation return", "success": "success rate", "normalized": "normalized score"}
 # Settings that change nothing of what is learned up to a given step.
 NEUTRAL = (
-    *("seed", "run", "overwrite", "steps", "threads", "graphs", "env.processes", "env.restarts"),
+    *("seed", "run", "overwrite", "steps", "threads", "graphs"),
+    *("env.processes", "env.restarts", "env.step_seconds"),
     *("report_every", "eval_every", "eval_envs", "checkpoint_every"),
 )
 SMALL = 12  # tasks; with more, their panels are small and the mean over tasks gets a large one
@@ -80,9 +82,14 @@ def curves(folder: RunFolder, metric: Literal["return", "success"] = "return") -
                     steps, values = out.setdefault(name.removeprefix(prefix), ([], []))
                     steps.append(int(row["step"]))
                     values.append(float(value))
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             told = f"{folder.metrics} line {number} is no row of metrics: repair or delete it"
             raise InputError(told) from None
+    for task, (steps, _) in out.items():
+        for before, after in pairwise(steps):
+            if after <= before:
+                told = f"an evaluation of {task} at step {after} after one at step {before}"
+                raise InputError(f"{folder.metrics} has {told}: repair or delete it")
     return out
 
 
@@ -109,7 +116,10 @@ def evaluations(folder: RunFolder, metric: Metric) -> dict[str, Series]:
         return successes if metric == "success" else returns
     out = {}
     for task, (steps, values) in returns.items():
-        rates = np.array(successes[task][1]) if task in successes else None
+        rates = None
+        if task in successes:
+            told = dict(zip(*successes[task], strict=True))
+            rates = np.array([told.get(step, math.nan) for step in steps])
         scaled = normalized(task, np.array(values), rates)
         if scaled is None:
             raise InputError(f"{folder.path}: nothing is known to normalize {task} by; use --metric return")
@@ -304,8 +314,8 @@ def draw(
             style = {"color": GREY, "linewidth": 1.6 if large else 1.0, "zorder": 1.5}
             legend.setdefault(behind.entry(), _curve(panel, found, unit, style))
         title = _title(group, family)
-        size = 10 if large else 7.5 * min(1, 24 / len(title))
-        panel.set_title(title, fontsize=size, loc="left", pad=5 if large else 3)
+        size, room = (10, 70 if len(panels) == 1 else 34) if large else (7.5, 24)  # letters at that size
+        panel.set_title(title, fontsize=size * min(1, room / len(title)), loc="left", pad=5 if large else 3)
         _frame(panel, metric, last_step / unit, large)
     figure.supxlabel(f"environment steps per task ({unit_name})", fontsize=9)
     figure.supylabel(AXIS[metric], fontsize=9)

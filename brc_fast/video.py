@@ -115,7 +115,14 @@ def film(
 
     task_id: the agent's number of the task. Returns the number of frames and the episode's return. The last
     picture is of the state before the last action: after it the slot is already in its next episode.
+    InputError where the task has grown since it was learned, or its simulator is out of reach.
     """
+    sizes = [[side.observation_size, side.action_size] for side in (agent, env)]
+    if any(given > learned for learned, given in zip(*sizes, strict=True)):
+        raise InputError(
+            f"observation_size and action_size of {env.task_names[0]} are {sizes[1]}, those of the agent "
+            f"only {sizes[0]}: film the task that it was trained on"
+        )
     observations = env.reset_tensors(seed)
     source = simulation(env)
     model = copy.copy(source.model)  # some tasks move their target by changing the model at every reset

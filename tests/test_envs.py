@@ -118,6 +118,16 @@ def test_suites_are_the_papers():
             "mjx/Go1Getup; all names: brc-fast envs",
         ),
         (
+            {"tasks": "metaworld/mt5"},
+            "unknown task 'metaworld/mt5'; nearest: metaworld/mt50, metaworld/hammer-v3, "
+            "metaworld/assembly-v3, metaworld/dial-turn-v3; all names: brc-fast envs",
+        ),
+        (
+            {"tasks": "dmc25"},
+            "unknown task 'dmc25'; nearest: mjx/dmc25, mjx/dmc-easy, metaworld/mt50, metaworld/door-lock-v3; "
+            "all names: brc-fast envs",
+        ),
+        (
             {"tasks": "dm/HopperHop"},
             "unknown suite 'dm' in task 'dm/HopperHop'; known suites: mjx, gym, dmc, envpool, metaworld, "
             "humanoidbench; all names: brc-fast envs",
@@ -135,6 +145,13 @@ def test_suites_are_the_papers():
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"episode_length": 0}, "episode_length must be an integer of at least 1, got 0"),
         ({"impl": "c++"}, "impl must be 'jax' or 'warp', got 'c++'"),
+        ({"randomize": "yes"}, "randomize must be True, False or a function, got 'yes'"),
+        ({"tasks": "gym/Pendulum-v1", "step_seconds": 0}, "step_seconds must be positive, got 0"),
+        (
+            {"step_seconds": 1.0},
+            "step_seconds means something to dmc/..., gym/..., humanoidbench/... tasks only, and none of the "
+            "tasks is one",
+        ),
         ({"restarts": -1}, "restarts must be an integer of at least 0, got -1"),
         (
             {"processes": True},

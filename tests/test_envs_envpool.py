@@ -96,6 +96,12 @@ def test_without_envpool_the_extra_is_named(monkeypatch):
             "envpool/DogStand-v1, envpool/DogWalk-v1",
         ),
         (
+            "envpool/CarRacing-v3",
+            "envpool/CarRacing-v3 has Box(0, 255, (96, 96, 3), uint8) among its observations, an image; only "
+            "vectors can be used: take the task's version without pictures, or flatten them with Gymnasium's "
+            "FlattenObservation",
+        ),
+        (
             "envpool/Pong-v5",
             "envpool/Pong-v5 has the action space Discrete(6); only continuous actions with finite bounds "
             "can be used",

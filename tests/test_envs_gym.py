@@ -1,5 +1,6 @@
 """Gymnasium and dm_control behind the adapter: a wrong successor shows in the tags of a counter."""
 
+import contextlib
 import importlib.util
 import logging
 import multiprocessing
@@ -16,12 +17,12 @@ import torch
 gymnasium = pytest.importorskip("gymnasium", reason="needs the [gym] extra")
 
 import cloudpickle  # noqa: E402
-from gymnasium.spaces import Box, Dict, Discrete, Tuple  # noqa: E402
+from gymnasium.spaces import Box, Dict, Discrete, Graph, Tuple  # noqa: E402
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv  # noqa: E402
 
 from brc_fast.envs import make  # noqa: E402
 from brc_fast.envs.base import check_finite  # noqa: E402
-from brc_fast.envs.gym import GymAdapter, WorkerError, make_gym  # noqa: E402
+from brc_fast.envs.gym import GymAdapter, SimulatorError, WorkerError, make_gym  # noqa: E402
 from brc_fast.envs.vector import VectorAdapter  # noqa: E402
 from brc_fast.errors import InputError, MissingExtraError  # noqa: E402
 
@@ -39,7 +40,9 @@ class Counter(gymnasium.Env):
     """Observes [start, episode, step]; the reward is the number of the step.
 
     Every third episode terminates at step 3, the others last until the time limit. An action of 1 brings
-    what `trouble` names: "nan", "inf reward", "raise", "unpicklable", "exit" or "success".
+    what `trouble` names: "nan", "inf reward", "raise", "raise twice" (also when closed), "unpicklable",
+    "exit", "short", "long", "text", "no reward" or "success". With "short start" and "nan start" it is the
+    start that is not as it should be.
     """
 
     def __init__(self, trouble="", dtype=np.float32, space="box", low=-2.0, high=6.0):
@@ -53,6 +56,10 @@ class Counter(gymnasium.Env):
                 {"z": Box(-np.inf, np.inf, (), dtype), "a": Tuple([Box(-np.inf, np.inf, (2, 1), dtype)])}
             ),
             "discrete": Dict({"a": plain, "b": Discrete(3)}),
+            "image": Dict({"a": plain, "b": Box(0, 255, (8, 8, 3), np.uint8)}),
+            "graph": Graph(plain, Discrete(2)),
+            "empty": Dict({}),
+            "widest": Box(-np.finfo(np.float64).max, np.finfo(np.float64).max, (3,), np.float64),
         }[space]
         self.action_space = Box(low, high, (1,), np.float32)
         self.episode = 0
@@ -75,7 +82,8 @@ class Counter(gymnasium.Env):
         self.start = np.float32(self.np_random.random())
         self.episode = 1 if seed is not None else self.episode + 1
         self.steps = 0
-        return self.observe(), {"success": True}  # of no step, must not be read
+        starts = {"short start": np.zeros(1), "nan start": np.full(3, np.nan)}
+        return starts.get(self.trouble, self.observe()), {"success": True}  # of no step, must not be read
 
     def step(self, action):
         self.steps += 1
@@ -86,16 +94,24 @@ class Counter(gymnasium.Env):
             observation = np.full_like(observation, np.nan)
         if tripped and self.trouble == "inf reward":
             reward = np.inf
-        if tripped and self.trouble == "raise":
+        if tripped and self.trouble in ("raise", "raise twice"):
             raise OSError("the simulator is unwell")
         if tripped and self.trouble == "unpicklable":
             raise type("Local", (Exception,), {})(lambda: None)
+        if tripped and self.trouble in ("short", "long", "text"):
+            observation = {"short": np.zeros(1), "long": np.zeros(4), "text": "three"}[self.trouble]
+        if tripped and self.trouble == "no reward":
+            reward = None
         if tripped and self.trouble == "exit":
             os._exit(7)
         if self.trouble == "success":
             info["success"] = bool(tripped)
         ended = self.episode % 3 == 0 and self.steps == LENGTH - 1
         return observation, reward, ended, False, info
+
+    def close(self):
+        if self.trouble == "raise twice":
+            raise OSError("nor can it be closed")
 
 
 class Counted:
@@ -309,6 +325,20 @@ def test_spaces_are_those_of_the_contract():
             "can be used",
         ),
         (
+            {"single_observation_space": Box(0, 1, (8, 8, 1), np.float32)},
+            "gym/Counter-v0 has Box(0.0, 1.0, (8, 8, 1), float32) among its observations, an image; only "
+            "vectors can be used: take the task's version without pictures, or flatten them with Gymnasium's "
+            "FlattenObservation",
+        ),
+        (
+            {"single_observation_space": Box(0, 1, (0,), np.float32)},
+            "gym/Counter-v0 cannot be learned: it has no observations",
+        ),
+        (
+            {"single_action_space": Box(0, 1, (0,), np.float32)},
+            "gym/Counter-v0 cannot be learned: it has no actions",
+        ),
+        (
             {"metadata": {}},
             "the vector environment of gym/Counter-v0 must say how it restarts: set "
             "metadata['autoreset_mode'] to one of gymnasium.vector.AutoresetMode",
@@ -330,6 +360,50 @@ def test_spaces_are_refused_before_any_worker_starts(monkeypatch):
         make_gym("gym/CartPole-v1", N, processes=True)
     with pytest.raises(InputError, match=r"has Discrete\(3\) among its observations"):
         make_gym(registered(space="discrete"), N, processes=True)
+    with pytest.raises(InputError, match=r"has Box\(0, 255, \(8, 8, 3\), uint8\) among .*, an image"):
+        make_gym(registered(space="image"), N, processes=True)
+    with pytest.raises(InputError, match=r"has Graph\(.*\) among its observations; only Box"):
+        make_gym(registered(space="graph"), N, processes=True)
+
+
+def test_a_space_as_wide_as_its_type_and_one_of_nothing():
+    assert (make_gym(registered(space="widest"), 1).reset_tensors(0)[:, 1:] == torch.tensor([1.0, 0.0])).all()
+    with pytest.raises(InputError, match="cannot be learned: it has no observations"):
+        make_gym(registered(space="empty"), 1)
+
+
+class Spoilt(SyncVectorEnv):
+    """Its second step returns an entry that is not what the contract asks for."""
+
+    def __init__(self, entry, value):
+        super().__init__([Counted()] * N, autoreset_mode=AutoresetMode.SAME_STEP)
+        self.entry, self.value, self.steps = entry, value, 0
+
+    def step(self, actions):
+        self.steps += 1
+        result = list(super().step(actions))
+        if self.steps == 2:
+            result[self.entry] = self.value
+        return tuple(result)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        (0, np.zeros((N, 4)), "observations of gym/Counter-v0 must have shape [3, 3], got [3, 4]"),
+        (1, np.zeros((N, 1)), "rewards of gym/Counter-v0 must have shape [3], got [3, 1]"),
+        (2, False, "terminated of gym/Counter-v0 must have shape [3], got []"),
+        (3, np.ones(N, bool), "gym/Counter-v0 restarts in the same step, so its infos must hold final_obs"),
+    ],
+)
+def test_a_vector_environment_that_breaks_its_contract_is_told_with_task_and_step(entry, value, message):
+    env = VectorAdapter(Spoilt(entry, value), "gym/Counter-v0", max_episode_steps=LENGTH)
+    env.reset_tensors(0)
+    run(env, 1)
+    with pytest.raises(InputError) as error:
+        run(env, 1)
+    assert message in str(error.value)
+    assert str(error.value).endswith("at step 2 since the reset")
 
 
 def test_stepping_and_saving_need_a_reset_first():
@@ -467,7 +541,10 @@ def workers():
 
     def make(**settings):
         restarts = settings.pop("restarts", 1)
-        made.append(make_gym(registered(**settings), N, processes=True, restarts=restarts))
+        count, processes = settings.pop("count", N), settings.pop("processes", True)
+        seconds = settings.pop("step_seconds", None)
+        task = registered(**settings)
+        made.append(make_gym(task, count, processes=processes, restarts=restarts, step_seconds=seconds))
         return made[-1]
 
     yield make
@@ -507,7 +584,8 @@ def test_a_broken_worker_costs_one_step_and_ends_the_run_when_it_goes_on(workers
     with caplog.at_level(logging.WARNING):
         step = break_worker(env, how)
     assert time.monotonic() - began < 20
-    assert caplog.messages == [f"{task}: {what}; starting all 3 environments anew, 0 restarts left"]
+    at = f"{task}, at step 2 since the reset"
+    assert caplog.messages == [f"{at}: {what}; starting all 3 environments anew, 0 restarts left"]
     assert step.dropped.all()
     assert step.truncated.all()
     assert not step.terminated.any()
@@ -520,18 +598,93 @@ def test_a_broken_worker_costs_one_step_and_ends_the_run_when_it_goes_on(workers
     with pytest.raises(WorkerError) as error:
         break_worker(env, how)
     assert str(error.value) == (
-        f"{task}: {what}, after 1 restarts; "
+        f"{task}, at step 4 since the reset: {what}, after 1 restarts; "
         "--env.processes False runs it in this process and shows the traceback"
     )
     assert not multiprocessing.active_children()
     env.close()
 
 
-def test_an_exception_in_this_process_comes_through_unchanged():
+def test_an_exception_in_this_process_is_told_with_task_slot_and_step_and_its_traceback_is_logged(caplog):
     env = make_gym(registered(trouble="raise"), N, processes=False)
     env.reset_tensors(0)
-    with pytest.raises(OSError, match="the simulator is unwell"):
-        env.step_tensors(tripping(env, 0))
+    run(env, LENGTH + 1)
+    with pytest.raises(SimulatorError) as error:
+        env.step_tensors(tripping(env, 1))
+    assert str(error.value) == (
+        f"{env.task_names[0]}, at step {LENGTH + 2} since the reset: "
+        "slot 1 raised OSError: the simulator is unwell"
+    )
+    assert isinstance(error.value.__cause__, OSError)
+    assert 'raise OSError("the simulator is unwell")' in caplog.text  # the command line shows no traceback
+
+
+def test_an_environment_that_cannot_be_closed_does_not_hide_what_it_raised(caplog):
+    env = make_gym(registered(trouble="raise twice"), N)
+    env.reset_tensors(0)
+    with pytest.raises(SimulatorError, match="the simulator is unwell"), contextlib.closing(env):
+        env.step_tensors(tripping(env, 1))
+    assert "slot 2 raised OSError when it was closed: nor can it be closed" in caplog.messages
+
+
+@pytest.mark.parametrize("processes", [False, True])
+@pytest.mark.parametrize(
+    ("trouble", "what"),
+    [
+        ("short", "raised ValueError: an observation must have 3 numbers, got 1"),
+        ("long", "raised ValueError: an observation must have 3 numbers, got 4"),
+        ("text", "raised ValueError: could not convert string to float"),
+        ("no reward", "raised TypeError: must be real number, not NoneType"),
+    ],
+)
+def test_a_step_of_another_shape_or_type_is_told_with_task_slot_and_step(workers, trouble, what, processes):
+    env = workers(trouble=trouble, restarts=0, processes=processes)
+    env.reset_tensors(0)
+    run(env, 1)
+    with pytest.raises(WorkerError) as error:
+        env.step_tensors(tripping(env, 2))
+    assert str(error.value).startswith(f"{env.task_names[0]}, at step 2 since the reset: slot 2 {what}")
+
+
+@pytest.mark.parametrize("processes", [False, True])
+@pytest.mark.parametrize(
+    ("trouble", "what"),
+    [
+        (
+            "short start",
+            ", in the reset: slot 0 raised ValueError: an observation must have 3 numbers, got 1",
+        ),
+        (
+            "nan start",
+            " are not finite in environment 0 in the reset; the task must start with finite numbers",
+        ),
+    ],
+)
+def test_a_start_that_cannot_be_used_is_told_with_task_and_slot(workers, trouble, what, processes):
+    env = workers(trouble=trouble, restarts=0, processes=processes, count=1)
+    with pytest.raises((WorkerError, InputError)) as error:
+        env.reset_tensors(0)
+    assert f"{env.task_names[0]}{what}" in str(error.value)
+
+
+def test_a_constructor_that_raises_is_told_with_the_task():
+    with pytest.raises(SimulatorError, match=r"Counter.* cannot be made: TypeError: .*unexpected keyword"):
+        make_gym(registered(no_such_setting=1), 1)
+
+
+def test_a_hung_worker_counts_as_dead_after_the_given_time(workers, caplog):
+    env = workers(step_seconds=0.5)
+    env.reset_tensors(0)
+    run(env, 2)
+    os.kill(env.venv.processes[1].pid, signal.SIGSTOP)
+    with caplog.at_level(logging.WARNING):
+        step = run(env, 1)[0]
+    assert caplog.messages == [
+        f"{env.task_names[0]}, at step 3 since the reset: the process of slot 1 took longer than 0.5 s; "
+        "starting all 3 environments anew, 0 restarts left"
+    ]
+    assert step.dropped.all()
+    assert not run(env, 1)[0].dropped.any()
 
 
 def test_a_worker_lost_during_a_reset_is_replaced(workers):

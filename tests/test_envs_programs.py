@@ -206,6 +206,21 @@ class Inside(cartpole.Balance):
         return jax.lax.cond(action[0] < 2, move, lambda: state)
 
 
+class Seeing(cartpole.Balance):
+    """Shows the policy what `show` makes of the observation."""
+
+    def __init__(self, config=None, config_overrides=None):
+        super().__init__(swing_up=False, sparse=False, config=config, config_overrides=config_overrides)
+
+    def reset(self, rng):
+        state = super().reset(rng)
+        return state.replace(obs=self.show(state.obs))
+
+    def step(self, state, action):
+        after = super().step(state, action)
+        return after.replace(obs=self.show(after.obs))
+
+
 def settings(repeat):
     config = cartpole.default_config()
     config.action_repeat, config.episode_length = repeat, 31
@@ -242,6 +257,48 @@ def test_termination_is_told_from_truncation_and_the_true_successor_is_kept():
         truncations += int(step.truncated.sum())
     assert terminations > 5
     assert env.nan_count.tolist() == [0]
+
+
+@pytest.fixture
+def seeing(monkeypatch):
+    """Makes the task whose observations are what a function gives."""
+
+    def made(show):
+        monkeypatch.setattr(Seeing, "show", staticmethod(show), raising=False)
+        _programs.programs.cache_clear()
+        return make("mjx/Seeing", N, quiet=True)
+
+    dm_control_suite.register_environment("Seeing", Seeing, functools.partial(settings, 1))
+    yield made
+    del dm_control_suite._envs["Seeing"], dm_control_suite._cfgs["Seeing"]
+
+
+@pytest.mark.parametrize(
+    ("show", "got"),
+    [
+        (lambda obs: {"pixels": jnp.zeros((8, 8, 3)), "pose": obs}, r"pixels \[8, 8, 3\], pose \[5\]"),
+        (lambda obs: {"state": jnp.zeros((8, 8, 3))}, r"state \[8, 8, 3\]"),
+        (lambda obs: jnp.zeros((8, 8)), r"state \[8, 8\]"),
+        (lambda obs: obs[0], r"state \[\]"),
+    ],
+)
+def test_a_task_that_does_not_observe_a_vector_is_refused(show, got, seeing):
+    with pytest.raises(InputError, match=rf"mjx/Seeing must observe a vector, .* name state; got {got}$"):
+        seeing(show)
+
+
+def test_integers_are_observed_as_numbers_of_the_contracts_type(seeing):
+    env = seeing(lambda obs: jnp.full(3, 2))
+    assert env.reset_tensors(0).dtype == torch.float32
+    step = env.step_tensors(torch.zeros(N, 1))
+    assert [x.dtype for x in step[:3]] == [torch.float32] * 3
+    assert (step.successors == 2.0).all()
+
+
+def test_a_start_that_is_not_finite_is_told_with_task_and_slot(seeing):
+    env = seeing(lambda obs: obs / 0.0)
+    with pytest.raises(InputError, match="of mjx/Seeing are not finite in environment 0 in the reset"):
+        env.reset_tensors(0)
 
 
 def test_slots_of_a_task_that_ends_often_never_share_a_start_state_beside_one_that_does_not():

@@ -270,6 +270,17 @@ def test_panels_of_any_number_of_tasks_do_not_overlap_and_lie_inside_the_figure(
         assert figure.bbox.y0 <= whole.y0 < whole.y1 <= figure.bbox.y1
 
 
+@pytest.mark.parametrize("count", [1, 2, 13])
+def test_a_long_name_stays_within_its_panel(count: int) -> None:
+    tasks = [f"gym/some_module_of_mine:ATaskWithANameOfManyLetters{number}-v0" for number in range(count)]
+    shown = [Experiment("run", [{task: ([1000, 2000], [0.0, 1.0]) for task in tasks}])]
+    figure = figure_of(shown, tasks)
+    figure.draw_without_rendering()
+    boxes = [panel._left_title.get_window_extent() for panel in figure.axes]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(box.x1 <= figure.bbox.x1 for box in boxes)
+
+
 def test_the_first_colours_differ_in_lightness() -> None:
     from matplotlib.colors import to_rgb
 
@@ -303,6 +314,20 @@ def broken(text: bytes) -> Any:
         (broken(b'{"step": 1}\n[3]\n'), [], "metrics.jsonl line 2 is no row of metrics"),
         (broken(b'{"eval/return/x": 3}\n'), [], "metrics.jsonl line 1 is no row of metrics"),
         (broken(b'{"step": 1, "eval/return/x": "y"}\n'), [], "metrics.jsonl line 1 is no row of metrics"),
+        (broken(b'{"step": 1e999, "eval/return/x": 1}\n'), [], "metrics.jsonl line 1 is no row of metrics"),
+        (
+            broken(b'{"step": 5, "eval/return/x": 1}\n{"step": 2, "eval/return/x": 1}\n'),
+            [],
+            "metrics.jsonl has an evaluation of x at step 2 after one at step 5: repair or delete it",
+        ),
+        (
+            broken(
+                b'{"step": 1, "eval/return/metaworld/reach-v3": 1}\n'
+                b'{"step": 2, "eval/return/metaworld/reach-v3": 1, "eval/success/metaworld/reach-v3": 1}\n'
+            ),
+            ["--metric", "normalized"],
+            "nothing is known to normalize metaworld/reach-v3 by",
+        ),
         (broken(b"\xff\xfe\x00"), [], "metrics.jsonl is not a text file"),
         (None, ["--output", "x.pdf"], "output must end in .png or .svg, got x.pdf"),
         (None, ["--output", "nowhere/x.png"], "nowhere/x.png"),

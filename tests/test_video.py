@@ -181,6 +181,13 @@ def test_mjx_states_follow_the_simulator(monkeypatch: pytest.MonkeyPatch) -> Non
             np.testing.assert_allclose(data.qpos, after["qpos"], atol=1e-3)
 
 
+def test_a_task_with_more_observations_than_were_learned_is_refused() -> None:
+    env = Scripted(["toy/One"], 1, lambda slot, number: 5)
+    env.observation_size = 41
+    with pytest.raises(InputError, match=r"of toy/One are \[41, 1\], those of the agent only \[40, 8\]"):
+        video.film(Pushing(), env, 3, 0, Path("unused.gif"), video.Settings())  # type: ignore[arg-type]
+
+
 def test_a_task_without_a_reachable_simulator_is_refused() -> None:
     need("gymnasium")
     with contextlib.closing(envs.make("gym/Pendulum-v1", 1)) as env:

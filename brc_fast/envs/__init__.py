@@ -33,6 +33,7 @@ def make(
     randomize: bool | Randomizer = False,
     processes: bool | None = None,
     restarts: int = 3,
+    step_seconds: float | None = None,
     quiet: bool = False,
 ) -> MJXVectorEnv | VectorAdapter | MultiTaskEnv:
     """Make a vector environment of one task, or of several side by side.
@@ -48,6 +49,7 @@ def make(
     processes:       a process per environment: True, False, or None for what suits the task: slow simulators
                      get them (gym/, dmc/ and humanoidbench/ tasks)
     restarts:        how often the processes of a task are started again after one has died
+    step_seconds:    a process that needs longer for a step or a reset counts as dead; None: there is no limit
     quiet:           no compile progress on stderr
 
     Raises InputError for a name or number that cannot be used, MissingExtraError where the simulator is
@@ -59,6 +61,10 @@ def make(
     _at_least(0, "restarts", restarts)
     if episode_length is not None:
         _at_least(1, "episode_length", episode_length)
+    if step_seconds is not None and not step_seconds > 0:
+        raise InputError(f"step_seconds must be positive, got {step_seconds!r}")
+    if not (isinstance(randomize, bool) or callable(randomize)):
+        raise InputError(f"randomize must be True, False or a function, got {randomize!r}")
     if impl not in ("jax", "warp"):
         raise InputError(f"impl must be 'jax' or 'warp', got {impl!r}")
     backends = {resolve(task)[0] for task in names}
@@ -66,6 +72,7 @@ def make(
         ("impl", impl != "jax", {"mjx"}),
         ("randomize", bool(randomize), {"mjx"}),
         ("processes", processes is not None, {"gym", "dmc", "humanoidbench"}),
+        ("step_seconds", step_seconds is not None, {"gym", "dmc", "humanoidbench"}),
     ):
         if asked and not takers & backends:
             suited = ", ".join(f"{taker}/..." for taker in sorted(takers))
@@ -78,7 +85,7 @@ def make(
         if backend == "mjx":
             bodies.setdefault(body(task), []).append(task)
             continue
-        groups.append(_simulated(task, num_envs, seed, episode_length, processes, restarts))
+        groups.append(_simulated(task, num_envs, seed, episode_length, processes, restarts, step_seconds))
     for together in bodies.values():
         groups.append(_mjx(tuple(together), num_envs, seed, episode_length, impl, randomize, quiet))
     if len(groups) == 1:
@@ -119,6 +126,7 @@ def _simulated(
     episode_length: int | None,
     processes: bool | None,
     restarts: int,
+    step_seconds: float | None,
 ) -> VectorAdapter:
     """One task of a simulator that runs on the CPU."""
     backend, _ = resolve(task)
@@ -135,7 +143,13 @@ def _simulated(
         from .gym import make_gym
 
         return make_gym(
-            task, num_envs, seed, episode_length=episode_length, processes=processes, restarts=restarts
+            task,
+            num_envs,
+            seed,
+            episode_length=episode_length,
+            processes=processes,
+            restarts=restarts,
+            step_seconds=step_seconds,
         )
     from .envpool import make_envpool
 

@@ -116,6 +116,8 @@ class _Traced:
         self._keys = jax.ShapeDtypeStruct((len(tasks), 2), jnp.uint32)
         self._count = jax.ShapeDtypeStruct((), jnp.int32)
         self._template = jax.eval_shape(self._playground_reset, self._keys, self._count)
+        for task, (_, state) in zip(tasks, self._template, strict=True):
+            _check_seen(task, state.obs)
         self._action_sizes = [task.env.action_size for task in self._tasks]
         self.sizes = Sizes(
             max(_seen(state).shape[1] for _, state in self._template),
@@ -191,7 +193,7 @@ class _Traced:
 
     def _joined(self, slots: Any) -> Any:
         """What the policy sees, of all tasks: [N, O]."""
-        parts = [_seen(state) for _, state in slots]
+        parts = [_seen(state).astype(jnp.float32) for _, state in slots]
         return jnp.concatenate(
             [jnp.pad(x, ((0, 0), (0, self.sizes.observation - x.shape[1]))) for x in parts]
         )
@@ -330,6 +332,14 @@ def _compiled(name: str, exported: Any, donated: tuple[int, ...]) -> Any:
 def _seen(state: Any) -> Any:
     """What the policy sees of a State, [n, O]: with several kinds of observations, "state"."""
     return state.obs["state"] if isinstance(state.obs, dict) else state.obs
+
+
+def _check_seen(task: str, observations: Any) -> None:
+    """Raise InputError unless `_seen` finds a vector."""
+    kinds = observations if isinstance(observations, dict) else {"state": observations}
+    if "state" not in kinds or kinds["state"].ndim != 2:
+        told = ", ".join(f"{name} {list(kind.shape[1:])}" for name, kind in kinds.items())
+        raise InputError(f"{task} must observe a vector, with several kinds under the name state; got {told}")
 
 
 def _strongly_typed(tree: Any) -> Any:

@@ -100,6 +100,17 @@ def check_finite(step: Step, env: VectorEnvironment, step_number: int) -> None:
             )
 
 
+def check_start(observations: Tensor, env: VectorEnvironment, when: str = "in the reset") -> Tensor:
+    """The same observations [N, O]; InputError if one is not finite. Waits for the device."""
+    if not observations.isfinite().all():
+        slot = int((~observations.isfinite().all(dim=1)).nonzero()[0])
+        raise InputError(
+            f"observations of {env.task_names[env.task_ids[slot]]} are not finite in environment {slot} "
+            f"{when}; the task must start with finite numbers"
+        )
+    return observations
+
+
 def tasks_with_success(env: VectorEnvironment) -> NDArray[np.bool_]:
     """[T] whether a task reports successes; among several, one that does not has False in `successes`."""
     groups = getattr(env, "groups", [env])

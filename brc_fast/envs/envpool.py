@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from brc_fast.errors import InputError, MissingExtraError
 
-from .vector import VectorAdapter
+from .vector import VectorAdapter, check_spaces
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ class Pool(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]]):
         boxes = [leaf for leaf in leaves if isinstance(leaf, Box)]
         if len(boxes) < len(leaves):
             raise InputError(f"envpool/{name} must have observations that are arrays of numbers, got {space}")
+        for box in boxes:
+            check_spaces(f"envpool/{name}", box, self.single_action_space)
         size = sum(math.prod(box.shape) for box in boxes)
         self.single_observation_space = Box(-np.inf, np.inf, (size,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)

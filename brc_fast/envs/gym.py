@@ -19,10 +19,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import TimeoutError, get_context
 from multiprocessing.connection import wait
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import cloudpickle  # type: ignore[import-untyped]
 import gymnasium
@@ -47,7 +47,11 @@ _HOW_TO_LOOK = "--env.processes False runs it in this process and shows the trac
 
 
 class _Failure(Exception):
-    """What happened to a worker, in words."""
+    """What happened to a worker or to an environment in this process, in words."""
+
+
+class SimulatorError(WorkerError):
+    """An environment in this process raised; its own exception is the cause."""
 
 
 def make_gym(
@@ -58,6 +62,7 @@ def make_gym(
     episode_length: int | None = None,
     processes: bool | None = None,
     restarts: int = 3,
+    step_seconds: float | None = None,
 ) -> VectorAdapter:
     """Slots of a task `gym/<id>`, `gym/<module>:<id>`, `dmc/<domain>-<task>` or `humanoidbench/<id>`.
 
@@ -66,9 +71,10 @@ def make_gym(
                      humanoidbench with more than one slot. An id that Gymnasium has only as a vector
                      environment always runs in this one
     restarts:        times that all workers are started anew, after one died, before WorkerError is raised
+    step_seconds:    a worker that takes longer than this for a step or a reset counts as dead; default: none
 
     Raises InputError for an id that does not exist or cannot be used, MissingExtraError for `dmc` without its
-    extra. A simulator's own exceptions come through where it runs in this process.
+    extra. What an environment in this process raises is the cause of a SimulatorError.
     """
     suite, _, name = task.partition("/")
     kwargs: dict[str, Any] = {}
@@ -100,9 +106,8 @@ def make_gym(
         processes = suite != "gym" and num_envs > 1
 
     def build() -> Any:
-        if processes:
-            return Workers(factory, num_envs)
-        return SyncVectorEnv([factory] * num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+        with _explained(task):
+            return Workers(factory, num_envs, step_seconds) if processes else Here(factory, num_envs)
 
     return GymAdapter(build, task, seed, probe.max_episode_steps, restarts)
 
@@ -117,9 +122,10 @@ class Slot(gymnasium.Wrapper[Any, Any, Any, Any]):
             names = env.unwrapped.observation_spec()
             space = gymnasium.spaces.Dict([(name, space[name]) for name in names])
         self.unflattened = space
-        size = sum(np.size(leaf) for leaf in leaves(space, space.sample()))
+        size = sum(math.prod(leaf.shape or ()) for leaf in leaves(space, space))
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         self._zeros = np.zeros(size, np.float32)
+        self.busy = False  # in a call of the environment, also after it has raised
         spec = env.spec
         self.max_episode_steps = None if spec is None else spec.max_episode_steps
         own_limit = getattr(env.unwrapped, "_step_limit", math.inf)  # dm_control counts by itself
@@ -127,18 +133,30 @@ class Slot(gymnasium.Wrapper[Any, Any, Any, Any]):
             self.max_episode_steps = math.ceil(own_limit)
 
     def _flat(self, observation: Any) -> NDArray[np.float32]:
-        """A new array [O]."""
+        """A new array [O]; ValueError if the observation has not as many numbers as its space."""
         if isinstance(self.unflattened, gymnasium.spaces.Box):
-            return np.array(observation, np.float32).ravel()
-        parts = [np.ravel(leaf) for leaf in leaves(self.unflattened, observation)]
-        return np.concatenate(parts, dtype=np.float32)
+            flat = np.array(observation, np.float32).ravel()
+        else:
+            parts = [np.ravel(leaf) for leaf in leaves(self.unflattened, observation)]
+            flat = np.concatenate(parts, dtype=np.float32)
+        if flat.shape != self._zeros.shape:
+            raise ValueError(f"an observation must have {self._zeros.size} numbers, got {flat.size}")
+        return flat
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        self.busy = True
         observation, _ = self.env.reset(**kwargs)
         self._last = self._flat(observation)
+        self.busy = False
         return self._last, {}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        self.busy = True
+        result = self._step(action)
+        self.busy = False
+        return result
+
+    def _step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
             observation, reward, terminated, truncated, info = self.env.step(action)
         except Exception as error:
@@ -183,10 +201,46 @@ class SlotFactory:
             return Slot(gymnasium.make(self.spec, disable_env_checker=True, **self.kwargs))
 
 
+class Here(SyncVectorEnv[Any, Any]):
+    """A SyncVectorEnv that says which slot raised and what (`_Failure`)."""
+
+    def __init__(self, factory: SlotFactory, num_envs: int) -> None:
+        super().__init__([factory] * num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+        self._slots: list[Any] = list(self.envs)
+
+    def reset(self, **kwargs: Any) -> Any:
+        with self._watched():
+            return super().reset(**kwargs)
+
+    def step(self, actions: Any) -> Any:
+        with self._watched():
+            return super().step(actions)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        for slot, env in enumerate(self._slots):
+            try:
+                env.close()
+            except Exception as error:  # must not hide why it is closed
+                log.warning("slot %d raised %s when it was closed: %s", slot, type(error).__name__, error)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        for env in self._slots:
+            env.busy = False
+        try:
+            yield
+        except Exception as error:
+            slot = next((slot for slot, env in enumerate(self._slots) if env.busy), None)
+            if slot is None:
+                raise
+            raise _Failure(f"slot {slot} raised {type(error).__name__}: {error}") from error
+
+
 class Workers(AsyncVectorEnv[Any, Any]):
     """An AsyncVectorEnv that says which worker failed and how (`_Failure`), and whose `close` cannot hang."""
 
-    def __init__(self, factory: SlotFactory, num_envs: int) -> None:
+    def __init__(self, factory: SlotFactory, num_envs: int, seconds: float | None = None) -> None:
+        self._seconds = seconds  # for a step, None: as long as it takes
         mode = AutoresetMode.SAME_STEP
         try:
             with self._watched(), _lean_processes(factory):
@@ -197,7 +251,8 @@ class Workers(AsyncVectorEnv[Any, Any]):
 
     def reset(self, **kwargs: Any) -> Any:
         with self._watched():
-            return super().reset(**kwargs)
+            self.reset_async(**kwargs)
+            return self.reset_wait(self._seconds)
 
     def step_async(self, actions: Any) -> None:
         with self._watched():
@@ -205,7 +260,7 @@ class Workers(AsyncVectorEnv[Any, Any]):
 
     def step_wait(self, timeout: float | None = None) -> Any:
         with self._watched():
-            return super().step_wait(timeout)
+            return super().step_wait(self._seconds if timeout is None else timeout)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -213,6 +268,10 @@ class Workers(AsyncVectorEnv[Any, Any]):
             yield
         except (EOFError, ConnectionError) as error:  # a pipe without a process at its other end
             raise _Failure(self._who_ended()) from error
+        except TimeoutError as error:
+            late = [slot for slot, pipe in enumerate(self.parent_pipes) if not pipe.poll()]
+            told = " and ".join(f"the process of slot {slot}" for slot in late) or "a process"
+            raise _Failure(f"{told} took longer than {self._seconds:g} s") from error
 
     def _who_ended(self) -> str:
         ready = wait([process.sentinel for process in self.processes], timeout=5.0)
@@ -276,7 +335,8 @@ def _lean_processes(factory: SlotFactory) -> Iterator[None]:
 
 
 class GymAdapter(VectorAdapter):
-    """A VectorAdapter that builds its environments anew when a worker process has failed."""
+    """A VectorAdapter that builds its environments anew when a worker process has failed, and says which
+    environment raised in this one."""
 
     def __init__(
         self, build: Callable[[], Any], task: str, seed: int, max_episode_steps: int | None, restarts: int
@@ -320,18 +380,21 @@ class GymAdapter(VectorAdapter):
                 self._replace(failure)
 
     def _replace(self, failure: _Failure) -> None:
-        """Build all environments anew; the caller has to reset them."""
-        task = self.task_names[0]
+        """Build all environments anew, or give up; the caller has to reset them."""
+        task, when = self.task_names[0], self.when
+        if isinstance(self.venv, Here):
+            _raise(f"{task}, {when}: {failure}", failure.__cause__)
         while True:
             if not self._restarts_left:
                 self.close()
                 raise WorkerError(
-                    f"{task}: {failure}, after {self._restarts} restarts; {_HOW_TO_LOOK}"
+                    f"{task}, {when}: {failure}, after {self._restarts} restarts; {_HOW_TO_LOOK}"
                 ) from failure
             self._restarts_left -= 1
             log.warning(
-                "%s: %s; starting all %d environments anew, %d restarts left",
+                "%s, %s: %s; starting all %d environments anew, %d restarts left",
                 task,
+                when,
                 failure,
                 self.num_envs,
                 self._restarts_left,
@@ -342,6 +405,12 @@ class GymAdapter(VectorAdapter):
                 return
             except _Failure as again:
                 failure = again
+
+
+def _raise(told: str, error: BaseException | None) -> NoReturn:
+    """A SimulatorError from what an environment raised. The command line shows no traceback: it is logged."""
+    log.error("%s", told, exc_info=error)
+    raise SimulatorError(told) from error
 
 
 @contextmanager
@@ -365,7 +434,8 @@ def _silence() -> Iterator[None]:
 
 @contextmanager
 def _explained(task: str) -> Iterator[None]:
-    """Turn what Gymnasium says of an id into an InputError."""
+    """Turn what Gymnasium says of an id into an InputError, and what a constructor raises into an error that
+    names the task."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -379,3 +449,7 @@ def _explained(task: str) -> Iterator[None]:
         raise InputError(f"{task} cannot be imported: {error}") from error
     except gymnasium.error.Error as error:
         raise InputError(f"{task} cannot be made: {error}") from error
+    except (InputError, _Failure):
+        raise
+    except Exception as error:
+        _raise(f"{task} cannot be made: {type(error).__name__}: {error}", error)

@@ -23,7 +23,7 @@ from brc_fast.errors import InputError
 
 from . import _jax
 from ._programs import BLOCKS, Slots, Start, programs
-from .base import GymnasiumFace, Step
+from .base import GymnasiumFace, Step, check_start
 
 _jax.setup()
 
@@ -105,7 +105,7 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         self._ring = [self._fresh()] * BLOCKS  # all but the first are filled before they are needed
         self._filled = np.ones(len(self.task_names), np.int64)  # blocks of the ring filled since the reset
         self._used = per_task, per_task
-        return from_dlpack(self._observations)
+        return check_start(from_dlpack(self._observations), self)
 
     def step_tensors(self, actions: Tensor) -> Step:
         return self.collect(self.launch(actions))

@@ -174,6 +174,7 @@ def _nearest(task: str) -> str:
         if prefix == backend or backend not in _KNOWN
         for name in known
     ]
+    names += [suite for suite in SUITES if suite.partition("/")[0] == backend or backend not in BACKENDS]
     by_lower = {name.rpartition("/")[2].lower(): name for name in names}
     wanted = task.rpartition("/")[2].lower()
     close = difflib.get_close_matches(wanted, by_lower, n=4, cutoff=0.0)

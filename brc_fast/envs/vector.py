@@ -15,7 +15,7 @@ from torch import Tensor
 
 from brc_fast.errors import InputError
 
-from .base import GymnasiumFace, Step
+from .base import GymnasiumFace, Step, check_start
 
 
 class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.float32], NDArray[Any]]):
@@ -72,7 +72,16 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.flo
         self.continues[:] = False
         self._set_key(seed)
         self._lost = 0
+        self._steps = 0  # since the last reset
         self._running = False
+        for side, size in (("observations", self.observation_size), ("actions", self.action_size)):
+            if not size:
+                raise InputError(f"{task} cannot be learned: it has no {side}")
+
+    @property
+    def when(self) -> str:
+        """The step that is under way, in words."""
+        return f"at step {self._steps} since the reset" if self._steps else "in the reset"
 
     @property
     def nan_count(self) -> NDArray[np.int64]:
@@ -82,7 +91,7 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.flo
     def reset_tensors(self, seed: int | None) -> Tensor:
         if seed is not None:
             self._set_key(seed)
-        self._lost = 0
+        self._lost = self._steps = 0
         return self._restarted()
 
     def step_tensors(self, actions: Tensor) -> Step:
@@ -92,6 +101,7 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.flo
         """Begin a step."""
         if not self._running:
             raise InputError("step needs a reset first: call reset or reset_tensors")
+        self._steps += 1
         return self._send(self._native(self.as_actions(actions)))
 
     def collect(self, launched: Any) -> Step:
@@ -124,6 +134,7 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.flo
         self._starts += 1
         seeds = sequence.generate_state(self.num_envs, np.uint32) >> 1  # some simulators take an int32
         observations = self._flat(self._start(seeds.tolist()), self.num_envs)
+        check_start(torch.from_numpy(observations), self, self.when)
         self._ended = np.zeros(self.num_envs, bool)
         self._running = True
         return self._acting_on(observations)
@@ -135,7 +146,16 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.flo
     def _flat(self, observation: Any, count: int) -> NDArray[np.float32]:
         """A new array [count, O] of `count` observations, stacked in every leaf of the space."""
         parts = [np.reshape(leaf, (count, -1)) for leaf in leaves(self._space, observation)]
-        return np.concatenate(parts, axis=1, dtype=np.float32)
+        flat = np.concatenate(parts, axis=1, dtype=np.float32)
+        self._check_shape("observations", flat, count, self.observation_size)
+        return flat
+
+    def _check_shape(self, name: str, values: NDArray[Any], *shape: int) -> None:
+        if values.shape != shape:
+            raise InputError(
+                f"{name} of {self.task_names[0]} must have shape {list(shape)}, got {list(values.shape)} "
+                f"{self.when}"
+            )
 
     def _native(self, actions: Tensor) -> NDArray[Any]:
         """Actions between the bounds of the space, and exactly the bounds at -1 and 1."""
@@ -156,11 +176,18 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.flo
         successors = observations.copy()
         rewards = np.array(rewards, np.float32)
         terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
+        for name, values in (("rewards", rewards), ("terminated", terminated), ("truncated", truncated)):
+            self._check_shape(name, values, self.num_envs)
         ended = terminated | truncated
         lost = self._flags(self._lost_key, infos, ended)
         success = self._flags(self._success_key, infos, ended)
 
         if self._mode is AutoresetMode.SAME_STEP:
+            if ended.any() and "final_obs" not in infos:
+                raise InputError(
+                    f"{self.task_names[0]} restarts in the same step, so its infos must hold final_obs; they "
+                    f"do not {self.when}"
+                )
             for slot in ended.nonzero()[0]:
                 successors[slot] = self._flat(infos["final_obs"][slot], 1)[0]
         elif self._mode is AutoresetMode.DISABLED:
@@ -229,6 +256,7 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.flo
             )
         self._key = state["key"].copy()
         self._starts, self._lost = map(int, state["counts"][1:])
+        self._steps = 0
         return self._restarted()
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -237,7 +265,17 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.flo
 
 
 def check_spaces(task: str, observation_space: Space[Any], action_space: Space[Any]) -> None:
-    """Raise InputError unless observations are arrays of numbers and actions continuous and bounded."""
+    """Raise InputError unless observations are vectors, or can be made one, and actions continuous and
+    bounded."""
+    if not (
+        isinstance(action_space, spaces.Box)
+        and np.issubdtype(action_space.dtype, np.floating)
+        and action_space.is_bounded()
+    ):
+        raise InputError(
+            f"{task} has the action space {action_space}; only continuous actions with finite bounds can be "
+            "used"
+        )
     if isinstance(observation_space, (spaces.Dict, spaces.Tuple)):
         parts = observation_space.spaces
         for part in parts.values() if isinstance(parts, dict) else parts:
@@ -247,14 +285,10 @@ def check_spaces(task: str, observation_space: Space[Any], action_space: Space[A
             f"{task} has {observation_space} among its observations; only Box, and Dict and Tuple of Boxes, "
             "can be used"
         )
-    if not (
-        isinstance(action_space, spaces.Box)
-        and np.issubdtype(action_space.dtype, np.floating)
-        and action_space.is_bounded()
-    ):
+    elif len(observation_space.shape) > (1 if observation_space.dtype == np.uint8 else 2):
         raise InputError(
-            f"{task} has the action space {action_space}; only continuous actions with finite bounds can be "
-            "used"
+            f"{task} has {observation_space} among its observations, an image; only vectors can be used: "
+            "take the task's version without pictures, or flatten them with Gymnasium's FlattenObservation"
         )
 
 
