@@ -8,8 +8,8 @@ Memory:  gather_rows reads and writes M*W elements once, in the widest words tha
          addresses allow; several narrow rows or a part of a wide one per program. n_step_rewards reads M*n
          indices and as many rewards, and writes M.
 Numbers: gather_rows copies bits; a cast rounds to nearest even, and a NaN stays one of any bits.
-         n_step_rewards adds in float32 from 0 with i ascending, and rounds every product, sum and quotient:
-         a CPU that does the same gets the same bits.
+         n_step_rewards adds in float32 with i ascending, and rounds every product, sum and quotient: a CPU
+         that does the same gets the same bits. The first step is not added to 0: a reward of -0 stays -0.
 Source:  Sutton and Barto 2018, section 7.1, for the n-step reward.
 Twins:   reference.gather_rows, reference.n_step_rewards
 
@@ -85,7 +85,8 @@ def _n_step_kernel(  # type: ignore[no-untyped-def]
     for i in tl.static_range(N):
         index = tl.load(index_ptr + m * N + i, mask=m < M, other=-1)
         r = tl.load(rewards_ptr + index * reward_stride, mask=index >= 0, other=0.0)
-        total += tl.load(weights_ptr + i) * r
+        part = tl.load(weights_ptr + i) * r
+        total = tl.where(index >= 0, total + part if i > 0 else part, total)
     if scale_ptr is not None:
         task = tl.load(task_ids_ptr + m, mask=m < M, other=0)
         total = tl.div_rn(total, tl.load(scale_ptr + task, mask=m < M, other=1.0))

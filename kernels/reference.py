@@ -640,7 +640,7 @@ def n_step_rewards(
 
         out[m] = sum_i weights[i] * rewards[index[m, i]] / scale[task_ids[m]]
 
-    The sum starts at 0 and adds with i ascending; a negative index stands for a reward of 0.
+    The sum adds with i ascending; a negative index stands for no reward. Of none it is 0, of -0 it is -0.
 
     Args:
         rewards: [R], R >= 1. index: [M, n] int64. weights: [n]. scale: [T]. task_ids: [M] int64.
@@ -649,6 +649,7 @@ def n_step_rewards(
     Source: Sutton and Barto 2018, section 7.1.
     """
     total = rewards.new_zeros(index.shape[0])
-    for step, weight in zip(index.unbind(-1), weights, strict=True):
-        total = total + weight * torch.where(step >= 0, rewards[step.clamp_min(0)], 0.0)
+    for i, (step, weight) in enumerate(zip(index.unbind(-1), weights, strict=True)):
+        part = weight * rewards[step.clamp_min(0)]
+        total = torch.where(step >= 0, total + part if i > 0 else part, total)
     return total if scale is None or task_ids is None else total / scale[task_ids]

@@ -155,7 +155,22 @@ def test_n_step_rewards_are_the_sum_rounded_at_every_step(steps: int, scaled: bo
         assert torch.equal(ours, rewards[index[:, 0]])
 
 
+ZEROS = torch.tensor([-0.0, 0.0, 2.0])
+ZEROS_INDEX = torch.tensor([[0, -1], [0, 0], [0, 1], [1, 0], [-1, -1], [0, 2], [-1, 0]])
+SUMS_OF_ZEROS = torch.tensor([-0.0, -0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+
+
+def test_a_sum_of_minus_zeros_keeps_its_sign() -> None:
+    assert same_bits(reference.n_step_rewards(ZEROS, ZEROS_INDEX, torch.tensor([1.0, 0.5])), SUMS_OF_ZEROS)
+
+
 # the kernels
+
+
+@pytest.mark.gpu
+def test_the_n_step_kernel_keeps_the_sign_of_minus_zero(device: str) -> None:
+    place = (value.to(device) for value in (ZEROS, ZEROS_INDEX, torch.tensor([1.0, 0.5])))
+    assert same_bits(gather.n_step_rewards(*place).cpu(), SUMS_OF_ZEROS)
 
 
 @pytest.mark.gpu

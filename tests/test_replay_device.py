@@ -142,6 +142,66 @@ def test_files_pass_between_host_and_device_both_ways(
     pair.check(n_step=3, discount=0.9)
 
 
+def test_a_save_of_the_host_goes_into_a_smaller_device_buffer(device: str, tmp_path: Path) -> None:
+    pair = Pair(device, FLOATS)
+    ends = np.zeros(3, bool)
+    for step in range(20):  # the newest ends of what is kept take places that others had left
+        seen = torch.full((3, 3), float(step))
+        ends = torch.full((3,), step in (13, 14, 15, 17))
+        arguments = (seen, seen[:, :2].contiguous(), seen[:, 0].clone(), ends, ends, seen + 0.5)
+        pair.host.add(*arguments)
+    pair.host.save(tmp_path)
+    for capacity in (1, 2, 3, 4, 9):
+        smaller = Pair(device, FLOATS, capacity=capacity)
+        smaller.host.load(tmp_path)
+        smaller.device.load(tmp_path)
+        size = len(smaller.host)
+        assert_equal(smaller.host.sample(size, 9), smaller.device.sample(size, 9))
+
+
+def test_after_a_load_that_failed_half_way_a_save_is_whole(device: str, tmp_path: Path) -> None:
+    pair, other = Pair(device, FLOATS), Pair(device, FLOATS)
+    other.rng = np.random.default_rng(1)
+    other.add(12)
+    pair.add(20)
+    for name, one in (("pair", pair), ("other", other)):
+        one.device.save(tmp_path / name)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pair.device, "_grow", lambda slots: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pair.device.load(tmp_path / "other")
+    pair.device.save(tmp_path / "other")
+    pair.host.load(tmp_path / "other")
+    pair.check()
+
+
+def test_arrays_of_any_layout_are_stored_as_by_the_host(
+    device: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    spec = {"observation_size": 1, "action_size": 1, "task_ids": [0], "capacity": 8}
+    pair = Pair(device, spec)
+    fixed = np.ones((1, 1), np.float32)
+    fixed.flags.writeable = False
+    wide = np.ones((1, 4), np.float32)
+    for seen in (fixed, wide[::-1, :1], wide[:, ::2][:, :1], torch.ones(1, 1, 2)[..., 0]):
+        arguments = (seen, seen, seen[0], np.zeros(1, bool), np.zeros(1, bool), seen)
+        pair.host.add(*arguments)
+        pair.device.add(*arguments)
+    assert_equal(pair.host.sample(4), pair.device.sample(4))
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_reward_of_minus_zero_keeps_its_sign(device: str) -> None:
+    pair = Pair(device, {"observation_size": 1, "action_size": 1, "task_ids": [0], "capacity": 8})
+    one, no = torch.ones(1, 1), torch.zeros(1, dtype=torch.bool)
+    for buffer in (pair.host, pair.device):
+        for _ in range(4):
+            buffer.add(one, one, torch.tensor([-0.0]), no, no, one)
+    for n_step in (1, 3):
+        for buffer in (pair.host, pair.device):
+            assert buffer.sample(4, n_step=n_step, discount=0.5).rewards.signbit().all()
+
+
 def test_rewards_are_divided_by_the_scale_of_their_task_and_floats_are_cast(device: str) -> None:
     pair = Pair(device, FLOATS)
     pair.add(60)
@@ -222,6 +282,14 @@ def test_a_refused_transition_changes_nothing(device: str) -> None:
         pair.device.add(**{**good, "actions": torch.zeros(2, 1)})
     with pytest.raises(ValueError, match="batch_size 99 exceeds the"):
         pair.device.sample(99)
+    for scale, error, message in (
+        (torch.ones(2).double(), TypeError, "reward_scale must be float32, got float64"),
+        (torch.ones(3), ValueError, r"reward_scale must have shape \[T\] = \[2\], got \[3\]"),
+    ):
+        with pytest.raises(error, match=message):
+            pair.device.sample(3, reward_scale=pair.there(scale))
+    with pytest.raises(TypeError, match=r"dtype must be one of \(torch.float32, .* got torch.int32"):
+        pair.device.sample(3, dtype=torch.int32)
     pair.check()
     allowing = DeviceReplayBuffer(4, 1, 1, non_finite="allow", device=device)
     value, flag = torch.full((1, 1), float("nan")), torch.zeros(1, dtype=torch.bool)

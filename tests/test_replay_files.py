@@ -7,13 +7,14 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from brc_fast.replay import Field
+from brc_fast.replay import Field, files
 
 pytest.importorskip("hypothesis", reason="needs the [test] extra")
 
@@ -215,6 +216,43 @@ def test_another_buffer_in_the_same_folder_writes_everything_anew(tmp_path: Path
         one.loaded(tmp_path).check_content()
 
 
+def test_buffers_that_save_to_the_same_folder_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    feeds = [filled(seed=seed, steps=9 + seed) for seed in range(3)]
+
+    def save(feed: Feed) -> None:
+        for _ in range(40):
+            feed.buffer.save(tmp_path)
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(save, feed) for feed in feeds]:
+            done.result()
+    for previous in (False, True):
+        name = "manifest.previous.json" if previous else "manifest.json"
+        feed = feeds[manifest_of(tmp_path, name)["seed"]]
+        feed.loaded(tmp_path, previous=previous).check_content()
+
+
+def test_after_a_load_that_failed_half_way_a_save_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed, other = filled(steps=30), filled(steps=2)
+    feed.buffer.save(tmp_path / "a")
+    other.buffer.save(tmp_path / "b")
+    whole = files.load
+
+    def fail(*arguments: Any) -> None:
+        whole(*arguments)
+        raise OSError(5, "Input/output error")
+
+    other.buffer = feed.buffer
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "load", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            other.buffer.load(tmp_path / "b")
+    other.buffer.save(tmp_path / "a")
+    other.loaded(tmp_path / "a").check_content()
+
+
 def test_a_buffer_loaded_from_the_generation_before_does_not_mix_it_with_the_last(tmp_path: Path) -> None:
     feed = filled()
     feed.buffer.save(tmp_path)
@@ -337,6 +375,14 @@ def test_a_save_with_other_fields_is_refused_with_both(
     refused(other, tmp_path, f"{name} of the replay in {tmp_path} must be {own}, got {got}")
 
 
+def test_a_save_whose_extras_have_another_order_is_refused(tmp_path: Path) -> None:
+    extras = {"x": Field((2,)), "y": Field((2,))}
+    filled(extras=extras).buffer.save(tmp_path)
+    described = {name: {**FIELD, "shape": [2]} for name in "yx"}
+    other = filled(extras=dict(reversed(extras.items())))
+    refused(other, tmp_path, f"extras of the replay in {tmp_path} must be {described}, got ")
+
+
 def test_what_is_not_finite_is_refused_by_a_buffer_that_refuses_it(tmp_path: Path) -> None:
     for name in ("observations", "actions", "rewards", "successors"):
         feed = filled(non_finite="allow")
@@ -353,7 +399,7 @@ def test_what_is_not_finite_is_refused_by_a_buffer_that_refuses_it(tmp_path: Pat
 def test_a_folder_without_a_save_or_with_other_files_is_refused(tmp_path: Path) -> None:
     feed = filled()
     refused(feed, tmp_path / "no", f"{tmp_path / 'no'} holds no saved replay: manifest.json is missing")
-    for name in ("notes.txt", "manifest.json.bak", ".hidden"):
+    for name in ("notes.txt", "manifest.json.bak", ".hidden", "segment-1.ts", "film.partial"):
         folder = tmp_path / f"with-{name}"
         folder.mkdir()
         (folder / name).write_text("mine")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -193,6 +195,25 @@ def test_dropping_a_prefetcher_ends_its_thread(used: bool) -> None:
     assert thread in threading.enumerate()
     del batches
     wait_for(lambda: thread not in threading.enumerate())
+
+
+LEFT_OPEN = """
+import time
+import numpy as np
+from brc_fast import ReplayBuffer
+
+buffer = ReplayBuffer(2000, 67, 24)
+frame, no = np.zeros((1, 67), np.float32), np.zeros(1, bool)
+for _ in range(2000):
+    buffer.add(frame, frame[:, :24].copy(), frame[:, 0].copy(), no, no, frame)
+left_open = [buffer.prefetch(2000, 16, depth=4) for _ in range(3)]
+time.sleep(0.01)
+"""
+
+
+def test_python_ends_well_while_batches_are_being_gathered() -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_goes_wrong_in_the_thread_is_raised_to_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:

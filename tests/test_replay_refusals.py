@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -192,23 +193,34 @@ def test_with_allow_what_is_not_finite_comes_back_bit_for_bit() -> None:
         ({"batch_size": 0}, ValueError, "batch_size and num_batches must be at least 1, got 0 and 1"),
         ({"num_batches": 0}, ValueError, "batch_size and num_batches must be at least 1, got 1 and 0"),
         ({"batch_size": -1}, ValueError, "batch_size and num_batches must be at least 1, got -1 and 1"),
+        ({"batch_size": 2.0}, TypeError, "batch_size must be an integer, got 2.0"),
+        ({"batch_size": "2"}, TypeError, "batch_size must be an integer, got '2'"),
+        ({"num_batches": None}, TypeError, "num_batches must be an integer, got None"),
+        ({"n_step": 2.0, "discount": 0.9}, TypeError, "n_step must be an integer, got 2.0"),
         ({"n_step": 0}, ValueError, "n_step must be at least 1, got 0"),
         ({"n_step": 1025, "discount": 1.0}, ValueError, "n_step must be at most 1024, got 1025"),
         ({"n_step": 2}, ValueError, "discount must be given with n_step 2: it weighs the rewards summed"),
         ({"n_step": 2, "discount": 1.5}, ValueError, "discount must lie in 0..1, got 1.500000"),
         ({"n_step": 2, "discount": -0.1}, ValueError, "discount must lie in 0..1, got -0.100000"),
         ({"n_step": 2, "discount": np.nan}, ValueError, "discount must lie in 0..1, got nan"),
+        ({"n_step": 2, "discount": "x"}, TypeError, "discount must be a number, got 'x'"),
         ({"tasks": [2]}, ValueError, "tasks must lie in 0..1, got 2"),
         ({"tasks": [-1]}, ValueError, "tasks must lie in 0..1, got -1"),
         ({"tasks": [0, 0]}, ValueError, "tasks must differ, got 0 twice"),
         ({"tasks": []}, ValueError, "tasks must name at least one task, got none"),
         ({"tasks": [0.5]}, TypeError, "tasks must be a sequence of integers, got [0.5]"),
+        ({"tasks": [True, False]}, TypeError, "tasks must be a sequence of integers, got [True, False]"),
         ({"tasks": 1}, TypeError, "tasks must be a sequence of integers, got 1"),
         ({"tasks": [1], "batch_size": 6}, ValueError,
          "batch_size 6 exceeds the 5 transitions stored of the tasks named; "
          "collect more or lower batch_size"),
         ({"weights": "even"}, ValueError, "weights must be \"equal\" or one share per task, got 'even'"),
         ({"weights": []}, ValueError, "weights must hold one share per task, got none"),
+        ({"weights": 0.5}, TypeError, "weights must be \"equal\" or a number per task, got 0.5"),
+        ({"weights": [None, 1.0]}, TypeError,
+         "weights must be \"equal\" or a number per task, got [None, 1.0]"),
+        ({"weights": {1: 0.5, 0: 0.5}}, TypeError,
+         "weights must be \"equal\" or a number per task, got {1: 0.5, 0: 0.5}"),
         ({"weights": [1.0]}, ValueError, "weights must hold one share for each of 2 tasks, got 1"),
         ({"weights": [1.0, 1.0], "tasks": [1]}, ValueError,
          "weights must hold one share for each of 1 tasks, got 2"),
@@ -252,6 +264,9 @@ def test_a_task_without_transitions_cannot_have_a_weight() -> None:
         ({"capacity": 0}, ValueError, "capacity must be at least 1, got 0"),
         ({"capacity": [4, 4]}, ValueError, "capacity must be an integer or one for each of 1 tasks, got 2"),
         ({"capacity": [0.5]}, TypeError, "capacity must be an integer or one for each task, got [0.5]"),
+        ({"capacity": 2**70}, ValueError, f"capacity must be at most 536870912, got {2**70}"),
+        ({"observation_size": 2**70}, ValueError,
+         f"observations must have 1 to 1073741824 bytes, got {2**72}"),
         ({"observation_size": -1}, ValueError, "observation_size must be at least 1, got -1"),
         ({"action_size": 0}, ValueError, "action_size must be at least 1, got 0"),
         ({"capacity": 0.5}, TypeError, "capacity must be an integer or one for each task, got 0.5"),
@@ -269,6 +284,9 @@ def test_a_task_without_transitions_cannot_have_a_weight() -> None:
         ({"task_ids": [0, -1]}, ValueError, "task_ids of 2 streams must lie in 0..1, got -1"),
         ({"task_ids": [0, 2]}, ValueError, "task_ids of 2 streams must lie in 0..1, got 2"),
         ({"task_ids": [0, 2, 2]}, ValueError, "task_ids must name every task of 0..2, but none is 1"),
+        ({"extras": [("x", 1)]}, TypeError, "extras must map names to fields, got [('x', 1)]"),
+        ({"extras": {1: 2}}, TypeError, "extras must be named by strings, got 1"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
         ({"seed": -1}, ValueError, "seed must lie in 0..2**64-1, got -1"),
         ({"seed": 2**64}, ValueError, "seed must lie in 0..2**64-1, got 18446744073709551616"),
         ({"non_finite": "ignore"}, ValueError, "non_finite must be \"error\" or \"allow\", got 'ignore'"),
@@ -282,6 +300,35 @@ def test_a_buffer_that_cannot_be_is_refused(
     with pytest.raises(error) as refused:
         ReplayBuffer(**{"capacity": 4, "observation_size": 1, "action_size": 1, **arguments})
     assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"shape": (2.5,)}, TypeError, "shape must be an integer, got 2.5"),
+        ({"shape": "3"}, TypeError, "shape must be an integer, got '3'"),
+        ({"shape": None}, TypeError, "shape must be an integer, got None"),
+        ({"shape": (2, 0)}, ValueError, "shape must hold sizes of at least 1, got [2, 0]"),
+        ({"stack": 2.0}, TypeError, "stack must be an integer, got 2.0"),
+        ({"stack": 0}, ValueError, "stack must be at least 1, got 0"),
+    ],
+)
+def test_a_field_that_cannot_be_is_refused(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as refused:
+        Field(**arguments)
+    assert str(refused.value) == message
+
+
+def test_integers_of_numpy_and_torch_are_those_of_python(tmp_path: Path) -> None:
+    frame = Field(np.int64(3), np.float32, stack=np.int64(2))
+    assert frame == Field((3,), torch.float32, stack=2)
+    filled(observation=frame).buffer.save(tmp_path)
+    feed = filled(300, steps=250)
+    for size in (np.int16(500), np.int8(100), torch.tensor(5)):
+        feed.check_sample(size, size // 2)
+        feed.check_sample(int(size), int(size) // 2)
 
 
 def test_memory_that_the_system_does_not_have_is_refused_with_the_sizes() -> None:

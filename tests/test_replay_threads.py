@@ -81,6 +81,18 @@ def test_copies_have_memory_of_their_own_that_goes_back_to_the_system() -> None:
     tracemalloc.stop()
 
 
+def test_memory_for_sizes_of_batches_that_nobody_asks_for_any_more_goes_back() -> None:
+    buffer, twin = filled(300, steps=150).buffer, filled(300, steps=150).buffer
+    held = buffer.sample(1, 30)
+    tracemalloc.start()
+    assert_same_batch(held, twin.sample(1, 30, copy=True))
+    for size in range(1, 200):
+        assert_same_batch(buffer.sample(size, 30), twin.sample(size, 30, copy=True))
+    assert tracemalloc.get_traced_memory()[0] < 9e6  # a twentieth of it all
+    tracemalloc.stop()
+    assert_same_batch(held, filled(300, steps=150).buffer.sample(1, 30))
+
+
 def test_the_numpy_view_shares_the_memory_of_a_batch_and_not_of_the_store() -> None:
     feed = filled()
     batch = feed.buffer.sample(4)

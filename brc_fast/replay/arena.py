@@ -18,6 +18,7 @@ from brc_fast.batch import Batch
 from .fields import Field, Spec
 
 ALIGNMENT = 64
+MOST_SHAPES = 8  # sizes of batches, whose memory is kept to be used again
 ORDER = ("observations", "next_observations", "rewards", "masks", "task_ids")  # then the fields of a row
 
 
@@ -78,7 +79,8 @@ class _Shape:
 class Arena:
     """Slots for batches. A slot is handed out again when every tensor and array on it is gone.
 
-    Holding a batch is therefore always safe: another slot is made instead. Safe to use from several threads.
+    Holding a batch is therefore always safe: another slot is made instead. Of the sizes [U, B] that were
+    asked for, slots of the last few are kept. Safe to use from several threads.
     """
 
     def __init__(self, spec: Spec, pinned: bool) -> None:
@@ -100,7 +102,8 @@ class Arena:
 
     def on_device(self, memory: Tensor, num_batches: int, batch_size: int) -> Batch:
         """A batch from a copy of a slot's bytes on another device."""
-        layout = self._shape(num_batches, batch_size)
+        with self._lock:
+            layout = self._shape(num_batches, batch_size)
         tensors = []
         for shape, dtype, offset in zip(layout.shapes, layout.dtypes, layout.offsets, strict=True):
             part = memory[offset : offset + prod(shape) * dtype.itemsize]
@@ -115,8 +118,9 @@ class Arena:
         return shape.slots[-1]
 
     def _shape(self, num_batches: int, batch_size: int) -> _Shape:
-        shape = self._shapes.get((num_batches, batch_size))
-        if shape is None:
-            shape = _Shape(self.columns, num_batches, batch_size)
-            self._shapes[num_batches, batch_size] = shape
+        size = (num_batches, batch_size)
+        shape = self._shapes.pop(size, None) or _Shape(self.columns, num_batches, batch_size)
+        self._shapes[size] = shape  # the last one used comes last
+        if len(self._shapes) > MOST_SHAPES:
+            del self._shapes[next(iter(self._shapes))]
         return shape

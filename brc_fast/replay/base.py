@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from brc_fast import _core
 
-from .fields import Spec
+from .fields import Spec, integer
 from .request import Requests
 
 
@@ -64,8 +64,8 @@ class Buffer:
 
 
 def require_choices(seed: int, non_finite: str) -> None:
-    """ValueError for a seed that the random numbers do not have, and for an unknown policy."""
-    if not 0 <= seed < 2**64:
+    """Refuses a seed that the random numbers do not have, and an unknown policy."""
+    if not 0 <= integer("seed", seed) < 2**64:
         raise ValueError(f"seed must lie in 0..2**64-1, got {seed}")
     if non_finite not in ("error", "allow"):
         raise ValueError(f'non_finite must be "error" or "allow", got {non_finite!r}')

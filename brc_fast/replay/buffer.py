@@ -17,7 +17,7 @@ from .arena import Arena
 from .base import Buffer, require_choices
 from .fields import Array, Field, Spec, checked
 from .prefetch import Prefetcher
-from .request import require_sizes
+from .request import required_sizes
 
 
 class ReplayBuffer(Buffer):
@@ -51,6 +51,7 @@ class ReplayBuffer(Buffer):
     several threads; samples and saves run side by side.
 
     Raises:
+        TypeError: a size, a task or a seed that is not an integer.
         ValueError: a size below 1, a seed out of range, a task without streams, more than 2**29 rows.
         MemoryError: the system cannot reserve the memory; the message holds the sizes.
     """
@@ -180,14 +181,15 @@ class ReplayBuffer(Buffer):
                 after every tensor on it is gone.
 
         Raises:
+            TypeError: an argument of another type.
             ValueError: an argument out of range, a batch larger than what is stored, or a task with a weight
                 and nothing stored.
         """
-        require_sizes(batch_size, num_batches)
+        size = required_sizes(batch_size, num_batches)
         request = self._requests(n_step, discount, tasks, weights)
         self._require_stored(batch_size)
-        lease = self._arena.lease(num_batches, batch_size, fresh=copy)
-        self._store.sample(request, num_batches, batch_size, lease.arrays)
+        lease = self._arena.lease(*size, fresh=copy)
+        self._store.sample(request, *size, lease.arrays)
         return lease.batch
 
     def prefetch(
@@ -218,9 +220,9 @@ class ReplayBuffer(Buffer):
             depth: batches gathered ahead, at least 1.
             device: where the batches are wanted.
         """
-        require_sizes(batch_size, num_batches)
+        size = required_sizes(batch_size, num_batches)
         request = self._requests(n_step, discount, tasks, weights)
-        return Prefetcher(self._store, self._arena, request, (num_batches, batch_size), depth, device)
+        return Prefetcher(self._store, self._arena, request, size, depth, device)
 
     def save(self, folder: str | os.PathLike[str], *, previous: str | os.PathLike[str] | None = None) -> None:
         """Writes the content, the seed and the draw counter to files in `folder`.
@@ -256,6 +258,7 @@ class ReplayBuffer(Buffer):
             OSError: the files cannot be read.
         """
         with self._saving:
+            self._saved = None  # a load that fails half-way leaves nothing that a save could go on from
             self._saved = files.load(self._store, self.spec, Path(folder), previous)
 
 

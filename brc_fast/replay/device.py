@@ -22,8 +22,8 @@ from . import files
 from .arena import batch_of
 from .base import Buffer, require_choices
 from .buffer import ReplayBuffer
-from .fields import Array, Field, Spec, checked
-from .request import require_sizes
+from .fields import Array, Field, Spec, checked, integer
+from .request import required_sizes
 
 COPY_ROWS = 1 << 16  # rows per copy between device and host
 FIRST_SLOTS = 1024  # places for successors kept aside, at first
@@ -171,10 +171,16 @@ class DeviceReplayBuffer(Buffer):
         Args:
             batch_size ... copy: as for ReplayBuffer.sample.
             reward_scale: [T] float32; the rewards are divided by the scale of their task.
-            dtype: of floating observations and actions, by default as stored.
+            dtype: of floating observations and actions, by default as stored: float32, float16 or bfloat16.
         """
-        require_sizes(batch_size, num_batches)
+        num_batches, batch_size = required_sizes(batch_size, num_batches)
         request = self._requests(n_step, discount, tasks, weights)
+        if reward_scale is not None:
+            tasks_known = (len(self.spec.capacities),)
+            reward_scale = checked("reward_scale", reward_scale, "[T]", tasks_known, "float32", device=True)
+            reward_scale = reward_scale.to(self.device)
+        if dtype not in (None, *self._gather.FLOATS):
+            raise TypeError(f"dtype must be one of {self._gather.FLOATS}, got {dtype}")
         self._require_stored(batch_size)
         total, stack = num_batches * batch_size, self.spec.observation.stack
         sizes = (total * n_step, total * stack, total * stack, total)
@@ -218,7 +224,7 @@ class DeviceReplayBuffer(Buffer):
 
         `sample` only queues work on the device, so nothing is gathered in advance, whatever the depth.
         """
-        if depth < 1:
+        if integer("depth", depth) < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         return DevicePrefetcher(self, arguments, settings)
 
@@ -238,14 +244,15 @@ class DeviceReplayBuffer(Buffer):
         """As ReplayBuffer.load, in the same format. Holds a copy of the buffer in host memory meanwhile."""
         with self._saving:
             host = self._host()
-            self._saved = files.load(host, self.spec, Path(folder), previous)
-            slots = torch.from_numpy(host.get_slots(host.side_size))
+            saved = files.load(host, self.spec, Path(folder), previous)
+            slots = torch.from_numpy(host.get_slots(host.slots))  # those in use may be any of them
             self._grow(len(slots))
             self._side[: len(slots), : self._observation_bytes] = slots.to(self.device)
             for first in range(0, self._store.rows, COPY_ROWS):
                 part = self._rows[first : first + COPY_ROWS]
                 part.copy_(torch.from_numpy(host.rows(first, len(part))))
             self._store.adopt(host)
+            self._saved = saved
 
     # ---- Memory
 
@@ -333,7 +340,9 @@ class DeviceReplayBuffer(Buffer):
         """Whether an observation has other bits than the last successor, [M]."""
         known = self._index(heads)
         last = self._rows[known.clamp(min=0), : self._observation_bytes]
-        return (last != seen.contiguous().view(torch.uint8)).any(1) & (known >= 0)
+        # Strides anew: those of a single value may be any, and a view as bytes needs 1.
+        there = seen.contiguous().as_strided(seen.shape, (seen.shape[1], 1)).view(torch.uint8)
+        return (last != there).any(1) & (known >= 0)
 
     def _require_finite(self, ids: NDArray[np.int64], wrong: Mapping[str, NDArray[np.bool_]]) -> None:
         for name, flags in wrong.items():

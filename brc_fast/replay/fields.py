@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import prod
@@ -10,13 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from brc_fast import _core
 from brc_fast.batch import Batch
 
 Array = NDArray[Any]
+MOST_ROWS = 1 << 29  # of a store, and
+MOST_BYTES = 1 << 30  # of a field, as in csrc
 
 
 class Dtype(NamedTuple):
@@ -38,7 +41,15 @@ DTYPES = {
 }
 
 
-@dataclass(frozen=True)
+def integer(name: str, value: object) -> int:
+    """`value` as an int; TypeError with its name for what is none."""
+    try:
+        return int(operator.index(value))  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+@dataclass(frozen=True, init=False)
 class Field:
     """Shape and dtype of one value per transition.
 
@@ -54,6 +65,7 @@ class Field:
             returns [stack, *shape], oldest first; before the first frame of an episode, that frame again.
 
     Raises:
+        TypeError: a size or a stack that is not an integer.
         ValueError: a size or a stack below 1, or another dtype.
     """
 
@@ -61,20 +73,27 @@ class Field:
     dtype: str = "float32"
     stack: int = 1
 
-    def __post_init__(self) -> None:
-        given: Any = self.dtype
-        name = str(given).removeprefix("torch.") if isinstance(given, (str, torch.dtype)) else None
-        name = name or np.dtype(given).name
-        sizes: Any = self.shape
-        shape = (sizes,) if isinstance(sizes, int) else tuple(int(size) for size in sizes)
+    def __init__(
+        self,
+        shape: int | Sequence[int] = (),
+        dtype: str | torch.dtype | DTypeLike = "float32",
+        stack: int = 1,
+    ) -> None:
+        if isinstance(dtype, (str, torch.dtype)):
+            name = str(dtype).removeprefix("torch.")
+        else:
+            name = np.dtype(dtype).name
+        sizes = shape if isinstance(shape, Iterable) else (shape,)
+        whole = tuple(integer("shape", size) for size in sizes)
+        stack = integer("stack", stack)
         if name not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name}")
-        if any(size < 1 for size in shape):
-            raise ValueError(f"shape must hold sizes of at least 1, got {list(shape)}")
-        if self.stack < 1:
-            raise ValueError(f"stack must be at least 1, got {self.stack}")
-        object.__setattr__(self, "shape", shape)
-        object.__setattr__(self, "dtype", name)
+        if any(size < 1 for size in whole):
+            raise ValueError(f"shape must hold sizes of at least 1, got {list(whole)}")
+        if stack < 1:
+            raise ValueError(f"stack must be at least 1, got {stack}")
+        for attribute, value in (("shape", whole), ("dtype", name), ("stack", stack)):
+            object.__setattr__(self, attribute, value)
 
     @classmethod
     def of(cls, name: str, value: int | Sequence[int] | Field) -> Field:
@@ -105,7 +124,10 @@ class Field:
     def native(self, name: str) -> _core.Field:
         """The compiled store's record of it."""
         item = self.numpy_dtype.itemsize
-        return _core.Field(name, item * prod(self.shape), item, DTYPES[self.dtype].kind)
+        nbytes = item * prod(self.shape)
+        if nbytes > MOST_BYTES:
+            raise ValueError(f"{name} must have 1 to {MOST_BYTES} bytes, got {nbytes}")
+        return _core.Field(name, nbytes, item, DTYPES[self.dtype].kind)
 
     def describe(self) -> dict[str, Any]:
         """As JSON."""
@@ -146,6 +168,12 @@ class Spec:
             raise TypeError(f"capacity must be an integer or one for each task, got {capacity!r}")
         if len(each) != tasks:
             raise ValueError(f"capacity must be an integer or one for each of {tasks} tasks, got {len(each)}")
+        if max(each) > MOST_ROWS:
+            raise ValueError(f"capacity must be at most {MOST_ROWS}, got {max(each)}")
+        if extras is not None and not isinstance(extras, Mapping):
+            raise TypeError(f"extras must map names to fields, got {extras!r}")
+        if unnamed := [name for name in extras or {} if not isinstance(name, str)]:
+            raise TypeError(f"extras must be named by strings, got {unnamed[0]!r}")
         named = {name: Field.of(name, field) for name, field in (extras or {}).items()}
         first, second = Field.of("observation_size", observation), Field.of("action_size", action)
         if taken := sorted(named.keys() & set(Batch._fields)):
@@ -203,12 +231,13 @@ def checked(
         value = value.view(torch.uint16).numpy() if dtype == "bfloat16" else value.numpy()
     elif dtype == "bfloat16":  # of ml_dtypes, JAX's numpy dtype
         value = value.view(np.uint16)
-    return value if value.flags.c_contiguous else np.ascontiguousarray(value)
+    return np.require(value, requirements=["C", "ALIGNED"])
 
 
 def as_tensor(value: Tensor | Array, dtype: str) -> Tensor:
-    """A tensor on the memory of a numpy array, or the tensor itself."""
+    """A tensor with the values of a numpy array, or the tensor itself."""
     if isinstance(value, Tensor):
         return value.detach()
     bytes_of = value.view(np.uint16) if dtype == "bfloat16" else value
-    return torch.from_numpy(np.ascontiguousarray(bytes_of)).view(DTYPES[dtype].torch)
+    # A copy: torch takes no array with negative strides, and warns of one that is read-only.
+    return torch.from_numpy(np.array(bytes_of, order="C")).view(DTYPES[dtype].torch)

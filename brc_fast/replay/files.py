@@ -12,13 +12,16 @@ still stored, the next save starts anew.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import uuid
 import zlib
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from .fields import Spec
 FORMAT = 1
 MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
 MOST_SEGMENTS = 64
+OWN = re.compile(r"(manifest(\.previous)?\.json|segment-[0-9a-f]{32}\.bin)(\.partial)?")
 Manifest = dict[str, Any]
 
 
@@ -41,9 +45,34 @@ def save(
 ) -> str:
     """Write a generation and return its id; `saved` is the id of the one that the store goes on from."""
     folder.mkdir(parents=True, exist_ok=True)
-    foreign = sorted(entry.name for entry in folder.iterdir() if not _own(entry.name))
+    foreign = sorted(entry.name for entry in folder.iterdir() if not OWN.fullmatch(entry.name))
     if foreign:
         raise ValueError(f"{folder} must hold replay files only, found {foreign[0]}; name another folder")
+    with _alone(folder):
+        return _save(store, spec, folder, saved, previous)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Lets one save at a time write to a folder, of whatever buffer and process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):  # a child forked meanwhile would keep it locked
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+def _save(
+    store: _core.ReplayStore,
+    spec: Spec,
+    folder: Path,
+    saved: str | None,
+    previous: str | os.PathLike[str] | None,
+) -> str:
     made: list[Path] = []  # files that no manifest names yet
     try:
         base = _base(folder, saved, previous, made)
@@ -100,10 +129,6 @@ def load(store: _core.ReplayStore, spec: Spec, folder: Path, previous: bool) -> 
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{file} does not hold what it must: {error}") from error
     return str(manifest["id"])
-
-
-def _own(name: str) -> bool:
-    return name in (MANIFEST, PREVIOUS) or name.endswith(".partial") or name.startswith("segment-")
 
 
 def _base(
@@ -201,7 +226,7 @@ def _sweep(folder: Path) -> None:
         if _readable(folder / name):
             named |= {segment["file"] for segment in _read(folder / name)["segments"]}
     for entry in folder.iterdir():
-        if entry.name not in named and _own(entry.name):
+        if entry.name not in named and OWN.fullmatch(entry.name):
             entry.unlink(missing_ok=True)
 
 
@@ -240,5 +265,5 @@ def _read(file: Path) -> Manifest:
 def _require_spec(saved: dict[str, Any], spec: Spec, folder: Path) -> None:
     """ValueError with both values where a field or the streams differ."""
     for name, own in spec.describe().items():
-        if saved[name] != own:
+        if json.dumps(saved[name]) != json.dumps(own):  # the order of extras is that of a row
             raise ValueError(f"{name} of the replay in {folder} must be {own}, got {saved[name]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import weakref
 from collections import deque
@@ -16,6 +17,7 @@ from brc_fast import _core
 from brc_fast.batch import Batch
 
 from .arena import Arena, Lease
+from .fields import integer
 
 
 @dataclass
@@ -26,6 +28,17 @@ class _Gathered:
     draw: int
     ahead: _core.Ahead = field(default_factory=_core.Ahead)
     copied: tuple[Tensor, torch.cuda.Event] | None = None
+
+
+_running: weakref.WeakSet[_Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Python ends a thread that comes back to it from compiled code too late, and the process with it."""
+    for worker in list(_running):
+        worker.close()
+        worker.thread.join()
 
 
 def _over(event: torch.cuda.Event) -> bool:
@@ -138,7 +151,7 @@ class Prefetcher(Iterator[Batch]):
         depth: int,
         device: str | torch.device,
     ) -> None:
-        if depth < 1:
+        if integer("depth", depth) < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         self.device = torch.device(device)
         self.regathered = 0  # transitions that had changed, or were not there yet, when they were asked for
@@ -146,6 +159,7 @@ class Prefetcher(Iterator[Batch]):
         self._worker = _Worker(store, arena, request, size, depth, self.device)
         self._close = weakref.finalize(self, self._worker.close)
         self._worker.thread.start()
+        _running.add(self._worker)
 
     def __next__(self) -> Batch:
         """The next batch [U, B, ...] on the device.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 
 from brc_fast import _core
 
-from .fields import Spec
+from .fields import Spec, integer
 
 
-def require_sizes(batch_size: int, num_batches: int) -> None:
-    """ValueError for a batch without a transition."""
-    if batch_size < 1 or num_batches < 1:
-        raise ValueError(f"batch_size and num_batches must be at least 1, got {batch_size} and {num_batches}")
+def required_sizes(batch_size: int, num_batches: int) -> tuple[int, int]:
+    """(U, B) as ints of Python; ValueError for a batch without a transition."""
+    size, count = integer("batch_size", batch_size), integer("num_batches", num_batches)
+    if size < 1 or count < 1:
+        raise ValueError(f"batch_size and num_batches must be at least 1, got {size} and {count}")
+    return count, size
 
 
 class Requests:
@@ -34,10 +36,11 @@ class Requests:
         """See ReplayBuffer.sample."""
         if n_step == 1 and discount is None and tasks is None and weights is None:
             return self._plain
+        n_step = integer("n_step", n_step)
         if n_step > 1 and discount is None:
             raise ValueError(f"discount must be given with n_step {n_step}: it weighs the rewards summed")
         named = [] if tasks is None else np.asarray(tasks).tolist()
-        if not isinstance(named, list) or not all(isinstance(task, int) for task in named):
+        if not isinstance(named, list) or not all(type(task) is int for task in named):  # a mask is no list
             raise TypeError(f"tasks must be a sequence of integers, got {tasks!r}")
         if tasks is not None and not named:
             raise ValueError("tasks must name at least one task, got none")
@@ -45,7 +48,23 @@ class Requests:
             if weights != "equal":
                 raise ValueError(f'weights must be "equal" or one share per task, got {weights!r}')
             weights = [1.0] * (len(named) or self._tasks)
-        shares = [] if weights is None else [float(weight) for weight in weights]
+        shares = [] if weights is None else _numbers(weights)
         if weights is not None and not shares:
             raise ValueError("weights must hold one share per task, got none")
-        return _core.Request(n_step, 1.0 if discount is None else discount, named, shares)
+        return _core.Request(n_step, 1.0 if discount is None else _discount(discount), named, shares)
+
+
+def _discount(discount: float) -> float:
+    try:
+        return float(discount)
+    except (TypeError, ValueError):
+        raise TypeError(f"discount must be a number, got {discount!r}") from None
+
+
+def _numbers(weights: Sequence[float]) -> list[float]:
+    try:
+        if not isinstance(weights, (Mapping, Set)):  # neither has the order of the tasks
+            return [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f'weights must be "equal" or a number per task, got {weights!r}')
