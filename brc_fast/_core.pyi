@@ -46,6 +46,11 @@ class Views:
     def __init__(self, parts: Sequence[tuple[np.dtype[Any], Sequence[int], int]], /) -> None: ...
     def make(self, slot: Slot, /) -> list[Array]: ...
 
+def read_tensors(type: type, /) -> bool: ...
+
+class Expected:
+    def __init__(self, type: int, code: int, bits: int, shape: Sequence[int]) -> None: ...
+
 class ReplayStore:
     def __init__(
         self,
@@ -54,8 +59,8 @@ class ReplayStore:
         task_ids: Sequence[int],
         seed: int,
         allow_not_finite: bool,
-        observation: tuple[int, Sequence[int]],
-        action: tuple[int, Sequence[int]],
+        observation: Expected,
+        action: Expected,
     ) -> None: ...
     def try_add(
         self,

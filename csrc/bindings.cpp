@@ -11,6 +11,7 @@
 
 #include "checksum.hpp"
 #include "device_index.hpp"
+#include "exact_data.hpp"
 #include "philox.hpp"
 #include "replay_store.hpp"
 
@@ -20,6 +21,8 @@ using namespace py::literals;
 namespace {
 
 using brc::DeviceIndex;
+using brc::exact_data;
+using brc::Expected;
 using brc::ReplayStore;
 using brc::Request;
 
@@ -61,31 +64,6 @@ py::array_t<T> to_array(const std::vector<T>& values) {
 
 // ---- Adding
 
-/// What an argument must be for it to be stored without a look from Python.
-struct Expected {
-  int type;                        // numpy's type number; -1: always look
-  std::vector<py::ssize_t> shape;  // of one transition
-};
-
-/// Data of an exact, contiguous numpy array of `count` rows (any, and then set, where it is negative).
-const void* exact_data(py::handle value, const Expected& expected, py::ssize_t& count) {
-  auto& api = py::detail::npy_api::get();
-  if (!api.PyArray_Check_(value.ptr())) return nullptr;
-  const auto* array = py::detail::array_proxy(value.ptr());
-  const auto ndim = static_cast<int>(expected.shape.size()) + 1;
-  constexpr int kPlain =
-      py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-  const auto* descr = py::detail::array_descriptor1_proxy(array->descr);
-  if (descr->type_num != expected.type || descr->byteorder == '>' || descr->byteorder == '<') return nullptr;
-  if (array->nd != ndim || (array->flags & kPlain) != kPlain) return nullptr;
-  if (count < 0) count = array->dimensions[0];
-  if (array->dimensions[0] != count) return nullptr;
-  for (int d = 1; d < ndim; ++d) {
-    if (array->dimensions[d] != expected.shape[static_cast<std::size_t>(d - 1)]) return nullptr;
-  }
-  return array->data;
-}
-
 /// A store and what its observations and actions must look like.
 class BoundStore {
  public:
@@ -96,12 +74,12 @@ class BoundStore {
         observation_(std::move(observation)),
         action_(std::move(action)) {}
 
-  /// Adds arrays that are exactly right, and returns whether they were; else nothing happened.
+  /// Adds arrays and tensors that are exactly right, and returns whether they were; else nothing happened.
   bool try_add(py::handle streams, py::handle observations, py::handle actions, py::handle rewards,
                py::handle terminated, py::handle truncated, py::handle successors) {
-    static const Expected kIds{py::detail::npy_api::NPY_INT64_, {}};
-    static const Expected kFloats{py::detail::npy_api::NPY_FLOAT_, {}};
-    static const Expected kFlags{py::detail::npy_api::NPY_BOOL_, {}};
+    static const Expected kIds{py::detail::npy_api::NPY_INT64_, {dlpack::kInt, 64, 1}, {}};
+    static const Expected kFloats{py::detail::npy_api::NPY_FLOAT_, {dlpack::kFloat, 32, 1}, {}};
+    static const Expected kFlags{py::detail::npy_api::NPY_BOOL_, {dlpack::kBool, 8, 1}, {}};
     if (store.layout().fields.size() != 1) return false;
     const bool all = streams.is_none();
     py::ssize_t m = all ? static_cast<py::ssize_t>(store.num_streams()) : -1;
@@ -387,14 +365,18 @@ PYBIND11_MODULE(_core, module) {
       .def(py::init<std::vector<std::tuple<py::dtype, std::vector<py::ssize_t>, std::size_t>>>())
       .def("make", &Views::make);
 
+  module.def("read_tensors", &brc::read_tensors);
+  py::class_<Expected>(module, "Expected")
+      .def(py::init([](int type, std::uint8_t code, std::uint8_t bits, std::vector<py::ssize_t> shape) {
+             return Expected{type, {code, bits, 1}, std::move(shape)};
+           }),
+           "type"_a, "code"_a, "bits"_a, "shape"_a);
   py::class_<BoundStore>(module, "ReplayStore")
       .def(py::init([](const brc::Layout& layout, const std::vector<std::int64_t>& capacities,
                        const std::vector<std::int64_t>& task_ids, std::uint64_t seed, bool allow_not_finite,
-                       std::pair<int, std::vector<py::ssize_t>> observation,
-                       std::pair<int, std::vector<py::ssize_t>> action) {
+                       const Expected& observation, const Expected& action) {
              return std::make_unique<BoundStore>(layout, capacities, task_ids, seed, allow_not_finite,
-                                                 Expected{observation.first, std::move(observation.second)},
-                                                 Expected{action.first, std::move(action.second)});
+                                                 observation, action);
            }),
            "layout"_a, "capacities"_a, "task_ids"_a, "seed"_a, "allow_not_finite"_a, "observation"_a,
            "action"_a)

@@ -19,6 +19,9 @@ from .fields import Array, Field, Spec, checked
 from .prefetch import Prefetcher
 from .request import required_sizes
 
+DLPACK = {"i": 0, "u": 1, "f": 2, "bfloat": 4, "b": 6}  # its codes of numpy's kinds of dtypes
+_core.read_tensors(Tensor)  # a torch that offers no C interface to them is slower, no more
+
 
 class ReplayBuffer(Buffer):
     """Keeps the newest transitions of N environment slots and samples them.
@@ -120,14 +123,12 @@ class ReplayBuffer(Buffer):
             TypeError: another type, dtype or device; nothing is cast.
             ValueError: another shape, a value that is not finite, a stream that is unknown or named twice.
         """
-        # Arrays that are exactly right are checked in the compiled store: the checks below would cost more
+        # Arguments that are exactly right are checked in the compiled store: the checks below would cost more
         # than the rest.
-        if extras is None:
-            if self._try_add(streams, observations, actions, rewards, terminated, truncated, successors):
-                return
-            given = streams, observations, actions, rewards, terminated, truncated, successors
-            if self._try_add(*map(_as_array, given)):
-                return
+        if extras is None and self._try_add(
+            streams, observations, actions, rewards, terminated, truncated, successors
+        ):
+            return
         ids = self._streams if streams is None else checked("streams", streams, "[M]", (-1,), "int64")
         m, observation = len(ids), self.spec.observation
         fields = {"actions": actions, **(extras or {})}
@@ -262,16 +263,9 @@ class ReplayBuffer(Buffer):
             self._saved = files.load(self._store, self.spec, Path(folder), previous)
 
 
-def _as_array(value: object) -> object:
-    """The numpy array on a tensor's memory, where there is one."""
-    if isinstance(value, Tensor):
-        try:
-            return value.numpy()
-        except (TypeError, RuntimeError):  # on a GPU, bfloat16, or part of a graph
-            return value
-    return value
-
-
-def _exact(field: Field) -> tuple[int, list[int]]:
-    """Numpy's type number and the shape of what needs no look from Python."""
-    return (-1 if field.dtype == "bfloat16" else field.numpy_dtype.num, list(field.shape))
+def _exact(field: Field) -> _core.Expected:
+    """What needs no look from Python."""
+    dtype, bits = field.numpy_dtype, 8 * field.numpy_dtype.itemsize
+    if field.dtype == "bfloat16":  # numpy has none
+        return _core.Expected(-1, DLPACK["bfloat"], bits, field.shape)
+    return _core.Expected(dtype.num, DLPACK[dtype.kind], bits, field.shape)

@@ -227,7 +227,7 @@ def checked(
     if device:
         return as_tensor(value, dtype)
     if isinstance(value, Tensor):
-        value = value.detach()
+        value = value.detach().resolve_neg()
         value = value.view(torch.uint16).numpy() if dtype == "bfloat16" else value.numpy()
     elif dtype == "bfloat16":  # of ml_dtypes, JAX's numpy dtype
         value = value.view(np.uint16)
