@@ -7,7 +7,8 @@ Source: Nauman et al. 2025, "Bigger, Regularized, Categorical", arXiv:2505.23150
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+import zlib
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -209,12 +210,16 @@ class BRC:
             noise: of the samplings, drawn where it is not given. With it there is no CUDA graph.
             reward_scale: [T], by which each task's rewards are divided; 1 where it is not given.
         """
+        if torch.compiler.is_compiling():  # of a user's loop: no compiler takes views changed through buffers
+            as_it_is = torch.compiler.disable(self.update)  # type: ignore[no-untyped-call]
+            return as_it_is(batches, noise, reward_scale)  # type: ignore[no-any-return]
         batches.check(self.observation_size, self.action_size, self.num_tasks)
         scale = self._unscaled if reward_scale is None else reward_scale
         require_shape("reward_scale", scale, "[T]", (self.num_tasks,))
         for name, part in () if noise is None else noise._asdict().items():
             require_shape(f"noise.{name}", part, "[U, B, A]", tuple(batches.actions.shape))
-        with torch.no_grad(), products(self.precision, self.device):
+        # memory that is kept must not be of inference mode: nothing outside of that could write it
+        with torch.inference_mode(False), torch.no_grad(), products(self.precision, self.device):
             if noise is None:
                 values = self.updates([*batches, scale])
             else:
@@ -229,7 +234,7 @@ class BRC:
         each = scale if self.num_tasks == 1 else scale[batches.task_ids]
         batches = batches._replace(rewards=batches.rewards / each)
         given = torch.stack(noise, 1) if noise else None  # [U, 2, B, A]
-        rows = scale.new_empty(batches.rewards.shape[0], len(METRICS))
+        rows = self.atoms.new_empty(batches.rewards.shape[0], len(METRICS))
         for index, metrics in enumerate(rows):
             batch = batches.update(index)
             drawn = self._noise(batch) if given is None else given[index]
@@ -381,17 +386,24 @@ class BRC:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state_dict`; ValueError names the first entry that does not fit."""
+        """Go on from a `state_dict`; ValueError names the first entry that does not fit.
+
+        From another kind of device comes a generator's state of another size: that seeds the noise anew.
+        """
         mine = self.state_dict()
         for key in sorted(mine.keys() | state.keys()):
             if key not in state or key not in mine:
                 raise ValueError(f"agent state {'lacks' if key in mine else 'has an unknown entry'} {key}")
-            if mine[key].shape != state[key].shape:
+            if key != "generator" and mine[key].shape != state[key].shape:
                 raise ValueError(
                     f"agent state {key} must have shape {list(mine[key].shape)}, got {list(state[key].shape)}"
                 )
         self.first_bad.clear()
-        self.generator.set_state(state["generator"].cpu())
+        drawn = state["generator"].cpu()
+        if drawn.shape == mine["generator"].shape:
+            self.generator.set_state(drawn)
+        else:
+            self.generator.manual_seed(zlib.crc32(drawn.numpy().tobytes()))
         for name, part in self._parts().items():
             part.load_state_dict(
                 {
@@ -400,6 +412,19 @@ class BRC:
                     if key.startswith(f"{name}/")
                 }
             )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copied or unpickled agent has buffers of its own, and goes on from the same state."""
+        sizes = self.observation_size, self.action_size, self.num_tasks
+        names = "critic_config", "actor_config", "learning", "device", "dtype", "precision", "recompute"
+        settings = {name.removesuffix("_config"): getattr(self, name) for name in names}
+        settings["graphs"] = self.updates.reason != "switched off"
+        state = {name: value.clone() for name, value in self.state_dict().items()}
+        rates = {name: (part.learning_rate, part.tau) for name, part in self._optimizers().items()}
+        return _restored, (sizes, settings, state, rates)
+
+    def _optimizers(self) -> dict[str, FlatAdamW]:
+        return {name: part for name, part in self._parts().items() if isinstance(part, FlatAdamW)}
 
     def _parts(self) -> dict[str, nn.Module | FlatAdamW]:
         return {
@@ -417,3 +442,18 @@ class BRC:
 
     def _normal(self, shape: torch.Size) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=self.dtype)
+
+
+def _restored(
+    sizes: tuple[int, int, int],
+    settings: dict[str, Any],
+    state: dict[str, Tensor],
+    rates: dict[str, tuple[Tensor, Tensor]],
+) -> BRC:
+    """The inverse of `BRC.__reduce__`."""
+    agent = BRC(*sizes, **settings)
+    agent.load_state_dict(state)
+    for name, optimizer in agent._optimizers().items():
+        optimizer.learning_rate.copy_(rates[name][0])
+        optimizer.tau.copy_(rates[name][1])
+    return agent

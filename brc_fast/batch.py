@@ -66,7 +66,8 @@ class Batch(_Columns):
         return Batch(*map(function, self)).with_extras(extras)
 
     def check(self, observation_size: int, action_size: int, num_tasks: int) -> None:
-        """ValueError unless these are U batches [U, B, ...] of an agent of these sizes.
+        """ValueError unless these are U batches [U, B, ...] of an agent of these sizes, TypeError for task
+        ids that are no integers.
 
         Task ids are looked at where they are on the host; a GPU would have to be waited for.
         """
@@ -81,6 +82,8 @@ class Batch(_Columns):
                 require_shape(name, field, f"[U, B, {letter}]", (*rows, size))
             else:
                 require_shape(name, field, "[U, B]", rows)
+        if num_tasks > 1 and self.task_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"task_ids must be of dtype torch.int64, got {self.task_ids.dtype}")
         if self.task_ids.is_cpu:
             ids = self.task_ids.numpy()
             low, high = int(ids.min()), int(ids.max())

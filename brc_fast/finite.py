@@ -22,10 +22,11 @@ class FirstBad:
         self.since = like.new_zeros(len(names))
 
     def require_finite(self) -> None:
-        """FloatingPointError with the first name that is not finite, and since when; waits for the GPU."""
-        for name, since in zip(self.names, self.since.tolist(), strict=True):
-            if since > 0:
-                raise FloatingPointError(f"{name} is not finite since update {since:.0f}")
+        """FloatingPointError with the name that was first not finite, and since when; waits for the GPU."""
+        bad = {n: since for n, since in zip(self.names, self.since.tolist(), strict=True) if since > 0}
+        if bad:
+            name = min(bad, key=lambda n: bad[n])  # what followed from it came later, or is listed after it
+            raise FloatingPointError(f"{name} is not finite since update {bad[name]:.0f}")
 
     def clear(self) -> None:
         self.since.zero_()

@@ -71,19 +71,27 @@ class FlatNetworks:
             size += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
         self._shared = list(shared)
         self.master = like.new_zeros(len(modules) * self.members, size)
-        for module, rows in zip(modules, self.master.view(len(modules), self.members, -1), strict=True):
-            views = self.named(rows)
-            for name, parameter in module.named_parameters():
-                views[name].copy_(parameter.detach())
-                parameter.data = views[name]
+        self._modules = tuple(modules)
+        self._take_over()
         self.low = None if low is None else self.master.to(low)
         self.grad = self.master.new_zeros(self.members, size, dtype=low)
         for module in modules:
             module.register_load_state_dict_post_hook(_Refresh(self))  # type: ignore[no-untyped-call]
 
+    def _take_over(self) -> None:
+        """Make every parameter a view, also one that a load with assign=True has just put in place."""
+        rows = self.master.view(len(self._modules), self.members, -1)
+        for module, own in zip(self._modules, rows, strict=True):
+            views = self.named(own)
+            for name, parameter in module.named_parameters():
+                if parameter.data_ptr() != views[name].data_ptr() or parameter.is_meta:
+                    views[name].copy_(parameter.detach())
+                    parameter.data = views[name]
+
     def refresh(self) -> None:
         """Renew the low-precision copies after parameters were set from outside, and the padding, to which
         a gradient that is not finite spreads."""
+        self._take_over()
         for view in () if self.body is None else self.body.padding(self.arrays(self.master)):
             view.zero_()
         if self.low is not None:

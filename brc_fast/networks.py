@@ -72,7 +72,6 @@ class BroNet(nn.Module):
             for _ in range(depth)
         )
         self.head = Head(head)
-        self._ordered = tuple(self.parameters())  # in the order of the modules above, which is the op's
 
     def flat_shapes(self) -> dict[str, tuple[int, ...]]:
         """What one network takes in a flat buffer, by name of `kernels.Arrays`; rows of products are padded
@@ -101,8 +100,12 @@ class BroNet(nn.Module):
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
         """`frozen` parameters get no gradient; the input still does."""
-        parameters = [p.detach() for p in self._ordered] if frozen else self._ordered
-        return kernels.bronet(x, *parameters)
+        parameters: list[Tensor] = []  # looked up at each call: torch.func and a load may put others in place
+        layers = (layer for block in self.blocks for layer in block)  # type: ignore[attr-defined]
+        for layer in (self.input, *layers):
+            parameters += (layer.kernel, layer.bias, layer.norm_weight, layer.norm_bias)
+        parameters += (self.head.kernel, self.head.bias)
+        return kernels.bronet(x, *([p.detach() for p in parameters] if frozen else parameters))
 
 
 class Critic(nn.Module):

@@ -16,8 +16,13 @@ TENSOR_CORES = (8, 0)  # compute capability from which TF32 and bfloat16 product
 
 
 def check_precision(precision: Precision, device: str | torch.device, dtype: torch.dtype) -> None:
-    """InputError where the device lacks this precision, or parameters of this dtype have only their own."""
+    """InputError where the device lacks this precision, or parameters of this dtype have only their own, or
+    none."""
     place = torch.device(device)
+    if dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"dtype must be torch.float32 or torch.float64, got {dtype}; precision bf16 is for low precision"
+        )
     if precision not in ("fp32", "tf32", "bf16"):
         raise InputError(f"precision must be one of fp32, tf32, bf16, got {precision!r}")
     if precision == "fp32":
@@ -40,12 +45,18 @@ def low_dtype(precision: Precision) -> torch.dtype | None:
 
 @contextmanager
 def products(precision: Precision, device: str | torch.device) -> Iterator[None]:
-    """Let float32 products on a GPU use TF32, or not, in this block; the caller's own choice comes back.
+    """Let float32 products on a GPU use TF32, or not, in this block, and none the caller's autocast; the
+    caller's own choices come back.
 
     torch has an older and a newer switch, and refuses to read one that contradicts the other: the older sets
     both.
     """
-    if torch.device(device).type != "cuda":
+    kind = torch.device(device).type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False), products(precision, device):
+            yield
+        return
+    if kind != "cuda":
         yield
         return
     backend = torch.backends.cuda.matmul

@@ -104,7 +104,8 @@ class Workspace:
         try:
             self.tensor = _free[shape].pop()
         except (KeyError, IndexError):
-            self.tensor = torch.empty(shape)
+            with torch.inference_mode(False):  # whoever gets it next may not be in it
+                self.tensor = torch.empty(shape)
 
     def __del__(self, free: dict[tuple[int, ...], list[Tensor]] = _free) -> None:
         free.setdefault(self.shape, []).append(self.tensor)

@@ -190,6 +190,8 @@ def bronet(x: Tensor, *parameters: Tensor, impl: str | None = None) -> Tensor:
         plain = chosen(impl) == "auto" and not torch.is_autocast_enabled("cpu")
         if plain and _native.takes(x, *parameters):
             return bronet_on_cpu(x, list(parameters))
+        if not torch.is_autocast_enabled(x.device.type):
+            check_bronet_dtypes(x, parameters)
         return twin(reference.bronet, impl)(x, *parameters)
     kind = x.device.type
     given = list(parameters)

@@ -260,7 +260,7 @@ def two_hot(values: Tensor, num_atoms: int, v_max: float) -> Tensor:
     index = (values.clamp(-v_max, v_max) + v_max).div(spacing).clamp_(0.0, num_atoms - 1).unsqueeze(-1)
     lower = index.floor()
     lower_index = lower.long().clamp_(0, num_atoms - 1)  # NaN too has an index
-    out = torch.zeros(*values.shape, num_atoms, dtype=values.dtype, device=values.device)
+    out = values.new_zeros(*values.shape, num_atoms)
     out.scatter_add_(-1, lower_index, 1.0 - (index - lower))
     return out.scatter_add_(-1, (lower_index + 1).clamp_max_(num_atoms - 1), index - lower)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -25,9 +26,29 @@ FORBIDDEN = {
     "aten.masked_select",
     "aten.unique_dim",
     "aten._unique2",
+    "aten.unique_consecutive",
+    "aten.unique_dim_consecutive",
+    "aten.bincount",
+    "aten.allclose",
+    "aten._linalg_check_errors",
     "aten.lift_fresh",  # torch.tensor(number): a copy from the host
 }
+# On a CPU they are no operation, so they are known by their names.
+TO_THE_HOST = {"cpu", "numpy", "tolist", "__array__", "__repr__", "__format__"}
 ALLOCATIONS = {"aten.new_empty", "aten.empty", "aten.empty_like"}
+
+
+class _Calls(TorchFunctionMode):
+    """AssertionError for calls that would copy to or from another device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        assert name not in TO_THE_HOST, f"{name} waits for the device"
+        if name in ("to", "type"):
+            places = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, (str, torch.device))]
+            assert not places, f"{name} copies between devices: {places[0]}"
+        return func(*args, **kwargs)
 
 
 class Tape(TorchDispatchMode):
@@ -45,10 +66,13 @@ class Tape(TorchDispatchMode):
     def __enter__(self) -> Tape:
         self._watch = _dispatch.watching(self.launched)
         self._watch.__enter__()
+        self._calls = _Calls()
+        self._calls.__enter__()
         return super().__enter__()  # type: ignore[no-any-return]
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
+        self._calls.__exit__(*exception)
         self._watch.__exit__(*exception)
 
     def describe(self, x: Any) -> Any:
@@ -72,6 +96,8 @@ class Tape(TorchDispatchMode):
         device = kwargs.get("device")
         if name == "aten._to_copy" and device is not None:
             assert torch.device(device) == given[0].device, "a copy between devices"
+        if name == "aten.repeat_interleave":
+            assert kwargs.get("output_size") is not None, f"{name} without output_size waits for the device"
         self.seen.append((name, tree_map(self.describe, (args, kwargs))))
         inside, self._inside = self._inside, True
         out = func(*args, **kwargs)
@@ -103,7 +129,8 @@ class Tape(TorchDispatchMode):
         self.seen.append((str(call.kernel), call.grid, arguments, call.constants, call.options))
         if not self._inside:
             self.steps.append(lambda: _dispatch.make(call))
-        with _disable_current_modes():  # the interpreter has operations of its own
+        # the interpreter has operations of its own, and copies of its own
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
             _dispatch.make(call)
 
     def replay(self) -> None:

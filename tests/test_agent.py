@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -103,6 +106,40 @@ def test_a_restored_agent_goes_on_bit_for_bit() -> None:
         assert torch.equal(value, two.state_dict()[name]), name
     ids = torch.zeros(4, dtype=torch.long)
     assert torch.equal(one.act(torch.ones(4, 5), ids), two.act(torch.ones(4, 5), ids))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_copied_agent_goes_on_bit_for_bit_and_apart(how: str, precision: str) -> None:
+    one = BRC(5, 2, 2, seed=1, precision=precision, recompute=True, **SMALL)
+    one.critic_optimizer.learning_rate.fill_(0.01)
+    one.critic_optimizer.tau.fill_(0.5)
+    one.update(batches(3, 16, 5, 2, 2))
+    two = copy.deepcopy(one) if how == "deepcopy" else pickle.loads(pickle.dumps(one))
+    assert two.recompute
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    two.update(batches(3, 16, 5, 2, 2, seed=5))
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, before[name]), name
+        assert not torch.equal(value, two.state_dict()[name]), name
+    one.update(batches(3, 16, 5, 2, 2, seed=5))
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name]), name
+
+
+def test_a_state_of_another_kind_of_device_has_all_but_the_noise() -> None:
+    """A GPU's generator is 16 bytes: its noise cannot go on here, but is the same at each load."""
+    one = BRC(5, 2, 2, seed=1, **SMALL)
+    one.update(batches(3, 16, 5, 2, 2))
+    state = {name: value.clone() for name, value in one.state_dict().items()}
+    state["generator"] = torch.arange(16, dtype=torch.uint8)
+    others = [BRC(5, 2, 2, seed=seed, **SMALL) for seed in (2, 3)]
+    drawn = []
+    for other in others:
+        other.load_state_dict(state)
+        assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items() if k != "generator")
+        drawn.append(other.random_actions(4))
+    assert torch.equal(*drawn)
 
 
 def test_a_state_of_another_shape_is_refused_by_name() -> None:

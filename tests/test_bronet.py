@@ -262,3 +262,5 @@ def test_kernels_of_another_dtype_are_refused(place: int, dtype: torch.dtype, to
     tensors[place] = tensors[place].to(dtype)
     with pytest.raises(TypeError, match=told):
         check_bronet_dtypes(tensors[0], tensors[1:])
+    with pytest.raises(TypeError, match=told):
+        kernels.bronet(*tensors)

@@ -294,6 +294,9 @@ def test_precisions_that_a_device_lacks_are_refused_by_name(monkeypatch: pytest.
         told = f"precision {precision} is for float32 parameters, got torch.float64; leave it at fp32"
         with pytest.raises(ValueError, match=told):
             agent(precision=precision, dtype=torch.float64)
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(ValueError, match=f"dtype must be torch.float32 or torch.float64, got {dtype}"):
+            agent(dtype=dtype)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: "Tesla V100")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (7, 5))
     for precision in ("tf32", "bf16"):
@@ -359,6 +362,51 @@ def test_a_field_of_another_shape_is_refused_by_name(field: str, shape: tuple[in
     assert mine.critic_optimizer.step_count == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8])
+def test_task_ids_that_are_no_integers_are_refused_by_name(dtype: torch.dtype) -> None:
+    data, _ = batches(2, 2)
+    with pytest.raises(TypeError, match=f"task_ids must be of dtype torch.int64, got {dtype}"):
+        agent(2).update(data._replace(task_ids=data.task_ids.to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_metrics_have_the_agents_dtype_whatever_the_scale_has(dtype: torch.dtype) -> None:
+    data, noise = batches(2, 2)
+    metrics = agent(2).update(data, noise, reward_scale=torch.tensor([2, 3], dtype=dtype))
+    expected = agent(2).update(data, noise, reward_scale=torch.tensor([2.0, 3.0]))
+    for name in METRICS:
+        assert metrics[name].dtype == torch.float32
+        torch.testing.assert_close(metrics[name], expected[name])
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_an_update_computes_the_same_inside_of_a_users_autocast(tasks: int) -> None:
+    outside, inside = agent(tasks), agent(tasks)
+    data, noise = batches(2, tasks)
+    outside.update(data, noise)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside.update(data, noise)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(inside.critics.master, outside.critics.master)
+    assert torch.equal(inside.actors.master, outside.actors.master)
+
+
+def test_memory_that_is_kept_serves_inside_and_outside_of_inference_mode() -> None:
+    """Inside first: what torch allocates there could not be written anywhere else."""
+    one, other = agent(2), agent(2)
+    data, noise = batches(4, 2)
+    observations, ids = torch.randn(37, OBS), torch.zeros(37, dtype=torch.long)  # of a size of their own
+    for half in (slice(2), slice(2, None)):
+        part = Batch(*(x[half] for x in data)), Noise(*(x[half] for x in noise))
+        with torch.inference_mode(half.start is None):
+            one.update(*part)
+            one.act(observations, ids)
+        other.update(*part)
+    actions = one.act(observations, ids, deterministic=True)
+    one.critic(observations, actions, ids).sum().backward()
+    assert torch.equal(one.critics.master, other.critics.master)
+
+
 @pytest.mark.parametrize("number", [-1, 2])
 def test_a_task_that_does_not_exist_is_refused(number: int) -> None:
     data, _ = batches(2, 2)
@@ -405,6 +453,18 @@ def test_a_loss_that_is_infinite_is_not_finite() -> None:
     assert metrics["critic_loss"].isfinite()
     assert metrics["actor_loss"].isinf()
     with pytest.raises(FloatingPointError, match="actor_loss is not finite since update 1"):
+        mine.check_finite()
+
+
+def test_what_was_first_not_finite_is_told_and_not_what_followed_from_it() -> None:
+    """An infinite temperature breaks the actor in the first update, and by that the critic in the second."""
+    mine = agent()
+    mine.temperature.log_alpha.data.fill_(200.0)
+    data, noise = batches(3)
+    mine.update(data._replace(masks=torch.ones_like(data.masks)), noise)
+    assert 1.0 in mine.first_bad.since
+    assert mine.first_bad.since[METRICS.index("critic_loss")] == 2.0
+    with pytest.raises(FloatingPointError, match=r"actor_loss is not finite since update 1$"):
         mine.check_finite()
 
 
@@ -669,6 +729,26 @@ def test_a_compiled_policy_equals_the_eager_one() -> None:
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
     for one, other in zip(torch.autograd.grad(value, parameters), grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_compiled_loop_of_a_user_around_the_agent_equals_the_eager_one(tasks: int) -> None:
+    """Acting is compiled, the update runs as it is between two compiled parts."""
+    observations, ids = torch.randn(4, OBS), torch.zeros(4, dtype=torch.long)
+    data, noise = batches(2, tasks)
+
+    def turn(learner: BRC) -> tuple[Tensor, Tensor]:
+        actions = learner.act(observations, ids)
+        metrics = learner.update(data, noise=noise)
+        return actions, metrics["critic_loss"] + metrics["actor_loss"]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(turn, backend="aot_eager")
+    one, other = agent(tasks), agent(tasks)
+    for _ in range(3):
+        for mine, expected in zip(compiled(one), turn(other), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(one.critics.master, other.critics.master)
 
 
 def test_a_compiled_step_of_a_user_equals_the_eager_one() -> None:

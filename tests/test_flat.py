@@ -253,6 +253,68 @@ def test_a_copied_network_is_independent_and_works(how: str, precision: str) -> 
             assert not torch.equal(twin(*arguments), module(*arguments))
 
 
+def test_parameters_given_to_a_call_are_those_that_it_takes() -> None:
+    """torch.func.functional_call, as for vmap over models; they get the gradients too."""
+    module, other = agent().critic, agent(seed=5).critic
+    arguments = torch.randn(4, OBS), torch.rand(4, A), torch.tensor([0, 1, 2, 0])
+    given = {name: p.detach().clone().requires_grad_() for name, p in other.named_parameters()}
+    out = torch.func.functional_call(module, given, arguments)
+    assert torch.equal(out, other(*arguments))
+    assert not torch.equal(out, module(*arguments))
+    out.square().sum().backward()
+    assert all(p.grad is not None for p in given.values())
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_vmap_over_the_parameters_of_several_networks_is_each_alone() -> None:
+    nets = [copy.deepcopy(agent(seed=seed).critic) for seed in (1, 2, 3)]
+    parameters, buffers = torch.func.stack_module_state(nets)
+    arguments = torch.randn(4, OBS), torch.rand(4, A), torch.tensor([0, 1, 2, 0])
+
+    def call(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(nets[0], (values, buffers), arguments)  # type: ignore[no-any-return]
+
+    for out, net in zip(torch.func.vmap(call)(parameters), nets, strict=True):
+        torch.testing.assert_close(out, net(*arguments))
+
+
+def test_a_users_gradients_of_each_row_have_the_mean_of_the_batchs() -> None:
+    """torch.func: vmap of grad of a loss of the critic, whose values differ from row to row too."""
+    critic = agent().critic
+    rows = torch.randn(4, OBS), torch.rand(4, A), torch.tensor([0, 1, 2, 0]), torch.randn(4, 2)
+
+    def loss(parameters: dict[str, Tensor], *row: Tensor) -> Tensor:
+        *arguments, values = (x.unsqueeze(0) for x in row)
+        logits = torch.func.functional_call(critic, parameters, tuple(arguments))
+        return kernels.two_hot_cross_entropy(logits, values.T, v_max=10.0).mean()
+
+    parameters = {name: p.detach() for name, p in critic.named_parameters()}
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0, 0))(parameters, *rows)
+    kernels.two_hot_cross_entropy(critic(*rows[:3]), rows[3].T, v_max=10.0).mean().backward()
+    for name, parameter in critic.named_parameters():
+        torch.testing.assert_close(each[name].mean(0), parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_parameters_that_a_load_puts_in_place_are_taken_into_the_buffer(precision: str) -> None:
+    mine, other = agent(precision=precision), agent(seed=5, precision=precision)
+    for name in ("critic", "target_critic", "actor"):
+        state = copy.deepcopy(getattr(other, name).state_dict())
+        getattr(mine, name).load_state_dict(state, assign=True)
+    arguments = torch.randn(4, OBS), torch.rand(4, A), torch.tensor([0, 1, 2, 0])
+    assert torch.equal(mine.critic(*arguments), other.critic(*arguments))
+    assert torch.equal(mine.critics.master, other.critics.master)
+    data, noise = batches(3), Noise(torch.randn(3, 10, A), torch.randn(3, 10, A))
+    mine.update(data, noise)
+    other.update(data, noise)
+    for name, value in other.critic.state_dict().items():
+        assert torch.equal(mine.critic.state_dict()[name], value), name
+    alone = copy.deepcopy(mine.critic)
+    alone.load_state_dict({n: torch.zeros_like(v) for n, v in alone.state_dict().items()}, assign=True)
+    assert not any(p.any() for p in alone.parameters())
+    assert mine.critics.master.any()
+
+
 @pytest.mark.parametrize("tasks", [1, T])
 def test_a_networks_gradient_is_one_row_and_the_one_of_autograd(tasks: int) -> None:
     mine = agent(tasks)

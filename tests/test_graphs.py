@@ -141,19 +141,34 @@ def test_an_update_is_so_many_launches(kernel_device: str, tasks: int, most: int
         lambda x: x[x > 0],
         lambda x: x.to("meta"),
         lambda x: x + torch.tensor(1.0),
+        lambda x: x.cpu(),
+        lambda x: x.to("cpu"),
+        lambda x: x.numpy(),
+        lambda x: x.tolist(),
+        lambda x: f"{x}",
+        lambda x: x.unique_consecutive(),
+        lambda x: x.long().bincount(),
+        lambda x: x.repeat_interleave(x.long()),
     ],
-    ids=["item", "bool", "mask", "copy", "number"],
+    ids=[
+        *("item", "bool", "mask", "copy", "number", "cpu", "to_cpu", "numpy", "tolist", "text"),
+        *("runs", "counts", "repeats"),
+    ],
 )
 def test_the_tape_refuses_what_a_graph_cannot_hold(breach: Callable[[Tensor], object]) -> None:
     with pytest.raises(AssertionError), Tape():
         breach(torch.ones(3))
 
 
-def test_not_even_the_checks_of_update_read_a_tensor() -> None:
-    learner = agent(3)
-    learner.update(next(batches(2, 3)))
+def test_not_even_the_checks_of_update_read_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a batch on the device: on the host the task ids are looked at, and a batch is copied from there."""
+    learner, data = agent(3), batches(2, 3)
+    learner.update(next(data))
+    learner.updates = lambda inputs: learner._updates(*inputs)  # type: ignore[assignment]
+    batch = next(data)
+    monkeypatch.setattr(Tensor, "is_cpu", False)
     with kernels.use("reference"), Tape():
-        learner.update(next(batches(2, 3)))
+        learner.update(batch)
 
 
 def test_the_tape_tells_a_number_that_changes() -> None:
