@@ -53,7 +53,6 @@ def load(trainer: Trainer, folder: RunFolder) -> None:
     names = ("agent", "environments", "progress")
     lagged = ("lagged_policy",) if trainer.lagged is not None else ()
     trainer.steps, parts = folder.load(*names, *lagged)
-    folder.load_replay(trainer.replay)
     with folder.fitting():
         trainer.agent.load_state_dict({k: torch.from_numpy(v) for k, v in parts["agent"].items()})
         if trainer.lagged is not None:
@@ -67,6 +66,7 @@ def load(trainer: Trainer, folder: RunFolder) -> None:
         if trainer.entropies is not None:
             trainer.entropies = torch.from_numpy(progress["entropies"]).to(trainer.agent.device)
         trainer.observations = trainer.env.load_state_dict(parts["environments"])
+    folder.load_replay(trainer.replay)  # last: what fits the rest and not this is damaged
     trainer.episodes.forget(~trainer.env.continues)
     trainer.normalizer.forget(~trainer.env.continues)
 

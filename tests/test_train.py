@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from brc_fast import checkpoint, cli
+from brc_fast import checkpoint, cli, envs
 from brc_fast.checkpoint import RunFolder
 from brc_fast.config import TrainConfig, from_dict
 from brc_fast.errors import InputError
@@ -319,18 +319,30 @@ def test_checkpoints_share_the_replay_rows_that_they_have_in_common(toy: dict, t
     assert first.items() < second.items()
 
 
-def test_a_checkpoint_of_another_shape_is_refused(
-    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("changed", ["width", "environments", "observations"])
+def test_a_checkpoint_of_another_shape_is_refused_and_not_called_damaged(
+    toy: dict,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changed: str,
 ) -> None:
     run = tmp_path / "run"
     assert train(run) == 0
     config = json.loads((run / "config.json").read_text())
-    config["critic"]["width"] = 24
+    if changed == "width":
+        config["critic"]["width"] = 24
+    elif changed == "environments":
+        config["num_envs"] += 1
+    else:
+        toy_env = type(envs.make(("toy/One",), 1))
+        monkeypatch.setattr(toy_env, "observation_size", 4)
     (run / "config.json").write_text(json.dumps(config))
     assert cli.main(["train", "--resume", str(run), "--steps", "800"]) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert "does not fit this run" in told
     assert "must have shape" in told
+    assert "delete" not in told
 
 
 def test_an_existing_run_is_kept_unless_overwriting_is_asked_for(
