@@ -9,6 +9,7 @@
 #include <memory>
 #include <system_error>
 
+#include "batch_views.hpp"
 #include "checksum.hpp"
 #include "device_index.hpp"
 #include "exact_data.hpp"
@@ -25,6 +26,8 @@ using brc::exact_data;
 using brc::Expected;
 using brc::ReplayStore;
 using brc::Request;
+using brc::Slot;
+using brc::Views;
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
@@ -134,82 +137,30 @@ class BoundStore {
 
 // ---- Sampling
 
-/// Memory for one batch, and whether an array on it is alive.
-struct Slot {
-  explicit Slot(py::array memory_) : memory(std::move(memory_)) {}
-  py::array memory;
-  std::atomic<bool> used = false;
-};
-
-/// Numpy arrays side by side in a slot. Numpy's own way to make one costs several times as much, and a batch
-/// has six or more.
-class Views {
- public:
-  /// dtype, shape and offset in bytes of each.
-  explicit Views(std::vector<std::tuple<py::dtype, std::vector<py::ssize_t>, std::size_t>> parts)
-      : parts_(std::move(parts)) {}
-  /// Arrays that together keep the slot, and mark it as used until the last of them is gone.
-  [[nodiscard]] py::list make(const std::shared_ptr<Slot>& slot) const {
-    slot->used = true;
-    const py::capsule use(new std::shared_ptr<Slot>(slot), [](void* pointer) {
-      const std::unique_ptr<std::shared_ptr<Slot>> held(static_cast<std::shared_ptr<Slot>*>(pointer));
-      (*held)->used = false;
-    });
-    const auto* data = static_cast<const std::byte*>(slot->memory.data());
-    py::list arrays(parts_.size());
-    for (std::size_t i = 0; i < parts_.size(); ++i) {
-      const auto& [dtype, shape, offset] = parts_[i];
-      arrays[i] = py::array(dtype, shape, static_cast<const void*>(data + offset), use);
-    }
-    return arrays;
-  }
-
- private:
-  std::vector<std::tuple<py::dtype, std::vector<py::ssize_t>, std::size_t>> parts_;
-};
-
-/// [observations, next_observations, rewards, masks, task_ids, fields...]
-brc::BatchColumns batch_columns(const ReplayStore& store, std::vector<py::array>& arrays) {
-  if (arrays.size() != 5 + store.layout().fields.size()) brc::refuse("another number of columns is expected");
-  const auto values = [&](std::size_t i, auto zero) {
-    const brc::MutableBytes bytes = out_bytes(arrays[i]);
-    using T = decltype(zero);
-    return std::span<T>(reinterpret_cast<T*>(bytes.data()), bytes.size() / sizeof(T));
-  };
-  brc::BatchColumns columns;
-  columns.observations = out_bytes(arrays[0]);
-  columns.next_observations = out_bytes(arrays[1]);
-  columns.rewards = values(2, 0.0f);
-  columns.masks = values(3, 0.0f);
-  columns.task_ids = values(4, std::int64_t{0});
-  for (std::size_t f = 5; f < arrays.size(); ++f) columns.fields[f - 5] = out_bytes(arrays[f]);
-  return columns;
-}
-
 void sample(BoundStore& self, const Request& request, std::size_t num_batches, std::size_t batch_size,
-            std::vector<py::array> arrays) {
-  const brc::BatchColumns columns = batch_columns(self.store, arrays);
+            const Views& views, Slot& slot) {
+  const brc::BatchColumns columns = views.columns(slot, self.store.layout());
   const py::gil_scoped_release released;
   self.store.sample(request, num_batches, batch_size, columns);
 }
 
 void gather_ahead(const BoundStore& self, const Request& request, std::uint64_t draw, std::size_t num_batches,
-                  std::size_t batch_size, std::vector<py::array> arrays, brc::Ahead& ahead) {
-  const brc::BatchColumns columns = batch_columns(self.store, arrays);
+                  std::size_t batch_size, const Views& views, Slot& slot, brc::Ahead& ahead) {
+  const brc::BatchColumns columns = views.columns(slot, self.store.layout());
   const py::gil_scoped_release released;
   self.store.gather_ahead(request, draw, num_batches, batch_size, columns, ahead);
 }
 
 std::size_t settle(BoundStore& self, const Request& request, std::size_t num_batches, std::size_t batch_size,
-                   std::vector<py::array> arrays, brc::Ahead& ahead) {
-  const brc::BatchColumns columns = batch_columns(self.store, arrays);
+                   const Views& views, Slot& slot, brc::Ahead& ahead) {
+  const brc::BatchColumns columns = views.columns(slot, self.store.layout());
   const py::gil_scoped_release released;
   return self.store.settle(request, num_batches, batch_size, columns, ahead);
 }
 
 void read_one(const BoundStore& self, std::int64_t stream, std::int64_t age, const Request& request,
-              std::vector<py::array> arrays) {
-  const brc::BatchColumns columns = batch_columns(self.store, arrays);
+              const Views& views, Slot& slot) {
+  const brc::BatchColumns columns = views.columns(slot, self.store.layout());
   const py::gil_scoped_release released;
   self.store.read(stream, age, request, columns);
 }
@@ -361,9 +312,26 @@ PYBIND11_MODULE(_core, module) {
       .def(py::init<py::array>())
       .def_readonly("memory", &Slot::memory)
       .def_property_readonly("used", [](const Slot& slot) { return slot.used.load(); });
+  py::class_<brc::Part>(module, "Part")
+      .def(py::init([](const py::dtype& dtype, std::uint8_t code, std::vector<std::int64_t> shape,
+                       std::size_t offset) {
+             std::vector<std::int64_t> strides(shape.size());
+             std::int64_t count = 1;
+             for (std::size_t d = shape.size(); d-- > 0; count *= shape[d]) strides[d] = count;
+             const auto item = static_cast<std::size_t>(dtype.itemsize());
+             const std::size_t bytes = static_cast<std::size_t>(count) * item;
+             return brc::Part{dtype,
+                              {code, static_cast<std::uint8_t>(8 * item), 1},
+                              std::move(shape),
+                              std::move(strides),
+                              offset,
+                              bytes};
+           }),
+           "dtype"_a, "code"_a, "shape"_a, "offset"_a);
   py::class_<Views>(module, "Views")
-      .def(py::init<std::vector<std::tuple<py::dtype, std::vector<py::ssize_t>, std::size_t>>>())
-      .def("make", &Views::make);
+      .def(py::init<std::vector<brc::Part>>())
+      .def("tensors", &Views::tensors)
+      .def("arrays", &Views::arrays);
 
   module.def("read_tensors", &brc::read_tensors);
   py::class_<Expected>(module, "Expected")

@@ -32,11 +32,24 @@ struct Tensor {
   std::uint64_t byte_offset;
 };
 
+/// A tensor with its owner's way to end it.
+struct ManagedTensor {
+  std::uint32_t major, minor;
+  void* context;
+  void (*end)(ManagedTensor* self);
+  std::uint64_t flags;
+  Tensor tensor;
+};
+
 /// What a type of tensors offers under `__dlpack_c_exchange_api__`, in a capsule of the name kCapsule.
 struct ExchangeApi {
   std::uint32_t major, minor;
   ExchangeApi* previous;
-  void* unused[3];
+  void* allocate;
+  void* manage;
+  /// Makes a tensor object, a new reference, that ends `tensor` when it is gone. Not 0: it could not, and an
+  /// error is set.
+  int (*make)(ManagedTensor* tensor, void** out);
   /// Describes a tensor object, which must be kept meanwhile. Not 0: it could not, and an error is set.
   int (*describe)(void* object, Tensor* out);
   void* current_stream;

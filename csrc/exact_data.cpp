@@ -74,6 +74,10 @@ bool read_tensors(py::type type) {
   return true;
 }
 
+const dlpack::ExchangeApi* exchange_api() noexcept {
+  return tensor_api;
+}
+
 const void* exact_data(py::handle value, const Expected& expected, py::ssize_t& count) {
   if (py::detail::npy_api::get().PyArray_Check_(value.ptr())) return array_data(value, expected, count);
   if (tensor_type != nullptr && Py_TYPE(value.ptr()) == tensor_type)

@@ -20,6 +20,9 @@ struct Expected {
 /// does not offer a `__dlpack_c_exchange_api__` that is known here.
 bool read_tensors(pybind11::type type);
 
+/// What `read_tensors` was given offers, or null.
+const dlpack::ExchangeApi* exchange_api() noexcept;
+
 /// Data of an exact, contiguous numpy array or tensor of `count` rows (any, and then set, where it is
 /// negative); null for everything else. Precondition: the GIL is held.
 const void* exact_data(pybind11::handle value, const Expected& expected, pybind11::ssize_t& count);

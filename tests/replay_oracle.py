@@ -348,10 +348,13 @@ def read_all(buffer: ReplayBuffer, n_step: int = 1, discount: float = 1.0) -> Ar
         for name, field in columns(buffer.spec).items()
     }
     request, row = _core.Request(n_step, discount, [], []), 0
+    lease = buffer._arena.lease(1, 1)
+    one = arrays_of(lease.batch)
     for stream, size in enumerate(buffer._store.sizes().tolist()):
         for age in range(size):
-            parts = [array[row : row + 1] for array in arrays.values()]
-            buffer._store.read(stream, age, request, parts)
+            buffer._store.read(stream, age, request, lease.views, lease.slot)
+            for name, array in arrays.items():
+                array[row] = one[name][0, 0]
             row += 1
     return arrays
 

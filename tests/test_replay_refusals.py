@@ -351,19 +351,21 @@ def test_seventeen_fields_are_too_many() -> None:
 
 def test_the_binding_refuses_arrays_that_do_not_fit_the_store() -> None:
     feed = filled()
-    store, arrays = feed.buffer._store, feed.buffer._arena.lease(1, 4).arrays
+    store, arena = feed.buffer._store, feed.buffer._arena
     request = _core.Request(1, 1.0, [], [])
+    views, slot, _ = arena.lease(1, 4)
     with pytest.raises(ValueError, match="observations must hold 36 bytes, got 48"):
-        store.sample(request, 1, 3, arrays)
+        store.sample(request, 1, 3, views, slot)
+    parts = [_core.Part(np.dtype("float32"), 2, (1, 1), 0)]
     with pytest.raises(ValueError, match="another number of columns is expected"):
-        store.sample(request, 1, 4, arrays[:-1])
-    with pytest.raises(ValueError, match="arrays must be C-contiguous"):
-        store.sample(request, 1, 2, [array[:, ::2] for array in arrays])
-    single = feed.buffer._arena.lease(1, 1).arrays
+        store.sample(request, 1, 1, _core.Views(parts), slot)
+    with pytest.raises(ValueError, match="a slot of 4 bytes is expected, got 2"):
+        _core.Views(parts).tensors(_core.Slot(np.zeros(2, np.uint8)))
+    views, slot, _ = arena.lease(1, 1)
     with pytest.raises(IndexError, match="age must lie below 3, got 3"):
-        store.read(0, 3, request, single)
+        store.read(0, 3, request, views, slot)
     with pytest.raises(IndexError, match="stream must lie below 3, got -1"):
-        store.read(-1, 0, request, single)
+        store.read(-1, 0, request, views, slot)
     no = np.zeros(1, bool)
     frame = np.zeros((1, 3), np.float32)
     with pytest.raises(ValueError, match="actions must hold 8 bytes, got 12"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from brc_fast import Field, ReplayBuffer, _core
+from brc_fast.replay import arena
 
 STREAMS, OBSERVATION, ACTION = 3, 5, 2
 OFFERED = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
@@ -18,8 +19,8 @@ def step(dtype: torch.dtype = torch.float32, streams: int = STREAMS) -> dict[str
     numbers = torch.randn(2, streams, OBSERVATION, generator=torch.Generator().manual_seed(0)) * 100
     return {
         "observations": numbers[0].to(dtype),
-        "actions": torch.randn(streams, ACTION),
-        "rewards": torch.randn(streams),
+        "actions": numbers[1, :, :ACTION].contiguous(),
+        "rewards": numbers[1, :, ACTION].contiguous(),
         "terminated": torch.tensor([True, False, False])[:streams],
         "truncated": torch.tensor([False, True, False])[:streams],
         "successors": numbers[1].to(dtype),
@@ -126,6 +127,19 @@ def test_a_tensor_that_torch_has_wrapped_is_not_read() -> None:
     with pytest.raises(RuntimeError):
         torch.func.vmap(add)(torch.randn(4, STREAMS))
     assert len(buffer) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "uint8", "int8", "int64", "bool"])
+def test_batches_are_the_same_without_the_interface(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = buffer_of(dtype), buffer_of(dtype)
+    for buffer in (one, two):
+        buffer.add(**step(getattr(torch, dtype)))
+    batch = one.sample(2, num_batches=3)
+    monkeypatch.setattr(arena, "C_TENSORS", False)
+    for name, value in two.sample(2, num_batches=3)._asdict().items():
+        mine = getattr(batch, name)
+        assert (mine.dtype, mine.shape, mine.stride()) == (value.dtype, value.shape, value.stride())
+        assert torch.equal(mine, value)
 
 
 def test_types_without_the_interface_are_left_to_python() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from brc_fast.batch import Batch
-from brc_fast.replay import Field, ReplayBuffer
+from brc_fast.replay import Field, ReplayBuffer, arena
 
 pytest.importorskip("hypothesis", reason="needs the [test] extra")
 
@@ -51,8 +51,12 @@ VIEWS: dict[str, Callable[[Batch], Any]] = {
 }
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["DLPack", "numpy"])
 @pytest.mark.parametrize("keep", list(VIEWS))
-def test_memory_is_used_again_when_the_last_view_on_it_is_gone(keep: str) -> None:
+def test_memory_is_used_again_when_the_last_view_on_it_is_gone(
+    keep: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arena, "C_TENSORS", compiled and arena.C_TENSORS)
     buffer = filled(extras={"cost": Field((), "bfloat16")}).buffer
     batch = buffer.sample(4)
     place = batch.observations.data_ptr()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from math import prod
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from brc_fast import _core
@@ -17,6 +17,7 @@ from brc_fast.batch import Batch
 
 from .fields import Field, Spec
 
+C_TENSORS = _core.read_tensors(Tensor)  # a torch without that interface is slower here and in `add`
 ALIGNMENT = 64
 MOST_SHAPES = 8  # sizes of batches, whose memory is kept to be used again
 ORDER = ("observations", "next_observations", "rewards", "masks", "task_ids")  # then the fields of a row
@@ -37,11 +38,11 @@ def batch_of(tensors: Mapping[str, Tensor]) -> Batch:
 
 
 class Lease(NamedTuple):
-    """One batch's memory: `arrays` for the store to fill, `batch` for the user, both on the same bytes."""
+    """One batch's memory: `views` of `slot` for the store to fill, `batch` on them for the user."""
 
-    arrays: list[NDArray[Any]]
+    views: _core.Views
+    slot: _core.Slot
     batch: Batch
-    memory: NDArray[np.uint8]
 
 
 def _slot(nbytes: int, pinned: bool) -> _core.Slot:
@@ -58,19 +59,27 @@ class _Shape:
         self.names = list(columns)
         self.shapes = [size + field.shape for field in columns.values()]
         self.dtypes = [field.torch_dtype for field in columns.values()]
-        self.bfloat16 = [i for i, dtype in enumerate(self.dtypes) if dtype is torch.bfloat16]
         self.offsets, self.nbytes = [], 0
         for shape, field in zip(self.shapes, columns.values(), strict=True):
             self.offsets.append(self.nbytes)
             self.nbytes += -(-prod(shape) * field.numpy_dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        numpy_dtypes = [field.numpy_dtype for field in columns.values()]
-        self.views = _core.Views(list(zip(numpy_dtypes, self.shapes, self.offsets, strict=True)))
+        parts = zip(columns.values(), self.shapes, self.offsets, strict=True)
+        self.views = _core.Views(
+            [_core.Part(field.numpy_dtype, field.dlpack, shape, offset) for field, shape, offset in parts]
+        )
         self.slots: list[_core.Slot] = []
-        self.in_batch = [self.names.index(name) for name in Batch._fields]
+        self.in_batch = itemgetter(*(self.names.index(name) for name in Batch._fields))
         self.further = [name for name in self.names if name not in Batch._fields]
 
+    def tensors(self, slot: _core.Slot) -> list[Tensor]:
+        """The columns on a slot."""
+        if C_TENSORS:
+            return self.views.tensors(slot)
+        arrays = self.views.arrays(slot)
+        return [torch.from_numpy(a).view(dtype) for a, dtype in zip(arrays, self.dtypes, strict=True)]
+
     def batch(self, tensors: list[Tensor]) -> Batch:
-        batch = Batch(*[tensors[i] for i in self.in_batch])
+        batch = Batch(*self.in_batch(tensors))
         if self.further:
             batch.extras = {name: tensors[self.names.index(name)] for name in self.further}
         return batch
@@ -94,11 +103,8 @@ class Arena:
         with self._lock:
             shape = self._shape(num_batches, batch_size)
             slot = _slot(shape.nbytes, False) if fresh else self._free(shape)
-            arrays = shape.views.make(slot)
-        tensors = [torch.from_numpy(array) for array in arrays]
-        for i in shape.bfloat16:
-            tensors[i] = tensors[i].view(torch.bfloat16)
-        return Lease(arrays, shape.batch(tensors), slot.memory)
+            tensors = shape.tensors(slot)
+        return Lease(shape.views, slot, shape.batch(tensors))
 
     def on_device(self, memory: Tensor, num_batches: int, batch_size: int) -> Batch:
         """A batch from a copy of a slot's bytes on another device."""

@@ -19,9 +19,6 @@ from .fields import Array, Field, Spec, checked
 from .prefetch import Prefetcher
 from .request import required_sizes
 
-DLPACK = {"i": 0, "u": 1, "f": 2, "bfloat": 4, "b": 6}  # its codes of numpy's kinds of dtypes
-_core.read_tensors(Tensor)  # a torch that offers no C interface to them is slower, no more
-
 
 class ReplayBuffer(Buffer):
     """Keeps the newest transitions of N environment slots and samples them.
@@ -190,7 +187,7 @@ class ReplayBuffer(Buffer):
         request = self._requests(n_step, discount, tasks, weights)
         self._require_stored(batch_size)
         lease = self._arena.lease(*size, fresh=copy)
-        self._store.sample(request, *size, lease.arrays)
+        self._store.sample(request, *size, lease.views, lease.slot)
         return lease.batch
 
     def prefetch(
@@ -265,7 +262,5 @@ class ReplayBuffer(Buffer):
 
 def _exact(field: Field) -> _core.Expected:
     """What needs no look from Python."""
-    dtype, bits = field.numpy_dtype, 8 * field.numpy_dtype.itemsize
-    if field.dtype == "bfloat16":  # numpy has none
-        return _core.Expected(-1, DLPACK["bfloat"], bits, field.shape)
-    return _core.Expected(dtype.num, DLPACK[dtype.kind], bits, field.shape)
+    known = -1 if field.dtype == "bfloat16" else field.numpy_dtype.num  # numpy has no such type
+    return _core.Expected(known, field.dlpack, 8 * field.numpy_dtype.itemsize, field.shape)

@@ -40,6 +40,8 @@ DTYPES = {
     },
 }
 
+DLPACK = {"i": 0, "u": 1, "f": 2, "bfloat": 4, "b": 6}  # its codes of numpy's kinds of dtypes
+
 
 def integer(name: str, value: object) -> int:
     """`value` as an int; TypeError with its name for what is none."""
@@ -120,6 +122,11 @@ class Field:
     def numpy_dtype(self) -> np.dtype[Any]:
         """Of the same bytes; numpy has no bfloat16."""
         return DTYPES[self.dtype].numpy
+
+    @property
+    def dlpack(self) -> int:
+        """The code of its kind of numbers."""
+        return DLPACK["bfloat" if self.dtype == "bfloat16" else self.numpy_dtype.kind]
 
     def native(self, name: str) -> _core.Field:
         """The compiled store's record of it."""

@@ -118,9 +118,9 @@ class _Worker:
 
     def gather(self, draw: int) -> _Gathered | None:
         gathered = _Gathered(self.arena.lease(*self.size), draw)
-        arrays = gathered.lease.arrays
+        views, slot, _ = gathered.lease
         try:
-            self.store.gather_ahead(self.request, draw, *self.size, arrays, gathered.ahead)
+            self.store.gather_ahead(self.request, draw, *self.size, views, slot, gathered.ahead)
         except ValueError:  # too little is stored: `settle` says so, if a batch is asked for
             return None
         if self.stream is not None:
@@ -130,7 +130,7 @@ class _Worker:
     def copy(self, lease: Lease) -> tuple[Tensor, torch.cuda.Event]:
         assert self.stream is not None
         with torch.cuda.stream(self.stream):
-            flat = torch.from_numpy(lease.memory).to(self.device, non_blocking=True)
+            flat = torch.from_numpy(lease.slot.memory).to(self.device, non_blocking=True)
             return flat, self.stream.record_event()
 
 
@@ -170,8 +170,8 @@ class Prefetcher(Iterator[Batch]):
         """
         worker = self._worker
         gathered = worker.take() or _Gathered(worker.arena.lease(*worker.size), -1)
-        arrays = gathered.lease.arrays
-        changed = worker.store.settle(worker.request, *worker.size, arrays, gathered.ahead)
+        views, slot, _ = gathered.lease
+        changed = worker.store.settle(worker.request, *worker.size, views, slot, gathered.ahead)
         self.regathered += changed
         if self.device.type == "cpu":
             return gathered.lease.batch
