@@ -78,7 +78,6 @@ class Captured:
         if self.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """The function's result for these inputs.
@@ -134,8 +133,12 @@ class Captured:
         return None if self.stream is None else event()
 
     def queue(self) -> AbstractContextManager[object]:
-        """Makes `stream` the current one in a block, for what must happen between two calls."""
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+        """Makes `stream` the current one in a block, for what must happen between two calls and after all
+        that was queued before."""
+        if self.stream is None:
+            return nullcontext()
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self.stream)
 
     def join(self) -> None:
         """Let the current stream wait for all calls made so far."""
@@ -166,6 +169,8 @@ class Captured:
             self.stream.synchronize()
         self._signature, self._calls = signature, 0
         self._slots = [_Slots(inputs, self.device) for _ in range(2)]
+        # torch refuses a pool whose graphs are gone while something still has memory of it
+        self._pool = torch.cuda.graph_pool_handle()
         self._copies.wait_stream(torch.cuda.current_stream(self.device))  # whose old memory that may be
 
     def _capture(self, slots: _Slots) -> None:

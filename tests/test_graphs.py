@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tape import Tape
 from torch import Tensor
 
-from brc_fast import BRC, ActorConfig, Batch, CriticConfig, kernels
+from brc_fast import BRC, ActorConfig, Batch, CriticConfig, graphs, kernels
 from brc_fast.agent import METRICS
 from brc_fast.graphs import Captured
 
@@ -189,6 +192,92 @@ def test_without_cuda_the_function_runs_as_it_is_and_says_why() -> None:
     assert learner.updates.seconds() > 0.0
     assert learner.updates.seconds() == 0.0
     assert learner.updates.captures == 0
+
+
+class FakeGPU:
+    """Enough of torch.cuda to capture: streams note whom they wait for, and a pool is refused as torch does
+    it, where the last graph in it is gone and something else is not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pools: list[weakref.WeakSet[Any]] = []
+        self.current = self.stream()
+        gpu = self
+
+        class Graph:
+            def replay(self) -> None:
+                pass
+
+        class Slots(graphs._Slots):
+            def __init__(self, inputs: list[Tensor], device: torch.device) -> None:
+                super().__init__(inputs, torch.device("cpu"))
+
+        def pool() -> int:
+            gpu.pools.append(weakref.WeakSet())
+            return len(gpu.pools) - 1
+
+        used = set()
+
+        @contextmanager
+        def graph(into: Graph, pool: int, stream: object, capture_error_mode: str) -> Iterator[None]:
+            if pool in used and not gpu.pools[pool]:
+                raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+            yield
+            used.add(pool)
+            gpu.pools[pool].add(into)
+
+        @contextmanager
+        def on(stream: Any) -> Iterator[None]:
+            before, gpu.current = gpu.current, stream
+            yield
+            gpu.current = before
+
+        fakes = {
+            "CUDAGraph": Graph,
+            "Stream": self.stream,
+            "current_device": lambda: 0,
+            "current_stream": lambda device: gpu.current,
+            "default_generators": [torch.Generator()],
+            "graph": graph,
+            "graph_pool_handle": pool,
+            "stream": on,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+        monkeypatch.setattr(graphs, "event", lambda timed=False: event)
+        monkeypatch.setattr(graphs, "_Slots", Slots)
+        monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: None)
+
+    def stream(self, device: object = None) -> SimpleNamespace:
+        seen: list[object] = []
+        return SimpleNamespace(
+            waited=seen, wait_stream=seen.append, wait_event=lambda event: None, synchronize=lambda: None
+        )
+
+
+def test_other_shapes_are_captured_into_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the function keeps of a capture, as plans keep their inputs, outlives the graphs before."""
+    gpu = FakeGPU(monkeypatch)
+    captured = Captured(lambda x: x + 1.0, "cuda")
+    for _ in range(3):
+        captured([torch.zeros(2)])
+    with pytest.warns(UserWarning, match="captured anew"):
+        captured([torch.zeros(3)])
+    for _ in range(2):
+        captured([torch.zeros(3)])
+    assert captured.reason is None
+    assert captured.captures == 4
+    assert [len(alive) for alive in gpu.pools] == [0, 2]
+
+
+def test_what_happens_between_calls_waits_for_what_was_queued_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGPU(monkeypatch)
+    captured = Captured(lambda x: x, "cuda")
+    mine = gpu.current
+    with captured.queue():
+        assert gpu.current is captured.stream
+    assert captured.stream.waited == [mine]  # type: ignore[union-attr]
+    assert gpu.current is mine
 
 
 def on_cuda() -> AbstractContextManager[object]:
