@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -309,6 +310,48 @@ def test_every_restart_has_a_start_state_of_its_own():
 
 
 @needs_mjx
+def test_actions_on_a_gpu_are_there_and_aligned_when_jax_reads_them(monkeypatch):
+    """A CPU client of JAX, as some of a GPU's, has no stream that could wait for torch's."""
+    import jax
+
+    from brc_fast.envs import mjx
+
+    waited = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append(True))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.dlpack, "from_dlpack", lambda actions: actions)
+    rows = torch.arange(9.0)
+    for actions in (rows[:8].view(4, 2), rows[1:].view(4, 2), rows[:8].view(2, 4).T):
+        given = mjx._to_jax(actions)
+        assert given.data_ptr() % 16 == 0
+        assert given.is_contiguous()
+        assert torch.equal(given, actions)
+    assert len(waited) == 3
+    monkeypatch.setattr(mjx, "_waits", lambda: True)
+    mjx._to_jax(rows)
+    assert len(waited) == 3
+
+
+@needs_mjx
+def test_start_states_are_computed_when_nothing_of_torchs_is_under_way(monkeypatch):
+    """Their program takes no actions: in memory that was torch's, only the host can make it wait."""
+    from brc_fast.envs import mjx
+
+    env, told = cartpole(episode_length=2), []
+    monkeypatch.setattr(mjx, "_wait_for_torch", lambda: told.append("wait"))
+    env.compile()
+    reset = env._programs.reset
+    monkeypatch.setattr(env._programs, "reset", lambda *given: (told.append("reset"), reset(*given))[1])
+    env.reset_tensors(0)
+    assert told == ["wait", "reset", "reset"]
+    rollout(env, actions_for(env, 8))
+    assert len(told) > 6
+    assert told[3:] == ["wait", "reset"] * (len(told[3:]) // 2)
+
+
+@needs_mjx
 def test_slots_that_end_at_different_times_never_share_a_start_state():
     import jax.numpy as jnp
 
@@ -508,6 +551,16 @@ def test_environments_of_one_size_share_what_is_compiled():
     first, second = cartpole(), cartpole(seed=1, episode_length=100)
     assert first._programs is second._programs
     assert (first.max_episode_steps, second.max_episode_steps) == (20, 100)
+
+
+@needs_mjx
+@pytest.mark.parametrize(("used", "preallocates"), [("", "false"), ("jax.devices(); ", "true")])
+def test_jax_leaves_memory_to_torch_unless_it_was_used_before(used, preallocates):
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    code = f"import os; os.environ.pop({name!r}, None); import jax; {used}"
+    code += f"from brc_fast.envs import _jax; _jax.setup(); print(os.environ[{name!r}])"
+    done = in_new_process(code)
+    assert done.stdout.strip() == preallocates, done.stderr
 
 
 @needs_mjx

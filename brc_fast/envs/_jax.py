@@ -23,15 +23,15 @@ _CACHED_ABOVE_SECONDS = 0.2
 @functools.cache
 def setup() -> None:
     """Leave GPU memory to torch and keep compiled programs between processes. Does its work once."""
-    too_late = "jax" in sys.modules
+    too_late = _started()
     preallocate = os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "true" if too_late else "false")
 
     import jax
 
     if too_late and preallocate.lower() in ("true", "1") and jax.default_backend() == "gpu":
         warnings.warn(
-            "jax was imported before brc_fast.envs and will take most of the GPU's memory from torch; "
-            "set XLA_PYTHON_CLIENT_PREALLOCATE=false before the first import of jax",
+            "jax was used before brc_fast.envs and will take most of the GPU's memory from torch; "
+            "set XLA_PYTHON_CLIENT_PREALLOCATE=false before",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -43,6 +43,13 @@ def setup() -> None:
         compilation_cache.reset_cache()
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_ABOVE_SECONDS)
+
+
+def _started() -> bool:
+    """Whether JAX has its devices: until then, imported or not, it takes what is set for their memory."""
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    started = getattr(bridge, "backends_are_initialized", lambda: "jax" in sys.modules)
+    return bool(started())
 
 
 def cache_folder() -> Path:

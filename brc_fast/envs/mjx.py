@@ -9,6 +9,7 @@ many were used is read one step late, so the host never waits for the step that 
 
 from __future__ import annotations
 
+import functools
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ import jax.numpy as jnp  # noqa: E402
 
 if TYPE_CHECKING:
     from ._playground import Randomizer
+
+
+ALIGNMENT = 16  # bytes, which XLA demands of the arguments of a program
 
 
 class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.float32], NDArray[Any]]):
@@ -146,6 +150,7 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
             self._fill(short, each)
 
     def _fill(self, short: NDArray[np.bool_], each: int) -> None:
+        _wait_for_torch()  # this program takes no actions, by which a step waits
         fresh = self._fresh()
         for place in range(BLOCKS):
             taking = short & (self._filled % BLOCKS == place)
@@ -210,8 +215,24 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
 
 def _to_jax(actions: Tensor) -> Any:
     if actions.is_cuda and jax.default_backend() == "gpu":
-        return jax.dlpack.from_dlpack(actions.contiguous())
+        actions = actions.contiguous()
+        if actions.data_ptr() % ALIGNMENT:
+            actions = actions.clone()
+        if not _waits():
+            torch.cuda.current_stream(actions.device).synchronize()
+        return jax.dlpack.from_dlpack(actions)
     return actions.cpu().numpy()  # 15 us, where DLPack takes 30
+
+
+@functools.cache
+def _waits() -> bool:
+    """Whether JAX lets the device wait for what torch has queued on a tensor; where it has no stream for
+    that, it takes the tensor as it is."""
+    try:
+        jax.devices()[0].get_stream_for_external_ready_events()
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 def _wait_for_torch() -> None:
