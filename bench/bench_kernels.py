@@ -459,11 +459,13 @@ def run(
     ops: Sequence[str] | None = None,
     cases: Sequence[Case] | None = None,
     batches: Callable[[Case], Sequence[int]] = batches_of,
+    keep: Callable[[dict[str, Any]], object] = lambda found: None,
 ) -> dict[str, Any]:
     """Everything above, what matters most first, until the time is up.
 
     Targets, and many rows of what moves little, belong to the usual `batches`. What was not reached is
-    counted. Where an error spoils the device, "aborted" says so beside what there is.
+    counted. Where an error spoils the device, "aborted" says so beside what there is. `keep` is called with
+    what there is after each pass over the cases.
     """
     for known in (precise, wrong_in_float32):
         known.cache_clear()
@@ -503,6 +505,19 @@ def run(
         (small, OWN),
     ]
     missed, aborted = 0, None
+
+    def found() -> dict[str, Any]:
+        done = [row for part in (real, many, small) for row in part if row.providers]
+        return {
+            "machine": speed,
+            "products": matrices,
+            "rows": [row.stored() for row in done],
+            "measurements": [entry for row in done for entry in row.measurements()],
+            "equality": equality([]),  # a provider that differs has a reason in the place of its time
+            "not_reached": missed,
+            "aborted": aborted,
+        }
+
     for part, names in passes:
         if not part:
             continue
@@ -525,18 +540,10 @@ def run(
                     print(f"  aborted: {aborted}", flush=True)
             if any(name in row.providers for name in names):
                 print(row, flush=True)
+        keep(found())
     if missed:
         print(f"  {missed} measurements were not made: time was up", flush=True)
-    done = [row for part in (real, many, small) for row in part if row.providers]
-    return {
-        "machine": speed,
-        "products": matrices,
-        "rows": [row.stored() for row in done],
-        "measurements": [entry for row in done for entry in row.measurements()],
-        "equality": equality([]),  # a provider that differs has a reason in the place of its time
-        "not_reached": missed,
-        "aborted": aborted,
-    }
+    return found()
 
 
 def workload_sizes(names: Sequence[str], dry: bool) -> dict[Case, int]:

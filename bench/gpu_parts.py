@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ ENVIRONMENTS = [
     ("mjx/dmc25", 128),
     *((f"mjx/{task}", slots) for slots in (4096, 128) for task in ("CheetahRun", "HumanoidRun", "WalkerRun")),
 ]
+TESTS = 480.0  # seconds of all tests, which end before their part is stopped
 RATES = ("time/updates_per_second", "time/environment_steps_per_second")
 _MANY = "--num-envs 128 --updates-per-step 8 --batch-size 1024 --critic.width 1024 --steps 100000000"
 _REPORTS = "--report-every 20000 --eval-every 500000 --checkpoint-every 100000000"
@@ -87,6 +89,13 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
     return {**found, "status": "failed", "reason": found["equality"]}
 
 
+def keep(part: Part, name: str, found: dict[str, Any]) -> None:
+    """Store what a part has so far, for the case that it does not come to its end."""
+    from harness import write
+
+    write(f"gpu-{name}", {"part": name, **found}, part.folder)
+
+
 def site(dry: bool) -> Path:
     """The folder that the package is built to; a dry run leaves the other one alone."""
     return ROOT / "build" / "gpu-dry-site" if dry else SITE
@@ -109,8 +118,9 @@ def limits(part: Part) -> dict[str, Any]:
     return run(part.device, part.seconds, dry=part.dry)
 
 
-def pytest(files: list[str], part: Part) -> dict[str, Any]:
-    """The tests marked gpu of these files, in a process of their own; a dry run sends them to the CPU."""
+def pytest(files: list[str], part: Part, end: float) -> dict[str, Any]:
+    """The tests marked gpu of these files, in a process of their own that is stopped at `end`; a dry run
+    sends them to the CPU."""
     environment = os.environ | {"BRC_FAST_GPU_DRY": "1" if part.dry else "0"}
     code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # keeps the checkout off sys.path
     words = ["-m", "gpu", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", *files]
@@ -120,7 +130,7 @@ def pytest(files: list[str], part: Part) -> dict[str, Any]:
             [sys.executable, "-P", "-c", code, *words],
             cwd=ROOT,
             env=environment,
-            timeout=max(300.0, part.seconds),
+            timeout=max(1.0, end - start),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -140,15 +150,18 @@ def test(part: Part) -> dict[str, Any]:
     found = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
     files = [str(path.relative_to(ROOT)) for path in found]
     groups = [files] if part.dry else [[name] for name in files]
+    end, runs = time.perf_counter() + TESTS, list[dict[str, Any]]()
     with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
-        runs = list(pool.map(lambda group: pytest(group, part), groups))
-    for run in runs:
-        good = run["returncode"] in (0, 5)
-        lines = run.pop("output").strip().splitlines()
-        run["summary"] = lines[-1] if lines else ""
-        run["failed"] = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-        names = ", ".join(Path(name).name for name in run["files"])
-        print(f"  {names}: {run['summary']}" if good else "\n".join(lines[-60:]), flush=True)
+        for done in as_completed([pool.submit(pytest, group, part, end) for group in groups]):
+            run = done.result()
+            runs.append(run)
+            good = run["returncode"] in (0, 5)
+            lines = run.pop("output").strip().splitlines()
+            run["summary"] = lines[-1] if lines else ""
+            run["failed"] = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+            names = ", ".join(Path(name).name for name in run["files"])
+            print(f"  {names}: {run['summary']}" if good else "\n".join(lines[-60:]), flush=True)
+            keep(part, "test", {"runs": runs})
     wrong = [run for run in runs if run["returncode"] not in (0, 5)]
     if wrong:
         names = ", ".join(f"{Path(run['files'][0]).name} ({run['returncode']})" for run in wrong)
@@ -162,7 +175,8 @@ def kernels(part: Part) -> dict[str, Any]:
     import torch
     from bench_kernels import run
 
-    found = run(torch.device(part.device), 60.0 if part.dry else part.seconds, dry=part.dry)
+    seconds = 60.0 if part.dry else part.seconds
+    found = run(torch.device(part.device), seconds, dry=part.dry, keep=partial(keep, part, "kernels"))
     if found["aborted"] is not None:
         return {**found, "status": "failed", "reason": found["aborted"]}
     return found
@@ -171,7 +185,6 @@ def kernels(part: Part) -> dict[str, Any]:
 def update(part: Part) -> dict[str, Any]:
     """Updates per second over width and batch, ours and others, with floors (bench_update.py)."""
     from bench_update import run, table, wanted, wrong
-    from harness import write
 
     found = run(
         part.device,
@@ -181,7 +194,7 @@ def update(part: Part) -> dict[str, Any]:
         seconds=120.0 if part.dry else part.seconds,
         updates=2,
         dry=part.dry,
-        keep=lambda rows: write("gpu-update", {"part": "update", **rows}, part.folder),
+        keep=partial(keep, part, "update"),
     )
     print(table(found["rows"]), flush=True)
     if differing := wrong(found["rows"]):
@@ -193,14 +206,13 @@ def scaling(part: Part) -> dict[str, Any]:
     """How the cost of an update grows with width, batch and tasks, that of a step with environments
     (bench_scaling.py)."""
     from bench_scaling import AXES, run
-    from harness import write
 
     found = run(
         part.device,
         [axis for axis in AXES if axis != "environments" or not missing("envs")],
         seconds=20.0 if part.dry else part.seconds,
         dry=part.dry,
-        keep=lambda rows: write("gpu-scaling", {"part": "scaling", **rows}, part.folder),
+        keep=partial(keep, part, "scaling"),
     )
     return judged(found)
 
@@ -230,6 +242,7 @@ def envs(part: Part) -> dict[str, Any]:
         else:
             rows.append(compare(task, slots, part.seconds / 20, part.device))
         print(f"  {line(rows[-1])}", flush=True)
+        keep(part, "envs", collected([dict(row) for row in rows]))
     return judged(collected(rows))
 
 
@@ -237,34 +250,43 @@ def train(part: Part) -> dict[str, Any]:
     """The whole loop: through the command line, each run stopped when its share of half the time is over, and
     with our learner beside a plain one (bench_train.py)."""
     need("train")
-    from brc_fast.metrics import read_rows
-
     runs = {}
     for name, words in (DRY_RUNS if part.dry else RUNS).items():
-        folder = ROOT / "build" / f"gpu-{name}"
-        command = [sys.executable, "-m", "brc_fast.cli", "train", *words.split()]
-        command += ["--run", str(folder), "--overwrite"]
-        seconds = 300.0 if part.dry else part.seconds / 2 / len(RUNS)
-        with subprocess.Popen(command) as process:
-            try:
-                code = process.wait(seconds)
-            except subprocess.TimeoutExpired:  # Ctrl-C: it ends its step and saves
-                process.send_signal(signal.SIGINT)
-                try:
-                    code = process.wait(60.0)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    raise RuntimeError(f"{name}: brc-fast train did not end within a minute") from None
-        if code not in (0, 130):
-            raise RuntimeError(f"{name}: brc-fast train ended with {code}")
-        rows = read_rows(folder / "metrics.jsonl")
-        rates = [row for row in rows if row.get("time/updates_per_second", 0) > 0][1:]
-        told = {key: statistics.median(row[key] for row in rates) for key in RATES} if rates else {}
-        print(f"  {name}: {told}", flush=True)
-        curve = [{k: v for k, v in row.items() if k == "step" or k.startswith("eval/")} for row in rows]
-        runs[name] = {"settings": words, "rates": told, "evaluations": [row for row in curve if len(row) > 1]}
+        try:
+            runs[name] = trained(name, words, 300.0 if part.dry else part.seconds / 2 / len(RUNS))
+        except RuntimeError as error:  # of one run: the others, and the learners, go on
+            runs[name] = {"settings": words, "missing": str(error)}
+        print(f"  {name}: {runs[name].get('missing', runs[name].get('rates'))}", flush=True)
+        keep(part, "train", {"runs": runs})
     found = time_to_return(part)
-    return {**found, "runs": runs, "seeds": found["runs"]}
+    broken = [run["missing"] for run in runs.values() if "missing" in run]
+    failed = {"status": "failed", "reason": "; ".join([*broken, *filter(None, [found.get("reason")])])}
+    return {**found, "runs": runs, "seeds": found["runs"], **(failed if broken else {})}
+
+
+def trained(name: str, words: str, seconds: float) -> dict[str, Any]:
+    """Rates and evaluations of a run that is stopped after so many seconds; RuntimeError if it broke."""
+    from brc_fast.metrics import read_rows
+
+    folder = ROOT / "build" / f"gpu-{name}"
+    command = [sys.executable, "-m", "brc_fast.cli", "train", *words.split()]
+    with subprocess.Popen([*command, "--run", str(folder), "--overwrite"]) as process:
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:  # Ctrl-C: it ends its step and saves
+            process.send_signal(signal.SIGINT)
+            try:
+                code = process.wait(60.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise RuntimeError(f"{name}: brc-fast train did not end within a minute") from None
+    if code not in (0, 130):
+        raise RuntimeError(f"{name}: brc-fast train ended with {code}")
+    rows = read_rows(folder / "metrics.jsonl")
+    rates = [row for row in rows if row.get("time/updates_per_second", 0) > 0][1:]
+    told = {key: statistics.median(row[key] for row in rates) for key in RATES} if rates else {}
+    curve = [{k: v for k, v in row.items() if k == "step" or k.startswith("eval/")} for row in rows]
+    return {"settings": words, "rates": told, "evaluations": [row for row in curve if len(row) > 1]}
 
 
 def time_to_return(part: Part) -> dict[str, Any]:

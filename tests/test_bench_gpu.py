@@ -168,6 +168,57 @@ def test_the_package_is_built_from_what_is_installed_to_a_folder_of_its_own(
     assert {"--no-index", "--no-build-isolation", "--no-deps"} < set(words)
 
 
+def test_what_tests_found_is_stored_one_file_after_the_other(
+    gpu: Any, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slowest file does not cost the others their results, and ends before its part does."""
+    parts, stored = importlib.import_module("gpu_parts"), kept / "gpu-test.json"
+    (kept.parent.parent / "tests").mkdir(parents=True)
+    for name in ("slow", "quick"):
+        (kept.parent.parent / "tests" / f"test_{name}.py").write_text(
+            "mark." + "gpu"
+        )  # not found in this file
+
+    def run(words: list[str], timeout: float, **options: Any) -> Any:
+        assert 0.0 < timeout <= parts.TESTS < gpu.END
+        if words[-1] == "tests/test_slow.py":
+            end = time.monotonic() + 30.0
+            while not stored.exists() or "quick" not in stored.read_text():
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            raise subprocess.TimeoutExpired(words, timeout, output=b"one line")
+        return subprocess.CompletedProcess(words, 0, "3 passed")
+
+    monkeypatch.setattr(parts, "missing", lambda name: None)
+    monkeypatch.setattr(parts.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(parts.subprocess, "run", run)
+    monkeypatch.setattr("harness._git", lambda *words: None)
+    found = parts.test(gpu.Part(1.0, "cuda", False, kept))
+    assert found["reason"] == "pytest -m gpu failed: test_slow.py (124)"
+    assert [one["summary"] for one in found["runs"]] == ["3 passed", "one line"]
+    assert json.loads(stored.read_text())["runs"] == found["runs"]
+
+
+def test_a_run_that_breaks_costs_neither_the_others_nor_the_learners(
+    gpu: Any, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = importlib.import_module("gpu_parts")
+
+    def trained(name: str, words: str, seconds: float) -> dict[str, Any]:
+        if name == "cheetah":
+            raise RuntimeError("cheetah: brc-fast train ended with 1")
+        return {"settings": words, "rates": {}, "evaluations": []}
+
+    monkeypatch.setattr(parts, "missing", lambda name: None)
+    monkeypatch.setattr(parts, "trained", trained)
+    monkeypatch.setattr(parts, "time_to_return", lambda part: {"equality": "passed", "runs": ["a seed"]})
+    found = parts.train(gpu.Part(1.0, "cuda", False, kept))
+    assert (found["status"], found["reason"]) == ("failed", "cheetah: brc-fast train ended with 1")
+    assert found["seeds"] == ["a seed"]
+    assert ["missing" in run for run in found["runs"].values()] == [True, False, False]
+    assert json.loads((kept / "gpu-train.json").read_text())["runs"] == found["runs"]
+
+
 @pytest.mark.slow
 def test_a_dry_run_covers_scaling_and_training(gpu: Any, kept: Path) -> None:
     from harness import read

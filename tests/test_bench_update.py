@@ -312,6 +312,19 @@ def test_an_error_in_an_op_takes_our_time_away_and_tells_why(
     assert found["equality"] == f"failed: {bench.wrong(found['rows'])[0]}"
 
 
+def test_jax_has_its_copy_before_torch_may_write_to_the_memory_again(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optax", reason="the JAX peer needs optax; pip install the bench extra")
+    from peers import jax_plain
+
+    waited, wait = list[object](), jax_plain.jax.block_until_ready
+    monkeypatch.setattr(jax_plain.jax, "block_until_ready", lambda x: waited.append(x) or wait(x))
+    copy = jax_plain.from_torch(torch.ones(3, 2).T)
+    assert [id(x) for x in waited] == [id(copy)]
+    assert copy.shape == (2, 3)
+
+
 @pytest.mark.parametrize("tasks", [1, 3])
 @pytest.mark.parametrize("name", ["plain", "compiled", pytest.param("jax", marks=pytest.mark.slow)])
 def test_a_peer_has_a_time_until_it_is_broken(

@@ -322,7 +322,8 @@ class FakeGPU:
                 gpu.clock += sum(self.work)
 
         @contextmanager
-        def graph(into: Graph, stream: object) -> Iterator[None]:
+        def graph(into: Graph, pool: str, stream: object) -> Iterator[None]:
+            assert gpu.current is stream  # which a capture that fails would leave in the place of another
             gpu.capturing = into.work
             yield
             gpu.captures.append(len(into.work))
@@ -330,12 +331,18 @@ class FakeGPU:
 
         @contextmanager
         def on(stream: object) -> Iterator[None]:
-            yield
+            before, gpu.current = gpu.current, stream
+            try:
+                yield
+            finally:
+                gpu.current = before
 
+        self.current: object = None
         fakes = {
             "Event": Event,
             "CUDAGraph": Graph,
             "graph": graph,
+            "graph_pool_handle": lambda: "pool",
             "stream": on,
             "current_device": lambda: 0,
             "current_stream": lambda: None,
@@ -386,3 +393,19 @@ def test_a_call_that_waits_for_the_device_is_refused_before_capture(monkeypatch:
         _timing.seconds_per_call([waits, waits], torch.device("cuda"), 0.0)
     assert gpu.captures == []
     assert gpu.modes[-1] == 0
+
+
+def test_a_capture_that_fails_leaves_no_pool_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, ended = FakeGPU(monkeypatch), list[tuple[object, ...]]()
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda *which: ended.append(which), raising=False
+    )
+
+    def fails() -> None:
+        if gpu.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        _timing.seconds_per_call([fails, fails], torch.device("cuda"), 0.0)
+    assert ended == [(0, "pool")]
+    assert gpu.current is None

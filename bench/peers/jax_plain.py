@@ -23,8 +23,12 @@ LAYER = ("kernel", "bias", "norm_weight", "norm_bias")
 
 
 def from_torch(value: torch.Tensor) -> jax.Array:
-    """A copy on the same device."""
-    return jnp.copy(jnp.from_dlpack(value.detach().contiguous()))
+    """A copy on the same device. It is waited for: torch may write to what was copied from at once."""
+    value = value.detach().contiguous()
+    if value.is_cuda:
+        torch.cuda.synchronize()  # some clients of JAX do not wait for torch's streams
+    copy: jax.Array = jax.block_until_ready(jnp.copy(jnp.from_dlpack(value)))
+    return copy
 
 
 def network(state: dict[str, torch.Tensor]) -> Tree:
