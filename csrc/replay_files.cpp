@@ -172,7 +172,9 @@ void ReplayStore::check_segment(const Content& content, const SegmentFile& segme
            " that are not finite, and this store refuses them");
   };
   for (std::size_t s = 0; s < num_streams(); ++s) {
-    if (table.first[s] + table.rows[s] > content.count[s]) contradicts(s, "has rows after its last");
+    if (table.first[s] > content.count[s] || table.rows[s] > content.count[s] - table.first[s]) {
+      contradicts(s, "has rows after its last");
+    }
     std::uint32_t aside = 0;
     std::uint32_t flags = 0;
     for (std::uint32_t i = 0; i < table.rows[s]; ++i) {

@@ -10,7 +10,6 @@ namespace {
 
 // Side slots: one per row, one more per stream and what an add reserves stay below kSlot.
 constexpr std::size_t kMaxRows = std::size_t{1} << 29;
-constexpr std::size_t kMaxStack = 1024;
 constexpr std::uint32_t kLargestBatch = 0xFFFFFFFFu;
 constexpr std::uint32_t kShareQuad = 0xFFFFFFFFu;  // of the word that places the shares; no element has it
 
@@ -164,7 +163,7 @@ void ReplayIndex::refresh() noexcept {
   stale_ = false;
 }
 
-void ReplayIndex::add_to(Group& group, std::size_t s) const noexcept {
+void ReplayIndex::add_to(Group& group, std::size_t s) const {
   const std::uint32_t reach = streams_[s].reach();
   if (reach == 0) return;
   group.equal = group.ends.empty() || group.equal == reach ? reach : 0;

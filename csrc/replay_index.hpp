@@ -19,6 +19,8 @@ constexpr std::uint32_t kTerminated = 1u << 31;
 constexpr std::uint32_t kTruncated = 1u << 30;
 constexpr std::uint32_t kSlot = kTruncated - 1;
 
+constexpr std::size_t kMaxStack = 1024;  // frames of an observation, and steps summed
+
 /// The links of all rows, `stride` bytes apart in memory that somebody else owns.
 class Links {
  public:
@@ -194,7 +196,7 @@ class ReplayIndex {
   }
   void free_slot(std::size_t row) noexcept;
   void resize(Stream& stream, std::uint32_t size) noexcept;
-  void add_to(Group& group, std::size_t s) const noexcept;
+  void add_to(Group& group, std::size_t s) const;
 
   std::vector<Stream> streams_;     // N
   std::vector<std::size_t> sizes_;  // [T] transitions of each task

@@ -175,6 +175,7 @@ ReplayStore::ReplayStore(Layout layout, std::span<const std::int64_t> capacities
       side_(layout_.observation.bytes),
       all_streams_(task_ids.size()),
       departs_(task_ids.size()),
+      ends_(task_ids.size()),
       departed_(task_ids.size(), heads_.stride(), "the newest successors"),
       tails_(kGroup, tail_bytes(layout_), "rows to come") {
   std::memset(tails_.row(0), 0, tails_.nbytes());
@@ -189,21 +190,27 @@ void ReplayStore::reserve_slots(std::size_t more) {
 
 void ReplayStore::add(std::span<const std::int64_t> ids, const TransitionColumns& columns) {
   const std::unique_lock lock(mutex_);
-  if (ids.data() != all_streams_.data()) index_.require_streams(ids);
+  if (ids.data() != all_streams_.data()) {
+    given_.assign(ids.begin(), ids.end());
+    ids = given_;
+    index_.require_streams(ids);
+  }
   require_columns(columns, layout_, ids.size());
   const bool finite = stage(ids, columns);
   try {
     if (!finite && !allow_not_finite_) require_finite(ids, columns);
     std::size_t slots = 0;
     for (std::size_t i = 0; i < ids.size(); ++i) {
-      slots += std::size_t{departs_[i]} + ((columns.terminated[i] | columns.truncated[i]) != 0);
+      ends_[i] =
+          (columns.terminated[i] != 0 ? kTerminated : 0) | (columns.truncated[i] != 0 ? kTruncated : 0);
+      slots += std::size_t{departs_[i]} + (ends_[i] != 0);
     }
     reserve_slots(slots);
   } catch (...) {
     unstage(ids, columns);
     throw;
   }
-  for (std::size_t i = 0; i < ids.size(); ++i) commit(static_cast<std::size_t>(ids[i]), i, columns);
+  for (std::size_t i = 0; i < ids.size(); ++i) commit(static_cast<std::size_t>(ids[i]), i);
   index_.refresh();
 }
 
@@ -258,9 +265,9 @@ void ReplayStore::unstage(std::span<const std::int64_t> ids, const TransitionCol
   }
 }
 
-void ReplayStore::commit(std::size_t s, std::size_t i, const TransitionColumns& columns) noexcept {
+void ReplayStore::commit(std::size_t s, std::size_t i) noexcept {
   const Placement to =
-      index_.append(s, departs_[i] != 0, columns.terminated[i] != 0, columns.truncated[i] != 0);
+      index_.append(s, departs_[i] != 0, (ends_[i] & kTerminated) != 0, (ends_[i] & kTruncated) != 0);
   const auto keep_aside = [this](std::int64_t slot, const std::byte* observation) {
     std::memcpy(side_.at(static_cast<std::size_t>(slot)), observation, layout_.observation.bytes);
   };
@@ -471,9 +478,8 @@ void ReplayStore::gather_frames(const Pick& pick, const Window& window, std::siz
   const Stream& stream = index_.streams()[pick.stream];
   const std::size_t frame = layout_.observation.bytes;
   const std::size_t stack = layout_.stack;
-  std::array<std::uint32_t, 64> small;
-  std::vector<std::uint32_t> large(stack > small.size() ? stack : 0);
-  const std::span<std::uint32_t> positions = stack > small.size() ? std::span(large) : std::span(small);
+  std::array<std::uint32_t, kMaxStack> memory;
+  const std::span<std::uint32_t> positions(memory);
   const auto put_frames = [&](std::uint32_t pos, std::uint32_t back, std::size_t count, MutableBytes to) {
     index_.frames(stream, pos, back, positions.first(count));
     for (std::size_t f = 0; f < count; ++f) {

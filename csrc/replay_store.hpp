@@ -148,7 +148,7 @@ class ReplayStore {
   /// Brings the heads back that `stage` has overwritten.
   void unstage(std::span<const std::int64_t> streams, const TransitionColumns& columns) noexcept;
   /// Lets a staged transition count, the i-th of an add.
-  void commit(std::size_t s, std::size_t i, const TransitionColumns& columns) noexcept;
+  void commit(std::size_t s, std::size_t i) noexcept;
   void check_segment(const Content& content, const SegmentFile& segment) const;
   void apply_segment(const Content& content, const SegmentFile& segment);
   void reserve_slots(std::size_t more);
@@ -168,7 +168,9 @@ class ReplayStore {
   std::uint64_t life_ = 0;  // times that the content was replaced
   std::atomic<std::uint64_t> draws_ = 0;
   std::vector<std::int64_t> all_streams_;  // 0..N-1
+  std::vector<std::int64_t> given_;        // scratch of add: the streams it was given
   std::vector<unsigned char> departs_;     // [N] scratch of add: whether a transition departs from the head
+  std::vector<std::uint32_t> ends_;        // [N] scratch of add: the flags of its link
   RowBlock departed_;                      // [N] scratch of add: the heads that those depart from
   RowBlock tails_;                         // scratch of add: the lines of rows that observations do not fill
 };

@@ -336,6 +336,14 @@ def test_memory_that_the_system_does_not_have_is_refused_with_the_sizes() -> Non
         ReplayBuffer(2**28, 2**20, 1)
 
 
+@pytest.mark.parametrize("num_batches", [2**58, 2**62, 2**64])
+def test_batches_beyond_all_memory_are_refused_with_the_sizes(num_batches: int) -> None:
+    feed = filled()
+    with pytest.raises(MemoryError, match=f"bytes for {num_batches} batches of 2"):
+        feed.buffer.sample(2, num_batches)
+    feed.check_sample(2, 1)
+
+
 @pytest.mark.parametrize(
     "name", ["observations", "actions", "rewards", "masks", "next_observations", "task_ids"]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping
 from math import prod
@@ -63,6 +64,8 @@ class _Shape:
         for shape, field in zip(self.shapes, columns.values(), strict=True):
             self.offsets.append(self.nbytes)
             self.nbytes += -(-prod(shape) * field.numpy_dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        if self.nbytes > sys.maxsize:
+            raise MemoryError(f"cannot reserve {self.nbytes} bytes for {num_batches} batches of {batch_size}")
         parts = zip(columns.values(), self.shapes, self.offsets, strict=True)
         self.views = _core.Views(
             [_core.Part(field.numpy_dtype, field.dlpack, shape, offset) for field, shape, offset in parts]

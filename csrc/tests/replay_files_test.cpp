@@ -80,6 +80,14 @@ void tables_that_lie_change_nothing(std::uint64_t seed) {
       {"has rows after its last", [](Content&, SegmentTable& table) { ++table.rows[0]; }},
       {"has rows after its last", [](Content&, SegmentTable& table) { ++table.first[0]; }},
       {"has rows after its last", [](Content& content, SegmentTable&) { --content.count[0]; }},
+      {"has rows after its last",  // whose numbers pass the largest one, and end at the right one
+       [](Content& content, SegmentTable& table) {
+         table.first[0] = UINT64_MAX;
+         content.count[0] = table.rows[0] - 1;
+         content.kept[0] = std::min(content.kept[0], table.rows[0] - 1);
+         content.size[0] = std::min(content.size[0], content.kept[0]);
+         if (content.size[0] < content.capacity[0]) content.phase[0] = content.size[0];
+       }},
       {"", [](Content&, SegmentTable& table) { --table.rows[0]; }},
       {"lacks rows", [](Content& content, SegmentTable&) { ++content.count[0]; }},
       {"block 0 differs", [](Content&, SegmentTable& table) { --table.bytes; }},

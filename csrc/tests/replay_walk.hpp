@@ -279,6 +279,22 @@ class Walk {
     check(store->draws() == draws && store->seed() == own_seed, "a refusal changes nothing");
   }
 
+  /// A transition that a stream may get next.
+  [[nodiscard]] Transition any(std::size_t s) {
+    const auto& all = list->streams[s].all;
+    const bool goes_on = !all.empty() && !random.one_in(7);
+    Transition transition{goes_on ? all.back().successor : random.values(layout.observation),
+                          {},
+                          0.0f,
+                          random.one_in(9),
+                          random.one_in(9),
+                          random.values(layout.observation)};
+    for (const Field& field : layout.fields) transition.fields.push_back(random.values(field));
+    constexpr float scales[] = {1e-3f, 1.0f, 300.0f};  // so that the order of a sum matters
+    transition.reward = (static_cast<float>(random.below(2001)) - 1000.0f) / 7.0f * scales[random.below(3)];
+    return transition;
+  }
+
   [[nodiscard]] std::unique_ptr<ReplayStore> make() const {
     return std::make_unique<ReplayStore>(layout, capacities, task_ids, seed, false);
   }
@@ -302,20 +318,6 @@ class Walk {
       while (capacities.size() < tasks) capacities.push_back(random.of({1, 2, 3, 5, 8, 13, 21}));
     }
     store = make();
-  }
-  Transition any(std::size_t s) {
-    const auto& all = list->streams[s].all;
-    const bool goes_on = !all.empty() && !random.one_in(7);
-    Transition transition{goes_on ? all.back().successor : random.values(layout.observation),
-                          {},
-                          0.0f,
-                          random.one_in(9),
-                          random.one_in(9),
-                          random.values(layout.observation)};
-    for (const Field& field : layout.fields) transition.fields.push_back(random.values(field));
-    constexpr float scales[] = {1e-3f, 1.0f, 300.0f};  // so that the order of a sum matters
-    transition.reward = (static_cast<float>(random.below(2001)) - 1000.0f) / 7.0f * scales[random.below(3)];
-    return transition;
   }
 };
 

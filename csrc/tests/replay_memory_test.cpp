@@ -1,0 +1,143 @@
+// A ReplayStore whose allocations fail one after the other, or whose arguments change while it allocates, as
+// those that several processes share may.
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+
+#include "replay_walk.hpp"
+
+namespace {
+
+using Hook = std::function<void()>;
+Hook* on_allocation = nullptr;
+
+}  // namespace
+
+// Not inlined: GCC takes the parts of an inlined pair for a mismatch.
+[[gnu::noinline]] void* operator new(std::size_t bytes) {
+  if (Hook* const hook = std::exchange(on_allocation, nullptr)) {
+    (*hook)();  // may allocate
+    on_allocation = hook;
+  }
+  if (void* const data = std::malloc(std::max<std::size_t>(bytes, 1))) return data;
+  throw std::bad_alloc();
+}
+
+[[gnu::noinline]] void operator delete(void* data) noexcept {
+  std::free(data);
+}
+
+[[gnu::noinline]] void operator delete(void* data, std::size_t) noexcept {
+  std::free(data);
+}
+
+namespace brc::test {
+namespace {
+
+/// Runs a hook at every allocation of a call.
+template <class Call>
+void with(Hook hook, const Call& call) {
+  on_allocation = &hook;
+  try {
+    call();
+  } catch (...) {
+    on_allocation = nullptr;
+    throw;
+  }
+  on_allocation = nullptr;
+}
+
+/// Makes a call whose first allocation fails, then one whose second does, and so on until none fails.
+template <class Call, class Check>
+void fail_each(const Call& call, const Check& after) {
+  for (int allowed = 0;; ++allowed) {
+    int left = allowed;
+    const auto fail = [&left] {
+      if (left-- == 0) throw std::bad_alloc();
+    };
+    try {
+      with(fail, call);
+    } catch (const std::bad_alloc&) {
+      after();
+      continue;
+    }
+    return;
+  }
+}
+
+void failures_change_nothing(std::uint64_t seed) {
+  Walk walk(seed);
+  for (int step = 0; step < 20; ++step) {
+    Rows rows(walk.layout, walk.task_ids.size());
+    Ids ids(walk.task_ids.size());
+    std::vector<Transition> transitions;
+    for (std::size_t s = 0; s < ids.size(); ++s) {
+      ids[s] = static_cast<std::int64_t>(s);
+      const Transition& transition = transitions.emplace_back(walk.any(s));
+      put(rows.observations, s, transition.observation);
+      for (std::size_t f = 0; f < rows.fields.size(); ++f) put(rows.fields[f], s, transition.fields[f]);
+      rows.rewards[s] = transition.reward;
+      rows.terminated[s] = transition.terminated;
+      rows.truncated[s] = transition.truncated;
+      put(rows.successors, s, transition.successor);
+    }
+    const TransitionColumns columns = rows.columns();
+    fail_each([&] { walk.store->add(ids, columns); }, [&] { walk.check_transitions(*walk.store); });
+    for (std::size_t s = 0; s < ids.size(); ++s) walk.list->add(s, std::move(transitions[s]));
+    walk.check_transitions(*walk.store);
+
+    const Request request = walk.random.request(walk.capacities.size());
+    if (!walk.list->serves(request, 3)) continue;
+    Batch batch(walk.layout, 3), expected(walk.layout, 3);
+    const BatchColumns out = batch.columns();
+    const std::uint64_t draw = walk.store->draws();
+    fail_each([&] { walk.store->sample(request, 1, 3, out); },
+              [&] { check(walk.store->draws() == draw, "a batch that nobody got does not count"); });
+    walk.list->sample(request, walk.store->seed(), draw, 0, 3, expected);
+    check(batch == expected, "the next try gets the batch");
+  }
+  walk.saves.write(*walk.store, true);
+  const auto load = [&] { walk.saves.load(*walk.store, seed); };
+  fail_each(load, [&] {
+    if (walk.store->size() > 0) walk.check_transitions(*walk.store);
+  });
+  walk.check_transitions(*walk.store);
+}
+
+const Layout kPlain({"observation", 4, 4, Kind::integer}, {{"action", 1, 1, Kind::integer}}, 1);
+
+void arguments_that_change_spoil_no_memory() {
+  const Ids capacities{64}, task_ids(32, 0);
+  ReplayStore ending(kPlain, capacities, task_ids, 0, false), leaving(kPlain, capacities, task_ids, 0, false);
+  Rows rows(kPlain, 32), two(kPlain, 2);
+  rows.terminated[0] = 1;
+  const TransitionColumns columns = rows.columns();
+  with([&] { std::ranges::fill(rows.terminated, 1); }, [&] { ending.add(columns); });
+  check(ending.size() == 32 && ending.side_size() <= ending.slots(), "ends are counted as they are stored");
+
+  Ids ids{0, 1};
+  const TransitionColumns other = two.columns();
+  leaving.add(ids, other);
+  two.terminated = {1, 1};
+  with([&] { ids[1] = 1'000'000; }, [&] { leaving.add(ids, other); });
+  check(leaving.sizes()[0] == 2 && leaving.sizes()[1] == 2, "streams are those that were checked");
+}
+
+int run() {
+  try {
+    for (std::uint64_t seed = 0; seed < 12; ++seed) failures_change_nothing(seed);
+    arguments_that_change_spoil_no_memory();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "failed: %s\n", error.what());
+    return 1;
+  }
+  std::puts("replay memory: all checks passed");
+  return 0;
+}
+
+}  // namespace
+}  // namespace brc::test
+
+int main() {
+  return brc::test::run();
+}
