@@ -102,8 +102,10 @@ def parse(kind: type[Parsed], words: Sequence[str], command: str, default: Parse
         lines = [line.strip("│╭╮╰╯ ") for line in box.getvalue().splitlines()]
         told: list[str] = []
         for line in lines[1:]:
-            if line.startswith("─") and told:
-                break
+            if line.startswith(("─", "---")):  # a rule, which is of hyphens where stdout is not UTF-8
+                if told:
+                    break
+                continue
             told.append(line)
         raise InputError(f"{' '.join(told)}; see brc-fast {command} --help") from None
 
@@ -119,10 +121,10 @@ def resolve_device(wanted: str) -> str:
 
 def option(words: Sequence[str], name: str) -> str | None:
     """The value of `--name VALUE` or `--name=VALUE`: what the defaults depend on is needed before they do."""
-    for word, following in itertools.pairwise([*words, ""]):
-        if word == f"--{name}" and following:
+    for word, following in itertools.pairwise([*words, None]):
+        if word == f"--{name}":
             return following
-        if word.startswith(f"--{name}="):
+        if word and word.startswith(f"--{name}="):
             return word.partition("=")[2]
     return None
 
@@ -132,6 +134,8 @@ def parse_train(words: Sequence[str]) -> tuple[TrainConfig, RunFolder | None]:
     resume, device = option(words, "resume"), option(words, "device")
     if resume is not None:
         default = RunFolder(resume).config()
+        if not RunFolder(resume).steps():
+            raise InputError(f"{resume} holds no complete checkpoint: train it anew, with --overwrite")
     else:
         default = preset(resolve_device(device if device in ("cpu", "cuda") else "auto"))
     names = [field.name for field in fields(TrainConfig)]

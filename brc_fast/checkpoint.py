@@ -16,6 +16,7 @@ new since the previous checkpoint are written; the rest are links to its files.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -64,7 +65,11 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
 
     def refuse_existing(self, overwrite: bool) -> None:
-        """InputError if the folder holds a run and may not be overwritten, or is no folder."""
+        """InputError if the folder holds a run and may not be overwritten, or cannot be one."""
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the run's folder must have a name in UTF-8, got {str(self.path)!a}") from error
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file: name another folder with --run")
         if not overwrite and any((self.path / name).exists() for name in self.OWN):
@@ -72,6 +77,22 @@ class RunFolder:
                 f"{self.path} already holds a run: go on with --resume {self.path}, "
                 "replace it with --overwrite, or name another folder with --run"
             )
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Make the folder and keep it to this process; InputError where another one trains into it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another process trains into {self.path}: name another folder") from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+        finally:
+            os.close(handle)
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder, clear it of an earlier run (of nothing else), and write config.json."""
@@ -91,7 +112,7 @@ class RunFolder:
             raise InputError(f"{self.path} holds no run: {file.name} is missing")
         try:
             config = from_dict(TrainConfig, json.loads(file.read_text()))
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
             raise InputError(f"{file} cannot be read: {error}") from error
         assert isinstance(config, TrainConfig)
         return config

@@ -90,8 +90,9 @@ def train(words: list[str]) -> int:
 
     trainer = Trainer(config, device, print)
     successes = all(score_unit(task) == "success" for task in config.tasks)
-    with contextlib.closing(trainer.env), contextlib.closing(trainer.eval_env):
+    with contextlib.closing(trainer.env), contextlib.closing(trainer.eval_env), folder.claim():
         if resumed is None:
+            folder.refuse_existing(config.overwrite)  # again: another run may have begun there meanwhile
             folder.create(config)
         else:
             load(trainer, folder)
@@ -125,8 +126,12 @@ def evaluate(words: list[str]) -> int:
     for name, value, least in (("episodes", count, 1), ("num_envs", slots, 1), ("seed", seed, 0)):
         if value < least:
             raise InputError(f"{name} must be {'positive' if least else '0 or more'}, got {value}")
-    if arguments.json is not None and not Path(arguments.json).absolute().parent.is_dir():
-        raise InputError(f"json: there is no folder to write {arguments.json} to")
+    if arguments.json is not None:
+        output = Path(arguments.json)
+        if output.is_dir():
+            raise InputError(f"json must name a file, got the folder {output}")
+        if not output.absolute().parent.is_dir():
+            raise InputError(f"json: there is no folder to write {output} to")
     folders = [RunFolder(run) for run in arguments.runs]
     configs = same_tasks(folders)
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from .errors import InputError
 
 Precision = Literal["fp32", "tf32", "bf16"]
+LARGEST = 2**20  # size of a network, or number of environments or updates; beyond, bytes would overflow
 
 
 def _require(config: object, rule: str, holds: bool, name: str) -> None:
@@ -22,6 +23,16 @@ def _require(config: object, rule: str, holds: bool, name: str) -> None:
 def _positive(config: object, *names: str) -> None:
     for name in names:
         _require(config, "positive", getattr(config, name) > 0, name)
+
+
+def _limited(config: object, most: int, *names: str) -> None:
+    for name in names:
+        _require(config, f"at most {most}", getattr(config, name) <= most, name)
+
+
+def _finite(config: object, *names: str) -> None:
+    for name in names:
+        _require(config, "finite in float32", abs(getattr(config, name)) < 3.4e38, name)
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class CriticConfig:
         _positive(self, "width", "members", "v_max", "embedding_size")
         _require(self, "0 or more", self.depth >= 0, "depth")
         _require(self, "at least 2", self.num_atoms >= 2, "num_atoms")
+        _limited(self, LARGEST, "width", "depth", "members", "num_atoms", "embedding_size")
+        _finite(self, "v_max")
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,7 @@ class ActorConfig:
     def __post_init__(self) -> None:
         _positive(self, "width")
         _require(self, "0 or more", self.depth >= 0, "depth")
+        _limited(self, LARGEST, "width", "depth")
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,8 @@ class LearningConfig:
         for name in ("beta1", "beta2", "temperature_beta1", "discount"):
             _require(self, "in [0, 1)", 0 <= getattr(self, name) < 1, name)
         _require(self, "in (0, 1]", 0 < self.tau <= 1, "tau")
+        _finite(self, "learning_rate", "eps", "weight_decay", "initial_temperature")
+        _finite(self, "target_entropy_per_action")
 
 
 @dataclass(frozen=True)
@@ -160,11 +176,15 @@ class TrainConfig:
         _positive(self, "num_envs", "steps", "updates_per_step", "replay_capacity", "eval_every")
         _positive(self, "eval_episodes", "report_every", "checkpoint_every")
         _require(self, "0 or more", self.random_steps >= 0, "random_steps")
-        _require(self, "0 or more", self.seed >= 0, "seed")
+        _require(self, "in [0, 2**64)", 0 <= self.seed < 2**64, "seed")
         _require(self, "0 or more", self.policy_lag >= 0, "policy_lag")
         for name in ("batch_size", "threads", "eval_envs"):
             _require(self, "positive", getattr(self, name) is None or getattr(self, name) > 0, name)
+        _require(self, "at most 1024", self.threads is None or self.threads <= 1024, "threads")
+        _limited(self, LARGEST, "num_envs", "updates_per_step")
         stored = self.replay_capacity * len(self.tasks)
+        if self.tasks:  # the store indexes 2**29 rows, of which each environment may take two more
+            _limited(self, 2**29 // len(self.tasks) - 2 * self.num_envs, "replay_capacity")
         if self.tasks and self.transitions_per_update > stored:
             raise InputError(
                 f"a batch of {self.transitions_per_update} exceeds the {stored} transitions that "

@@ -21,7 +21,7 @@ class Progress:
         self._total, self._first, self._started = config.steps, done, time.monotonic()
         self._training = float("nan")
         self._evaluation: dict[str, float] = {}
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()  # None: it was closed
         self._bar = tqdm(
             total=config.steps,
             initial=done,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,19 @@ CARTPOLE = "mjx/CartpoleSwingup"
         (["train", CARTPOLE, "--critic.num-atoms", "1"], "num_atoms must be at least 2, got 1"),
         (["train", CARTPOLE, "--batch-size", "64", "--replay-capacity", "63"], "exceeds the 63 transitions"),
         (["train", CARTPOLE, "--seed", "x"], "--seed"),
+        (["train", CARTPOLE, "--seed", str(2**64)], "seed must be in [0, 2**64), got 1844674407370"),
+        (["train", CARTPOLE, "--critic.width", str(10**10)], "width must be at most 1048576, got 1000"),
+        (["train", CARTPOLE, "--actor.depth", str(10**9)], "depth must be at most 1048576, got 1000000000"),
+        (["train", CARTPOLE, "--threads", "1000000"], "threads must be at most 1024, got 1000000"),
+        (["train", CARTPOLE, "--critic.v-max", "inf"], "v_max must be finite in float32, got inf"),
+        (["train", CARTPOLE, "--learning.learning-rate", "1e39"], "learning_rate must be finite in float32"),
+        (["train", CARTPOLE, "--learning.target-entropy-per-action", "nan"], "float32, got nan"),
+        (
+            ["train", CARTPOLE, "--run", "r\udcff"],
+            "the run's folder must have a name in UTF-8, got 'r\\udcff'",
+        ),
+        (["train", CARTPOLE, "--resume", "", "--overwrite"], "config.json is missing"),
+        (["train", CARTPOLE, "--resume"], "Missing value for argument '--resume'"),
         (["train", CARTPOLE, "--widht", "3"], "Unrecognized options: --widht"),
         (["train", "--resume=nowhere"], "nowhere holds no run: config.json is missing"),
         (["train", "--resume", "nowhere"], "nowhere holds no run: config.json is missing"),
@@ -55,6 +69,20 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
     assert told in captured.err
     assert len(captured.err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_the_line_is_the_rule_alone_whatever_stdout_can_show(encoding: str) -> None:
+    code = "import sys; from brc_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "train", CARTPOLE, "--steps", "1e6"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    told = "Error parsing --steps: invalid literal for int() with base 10: '1e6'"
+    assert result.stderr == f"brc-fast: {told}; see brc-fast train --help\n"
 
 
 def test_cuda_without_a_gpu_is_one_line(

@@ -447,6 +447,7 @@ def test_the_settings_of_the_runs_environments_are_passed_on() -> None:
         (["a", "--num-envs", "0"], "num_envs must be positive, got 0"),
         (["a", "--seed", "-1"], "seed must be 0 or more, got -1"),
         (["a", "--json", "no/such/folder.json"], "there is no folder to write no/such/folder.json to"),
+        (["a", "--json", ""], "json must name a file, got the folder ."),
         (["a", "nowhere"], "nowhere holds no run"),
         (["a", "empty"], "empty holds no complete checkpoint"),
         (["a", "a"], "runs must differ, but a is listed more than once"),

@@ -229,6 +229,70 @@ def test_what_a_killed_save_left_behind_is_cleared_by_the_next(toy: dict, tmp_pa
     assert sorted(entry.name for entry in (run / "checkpoints").iterdir()) == ["000000000400", "000000000600"]
 
 
+def test_two_processes_never_train_into_one_folder(
+    toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    with RunFolder(run).claim():
+        assert train(run, "--overwrite") == 2
+        assert cli.main(["train", "--resume", str(run), "--steps", "800"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert told == [f"brc-fast: another process trains into {run}: name another folder"] * 2
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert cli.main(["train", "--resume", str(run), "--steps", "800"]) == 0
+
+    def begun_meanwhile(*arguments: Any) -> Trainer:
+        RunFolder(tmp_path / "new").create(TrainConfig(seed=7))
+        return Trainer(*arguments)
+
+    monkeypatch.setattr("brc_fast.train.Trainer", begun_meanwhile)
+    assert train(tmp_path / "new") == 2
+    assert f"{tmp_path / 'new'} already holds a run" in capsys.readouterr().err
+    assert RunFolder(tmp_path / "new").config().seed == 7
+
+
+def test_a_run_without_a_checkpoint_is_refused_before_anything_is_made(
+    toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunFolder(tmp_path).create(TrainConfig(tasks=("toy/One",)))
+    monkeypatch.setattr("brc_fast.train.Trainer", None)
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told == f"brc-fast: {tmp_path} holds no complete checkpoint: train it anew, with --overwrite\n"
+
+
+def test_a_replay_that_the_store_cannot_index_is_refused_by_name(
+    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "run", "--replay-capacity", str(2**29)) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "replay_capacity must be at most 536870904, got 536870912" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_needs_no_stderr(toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    assert train(tmp_path / "run") == 0
+
+
+def test_bytes_that_are_no_text_are_refused_in_settings_and_cut_off_metrics(
+    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run) == 0
+    rows = read_rows(run / "metrics.jsonl")
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\x00\xfe\n")
+    assert read_rows(run / "metrics.jsonl") == rows
+    (run / "config.json").write_bytes(b"\xff\xfe")
+    capsys.readouterr()
+    assert cli.main(["plot", str(run)]) == 2
+    assert f"{run / 'config.json'} cannot be read: " in capsys.readouterr().err
+
+
 def damage(run: Path, how: str) -> None:
     folder = run / "checkpoints" / "000000000600"
     file = folder / "agent.safetensors"
