@@ -18,7 +18,7 @@ from .batch import Batch, require_shape
 from .config import ActorConfig, CriticConfig, LearningConfig, Precision, TrainConfig
 from .finite import FirstBad
 from .flat import FlatNetworks
-from .graphs import Captured
+from .graphs import OFF, Captured
 from .networks import Actor, Critic, Temperature
 from .optimizer import FlatAdamW
 from .passes import Passes, Sample
@@ -418,7 +418,7 @@ class BRC:
         sizes = self.observation_size, self.action_size, self.num_tasks
         names = "critic_config", "actor_config", "learning", "device", "dtype", "precision", "recompute"
         settings = {name.removesuffix("_config"): getattr(self, name) for name in names}
-        settings["graphs"] = self.updates.reason != "switched off"
+        settings["graphs"] = self.updates.reason != OFF
         state = {name: value.clone() for name, value in self.state_dict().items()}
         rates = {name: (part.learning_rate, part.tau) for name, part in self._optimizers().items()}
         return _restored, (sizes, settings, state, rates)

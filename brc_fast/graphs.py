@@ -18,9 +18,10 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["Captured"]
+__all__ = ["OFF", "Captured"]
 
 Signature = tuple[tuple[torch.Size, torch.dtype], ...]
+OFF = "switched off"  # the reason for no graphs where nobody wants them
 TIMED = 64  # calls whose times may wait to be asked for
 
 
@@ -65,7 +66,7 @@ class Captured:
         self.function, self.device, self.generators = function, torch.device(device), generators
         self.reason: str | None = None
         if not enabled:
-            self.reason = "switched off"
+            self.reason = OFF
         elif self.device.type != "cuda":
             self.reason = f"the learner is on {self.device.type}"
         self.captures = 0

@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
 #include <cstring>
 #include <memory>
 #include <system_error>
@@ -46,18 +45,9 @@ std::span<T> out(Array<T>& array) {
   return {array.mutable_data(), static_cast<std::size_t>(array.size())};
 }
 
-void require_contiguous(const py::array& array) {
-  if ((array.flags() & py::array::c_style) == 0) throw std::invalid_argument("arrays must be C-contiguous");
-}
-
 brc::Bytes in_bytes(const py::array& array) {
-  require_contiguous(array);
+  if ((array.flags() & py::array::c_style) == 0) throw std::invalid_argument("arrays must be C-contiguous");
   return {static_cast<const std::byte*>(array.data()), static_cast<std::size_t>(array.nbytes())};
-}
-
-brc::MutableBytes out_bytes(py::array& array) {
-  require_contiguous(array);
-  return {static_cast<std::byte*>(array.mutable_data()), static_cast<std::size_t>(array.nbytes())};
 }
 
 template <class T>

@@ -49,7 +49,37 @@ def save(
     if foreign:
         raise ValueError(f"{folder} must hold replay files only, found {foreign[0]}; name another folder")
     with _alone(folder):
-        return _save(store, spec, folder, saved, previous)
+        made: list[Path] = []  # files that no manifest names yet
+        try:
+            base = _base(folder, saved, previous, made)
+            identity = uuid.uuid4().hex
+            segment = folder / f"segment-{identity}.bin"
+            made.append(segment)
+            snapshot = _write_segment(store, segment, _start(base, len(spec.task_ids)))
+            content = snapshot["content"]
+            table = {"file": segment.name, **snapshot["table"]}
+            segments = [old for old in (base["segments"] if base else []) if _useful(old, content)]
+            manifest = {
+                "format": FORMAT,
+                "id": identity,
+                "byte_order": sys.byteorder,
+                "fields": spec.describe(),
+                "seed": store.seed,
+                "content": content,
+                "segments": [*segments, table],
+            }
+            _commit(folder, manifest, made)
+        except OSError as error:
+            for path in made:
+                path.unlink(missing_ok=True)
+            kept = (
+                "the save before it is intact" if (folder / MANIFEST).exists() else "there is no earlier save"
+            )
+            raise OSError(
+                error.errno, f"the replay could not be saved: {error.strerror or error}; {kept}", str(folder)
+            ) from error
+        _sweep(folder)
+        return identity
 
 
 @contextmanager
@@ -64,44 +94,6 @@ def _alone(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # a child forked meanwhile would keep it locked
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
-
-
-def _save(
-    store: _core.ReplayStore,
-    spec: Spec,
-    folder: Path,
-    saved: str | None,
-    previous: str | os.PathLike[str] | None,
-) -> str:
-    made: list[Path] = []  # files that no manifest names yet
-    try:
-        base = _base(folder, saved, previous, made)
-        identity = uuid.uuid4().hex
-        segment = folder / f"segment-{identity}.bin"
-        made.append(segment)
-        snapshot = _write_segment(store, segment, _start(base, len(spec.task_ids)))
-        content = snapshot["content"]
-        table = {"file": segment.name, **snapshot["table"]}
-        segments = [old for old in (base["segments"] if base else []) if _useful(old, content)]
-        manifest = {
-            "format": FORMAT,
-            "id": identity,
-            "byte_order": sys.byteorder,
-            "fields": spec.describe(),
-            "seed": store.seed,
-            "content": content,
-            "segments": [*segments, table],
-        }
-        _commit(folder, manifest, made)
-    except OSError as error:
-        for path in made:
-            path.unlink(missing_ok=True)
-        kept = "the save before it is intact" if (folder / MANIFEST).exists() else "there is no earlier save"
-        raise OSError(
-            error.errno, f"the replay could not be saved: {error.strerror or error}; {kept}", str(folder)
-        ) from error
-    _sweep(folder)
-    return identity
 
 
 def load(store: _core.ReplayStore, spec: Spec, folder: Path, previous: bool) -> str:
