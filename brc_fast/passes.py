@@ -132,7 +132,7 @@ class Passes:
         dx = self.critics.backward(dlogits, columns)
         assert dx is not None
         kernels.normalized_embedding_backward(
-            dx[..., own].sum(0), self.embedding, task_ids, self.norm, out=self._embedding_gradient
+            dx[..., own], self.embedding, task_ids, self.norm, out=self._embedding_gradient
         )
 
     def actions_gradient(self, dlogits: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
     out[b] = [observation[b], action[b], n(table[task[b]]), 0 ..],   n(e) = e / |e|  in the L2 or the L1 norm
 
-With g_b the gradient of row b's embedding, s_t = sum over the rows b of task t of g_b, and e = table[t]:
+With g_b the gradient of row b's embedding, s_t = sum over the rows b of task t of g_b (of all networks that
+the row went to), and e = table[t]:
 
     l2:  dtable[t] = (s - n (n . s)) / |e|          l1:  dtable[t] = (s - sign(e) (n . s)) / |e|
 
@@ -11,8 +12,8 @@ as the Jacobian is the same for all rows of a task. Observations and actions get
 Dims:    B rows, O observation, A action, D embedding, T tasks, W width of the result.
 Memory:  forward reads B*(O + A) elements, B ids and a row of the table (cached) each, and writes B*W. For the
          table's gradient the program of a task walks the ids and loads its own rows: T*B ids from the cache
-         and B*D elements. Many rows are walked in chunks by several programs per task, whose sums the same
-         kernel adds in a second launch. The slices are views unless their dtype differs.
+         and B*D elements of each network. Many rows are walked in chunks by several programs per task, whose
+         sums the same kernel adds in a second launch. The slices are views unless their dtype differs.
 Numbers: copies are exact but for the cast; norms and sums in float32, in float64 if the table is. No atomics:
          every sum has one order. A zero row of the table gives NaN, as in the twin.
 Source:  Nauman et al. 2025, arXiv:2505.23150.
@@ -34,7 +35,7 @@ from ._config import configuration, next_power_of_2, processors
 from ._dispatch import DTYPES, launch, takes_kernels
 from ._numerics import wide
 from ._ops import Op
-from ._rows import strided_rows
+from ._rows import member_rows, strided_rows
 from ._triton import jit, tl, triton
 from .optimizer import InPlaceOp, _check_place
 
@@ -115,11 +116,13 @@ def _embedding_backward_kernel(  # type: ignore[no-untyped-def]
     table_ptr,
     out_ptr,
     task_stride,
+    network_stride,
     grad_stride,
     ids_stride,
     table_stride,
     B,
     span,
+    NETWORKS: tl.constexpr,
     D: tl.constexpr,
     L1: tl.constexpr,
     LAST: tl.constexpr,
@@ -139,7 +142,9 @@ def _embedding_backward_kernel(  # type: ignore[no-untyped-def]
         if ids_ptr is not None:
             mine = mine & (tl.load(ids_ptr + b * ids_stride, mask=mine, other=-1) == t)
         g = grad_ptr + t * task_stride + b[:, None] * grad_stride + d
-        total += tl.load(g, mask=mine[:, None] & (d < D), other=0.0).to(e.dtype)
+        for _ in tl.static_range(NETWORKS):
+            total += tl.load(g, mask=mine[:, None] & (d < D), other=0.0).to(e.dtype)
+            g += network_stride
     s = tl.sum(total, 0, keep_dims=True)
     if LAST:
         length = _length(e, L1)
@@ -221,7 +226,7 @@ def _pack_fake(
 
 
 def _embedding_backward(grad: Tensor, table: Tensor, task_ids: Tensor, norm: str) -> Tensor:
-    """Gradient of the table for that of normalised rows [.., D]."""
+    """Gradient of the table for that of normalised rows [.., D], or of several [E, .., D]."""
     dtable = _embedding_backward_fake(grad, table, task_ids, norm)
     _embedding_backward_into(grad, table, task_ids, norm, dtable)
     return dtable
@@ -233,7 +238,8 @@ def _embedding_backward_into(
     if not grad.numel() or not dtable.numel():
         dtable.zero_()
         return
-    g, ids, rows_of_table = strided_rows(grad), task_ids.reshape(-1), strided_rows(table)
+    networks, distance, g = member_rows(grad, task_ids.dim() + 1)
+    ids, rows_of_table = task_ids.reshape(-1), strided_rows(table)
     (rows, size), tasks = g.shape, table.shape[0]
     block = next_power_of_2(size)
     kind = torch.promote_types(table.dtype, torch.float32)
@@ -245,14 +251,14 @@ def _embedding_backward_into(
     span = triton.cdiv(blocks, chunks) * c["BLOCK_B"]
     chunks = triton.cdiv(rows, span)
 
-    def sum_rows(
-        x: Tensor, ids: Tensor | None, out: Tensor, task_stride: int, chunks: int, span: int
-    ) -> None:
+    def sum_rows(x: Tensor, ids: Tensor | None, out: Tensor, chunks: int, span: int) -> None:
         launch(
             _embedding_backward_kernel,
             (tasks, chunks),
-            *(x, ids, rows_of_table, out, task_stride, x.stride(0), 0 if ids is None else ids.stride(0)),
+            *(x, ids, rows_of_table, out),
+            *((size, 0, x.stride(0), 0) if ids is None else (0, distance, x.stride(0), ids.stride(0))),
             *(rows_of_table.stride(0), x.shape[0], span),
+            NETWORKS=1 if ids is None else networks,
             D=size,
             L1=norm == "l1",
             LAST=out is dtable,
@@ -261,11 +267,11 @@ def _embedding_backward_into(
         )
 
     if chunks == 1:
-        sum_rows(g, ids, dtable, 0, 1, span)
+        sum_rows(g, ids, dtable, 1, span)
     else:
         sums = table.new_empty(chunks, tasks * size, dtype=kind)
-        sum_rows(g, ids, sums, 0, chunks, span)
-        sum_rows(sums, None, dtable, size, 1, chunks)
+        sum_rows(g, ids, sums, chunks, span)
+        sum_rows(sums, None, dtable, 1, chunks)
 
 
 def _embedding_backward_fake(grad: Tensor, table: Tensor, task_ids: Tensor, norm: str) -> Tensor:
@@ -358,7 +364,8 @@ def normalized_embedding_backward(
     with e = table[t], n = e / |e| and s the sum of the gradients of the rows of task t.
 
     Args:
-        grad: [.., D] of any distance between rows: the columns of a wider gradient are read in place.
+        grad: [.., D] of any distance between rows: the columns of a wider gradient are read in place. Or
+            [E, .., D], of E networks that were given the same rows: they are summed.
         table: [T, D]. task_ids: [..] int64 or int32 in [0, T). A GPU does not check them: a row of one
             outside counts for no task.
         norm: "l2" (the published code) or "l1" (reported of the paper).
@@ -373,8 +380,8 @@ def normalized_embedding_backward(
     """
     _check_embedding(table, task_ids, norm)
     wanted = (*task_ids.shape, table.shape[1])
-    if grad.shape != wanted:
-        told = "[.., D] with the rows of task_ids and the columns of the table"
+    if grad.shape != wanted and (grad.dim() != len(wanted) + 1 or grad.shape[1:] != wanted):
+        told = "[.., D] or [E, .., D] with the rows of task_ids and the columns of the table"
         raise ValueError(f"grad must have shape {told}, {list(wanted)}, got {list(grad.shape)}")
     if out is not None:
         _check_out(out, "the table", table, "[T, D]", tuple(table.shape))
@@ -559,7 +566,9 @@ def cases() -> Iterator[Case]:
             table = torch.randn(tasks, embedding, device=device).to(dtypes[0])
             ids = torch.randint(tasks, (batch,), device=device)
             first = observation + action
-            seed = torch.randn(batch, width, device=device).to(dtypes[1])[:, first : first + embedding]
+            networks = (2,) if flat else ()
+            seed = torch.randn(*networks, batch, width, device=device).to(dtypes[1])
+            seed = seed[..., first : first + embedding]
             out = torch.zeros_like(table, dtype=dtypes[1]) if flat else None
             return lambda: normalized_embedding_backward(seed, table, ids, out=out, impl=impl)
 
@@ -569,13 +578,14 @@ def cases() -> Iterator[Case]:
         ) -> int:
             return batch * each
 
-        def summed(batch: int, each: int = embedding * dtype.itemsize + 8) -> int:
-            return batch * each
-
         kinds = " ".join(str(kind).removeprefix("torch.") for kind in (table_dtype, dtype))
         for flat in (False, True):
-            told = f"D={embedding} T={tasks} {kinds}{' into a buffer' if flat else ''}"
+            told = f"D={embedding} T={tasks} {kinds}{' of 2 networks into a buffer' if flat else ''}"
             prepare_back = partial(back, flat=flat)
+
+            def summed(batch: int, each: int = (1 + flat) * embedding * dtype.itemsize + 8) -> int:
+                return batch * each
+
             yield Case("normalized_embedding_backward", told, prepare_back, summed, ("embedding_backward",))
         told = f"O={observation} A={action} D={embedding} T={tasks} W={width} {kinds} into a buffer"
         yield Case("pack_inputs", told, pack, packed, ("pack_inputs",))

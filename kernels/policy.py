@@ -42,7 +42,7 @@ from ._config import configuration, next_power_of_2
 from ._dispatch import DTYPES, chosen, launch, observed, takes_kernels
 from ._numerics import wide
 from ._ops import Op, first_derivative
-from ._rows import strided_rows
+from ._rows import member_rows, strided_rows
 from ._triton import jit, tl, triton
 from .optimizer import WIDE, InPlaceOp, _check_place, _split
 from .reference import LOG_STD_MAX, LOG_STD_MIN
@@ -290,7 +290,7 @@ def _tanh_gaussian_backward_into(
     if not mean.numel():
         return
     rows = [strided_rows(x) for x in (mean, raw_log_std, noise, dmean, draw)]
-    members, distance, da = _members(dactions, mean)
+    members, distance, da = (1, 0, None) if dactions is None else member_rows(dactions, mean.dim())
     if mean.dtype == torch.float64:  # a kernel gets numbers as float32
         if dlog_probs is None and dlog_prob:
             dlog_probs, scale = mean.new_full((), dlog_prob), 1.0
@@ -309,17 +309,6 @@ def _tanh_gaussian_backward_into(
         scale,
         MEMBERS=members,
     )
-
-
-def _members(dactions: Tensor | None, mean: Tensor) -> tuple[int, int, Tensor | None]:
-    """How many gradients of the actions there are, the distance between them, and the rows of the first."""
-    if dactions is None or dactions.dim() == mean.dim():
-        return 1, 0, None if dactions is None else strided_rows(dactions)
-    rows = strided_rows(dactions[0])
-    if rows.data_ptr() != dactions.data_ptr():  # a copy of the first alone
-        dactions = dactions.contiguous()
-        rows = strided_rows(dactions[0])
-    return len(dactions), dactions.stride(0), rows
 
 
 def _standard_normal(rng: Tensor, count: int, dtype: torch.dtype) -> Tensor:

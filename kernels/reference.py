@@ -447,12 +447,14 @@ def normalized_embedding_backward(
     with e = table[t], n = e / |e| and s the sum of the gradients of the rows of task t.
 
     Args:
-        grad: [.., D]. table: [T, D]. task_ids: [..]. out: [T, D], which receives the result.
+        grad: [.., D], or [E, .., D], which are summed. table: [T, D]. task_ids: [..]. out: [T, D], which
+            receives the result.
     Returns:
         [T, D] of the dtype of the table, or out.
     """
     e = _wide(table.detach())
-    rows = grad.detach().to(e.dtype).reshape(-1, e.shape[1])
+    grad = grad.detach().to(e.dtype)
+    rows = (grad.sum(0) if grad.dim() > task_ids.dim() + 1 else grad).reshape(-1, e.shape[1])
     total = torch.zeros_like(e).index_put_((task_ids.reshape(-1),), rows, accumulate=True)
     length = torch.linalg.vector_norm(e, {"l2": 2, "l1": 1}[norm], -1, keepdim=True)
     n = e / length

@@ -325,7 +325,8 @@ def test_the_tables_gradient_without_autograd_follows_its_twin(
     torch.manual_seed(0)
     table, ids = torch.randn(tasks, width, dtype=torch.float64), torch.randint(tasks, rows)
     table[0, 1] = 0.0
-    grad = torch.randn(*rows, width, dtype=torch.float64)
+    networks = (3,) if rows == (400,) else ()
+    grad = torch.randn(*networks, *rows, width, dtype=torch.float64)
     mine, twin = (
         partial(op, norm=norm)
         for op in (normalized_embedding_backward, reference.normalized_embedding_backward)
@@ -356,6 +357,13 @@ def test_columns_are_summed_into_a_buffer_of_any_dtype(kernel_device: str, dtype
     assert torch.equal(out, expected.to(dtype))
     assert torch.equal(normalized_embedding_backward(grad, table, ids), expected)
     assert flat.isnan().sum() == 26
+    several = wide.repeat(3, 1, 1, 1)[..., 7:13]  # of three networks, in one launch, read in place
+    with recording() as launches:
+        normalized_embedding_backward(several, table, ids, out=out)
+    assert [launch.arguments[0].data_ptr() for launch in launches] == [several.data_ptr()]
+    torch.testing.assert_close(normalized_embedding_backward(several, table, ids), 3.0 * expected)
+    turned = several.mT.contiguous().mT
+    torch.testing.assert_close(normalized_embedding_backward(turned, table, ids), 3.0 * expected)
     none = torch.full_like(table, math.nan)
     assert (normalized_embedding_backward(grad[:0], table, ids[:0], out=none) == 0.0).all()
 
@@ -519,6 +527,8 @@ def test_the_twin_of_the_tables_gradient_is_autograds(rows: tuple[int, ...], nor
         low = op(grad.bfloat16(), table.bfloat16(), ids, norm)
         assert low.dtype == torch.bfloat16
         torch.testing.assert_close(low.double(), expected, rtol=0.1, atol=0.1)
+        parts = torch.stack([0.25 * grad, 0.75 * grad])  # of two networks, which add up
+        torch.testing.assert_close(op(parts, table, ids, norm), expected)
 
 
 def test_on_a_cpu_inputs_are_packed_into_a_buffer() -> None:
