@@ -235,11 +235,11 @@ class BRC:
         batches = batches._replace(rewards=batches.rewards / each)
         given = torch.stack(noise, 1) if noise else None  # [U, 2, B, A]
         rows = self.atoms.new_empty(batches.rewards.shape[0], len(METRICS))
+        alpha = self.alpha
         for index, metrics in enumerate(rows):
             batch = batches.update(index)
             drawn = self._noise(batch) if given is None else given[index]
             samples = self.passes(batch).samples(batch, drawn)
-            alpha = self.alpha
             losses = self.update_critic(batch, next(samples), alpha, metrics[CRITIC_NORM])
             sample = next(samples)
             q_values = self.update_actor(batch, sample, alpha, metrics[ACTOR_NORM])
@@ -363,7 +363,8 @@ class BRC:
 
         Args:
             losses: of `update_critic`. log_probs: [B], of the sample given to `update_actor`. q_values: of
-                `update_actor`. metrics: [8] in the order of METRICS, with the norms; receives the others.
+                `update_actor`. alpha: 0-d, becomes that of the next update. metrics: [8] in the order of
+                METRICS, with the norms; receives the others.
         """
         kernels.update_summary_(
             metrics,
@@ -375,8 +376,8 @@ class BRC:
             gradient=self.temperature_optimizer.grad[:1],
             step=self.critic_optimizer.step_count,
             since=self.first_bad.since,
+            adam=self.temperature_optimizer.scalar(),
         )
-        self.temperature_optimizer.step()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that changes, by name: parameters, target, moments, step counts, noise."""

@@ -69,6 +69,11 @@ class FlatAdamW:
             gradient_norm=norm,
         )
 
+    def scalar(self) -> kernels.reference.ScalarAdam:
+        """Of a single parameter, for the kernel that makes its step itself; without weight decay."""
+        state = (x[:1] for x in (self.flat, self.exp_avg, self.exp_avg_sq))
+        return kernels.reference.ScalarAdam(*state, self.step_count, self.learning_rate, self.betas, self.eps)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Moments without padding, parameter by parameter, [P'] each, and the steps made."""
         rows, compact = self.networks.grad.shape, self.networks.compact

@@ -82,6 +82,32 @@ def _correction(t, LOG_BETA: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _scales(t, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the mean and of the root of the squares, for their bias after t steps."""
+    return 1.0 / _correction(t, LOG_BETA1), 1.0 / tl.sqrt(_correction(t, LOG_BETA2))
+
+
+@jit
+def _step(  # type: ignore[no-untyped-def]
+    p,
+    g,
+    m,
+    v,
+    rate,
+    mean_scale,
+    root_scale,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr,
+):
+    """The new p, m and v."""
+    m += (1.0 - BETA1) * (g - m)
+    v = BETA2 * v + (1.0 - BETA2) * g * g
+    return p - rate * (mean_scale * m / (root_scale * tl.sqrt(v) + EPS) + WEIGHT_DECAY * p), m, v
+
+
+@jit
 def _norm(partial_ptr, N, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Square root of the sum of N partial sums."""
     total = tl.zeros([BLOCK], partial_ptr.dtype.element_ty)
@@ -134,8 +160,7 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
         clip = scalar(max_norm_ptr, max_norm, dtype) / (norm + 1e-6)
         clip = tl.where(clip > 1.0, 1.0, clip)  # NaN stays NaN
     t = step.to(dtype)
-    mean_scale = 1.0 / _correction(t, LOG_BETA1)
-    root_scale = 1.0 / tl.sqrt(_correction(t, LOG_BETA2))
+    mean_scale, root_scale = _scales(t, LOG_BETA1, LOG_BETA2)
     rate = scalar(learning_rate_ptr, learning_rate, dtype)
     if target_ptr is not None:
         share = scalar(tau_ptr, tau, dtype)
@@ -159,9 +184,7 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
                 g *= clip
             elif norm_ptr is not None:
                 squares += g * g
-            m += (1.0 - BETA1) * (g - m)
-            v = BETA2 * v + (1.0 - BETA2) * g * g
-            p -= rate * (mean_scale * m / (root_scale * tl.sqrt(v) + EPS) + WEIGHT_DECAY * p)
+            p, m, v = _step(p, g, m, v, rate, mean_scale, root_scale, BETA1, BETA2, EPS, WEIGHT_DECAY)
             tl.store(exp_avg_ptr + i, m, mask=mask)
             tl.store(exp_avg_sq_ptr + i, v, mask=mask)
             tl.store(param_ptr + i, p, mask=mask)
@@ -274,6 +297,10 @@ def _programs(kernel: str, x: Tensor, loads: int, most: int) -> tuple[int, dict[
     return max(1, min(-(-x.numel() // config["BLOCK_P"]), limit)), config
 
 
+def _log(beta: float) -> float:
+    return math.log(max(beta, 1e-300))
+
+
 def _at(value: float, tensor: Tensor | None, param: Tensor) -> tuple[Tensor | None, float]:
     """A scalar for a kernel: its address, or its value, which reaches a kernel as a float32."""
     if tensor is None and param.dtype == torch.float64:
@@ -327,8 +354,8 @@ def _adamw(
         sums,
         BETA1=beta1,
         BETA2=beta2,
-        LOG_BETA1=math.log(max(beta1, 1e-300)),
-        LOG_BETA2=math.log(max(beta2, 1e-300)),
+        LOG_BETA1=_log(beta1),
+        LOG_BETA2=_log(beta2),
         EPS=eps,
         WEIGHT_DECAY=weight_decay,
         CLIP=clip,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -567,6 +568,18 @@ def ema_(target: Tensor, param: Tensor, tau: float | Tensor, *, low: Tensor | No
         low.copy_(target)
 
 
+class ScalarAdam(NamedTuple):
+    """Adam of one parameter: tensors of one element, which a step changes, and the rule."""
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor  # 0-d, the steps made
+    learning_rate: Tensor  # 0-d; it stays
+    betas: tuple[float, float]
+    eps: float
+
+
 def update_summary_(
     metrics: Tensor,
     losses: Tensor,
@@ -578,8 +591,10 @@ def update_summary_(
     gradient: Tensor,
     step: Tensor,
     since: Tensor,
+    adam: ScalarAdam | None = None,
 ) -> None:
-    """The metrics of an update, but for the gradients' norms, which are there; the temperature's gradient.
+    """The metrics of an update, but for the gradients' norms, which are there; the temperature's gradient,
+    and a step of its logarithm.
 
         critic_loss = sum_e mean_b losses,   entropy = -mean(log_probs),   q_mean = mean(q_values)
         actor_loss = -(q_mean + alpha entropy),   temperature_loss = alpha (entropy - target_entropy)
@@ -587,19 +602,24 @@ def update_summary_(
 
     Args:
         metrics, since: [8]. losses, q_values: [E, B]. log_probs: [B]. alpha, step: 0-d. gradient: of one
-            element, receives the temperature's loss.
+            element, receives the temperature's loss. adam: of log alpha; alpha receives exp of what it gives.
     """
     dtype = metrics.dtype
     entropy, q_mean = log_probs.mean(dtype=dtype).neg(), q_values.mean(dtype=dtype)
-    alpha = alpha.to(dtype).view(())
-    loss = alpha * (entropy - target_entropy)
+    weight = alpha.to(dtype).view(())
+    loss = weight * (entropy - target_entropy)
     critic_loss = losses.sum(dtype=dtype) / losses.shape[-1]
-    actor_loss = torch.addcmul(q_mean, alpha, entropy).neg()
-    numbers = [critic_loss, metrics[1], actor_loss, metrics[3], entropy, q_mean, alpha, loss]
+    actor_loss = torch.addcmul(q_mean, weight, entropy).neg()
+    numbers = [critic_loss, metrics[1], actor_loss, metrics[3], entropy, q_mean, weight, loss]
     metrics.copy_(torch.stack(numbers))
     gradient.copy_(loss.view(gradient.shape))
     new = (since == 0).logical_and_(metrics.isfinite().logical_not_())
     since.copy_(torch.where(new, step.to(since.dtype), since))
+    if adam is not None:
+        *state, count, rate, betas, eps = adam
+        given = (state[0], gradient.view(state[0].shape), *state[1:], count)
+        adamw_(*given, learning_rate=rate, betas=betas, eps=eps, weight_decay=0.0)
+        alpha.copy_(adam.param.exp().view(alpha.shape))
 
 
 def gather_rows(

@@ -1,10 +1,11 @@
-"""What is left of an update once its networks have moved: numbers for people, and the temperature's gradient.
+"""What is left of an update once its networks have moved: numbers for people, and the temperature's step.
 
     critic_loss = sum over members, mean over rows, of losses;   entropy = -mean(log pi);   q = mean(values)
     actor_loss = -(q + alpha entropy);   temperature_loss = alpha (entropy - target entropy)
     since_i = step where since_i is 0 and metric i is not finite
 
-The loss of log alpha is its own gradient, since alpha is its own derivative by log alpha.
+The loss of log alpha is its own gradient, since alpha is its own derivative by log alpha. Where its state is
+given, it takes the step of Adam (optimizer.py), and alpha is that of the next update.
 
 Dims:     B rows, E members, M = 8 metrics.
 Memory:   reads (2 E + 1) B numbers and writes 2 M + 1.
@@ -13,11 +14,12 @@ Numbers:  float32, or float64 where the metrics are; sums are added in a fixed o
 Source:   Nauman et al. 2025, arXiv:2505.23150; Haarnoja et al. 2018, arXiv:1812.05905, section 5.
 Twin:     reference.update_summary_
 
-On a CPU, float32 takes a compiled pass (csrc/summary.hpp).
+On a CPU, float32 takes a compiled pass (csrc/summary.hpp), and then those of `adamw_`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -28,8 +30,8 @@ from ._cases import Case
 from ._compiled import twin
 from ._dispatch import DTYPES, chosen, launch, takes_kernels
 from ._triton import jit, tl
-from .optimizer import WIDE, InPlaceOp, _check_place
-from .reference import METRICS
+from .optimizer import FLOATS, WIDE, Given, InPlaceOp, _check_place, _log, _scales, _step, adamw_
+from .reference import METRICS, ScalarAdam
 
 __all__ = ["cases", "update_summary_"]
 
@@ -55,12 +57,22 @@ def _summary_kernel(  # type: ignore[no-untyped-def]
     gradient_ptr,
     step_ptr,
     since_ptr,
+    param_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    count_ptr,
+    learning_rate_ptr,
     B,
     losses,
     q_values,
     TARGET_ENTROPY: tl.constexpr,
     METRICS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    LOG_BETA1: tl.constexpr,
+    LOG_BETA2: tl.constexpr,
+    EPS: tl.constexpr,
 ):
     dtype: tl.constexpr = metrics_ptr.dtype.element_ty
     alpha = tl.load(alpha_ptr).to(dtype)
@@ -82,6 +94,17 @@ def _summary_kernel(  # type: ignore[no-untyped-def]
     finite = metrics - metrics == 0.0
     step = tl.load(step_ptr).to(since.dtype)
     tl.store(since_ptr + i, tl.where((since == 0.0) & (finite == 0), step, since))
+    if param_ptr is not None:
+        p, m, v = tl.load(param_ptr), tl.load(exp_avg_ptr), tl.load(exp_avg_sq_ptr)
+        count, rate = tl.load(count_ptr) + 1, tl.load(learning_rate_ptr).to(p.dtype)
+        scales = _scales(count.to(p.dtype), LOG_BETA1, LOG_BETA2)
+        p, m, v = _step(p, temperature_loss.to(p.dtype), m, v, rate, *scales, BETA1, BETA2, EPS, 0.0)
+        tl.debug_barrier()  # a barrier: no warp still has to read what is written now
+        tl.store(param_ptr, p)
+        tl.store(exp_avg_ptr, m)
+        tl.store(exp_avg_sq_ptr, v)
+        tl.store(count_ptr, count)
+        tl.store(alpha_ptr, tl.exp(p).to(alpha_ptr.dtype.element_ty))
 
 
 def _update_summary(
@@ -93,23 +116,37 @@ def _update_summary(
     gradient: Tensor,
     step: Tensor,
     since: Tensor,
+    param: Tensor | None,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    count: Tensor | None,
+    learning_rate: Tensor | None,
     target_entropy: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
 ) -> None:
     launch(
         _summary_kernel,
         (1,),
         metrics,
         *(x.contiguous() for x in (losses, log_probs, q_values)),
-        *(alpha, gradient, step, since),
+        *(alpha, gradient, step, since, param, exp_avg, exp_avg_sq, count, learning_rate),
         *(x.numel() for x in (log_probs, losses, q_values)),
         TARGET_ENTROPY=target_entropy,
         METRICS=len(METRICS),
         BLOCK=BLOCK,
+        BETA1=beta1,
+        BETA2=beta2,
+        LOG_BETA1=_log(beta1),
+        LOG_BETA2=_log(beta2),
+        EPS=eps,
         num_warps=8,
     )
 
 
-_update_summary_op = InPlaceOp("update_summary", _update_summary, ("metrics", "gradient", "since"))
+CHANGED = ("metrics", "alpha", "gradient", "since", "param", "exp_avg", "exp_avg_sq", "count")
+_update_summary_op = InPlaceOp("update_summary", _update_summary, CHANGED)
 
 
 def update_summary_(
@@ -123,9 +160,11 @@ def update_summary_(
     gradient: Tensor,
     step: Tensor,
     since: Tensor,
+    adam: ScalarAdam | None = None,
     impl: str | None = None,
 ) -> None:
-    """The metrics of one update of BRC, its temperature's gradient, and since when a metric is not finite.
+    """The metrics of one update of BRC, its temperature's gradient, and since when a metric is not finite;
+    then a step of the temperature.
 
     Args:
         metrics: [8] float32 or float64, in the order of `reference.METRICS`: the norms of the gradients are
@@ -137,6 +176,8 @@ def update_summary_(
         gradient: 0-d or of one element, receives the temperature's loss, which is the gradient of log alpha.
         step: 0-d, the number of this update, from 1.
         since: [8], the update at which each metric first was not finite, 0 where there is none.
+        adam: `reference.ScalarAdam` of log alpha, float32 or float64: it makes a step against the gradient,
+            and alpha receives exp(log alpha). Other betas or eps compile the kernel anew.
         impl: auto, triton, reference or compile (`kernels.use`).
     Raises:
         ValueError, TypeError: for a tensor of another device, dtype or shape, or with gaps.
@@ -160,17 +201,39 @@ def update_summary_(
         _check_place(name, x, "metrics", place, WIDE)
         if x.numel() != 1:
             raise ValueError(f"{name} must have one element, got {list(x.shape)}")
+    if adam is not None:
+        _check_adam(adam, place)
     given = metrics, losses, log_probs, q_values, alpha
     if takes_kernels(impl, *given):
-        _update_summary_op(*given, gradient, step, since, target_entropy)
+        *state, betas, eps = (*(None,) * 5, (0.0, 0.0), 0.0) if adam is None else adam
+        _update_summary_op(*given, gradient, step, since, *state, target_entropy, *betas, eps)
         return
     numbers = *given, gradient, step, since
     if chosen(impl) == "auto" and _native.takes(*numbers) and all(x.is_contiguous() for x in given[1:4]):
         _compiled_update_summary(*numbers, target_entropy)
+        if adam is not None:
+            _step_on_cpu(adam, gradient, alpha)
         return
-    written = {"gradient": gradient, "step": step, "since": since}
+    written = {"gradient": gradient, "step": step, "since": since, "adam": adam}
     with torch.no_grad():
         twin(reference.update_summary_, impl)(*given, target_entropy=target_entropy, **written)
+
+
+def _check_adam(adam: ScalarAdam, place: torch.device) -> None:
+    same = (adam.param.dtype,)
+    state: Given = {"param": (adam.param, WIDE), "exp_avg": (adam.exp_avg, same)}
+    state |= {"exp_avg_sq": (adam.exp_avg_sq, same), "step": (adam.step, WIDE)}
+    for name, (x, dtypes) in (state | {"learning_rate": (adam.learning_rate, FLOATS)}).items():
+        _check_place(f"adam.{name}", x, "metrics", place, dtypes)
+        if x.numel() != 1:
+            raise ValueError(f"adam.{name} must have one element, got {list(x.shape)}")
+
+
+def _step_on_cpu(adam: ScalarAdam, gradient: Tensor, alpha: Tensor) -> None:
+    param, *moments, step, rate, betas, eps = adam
+    flat = [x.detach().view(-1) for x in (param, gradient, *moments)]
+    adamw_(*flat, step, learning_rate=rate, betas=betas, eps=eps, weight_decay=0.0, impl="auto")
+    alpha.copy_(flat[0].exp().view(alpha.shape))
 
 
 def _compiled_update_summary(
@@ -192,7 +255,8 @@ def _compiled_update_summary(
 
 
 def cases() -> Iterator[Case]:
-    """Two members, in each of the types that metrics have; every result of order 1, one metric not finite."""
+    """Two members, in each of the types that metrics have; every result of order 1, one metric not finite.
+    The temperature stands still, at a rate of 0, so that a call may be repeated."""
     for dtype in (torch.float32, torch.float64):
 
         def prepare(
@@ -201,19 +265,24 @@ def cases() -> Iterator[Case]:
             losses, q_values = torch.randn(2, 2, batch, device=device, dtype=dtype) + 2.0
             log_probs = torch.randn(batch, device=device, dtype=dtype) - 1.5
             metrics, since = (torch.zeros(len(METRICS), device=device, dtype=dtype) for _ in range(2))
-            alpha, gradient, step = (torch.full((), x, device=device, dtype=dtype) for x in (0.3, 0.0, 7.0))
+            alpha, gradient, step = (
+                torch.full((), x, device=device, dtype=dtype) for x in (math.exp(-1.2), 0.0, 7.0)
+            )
             metrics[1], metrics[3], since[4] = float("nan"), 3.0, 5.0
+            state = (torch.full((1,), x, device=device, dtype=dtype) for x in (-1.2, 0.1, 0.02))
+            count, rate = (torch.full((), x, device=device, dtype=dtype) for x in (3.0, 0.0))
+            adam = ScalarAdam(*state, count, rate, (0.5, 0.999), 1e-8)
             results = metrics[:1], metrics[2:], gradient, since  # all but the NaN, which equals nothing
 
             def call() -> object:
                 rest = {"gradient": gradient, "step": step, "since": since}
                 given = metrics, losses, log_probs, q_values, alpha
-                update_summary_(*given, target_entropy=-3.0, impl=impl, **rest)
+                update_summary_(*given, target_entropy=-3.0, adam=adam, impl=impl, **rest)
                 return results
 
             return call
 
         def moved(batch: int, size: int = dtype.itemsize) -> int:
-            return (5 * batch + 4 * len(METRICS) + 3) * size
+            return (5 * batch + 4 * len(METRICS) + 12) * size
 
         yield Case("update_summary_", f"E=2 {dtype}".replace("torch.", ""), prepare, moved)

@@ -14,7 +14,7 @@ from torch import Tensor
 from brc_fast import kernels
 from brc_fast.kernels import reference, summary
 from brc_fast.kernels._dispatch import recording
-from brc_fast.kernels.reference import METRICS
+from brc_fast.kernels.reference import METRICS, ScalarAdam
 
 update_summary_ = partial(summary.update_summary_, impl="triton")
 F64 = torch.float64
@@ -112,6 +112,45 @@ def test_the_compiled_pass_follows_its_twin(rows: int, members: int, monkeypatch
     assert changed == {"metrics", "gradient", "since"}
 
 
+def adam(param: float, dtype: torch.dtype, device: str = "cpu") -> ScalarAdam:
+    state = (guarded(torch.full((1,), x, dtype=dtype, device=device)) for x in (param, 0.2, 0.03))
+    count, rate = (guarded(torch.tensor(x, dtype=dtype, device=device)) for x in (2.0, 0.1))
+    return ScalarAdam(*state, count, rate, (0.5, 0.99), 1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_the_temperature_takes_adams_steps(kernel_device: str, dtype: torch.dtype) -> None:
+    """Against the summary alone and a step of AdamW without decay, in float64."""
+    exact, apart = numbers(9, 2), adam(-1.0, F64)
+    runs = [
+        (op, to(numbers(9, 2), dtype, place), adam(-1.0, dtype, place))
+        for op, place in (
+            (reference.update_summary_, "cpu"),
+            (kernels.update_summary_, "cpu"),
+            (update_summary_, kernel_device),
+        )
+    ]
+    for turn in range(3):
+        log_probs = torch.randn(9, generator=torch.Generator().manual_seed(turn), dtype=F64)
+        exact["log_probs"] = log_probs
+        reference.update_summary_(**exact, target_entropy=-2.0)
+        reference.adamw_(
+            apart.param, exact["gradient"], apart.exp_avg, apart.exp_avg_sq, apart.step,
+            learning_rate=0.1, betas=(0.5, 0.99), eps=1e-8, weight_decay=0.0,
+        )  # fmt: skip
+        exact["alpha"].copy_(apart.param[0].exp())
+        for op, given, state in runs:
+            given["log_probs"].copy_(log_probs)
+            op(**given, target_entropy=-2.0, adam=state)
+            assert state.step.item() == 3.0 + turn
+            assert state.learning_rate.item() == pytest.approx(0.1)
+            for name in ("metrics", "alpha", "gradient"):
+                torch.testing.assert_close(given[name].cpu().to(F64), exact[name], rtol=2e-5, atol=1e-6)
+            for mine, other in zip(state[:3], apart[:3], strict=True):
+                torch.testing.assert_close(mine.cpu().to(F64), other, rtol=2e-5, atol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_the_first_step_with_a_number_that_is_not_finite_stays(kernel_device: str, bad: float) -> None:
@@ -152,26 +191,53 @@ def test_losses_that_lie_apart_and_a_gradient_of_no_dimension_are_taken(kernel_d
 @pytest.mark.gpu
 def test_it_is_an_op_for_the_dispatcher_and_the_compiler(kernel_device: str) -> None:
     def step(given: dict[str, Tensor]) -> Tensor:
-        update_summary_(**given, target_entropy=-1.0)
+        update_summary_(**given, target_entropy=-1.0)  # type: ignore[arg-type]
         return given["metrics"] * 2.0
 
-    plain, traced = (to(numbers(8), torch.float32, kernel_device) for _ in range(2))
-    names = ("metrics", "losses", "log_probs", "q_values", "alpha", "gradient", "step", "since")
-    torch.library.opcheck(
-        summary._update_summary_op.library, (*(plain[name].clone() for name in names), -1.0)
+    plain, traced = (
+        to(numbers(8), torch.float32, kernel_device) | {"adam": adam(0.5, torch.float32, kernel_device)}
+        for _ in range(2)
     )
+    names = ("metrics", "losses", "log_probs", "q_values", "alpha", "gradient", "step", "since")
+    *state, betas, eps = adam(0.5, torch.float32, kernel_device)
+    given = tuple(plain[name].clone() for name in names)
+    for more in ((None,) * 5, state):
+        torch.library.opcheck(summary._update_summary_op.library, (*given, *more, -1.0, *betas, eps))
     expected = step(plain)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(traced), expected)
-    for name in ("metrics", "gradient"):
+    for name in ("metrics", "gradient", "alpha"):
         torch.testing.assert_close(traced[name], plain[name])
+    torch.testing.assert_close(traced["adam"][:4], plain["adam"][:4])
 
 
 def test_it_is_one_launch() -> None:
     pytest.importorskip("triton")
-    with recording() as launches:
-        kernels.update_summary_(**to(numbers(8), torch.float32), target_entropy=-1.0)
-    assert [call.grid for call in launches] == [(1,)]
+    for state in (None, adam(0.5, torch.float32)):
+        with recording() as launches:
+            kernels.update_summary_(**to(numbers(8), torch.float32), target_entropy=-1.0, adam=state)
+        assert [call.grid for call in launches] == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "told"),
+    [
+        ("param", torch.zeros(2), ValueError, r"adam.param must have one element, got \[2\]"),
+        ("param", torch.zeros(1).half(), TypeError, "adam.param must be of dtype .* got torch.float16"),
+        ("exp_avg", torch.zeros(1, dtype=F64), TypeError, "adam.exp_avg must be of dtype torch.float32, got"),
+        ("step", torch.zeros((), device="meta"), ValueError, "adam.step must be on cpu like metrics, got"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused_by_name(
+    name: str, value: Tensor, error: type, told: str
+) -> None:
+    given = to(numbers(4), torch.float32)
+    before = {key: x.clone() for key, x in given.items()}
+    with pytest.raises(error, match=told):
+        kernels.update_summary_(
+            **given, target_entropy=-1.0, adam=adam(0.5, torch.float32)._replace(**{name: value})
+        )
+    assert all(torch.equal(given[key], x) for key, x in before.items())
 
 
 @pytest.mark.parametrize(
