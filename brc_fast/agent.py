@@ -233,6 +233,7 @@ class BRC:
         batches, scale, noise = Batch(*inputs[:6]), inputs[6], inputs[7:]
         each = scale if self.num_tasks == 1 else scale[batches.task_ids]
         batches = batches._replace(rewards=batches.rewards / each)
+        discounts = self.learning.discount * batches.masks
         given = torch.stack(noise, 1) if noise else None  # [U, 2, B, A]
         rows = self.atoms.new_empty(batches.rewards.shape[0], len(METRICS))
         alpha = self.alpha
@@ -240,7 +241,7 @@ class BRC:
             batch = batches.update(index)
             drawn = self._noise(batch) if given is None else given[index]
             samples = self.passes(batch).samples(batch, drawn)
-            losses = self.update_critic(batch, next(samples), alpha, metrics[CRITIC_NORM])
+            losses = self.update_critic(batch, next(samples), alpha, metrics[CRITIC_NORM], discounts[index])
             sample = next(samples)
             q_values = self.update_actor(batch, sample, alpha, metrics[ACTOR_NORM])
             self.update_temperature(losses, sample.log_probs, q_values, alpha, metrics)
@@ -286,7 +287,12 @@ class BRC:
 
     @torch.no_grad()
     def update_critic(
-        self, batch: Batch, next_sample: Sample, alpha: Tensor, norm: Tensor | None = None
+        self,
+        batch: Batch,
+        next_sample: Sample,
+        alpha: Tensor,
+        norm: Tensor | None = None,
+        discounts: Tensor | None = None,
     ) -> Tensor:
         """One AdamW step of every member, and of the task embedding, towards the projected target of
         `critic_target`; then the target critic moves towards the new one, embedding included.
@@ -295,7 +301,7 @@ class BRC:
 
         Args:
             next_sample: the policy's, at the next observations. alpha: 0-d. norm: 0-d, receives that of the
-                gradient.
+                gradient. discounts: discount * masks, [B], where they are there already.
         Returns:
             The losses [E, B] before the step.
         """
@@ -305,11 +311,13 @@ class BRC:
             self.target_critic, batch.next_observations, next_sample.actions, batch.task_ids
         )
         logits, next_logits = passes.critics.forward(x, next_x).chunk(2)  # online, target: [E, B, K]
+        if discounts is None:
+            discounts = self.learning.discount * batch.masks
         losses, dlogits = kernels.categorical_bellman_loss_and_gradient(
             logits[..., : len(self.atoms)],
             next_logits[..., : len(self.atoms)],
             batch.rewards,
-            self.learning.discount * batch.masks,
+            discounts,
             next_sample.log_probs,
             alpha,
             self.atoms,
