@@ -226,7 +226,8 @@ class Backward:
         x = x.expand(len(g), *x.shape[-2:])
         if gradients is not None:
             torch.bmm(self.memory.outputs[-1].mT, grad, out=gradients.head)
-            torch.sum(grad, 1, dtype=gradients.bias.dtype, out=gradients.bias)
+            if self.partials is None:
+                torch.sum(grad, 1, dtype=gradients.bias.dtype, out=gradients.bias)
         torch.bmm(grad, self.head, out=g)
         for index, norm, dproduct, kernel, dkernel, opens_block, closes_block in self.layers:
             if self.memory.recomputed and index < len(self.layers) - 1 and not opens_block:
@@ -244,7 +245,7 @@ class Backward:
                 assert self.memory.whole is not None
                 _square_gradients(self.memory.whole, self.space[2:], gradients.square)
             if self.partials is not None:
-                passes.reduce_partials(self.partials, gradients.vectors)
+                passes.reduce_partials(self.partials, gradients.vectors, grad, gradients.bias)
         return None if columns is None else torch.bmm(dproduct, self.first[..., columns])
 
     def _recompute(self, index: int, x: Tensor) -> None:

@@ -246,19 +246,44 @@ def _norm_backward_kernel(  # type: ignore[no-untyped-def]
 def _norm_reduce_kernel(  # type: ignore[no-untyped-def]
     partials_ptr,
     out_ptr,
+    rows_ptr,
+    sums_ptr,
     partials_stride,
     out_stride,
     vector_stride,
     network_stride,
+    sums_stride,
     S,
     W,
     N,
     H,
+    L,
+    B,
+    K,
     BLOCK_S: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """out[l, v, n, h] = sum over s of partials[l, s, w], w counting the vectors, networks and columns."""
+    """out[l, v, n, h] = sum over s of partials[l, s, w], w counting the vectors, networks and columns.
+
+    Behind the last layer: sums[n, k] = sum over b of rows[n, b, k].
+    """
     layer = tl.program_id(1).to(tl.int64)
+    if rows_ptr is not None:  # noqa: SIM102 - known when it is compiled
+        if layer == L:
+            b = tl.arange(0, BLOCK_B)
+            for start in range(tl.program_id(0) * BLOCK_K, N * K, tl.num_programs(0) * BLOCK_K):
+                w = start + tl.arange(0, BLOCK_K)
+                network, column = (w // K).to(tl.int64), w % K
+                total = tl.zeros([BLOCK_B, BLOCK_K], partials_ptr.dtype.element_ty)
+                for first in range(0, B, BLOCK_B):
+                    place = (network[None, :] * B + (first + b)[:, None]) * K + column[None, :]
+                    mask = (first + b < B)[:, None] & (w < N * K)[None, :]
+                    total += tl.load(rows_ptr + place, mask=mask, other=0.0).to(total.dtype)
+                out = tl.sum(total, 0).to(sums_ptr.dtype.element_ty)
+                tl.store(sums_ptr + network * sums_stride + column, out, mask=w < N * K)
+            S, W = 0, 0  # nothing else
     s = tl.arange(0, BLOCK_S)
     w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
     total = tl.zeros([BLOCK_S, BLOCK_W], partials_ptr.dtype.element_ty)
@@ -391,13 +416,17 @@ def backward_into(
     launch(_norm_backward_kernel, (programs, N, blocks), *held, H=H, RELU=relu, **config)
 
 
-def reduce_partials(partials: Tensor, out: Tensor) -> None:
-    """Add up the partial sums of L layers in one launch: out[l] = sum over s of partials[l, s].
+def reduce_partials(
+    partials: Tensor, out: Tensor, rows: Tensor | None = None, sums: Tensor | None = None
+) -> None:
+    """Add up the partial sums of L layers in one launch: out[l] = sum over s of partials[l, s]; and rows.
 
     Args:
         partials: [L, S, 3, N, H], each layer contiguous, any distance apart.
         out: [L, 3, N, H] of any float dtype, for bias, weight and shift; last stride 1, the others are free,
             so that the networks may lie in the rows of a flat buffer [N, P].
+        rows: contiguous [N, B, K], which are summed over B into sums [N, K] of any float dtype and any
+            distance between networks: as the gradient of what they put out is for their last bias.
     """
     L, S, _, N, H = partials.shape
     W = 3 * N * H
@@ -405,9 +434,13 @@ def reduce_partials(partials: Tensor, out: Tensor) -> None:
     block = next_power_of_2(min(128, max(32, L * W // (4 * processors(out.device)))))
     heuristic = {"BLOCK_W": block, "BLOCK_S": 4096 // block, "num_warps": 8}
     config: dict[str, Any] = configuration("norm_reduce", W, partials.dtype, out.device, heuristic)
-    grid = (triton.cdiv(W, config["BLOCK_W"]), L)
-    strides = (partials.stride(0), *out.stride()[:3])
-    launch(_norm_reduce_kernel, grid, partials, out, *strides, S, W, N, H, **config)
+    grid = (triton.cdiv(W, config["BLOCK_W"]), L if rows is None else L + 1)
+    strides = (partials.stride(0), *out.stride()[:3], 0 if sums is None else sums.stride(0))
+    B, K = (0, 0) if rows is None else rows.shape[1:]
+    tile = {"BLOCK_K": 8, "BLOCK_B": 512}
+    launch(
+        _norm_reduce_kernel, grid, partials, out, rows, sums, *strides, S, W, N, H, L, B, K, **config, **tile
+    )  # fmt: skip
 
 
 BATCHED = True  # for _stacked: square layers' gradients are one product, sums over rows one launch at the end

@@ -574,6 +574,32 @@ def test_partial_sums_of_any_number_are_added_in_one_launch_for_all_layers(kerne
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, FLOAT64], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 7, 5), (2, 513, 8), (2, 1100, 104), (1, 512, 33)], ids=str)
+def test_the_same_launch_sums_the_rows_of_outputs(
+    kernel_device: str, sizes: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    N, B, K = sizes
+    wide = FLOAT64 if dtype == FLOAT64 else FLOAT32
+    partials = torch.randn(2, 3, 3, N, 5, device=kernel_device, dtype=wide)
+    rows = torch.randn(N, B, K, device=kernel_device).to(dtype)
+    held = torch.full((N, K + 6), float("nan"), device=kernel_device, dtype=dtype)  # of a flat buffer
+    sums, out = held[:, 2 : 2 + K], torch.empty(2, 3, N, 5, device=kernel_device, dtype=dtype)
+    alone = torch.empty_like(out)
+    with _dispatch.recording() as launches:
+        norm.reduce_partials(partials, out, rows, sums)
+    assert len(launches) == 1
+    norm.reduce_partials(partials, out, rows, sums)
+    norm.reduce_partials(partials, alone)
+    assert torch.equal(out, alone)
+    exact = rows.double().sum(1)
+    slack = {BFLOAT16: 0.01, FLOAT16: 2e-3, FLOAT32: 1e-6, FLOAT64: 1e-14}[dtype]
+    torch.testing.assert_close(sums.double(), exact, rtol=slack, atol=slack * B**0.5)
+    assert held.isfinite().sum() == sums.numel(), "written beside it"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, FLOAT64], ids=str)
 def test_the_sums_are_written_into_buffers_of_any_strides(kernel_device: str, dtype: torch.dtype) -> None:
     """As networks of P parameters lie in a flat buffer, and with each pair of axes exchanged in memory."""
     torch.manual_seed(0)
