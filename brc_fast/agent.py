@@ -209,6 +209,9 @@ class BRC:
             batches: on any device; pinned host memory is copied to a GPU while that still computes.
             noise: of the samplings, drawn where it is not given. With it there is no CUDA graph.
             reward_scale: [T], by which each task's rewards are divided; 1 where it is not given.
+        Raises:
+            ValueError for batches that do not fit. RuntimeError for parameters that were frozen, removed, or
+            moved to another dtype or device; new values that they were given by hand are taken over.
         """
         if torch.compiler.is_compiling():  # of a user's loop: no compiler takes views changed through buffers
             as_it_is = torch.compiler.disable(self.update)  # type: ignore[no-untyped-call]
@@ -220,6 +223,8 @@ class BRC:
             require_shape(f"noise.{name}", part, "[U, B, A]", tuple(batches.actions.shape))
         # memory that is kept must not be of inference mode: nothing outside of that could write it
         with torch.inference_mode(False), torch.no_grad(), products(self.precision, self.device):
+            for optimizer in self._optimizers().values():
+                optimizer.networks.follow()
             if noise is None:
                 values = self.updates([*batches, scale])
             else:

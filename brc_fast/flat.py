@@ -72,7 +72,13 @@ class FlatNetworks:
         self._shared = list(shared)
         self.master = like.new_zeros(len(modules) * self.members, size)
         self._modules = tuple(modules)
+        self._owners = [
+            (module.get_submodule(owner), own, name)
+            for module in modules
+            for name, (owner, _, own) in ((name, name.rpartition(".")) for name in self._names)
+        ]
         self._take_over()
+        self._seen = self._marks()
         self.low = None if low is None else self.master.to(low)
         self.grad = self.master.new_zeros(self.members, size, dtype=low)
         for module in modules:
@@ -87,6 +93,32 @@ class FlatNetworks:
                 if parameter.data_ptr() != views[name].data_ptr() or parameter.is_meta:
                     views[name].copy_(parameter.detach())
                     parameter.data = views[name]
+
+    def _marks(self) -> list[tuple[int, int, bool] | None]:
+        """What of each parameter tells that it was put elsewhere, changed or frozen."""
+        held = (owner._parameters.get(own) for owner, own, _ in self._owners)
+        return [
+            None if p is None else (p.data_ptr(), 0 if p.is_inference() else p._version, p.requires_grad)
+            for p in held
+        ]
+
+    def follow(self) -> None:
+        """Take in what was done to the parameters by hand since the last call: new values, also in memory of
+        their own. RuntimeError, by name, for one that is gone, frozen, or of another dtype or device."""
+        marks = self._marks()
+        if marks == self._seen:
+            return
+        for index, (owner, own, name) in enumerate(self._owners):
+            p = owner._parameters.get(own)
+            if p is None:
+                raise RuntimeError(f"{name} is no parameter of its module any more, but it is trained as one")
+            if (p.dtype, p.device) != (self.master.dtype, self.master.device):
+                told = f"{self.master.dtype} on {self.master.device}, got {p.dtype} on {p.device}"
+                raise RuntimeError(f"{name} must stay {told}: make the agent with another dtype or device")
+            if not p.requires_grad and index < len(self._names):
+                raise RuntimeError(f"{name} has requires_grad=False, but all parameters are trained together")
+        self.refresh()
+        self._seen = self._marks()
 
     def refresh(self) -> None:
         """Renew the low-precision copies after parameters were set from outside, and the padding, to which

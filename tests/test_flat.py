@@ -315,6 +315,60 @@ def test_parameters_that_a_load_puts_in_place_are_taken_into_the_buffer(precisio
     assert mine.critics.master.any()
 
 
+BY_HAND = {
+    "in place": lambda p: p.mul_(0.5),
+    "data": lambda p: setattr(p, "data", 0.5 * p.data),
+    "vector_to_parameters": lambda p: nn.utils.vector_to_parameters(0.5 * p.reshape(-1), [p]),
+}
+
+
+@pytest.mark.parametrize("how", BY_HAND)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "name", ["critic.body.head.kernel", "target_critic.embedding", "actor.body.input.bias"]
+)
+def test_parameters_set_by_hand_are_those_of_the_next_update(name: str, precision: str, how: str) -> None:
+    mine, other = (agent(T, precision=precision) for _ in range(2))
+    data = batches(1, T, rows=8)
+    for one in (mine, other):
+        one.update(data)
+    module, own = name.split(".", 1)
+    with torch.no_grad():
+        BY_HAND[how](getattr(mine, module).get_parameter(own))
+    state = other.state_dict()
+    state[name.replace(".", "/", 1)].mul_(0.5)
+    other.load_state_dict({key: value.clone() for key, value in state.items()})
+    for one in (mine, other):
+        one.update(data)
+    for key, value in other.state_dict().items():
+        assert torch.equal(mine.state_dict()[key], value), key
+
+
+FROM_UNDER_IT = {
+    "frozen": (lambda critic: critic.embedding.requires_grad_(False), "embedding has requires_grad=False"),
+    "double": (lambda critic: critic.double(), "must stay torch.float32 on cpu, got torch.float64 on cpu"),
+    "meta": (lambda critic: critic.body.head.to("meta"), "body.head.kernel must stay .* got .* on meta"),
+    "parametrized": (
+        lambda critic: nn.utils.parametrizations.orthogonal(critic.body.head, "kernel"),
+        "body.head.kernel is no parameter of its module any more",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", FROM_UNDER_IT)
+def test_a_parameter_taken_from_under_the_agent_is_named(how: str) -> None:
+    mine = agent(T)
+    data = batches(1, T, rows=8)
+    mine.update(data)
+    change, told = FROM_UNDER_IT[how]
+    change(mine.critic)
+    before = mine.critics.master.clone()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=told):
+            mine.update(data)
+    assert torch.equal(mine.critics.master, before)
+
+
 @pytest.mark.parametrize("tasks", [1, T])
 def test_a_networks_gradient_is_one_row_and_the_one_of_autograd(tasks: int) -> None:
     mine = agent(tasks)
