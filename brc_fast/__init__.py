@@ -9,6 +9,7 @@ from .agent import BRC, Noise
 from .batch import Batch
 from .config import ActorConfig, CriticConfig, EnvConfig, LearningConfig, TrainConfig
 from .errors import InputError, MissingExtraError
+from .networks import BroNet, Critic
 from .normalizer import RewardNormalizer
 from .replay import DeviceReplayBuffer, Field, ReplayBuffer
 
@@ -21,6 +22,8 @@ __all__ = [
     "BRC",
     "ActorConfig",
     "Batch",
+    "BroNet",
+    "Critic",
     "CriticConfig",
     "DeviceReplayBuffer",
     "EnvConfig",

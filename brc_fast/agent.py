@@ -151,7 +151,10 @@ class BRC:
         return self.temperature.log_alpha.detach().exp()
 
     def policy(
-        self, observations: Tensor, task_ids: Tensor, lagged: tuple[Actor, Tensor | None] | None = None
+        self,
+        observations: Tensor,
+        task_ids: Tensor | None = None,
+        lagged: tuple[Actor, Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean and raw log-std [B, A]; the online critic's embedding is read, and gets no gradient."""
         table = None if self.critic.embedding is None else self.critic.embedding.detach()
@@ -163,13 +166,14 @@ class BRC:
     def act(
         self,
         observations: Tensor,
-        task_ids: Tensor,
+        task_ids: Tensor | None = None,
         deterministic: bool = False,
         lagged: tuple[Actor, Tensor | None] | None = None,
     ) -> Tensor:
         """Actions [N, A] in [-1, 1] for observations [N, O]: a sample, or the mean's tanh.
 
         Args:
+            task_ids: [N], in [0, T); with one task they need not be given.
             lagged: the actor and embedding to act with in place of the newest (brc_fast.lag).
         """
         mean, raw_log_std = self.policy(observations, task_ids, lagged)
@@ -183,7 +187,7 @@ class BRC:
         return torch.rand(shape, generator=self.generator, device=self.device, dtype=self.dtype) * 2.0 - 1.0
 
     @torch.no_grad()
-    def value(self, observations: Tensor, task_ids: Tensor) -> Tensor:
+    def value(self, observations: Tensor, task_ids: Tensor | None = None) -> Tensor:
         """Q of the mean action, averaged over members, in units of the scaled return: [N, O] -> [N]."""
         logits = self.critic(observations, self.act(observations, task_ids, deterministic=True), task_ids)
         return kernels.expected_value(logits, self.atoms).mean(0)

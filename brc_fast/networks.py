@@ -23,7 +23,7 @@ def padded(size: int) -> int:
     return -(-size // PAD) * PAD
 
 
-def _orthogonal(shape: tuple[int, ...], gain: float, generator: Generator) -> Tensor:
+def _orthogonal(shape: tuple[int, ...], gain: float, generator: Generator | None) -> Tensor:
     """Orthogonal matrices over the last two axes, each drawn on its own."""
     kernel = torch.empty(shape)
     for matrix in () if kernel.is_meta else kernel.reshape(-1, *shape[-2:]):
@@ -34,7 +34,7 @@ def _orthogonal(shape: tuple[int, ...], gain: float, generator: Generator) -> Te
 class NormedLinear(nn.Module):
     """Parameters of one layer `LayerNorm(x W + b)`: kernel [E, I, H] and three vectors [E, H]."""
 
-    def __init__(self, members: int, inputs: int, width: int, generator: Generator) -> None:
+    def __init__(self, members: int, inputs: int, width: int, generator: Generator | None) -> None:
         super().__init__()
         self.kernel = nn.Parameter(_orthogonal((members, inputs, width), GAIN, generator))
         self.bias = nn.Parameter(torch.zeros(members, width))
@@ -56,16 +56,30 @@ class BroNet(nn.Module):
 
         x = relu(LN(W0 x + b0));   `depth` times:  x = x + LN(W2 relu(LN(W1 x + b1)) + b2);   head
 
-    Shapes: [B, I], shared by all networks, -> [E, B, outputs].
+    Shapes: [B, I], shared by all networks, or [E, B, I] -> [E, B, outputs].
+
+    Args:
+        inputs: I. head: the number of outputs, or the head's first kernel [E, H, outputs].
+        width: H. depth: residual blocks. members: E.
+        generator: of the first weights; that of torch (torch.manual_seed) where there is none.
     Source: Nauman et al. 2024, arXiv:2405.16158.
     """
 
     plan = kernels.BroNetPlan  # its passes without autograd, for a learner
 
     def __init__(
-        self, members: int, inputs: int, width: int, depth: int, head: Tensor, generator: Generator
+        self,
+        inputs: int,
+        head: int | Tensor,
+        *,
+        width: int = 256,
+        depth: int = 2,
+        members: int = 2,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(head, int):
+            head = _orthogonal((members, width, head), GAIN, generator)
         self.input = NormedLinear(members, inputs, width, generator)
         self.blocks = nn.ModuleList(
             nn.ModuleList(NormedLinear(members, width, width, generator) for _ in range(2))
@@ -111,22 +125,42 @@ class BroNet(nn.Module):
 class Critic(nn.Module):
     """E networks that give K logits of the return's distribution, and the task embedding they share.
 
-    With one task there is no embedding and no embedding input.
+    That of `BRC`, and alone the critic of any other agent: docs/critic.md. With one task there is no
+    embedding and no embedding input, and task_ids [B] (int64, in [0, T)) need not be given.
+
+    Args:
+        observation_size: O. action_size: A. num_tasks: T.
+        config: sizes and the support [-v_max, v_max] of the return, which rewards are to be scaled into.
+        generator: of the first weights; that of torch (torch.manual_seed) where there is none.
+    Attributes:
+        atoms: [K], evenly spaced over the support.
+    Source: Nauman et al. 2025, arXiv:2505.23150.
     """
+
+    atoms: Tensor
 
     def __init__(
         self,
         observation_size: int,
         action_size: int,
-        num_tasks: int,
-        config: CriticConfig,
-        generator: Generator,
+        num_tasks: int = 1,
+        config: CriticConfig | None = None,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__()
+        self.config = config = CriticConfig() if config is None else config
         inputs = observation_size + action_size + (config.embedding_size if num_tasks > 1 else 0)
         self.embedding_norm = config.embedding_norm
-        head = _orthogonal((config.members, config.width, config.num_atoms), GAIN, generator)
-        self.body = BroNet(config.members, inputs, config.width, config.depth, head, generator)
+        self.body = BroNet(
+            inputs,
+            config.num_atoms,
+            width=config.width,
+            depth=config.depth,
+            members=config.members,
+            generator=generator,
+        )
+        atoms = torch.linspace(-config.v_max, config.v_max, config.num_atoms)
+        self.register_buffer("atoms", atoms, persistent=False)
         self.embedding = None
         if num_tasks > 1:
             rows = torch.empty(num_tasks, config.embedding_size)
@@ -135,12 +169,65 @@ class Critic(nn.Module):
             self.embedding = nn.Parameter(rows)
 
     def forward(
-        self, observations: Tensor, actions: Tensor, task_ids: Tensor, frozen: bool = False
+        self, observations: Tensor, actions: Tensor, task_ids: Tensor | None = None, frozen: bool = False
     ) -> Tensor:
         """Logits [E, B, K] of observations [B, O], actions [B, A], task_ids [B]; see `BroNet.forward`."""
         table = self.embedding.detach() if frozen and self.embedding is not None else self.embedding
         x = kernels.pack_inputs(observations, actions, table, task_ids, self.embedding_norm)
         return self.body(x, frozen)  # type: ignore[no-any-return]
+
+    def values(
+        self, observations: Tensor, actions: Tensor, task_ids: Tensor | None = None, frozen: bool = False
+    ) -> Tensor:
+        """Q [E, B], the mean of each member's distribution. `frozen`, for the loss of an actor: gradients
+        reach the actions and no parameter."""
+        return kernels.expected_value(self(observations, actions, task_ids, frozen), self.atoms)
+
+    def bellman_loss(
+        self,
+        target: Critic,
+        observations: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        discounts: Tensor,
+        next_observations: Tensor,
+        next_actions: Tensor,
+        *,
+        next_log_probs: Tensor | None = None,
+        temperature: Tensor | float = 0.0,
+        task_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Losses [E, B] of each member at each row, against the target's distribution of the return.
+
+            y = r + discount (Z'(s', a') - temperature log pi(a'|s')),   cross-entropy of its projection
+
+        Z' is the mean of the target's members, which get no gradient. `.mean(-1).sum()` is the loss of BRC.
+
+        Args:
+            target: a critic of the same sizes, as copy.deepcopy gives it; see `soft_update_`.
+            observations, next_observations: [B, O]. actions: [B, A], taken. next_actions: [B, A], of the
+                policy at the next observations.
+            rewards: [B] or [B, 1], scaled so that returns stay within +-v_max.
+            discounts: [B] or [B, 1], the discount, and 0 where the episode ended in a terminal state.
+            next_log_probs: [B] or [B, 1], of the next actions, with temperature > 0: of soft agents (SAC).
+        Raises:
+            ValueError for shapes that do not fit.
+        """
+        rows = observations.shape[0]
+        if next_log_probs is None:
+            next_log_probs = torch.zeros_like(rewards)
+        flat = (x.reshape(rows) if x.shape == (rows, 1) else x for x in (rewards, discounts, next_log_probs))
+        with torch.no_grad():
+            next_logits = target(next_observations, next_actions, task_ids)
+        logits = self(observations, actions, task_ids)
+        return kernels.categorical_bellman_loss(
+            logits, next_logits, *flat, temperature, self.atoms, self.config.v_max
+        )
+
+    @torch.no_grad()
+    def soft_update_(self, online: Critic, tau: float) -> None:
+        """Move every parameter of this target: `p += tau * (online p - p)`."""
+        torch._foreach_lerp_(list(self.parameters()), list(online.parameters()), tau)
 
 
 class Temperature(nn.Module):
@@ -166,7 +253,10 @@ class Actor(nn.Module):
         mean = _orthogonal((1, config.width, action_size), GAIN, generator)
         log_std = _orthogonal((1, config.width, action_size), 1.0, generator)
         head = torch.cat([mean, log_std], -1)  # [1, H, 2 A]: mean, then raw log-std
-        self.body = BroNet(1, observation_size + embedding_size, config.width, config.depth, head, generator)
+        inputs = observation_size + embedding_size
+        self.body = BroNet(
+            inputs, head, width=config.width, depth=config.depth, members=1, generator=generator
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and raw log-std, [B, A] each, of packed inputs [B, O + D]."""

@@ -51,11 +51,17 @@ def test_make_demo_and_make_test_stand_on_the_first_screen_and_every_make_target
         assert name in targets, name
 
 
-def test_the_examples_of_the_kernels_run() -> None:
-    for code in (examples()[2], re.findall(r"```python\n(.*?)```", KERNELS, re.DOTALL)[0]):
-        names: dict[str, Any] = {}
-        exec(compile(code, "README.md", "exec"), names)
-        assert names["logits"].grad.abs().sum() > 0
+def test_the_example_of_the_critic_runs() -> None:
+    names: dict[str, Any] = {}
+    exec(compile(examples()[2], "README.md", "exec"), names)
+    assert names["losses"].shape == names["values"].shape == (2, 256)
+    assert all(parameter.grad.abs().sum() > 0 for parameter in names["critic"].parameters())
+
+
+def test_the_example_of_the_kernels_runs() -> None:
+    names: dict[str, Any] = {}
+    exec(compile(re.findall(r"```python\n(.*?)```", KERNELS, re.DOTALL)[0], "README.md", "exec"), names)
+    assert names["logits"].grad.abs().sum() > 0
 
 
 def test_the_kernels_readme_names_every_op() -> None:

@@ -1,0 +1,150 @@
+"""The critic in an agent of one's own: its loss, values and target, and the page that shows them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from brc_fast import BRC, ActorConfig, Batch, BroNet, Critic, CriticConfig, kernels
+
+CONFIG = CriticConfig(width=24, num_atoms=21, embedding_size=4, v_max=5.0)
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "critic.md").read_text()
+
+
+def data(rows: int = 16, tasks: int = 1) -> Batch:
+    rng = torch.Generator().manual_seed(3)
+    observations, actions, successors = (torch.randn(rows, n, generator=rng) for n in (5, 2, 5))
+    rewards, chance = torch.rand(2, rows, generator=rng)
+    ids = torch.randint(tasks, (rows,), generator=rng)
+    return Batch(observations, actions.tanh(), rewards, (chance > 0.2).float(), successors, ids)
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_its_loss_has_the_gradient_of_the_agents_update(tasks: int) -> None:
+    agent = BRC(5, 2, tasks, critic=CONFIG, actor=ActorConfig(width=16))
+    batch, noise = data(tasks=tasks), torch.randn(2, 16, 2)
+    critic = copy.deepcopy(agent.critic)
+    target = copy.deepcopy(agent.target_critic)
+    sample = next(agent.passes(batch).samples(batch, noise))
+    losses = critic.bellman_loss(
+        target, batch.observations, batch.actions, batch.rewards, 0.99 * batch.masks,
+        batch.next_observations, sample.actions, next_log_probs=sample.log_probs, temperature=agent.alpha,
+        task_ids=batch.task_ids,
+    )  # fmt: skip
+    losses.mean(-1).sum().backward()
+    torch.testing.assert_close(agent.update_critic(batch, sample, agent.alpha), losses)
+    flat = agent.critics.named(agent.critics.grad)
+    for name, parameter in critic.named_parameters():
+        torch.testing.assert_close(parameter.grad, flat[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert all(parameter.grad is None for parameter in target.parameters())
+
+
+def test_columns_of_rewards_and_no_entropy_are_those_of_a_plain_loss() -> None:
+    critic, batch = Critic(5, 2, config=CONFIG), data()
+    target = copy.deepcopy(critic)
+    rest = batch.next_observations, batch.actions
+    plain = critic.bellman_loss(
+        target, batch.observations, batch.actions, batch.rewards, 0.9 * batch.masks, *rest
+    )
+    columns = critic.bellman_loss(
+        target, batch.observations, batch.actions, batch.rewards[:, None], 0.9 * batch.masks[:, None], *rest,
+        next_log_probs=torch.randn(16, 1),
+    )  # fmt: skip
+    assert plain.shape == (2, 16)
+    torch.testing.assert_close(columns, plain)
+    with pytest.raises(ValueError, match=r"rewards must have shape \[B\] = \[16\], got \[16, 2\]"):
+        critic.bellman_loss(
+            target,
+            batch.observations,
+            batch.actions,
+            batch.rewards[:, None].expand(16, 2),
+            batch.masks,
+            *rest,
+        )
+
+
+def test_values_are_means_and_frozen_ones_reach_the_actions_alone() -> None:
+    critic, batch = Critic(5, 2, 3, CONFIG), data(tasks=3)
+    actions = batch.actions.clone().requires_grad_()
+    values = critic.values(batch.observations, actions, batch.task_ids, frozen=True)
+    logits = critic(batch.observations, batch.actions, batch.task_ids)
+    expected = (logits.softmax(-1) * torch.linspace(-5.0, 5.0, 21)).sum(-1)
+    torch.testing.assert_close(values, expected)
+    values.sum().backward()
+    assert actions.grad is not None
+    assert actions.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in critic.parameters())
+    critic.values(batch.observations, actions, batch.task_ids).sum().backward()
+    assert all(parameter.grad is not None for parameter in critic.parameters())
+    with pytest.raises(ValueError, match=r"task_ids .* are needed"):
+        critic(batch.observations, batch.actions)
+
+
+def test_the_target_moves_by_its_share() -> None:
+    online, target = Critic(5, 2, 3, CONFIG), Critic(5, 2, 3, CONFIG)
+    before = {name: p.clone() for name, p in target.named_parameters()}
+    target.soft_update_(online, 0.25)
+    for name, parameter in target.named_parameters():
+        torch.testing.assert_close(parameter, before[name].lerp(online.get_parameter(name), 0.25))
+
+
+def test_first_weights_come_from_torchs_seed_or_a_generator_of_ones_own() -> None:
+    def first(seed: int, *generator: torch.Generator) -> Tensor:
+        torch.manual_seed(seed)
+        return Critic(5, 2, 1, CONFIG, *generator).body.head.kernel
+
+    assert torch.equal(first(0), first(0))
+    assert not torch.equal(first(0), first(1))
+    own = (torch.Generator().manual_seed(7) for _ in range(2))
+    assert torch.equal(first(0, next(own)), first(1, next(own)))
+    assert (
+        Critic(5, 2, config=CONFIG).state_dict().keys() == BRC(5, 2, critic=CONFIG).critic.state_dict().keys()
+    )
+
+
+def test_optimizers_of_torch_take_it() -> None:
+    """Contiguous parameters: the fused ones read memory as if all were."""
+    critics = {}
+    for fused in (False, True):
+        torch.manual_seed(0)
+        critic, batch = Critic(5, 2, config=CONFIG), data()
+        optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-2, fused=fused)
+        for _ in range(3):
+            optimizer.zero_grad()
+            critic.bellman_loss(
+                copy.deepcopy(critic), batch.observations, batch.actions, batch.rewards, batch.masks,
+                batch.next_observations, batch.actions,
+            ).mean().backward()  # fmt: skip
+            optimizer.step()
+        critics[fused] = critic.state_dict()
+    for name, value in critics[False].items():
+        torch.testing.assert_close(critics[True][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_body_of_any_outputs_is_an_ensemble() -> None:
+    body = BroNet(7, 1, width=12, depth=1, members=3)
+    x = torch.randn(4, 7)
+    assert body(x).shape == (3, 4, 1)
+    parameters = [p.double() for p in body.parameters()]
+    torch.testing.assert_close(
+        body(x).double(), kernels.reference.bronet(x.double(), *parameters), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_pages_agent_learns() -> None:
+    """docs/critic.md as it stands, but shorter."""
+    pytest.importorskip("gymnasium", reason="needs the [gym] extra")
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    shorter = code.replace("range(4_000)", "range(400)").replace(">= 500", ">= 200")
+    assert shorter.count("range(400)") == 1
+    names: dict[str, Any] = {}
+    exec(compile(shorter, "critic.md", "exec"), names)
+    assert names["loss"].isfinite()
+    assert names["critic"].body.head.bias.abs().sum() > 0
+    assert len(names["replay"]) == 400
