@@ -1,10 +1,11 @@
 """Updates per second of `brc_fast.BRC` and of the same mathematics by others, beside the least it can take.
 
-    python bench/bench_update.py [--device cpu|cuda] [--providers ours plain compiled jax]
+    python bench/bench_update.py [--device cpu|cuda] [--providers ours critic plain compiled jax]
         [--workload [NAME ...]] [--width 128 ...] [--batch 128 ...] [--updates U]
         [--budget SECONDS] [--save NAME]
 
 ours        float32 on a CPU; on a GPU ours-tf32 and ours-bf16, in CUDA graphs
+critic      plain, but for the critic, its loss and its target, which are `brc_fast.Critic` (docs/critic.md)
 plain       PyTorch without anything of ours
 compiled    the same through torch.compile with fused optimizers, on a GPU in a CUDA graph
 jax         the same in JAX with optax, jitted as a whole

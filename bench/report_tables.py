@@ -10,6 +10,7 @@ LABELS = {
     "ours": "brc-fast",
     "ours-tf32": "brc-fast, TF32",
     "ours-bf16": "brc-fast, BF16",
+    "critic": "plain PyTorch, our critic",
     "plain": "plain PyTorch",
     "compiled": "torch.compile",
     "compile": "torch.compile",

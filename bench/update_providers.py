@@ -1,4 +1,5 @@
-"""Who makes the update in bench_update.py: ours, plain PyTorch, compiled or not, JAX; and its products alone.
+"""Who makes the update in bench_update.py: ours, our critic in a plain agent, plain PyTorch, compiled or not,
+JAX; and its products alone.
 
 Each starts from the same parameters, is compared with plain PyTorch in float32, which knows nothing of ours,
 and is then called without waiting.
@@ -26,10 +27,11 @@ from brc_fast import BRC, ActorConfig, Batch, CriticConfig, Noise
 from brc_fast.config import Precision
 from brc_fast.precision import products
 from peers.torch_plain import METRICS, CompiledBRC, PlainBRC
+from peers.torch_swapped import SwappedBRC
 
 CARTPOLE = Workload("cartpole", "mjx/CartpoleSwingup", 5, 1, suites=("mjx/CartpoleSwingup",))
 OURS = ("ours", "ours-tf32", "ours-bf16")
-PROVIDERS = (*OURS, "plain", "compiled", "jax")
+PROVIDERS = (*OURS, "critic", "plain", "compiled", "jax")
 # Of losses against those in float32, relative and absolute: of an update, and of one after a step of AdamW.
 # Such a step is at first the sign of the gradient, and small gradients turn over where products differ in
 # their last digits: from there on rounding is that of the weights, 3e-4 and not 1e-7. Hence losses alone are
@@ -40,7 +42,7 @@ AFTER_A_STEP = {"fp32": (1e-3, 2e-3), "tf32": (5e-3, 3e-2), "bf16": (1e-2, 5e-2)
 # gradients turn over, so may this share of each array, and one element where there are several.
 PARAMETER, TARGET, TURNED = (1e-5, 1e-5), (3e-7, 2e-7), 1e-3
 # Bytes per parameter of the online critic, with what a peer's optimizer needs for a moment.
-HELD = {"ours": 20, "ours-tf32": 20, "ours-bf16": 22, "plain": 32, "compiled": 24, "jax": 32}
+HELD = {"ours": 20, "ours-tf32": 20, "ours-bf16": 22, "critic": 24, "plain": 32, "compiled": 24, "jax": 32}
 
 DIFFERS = "differs from plain PyTorch"
 Losses = dict[str, float]
@@ -199,6 +201,12 @@ class Plain(Provider):
         wait(self.subject.device)
 
 
+class Swapped(Plain):
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.precision = subject, peers_precision(subject.device)
+        self.peer, self.data = SwappedBRC(subject.agent("fp32", graphs=False)), subject.batches()
+
+
 class Compiled(Plain):
     def __init__(self, subject: Subject) -> None:
         self.subject, self.precision = subject, peers_precision(subject.device)
@@ -307,6 +315,7 @@ BUILDERS: dict[str, Callable[[Subject], Provider]] = {
     "ours": lambda subject: Ours(subject, "fp32"),
     "ours-tf32": lambda subject: Ours(subject, "tf32"),
     "ours-bf16": lambda subject: Ours(subject, "bf16"),
+    "critic": Swapped,
     "plain": Plain,
     "compiled": Compiled,
     "jax": Jax,

@@ -326,7 +326,7 @@ def test_jax_has_its_copy_before_torch_may_write_to_the_memory_again(
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
-@pytest.mark.parametrize("name", ["plain", "compiled", pytest.param("jax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["critic", "plain", "compiled", pytest.param("jax", marks=pytest.mark.slow)])
 def test_a_peer_has_a_time_until_it_is_broken(
     name: str, tasks: int, bench: Any, providers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

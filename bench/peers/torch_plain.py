@@ -125,6 +125,10 @@ class PlainBRC:
     def sample(self, observations: Tensor, task_ids: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():  # the critic's loss alone trains the embedding
             x = self.critics.embedded(observations, task_ids)
+        return self.sampled(x, noise)
+
+    def sampled(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions and log-probabilities, of the actor's input."""
         mean, raw = self.actor(x).chunk(2, -1)
         log_std = -10.0 + 12.0 * (1.0 + torch.tanh(raw)) / 2.0
         u = mean + log_std.exp() * noise
