@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
-def check_bronet_shapes(x: Tensor, parameters: tuple[Tensor, ...]) -> None:
+def check_bronet_parameters(parameters: Sequence[Tensor]) -> None:
     """The compiled passes trust the shapes, so they are checked here."""
     if len(parameters) < 6 or len(parameters) % 8 != 6:
         raise ValueError(
@@ -17,9 +17,6 @@ def check_bronet_shapes(x: Tensor, parameters: tuple[Tensor, ...]) -> None:
     if parameters[0].dim() != 3:
         raise ValueError(f"kernel of layer 0 must have shape [E, I, H], got {list(parameters[0].shape)}")
     members, inputs, width = parameters[0].shape
-    if x.shape[-1:] != (inputs,) or x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != members):
-        wanted = f"[B, I] or [E, B, I] with E = {members}, I = {inputs}"
-        raise ValueError(f"x must have shape {wanted}, got {list(x.shape)}")
     for index in range(len(parameters) // 4):
         kernel, *norm = parameters[4 * index : 4 * index + 4]
         if kernel.shape != (members, inputs, width):
@@ -32,6 +29,22 @@ def check_bronet_shapes(x: Tensor, parameters: tuple[Tensor, ...]) -> None:
                     f"vectors of layer {index} must have shape {wanted}, got {list(vector.shape)}"
                 )
         inputs = width
+    kernel, bias = parameters[-2:]
+    if kernel.dim() != 3 or kernel.shape[:2] != (members, width):
+        wanted = f"[E, H, K] with E = {members}, H = {width}"
+        raise ValueError(f"kernel of the head must have shape {wanted}, got {list(kernel.shape)}")
+    if bias.shape != (members, kernel.shape[2]):
+        wanted = f"[E, K] = {[members, kernel.shape[2]]}"
+        raise ValueError(f"bias of the head must have shape {wanted}, got {list(bias.shape)}")
+
+
+def check_bronet_shapes(x: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Those of the parameters and of their input."""
+    check_bronet_parameters(parameters)
+    members, inputs, _ = parameters[0].shape
+    if x.shape[-1:] != (inputs,) or x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != members):
+        wanted = f"[B, I] or [E, B, I] with E = {members}, I = {inputs}"
+        raise ValueError(f"x must have shape {wanted}, got {list(x.shape)}")
 
 
 def check_bronet_dtypes(x: Tensor, parameters: Sequence[Tensor]) -> None:

@@ -148,12 +148,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    x, *parameters = ctx.saved_tensors[:-3]
+    x, *parameters, products, outputs, stats = ctx.saved_tensors  # a checkpoint gives them once
     if grad is None:
         return None, [None] * len(parameters), None
     wants_dx = ctx.needs_input_grad[0]
     dx, first, square, vectors, *head = _bronet_backward(
-        grad, x, parameters, *ctx.saved_tensors[-3:], ctx.wanted, wants_dx
+        grad, x, parameters, products, outputs, stats, ctx.wanted, wants_dx
     )
     out: list[Tensor | None] = [None] * len(parameters)
     if ctx.wanted == EVERYTHING:

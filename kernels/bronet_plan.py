@@ -13,13 +13,37 @@ Loop:   _stacked.py. Twin: autograd through reference.bronet.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import _bronet_cpu, _bronet_plain
+from ._checks import check_bronet_parameters
 from ._stacked import Arrays, Backward, Forward, Memory, layers_of, passes_for
 
 __all__ = ["Arrays", "BroNetPlan"]
+
+
+def _check_gradients(gradients: Arrays, parameters: Sequence[Tensor]) -> None:
+    """The passes write where they are told, and nowhere else if these fit."""
+    (networks, inputs, width), outputs = parameters[0].shape, parameters[-1].shape[1]
+    layers, trained = len(layers_of(parameters)), gradients.head.shape[0]
+    if not 0 < trained <= networks:
+        raise ValueError(f"gradients must be of 1 to N = {networks} networks, got {trained}")
+    shapes = {
+        "first": (trained, inputs, width),
+        "square": (layers - 1, trained, width, width),
+        "vectors": (layers, 3, trained, width),
+        "head": (trained, width, outputs),
+        "bias": (trained, outputs),
+    }
+    for name, x in gradients._asdict().items():
+        if x.shape != shapes[name]:
+            raise ValueError(f"gradients.{name} must have shape {list(shapes[name])}, got {list(x.shape)}")
+        if name in ("vectors", "bias") and x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"gradients.{name} must have strides [.., 1], got {list(x.stride())}")
 
 
 class BroNetPlan:
@@ -48,6 +72,9 @@ class BroNetPlan:
         # tensors of its own: what it holds stays where it is, also if a module puts other data into its own
         self.parameters, self.rows, self.gradients = [p.detach() for p in parameters], rows, gradients
         self.trained_rows = rows if trained_rows is None else trained_rows
+        check_bronet_parameters(self.parameters)
+        if gradients is not None:
+            _check_gradients(gradients, self.parameters)
         for index, (_, *vectors) in enumerate(layers_of(self.parameters)):
             strides = {vector.stride() for vector in vectors}  # the compiled passes take one for all three
             if len(strides) > 1 or vectors[0].stride(-1) != 1:
@@ -66,10 +93,34 @@ class BroNetPlan:
         self.trained = networks if gradients is None else gradients.head.shape[0]
         self._shares = share is not None
         self.memory: Memory = self._allocate() if share is None else share.memory.part(networks, rows)
-        self.out = head.new_empty(networks, rows, outputs)
+        if share is not None:
+            self._check_share(share)
+        self.out: Tensor = head.new_empty(networks, rows, outputs)
+        vectors = [p for layer in layers_of(self.parameters) for p in layer[1:]]
+        vectors += [] if gradients is None else [gradients.vectors]
+        self._float32 = all(vector.dtype == torch.float32 for vector in vectors)
         self._forward: dict[tuple[int, str], Forward] = {}
         self._backward: dict[str, Backward] = {}
         self._inputs: Sequence[Tensor] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was looked up for the passes: it holds addresses, which are not those of a copy."""
+        return {**self.__dict__, "_forward": {}, "_backward": {}}
+
+    def _check_share(self, share: BroNetPlan) -> None:
+        """What is missing in another's memory, torch would make up for in memory of nobody's."""
+        layers, networks = len(layers_of(self.parameters)), len(self.parameters[0])
+        held = len(layers_of(share.parameters)), len(share.out), share.rows
+        if held[0] != layers or held[1] < networks or held[2] < self.rows:
+            raise ValueError(
+                f"share must have L = {layers} layers, N >= {networks} networks and B >= {self.rows} rows, "
+                f"got {held[0]}, {held[1]} and {held[2]}"
+            )
+
+    def _passes(self, x: Tensor) -> ModuleType:
+        """What runs between the products of x: the compiled passes take vectors in float32 alone."""
+        passes = passes_for(x)
+        return _bronet_plain if passes is _bronet_cpu and not self._float32 else passes
 
     def _allocate(self) -> Memory:
         head, layers = self.parameters[-2], len(layers_of(self.parameters))
@@ -105,10 +156,14 @@ class BroNetPlan:
             inputs: one [B, I] for all networks, or several, each for an equal share of them in order; they
                 must stay as they are until the backward pass.
         """
-        self._inputs, parts = inputs, len(inputs)
-        if inputs[0].shape[-2] != self.rows:  # torch would make the memory larger and go on
-            raise ValueError(f"inputs must have B = {self.rows} rows, got {inputs[0].shape[-2]}")
-        passes = passes_for(inputs[0])
+        parts = len(inputs)
+        for x in inputs:
+            if x.shape[-2] != self.rows:  # torch would make the memory larger and go on
+                raise ValueError(f"inputs must have B = {self.rows} rows, got {x.shape[-2]}")
+        if not parts or len(self.out) % parts:
+            raise ValueError(f"inputs must share N = {len(self.out)} networks equally, got {parts}")
+        self._inputs = inputs
+        passes = self._passes(inputs[0])
         kind = parts, passes.__name__
         if kind not in self._forward:
             self._forward[kind] = Forward(self.parameters, self.memory, passes, self.out, parts)
@@ -123,9 +178,15 @@ class BroNetPlan:
         Returns:
             [G, R, C]: each network's own, to be summed where they had one input.
         """
+        if not self._inputs:
+            raise RuntimeError("a backward pass needs a forward pass before it")
+        wanted = (self.trained, self.trained_rows, self.out.shape[-1])
+        if grad.shape != wanted or not grad.is_contiguous():
+            told = f"{list(grad.shape)}, strides {list(grad.stride())}"
+            raise ValueError(f"grad must have shape [G, R, K] = {list(wanted)} and no gaps, got {told}")
         if self.trained > len(self.out) // len(self._inputs):
             raise ValueError("networks with gradients must all take the first input")
-        passes = passes_for(grad)
+        passes = self._passes(grad)
         if passes.__name__ not in self._backward:
             whole = self.trained == len(self.out)
             memory = self.memory

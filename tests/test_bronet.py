@@ -10,6 +10,7 @@ import pytest
 import torch
 from kernel_harness import assert_follows_twin, guarded, outputs_and_gradients
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from brc_fast import kernels
 from brc_fast.kernels import reference
@@ -228,6 +229,16 @@ def test_compiled_and_transformed_calls_equal_plain_ones(kernel_device: str, sha
     assert torch.equal(mapped, torch.stack([bronet(x, *tensors[1:]) for x in rows]))
 
 
+@pytest.mark.gpu
+def test_a_checkpoint_gives_the_same_gradients(kernel_device: str) -> None:
+    inputs, _ = networks(2, 3, 5, 8, 1, 4, True)
+    leaves = [t.float().to(kernel_device).requires_grad_() for t in inputs]
+    plain = torch.autograd.grad(bronet(*leaves).sum(), leaves)
+    again = torch.autograd.grad(checkpoint(bronet, *leaves, use_reentrant=False).sum(), leaves)
+    for mine, expected in zip(again, plain, strict=True):
+        assert torch.equal(mine, expected)
+
+
 @pytest.mark.parametrize(
     ("place", "dtype", "told"),
     [
@@ -264,3 +275,21 @@ def test_kernels_of_another_dtype_are_refused(place: int, dtype: torch.dtype, to
         check_bronet_dtypes(tensors[0], tensors[1:])
     with pytest.raises(TypeError, match=told):
         kernels.bronet(*tensors)
+
+
+@pytest.mark.parametrize(
+    ("place", "shape", "told"),
+    [
+        (-2, (2, 4, 8), r"kernel of the head must have shape .* with E = 2, H = 8, got \[2, 4, 8\]"),
+        (-2, (8, 4), r"kernel of the head must have shape .* with E = 2, H = 8, got \[8, 4\]"),
+        (-1, (2, 1), r"bias of the head must have shape \[E, K\] = \[2, 4\], got \[2, 1\]"),
+        (-1, (1, 4), r"bias of the head must have shape \[E, K\] = \[2, 4\], got \[1, 4\]"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(place: int, shape: tuple[int, ...], told: str) -> None:
+    inputs, _ = networks(2, 3, 5, 8, 1, 4, True)
+    tensors = [t.float() for t in inputs]
+    tensors[place] = torch.zeros(shape)
+    for impl in ("auto", "reference"):
+        with pytest.raises(ValueError, match=told):
+            kernels.bronet(*tensors, impl=impl)

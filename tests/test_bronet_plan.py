@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -275,6 +277,47 @@ def test_float32_vectors_serve_bfloat16_products(
         problem.check(problem.run(plan))
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("whose", ["parameters", "gradients"])
+def test_vectors_of_another_dtype_do_not_reach_the_compiled_passes(kind: torch.dtype, whose: str) -> None:
+    """These would take their bytes for float32, and write as many."""
+    problem = Problem(ONLINE_AND_TARGET, torch.float32)
+    arrays, gradients = problem.arrays, problem.gradients
+    if whose == "parameters":
+        arrays = arrays._replace(vectors=arrays.vectors.to(kind))
+    else:
+        gradients = gradients._replace(vectors=torch.zeros(gradients.vectors.shape, dtype=kind))
+    rounded = [x.float() for x in arrays.ordered()]
+    expected = problem.run(BroNetPlan(rounded, problem.size.rows, problem.gradients))
+    expected[2:] = [x.clone() for x in problem.gradients.ordered()]
+    plan = BroNetPlan(arrays.ordered(), problem.size.rows, gradients)
+    out = plan.forward(*problem.inputs).clone()
+    plan.backward(problem.grad)
+    tolerance = {"rtol": 0.02, "atol": 0.02} if kind == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(out, expected[0])
+    for mine, plain in zip(gradients.ordered(), expected[2:], strict=True):
+        torch.testing.assert_close(mine.float(), plain, **tolerance)
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_works_in_memory_of_its_own(request: pytest.FixtureRequest, passes: str, how: str) -> None:
+    device, block = taking(passes, request)
+    problem = Problem(ONLINE_AND_TARGET, torch.float32, GAP, device)
+    with block:
+        plan = problem.plan()
+        expected = problem.run(plan)
+        twin = copy.deepcopy(plan) if how == "deepcopy" else pickle.loads(pickle.dumps(plan))
+        for parameter in twin.parameters:
+            parameter.mul_(2.0)
+        twin.forward(*problem.inputs)
+        twin.backward(problem.grad)
+        kept = [plan.out, *problem.gradients.ordered()]
+        for mine, before in zip(kept, [expected[0], *expected[2:]], strict=True):
+            assert torch.equal(mine, before)
+        assert not torch.equal(twin.out, plan.out)
+
+
 @pytest.mark.parametrize("passes", PASSES)
 def test_parameters_are_read_where_they_lie_at_every_pass(
     request: pytest.FixtureRequest, passes: str
@@ -489,3 +532,40 @@ def test_what_would_silently_be_wrong_is_refused() -> None:
             BroNetPlan(parameters, problem.size.rows, trained_rows=rows)
     with pytest.raises(ValueError, match="trained_rows must be B = 9 with N = 4 networks, got 4"):
         BroNetPlan(parameters, problem.size.rows, trained_rows=4)
+    with pytest.raises(ValueError, match="inputs must have B = 9 rows, got 20"):
+        plan.forward(problem.inputs[0], torch.zeros(20, problem.size.inputs))
+    with pytest.raises(ValueError, match="inputs must share N = 4 networks equally, got 3"):
+        plan.forward(*[problem.inputs[0]] * 3)
+    with pytest.raises(RuntimeError, match="a backward pass needs a forward pass before it"):
+        plan.backward(problem.grad)
+    plan.forward(*problem.inputs)
+    before = problem.gradients_flat.clone()
+    for grad in (torch.zeros(2, 9, 7), torch.zeros(2, 8, 6), torch.zeros(2, 9, 1).expand(2, 9, 6)):
+        with pytest.raises(
+            ValueError, match=r"grad must have shape \[G, R, K\] = \[2, 9, 6\] and no gaps, got"
+        ):
+            plan.backward(grad)
+    assert torch.equal(problem.gradients_flat, before)
+    with pytest.raises(
+        ValueError, match=r"share must have L = 5 layers, N >= 4 networks and B >= 10 rows, got"
+    ):
+        BroNetPlan(parameters, 10, share=plan)
+
+
+@pytest.mark.parametrize("name", Arrays._fields)
+def test_gradients_that_do_not_fit_are_refused(name: str) -> None:
+    """The passes would write beyond them, or torch would put others in their place."""
+    problem = Problem(ONLINE_AND_TARGET, torch.float32)
+    parameters, gradients = problem.arrays.ordered(), problem.gradients
+    shape = getattr(gradients, name).shape
+    wrong = gradients._replace(**{name: torch.zeros(*shape[:-1], shape[-1] - 1)})
+    with pytest.raises(ValueError, match=rf"gradients.{name} must have shape \[.*{shape[-1]}\], got \["):
+        BroNetPlan(parameters, problem.size.rows, wrong)
+    if name in ("vectors", "bias"):
+        gaps = gradients._replace(**{name: torch.zeros(*shape[:-1], 2 * shape[-1])[..., ::2]})
+        with pytest.raises(ValueError, match=rf"gradients.{name} must have strides \[.., 1\], got \["):
+            BroNetPlan(parameters, problem.size.rows, gaps)
+    if name == "head":
+        more = arrays_in(torch.zeros(5, length(problem.size, 0)), problem.size, 0)
+        with pytest.raises(ValueError, match="gradients must be of 1 to N = 4 networks, got 5"):
+            BroNetPlan(parameters, problem.size.rows, more)
