@@ -27,7 +27,9 @@ from torch import Tensor
 from . import reference
 from ._cases import Case
 from ._dispatch import launch, takes_kernels
+from ._ops import Op
 from ._triton import jit, tl, triton
+from .optimizer import InPlaceOp
 
 __all__ = ["cases", "gather_rows", "n_step_rewards"]
 
@@ -149,16 +151,30 @@ def gather_rows(
     for name, tensor in (("rows", rows), ("side", rows if side is None else side)):
         if width > 1 and tensor.stride(1) != 1:
             raise ValueError(f"a row of {name} must be contiguous, got strides {list(tensor.stride())}")
+    rows, side = rows.detach(), None if side is None else side.detach()
     if not takes_kernels(impl, rows, dtypes=DTYPES):
         return reference.gather_rows(rows, index, side=side, out=out, dtype=dtype)
     if out is None:
-        out = torch.empty(wanted, width, dtype=dtype, device=rows.device)
-    if out.numel() > 0:
-        _launch_gather(rows, index.contiguous(), side, out)
+        gathered: Tensor = _gather_op(rows, index, side, dtype)
+        return gathered
+    _gather_into_op(rows, index, side, out)
     return out
 
 
-def _launch_gather(rows: Tensor, index: Tensor, side: Tensor | None, out: Tensor) -> None:
+def _gather(rows: Tensor, index: Tensor, side: Tensor | None, dtype: torch.dtype) -> Tensor:
+    out = _gather_fake(rows, index, side, dtype)
+    _gather_into(rows, index, side, out)
+    return out
+
+
+def _gather_fake(rows: Tensor, index: Tensor, side: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return rows.new_empty(index.shape[0], rows.shape[1], dtype=dtype)
+
+
+def _gather_into(rows: Tensor, index: Tensor, side: Tensor | None, out: Tensor) -> None:
+    if not out.numel():
+        return
+    index = index.contiguous()
     if rows.dtype == out.dtype:
         # a copy of bits: the widest integer that divides the width and every address
         size, counts = rows.element_size(), [rows.shape[1]]
@@ -208,17 +224,38 @@ def n_step_rewards(
     else:
         _check("scale", scale, rewards, torch.float32, T=None)
         _check("task_ids", task_ids, rewards, torch.int64, M=wanted)
-        scale, task_ids = scale.contiguous(), task_ids.contiguous()
+    rewards, weights = rewards.detach(), weights.detach()
+    scale = None if scale is None else scale.detach()
     if not takes_kernels(impl, rewards):
         return reference.n_step_rewards(rewards, index, weights, scale=scale, task_ids=task_ids)
-    out = torch.empty(wanted, dtype=torch.float32, device=rewards.device)
+    total: Tensor = _n_step_op(rewards, index, weights, scale, task_ids)
+    return total
+
+
+def _n_step(
+    rewards: Tensor, index: Tensor, weights: Tensor, scale: Tensor | None, task_ids: Tensor | None
+) -> Tensor:
+    out = _n_step_fake(rewards, index, weights, scale, task_ids)
+    wanted, steps = index.shape
     if wanted > 0:
-        inputs = (rewards, index.contiguous(), weights.contiguous(), scale, task_ids)
+        tasks = (None if x is None else x.contiguous() for x in (scale, task_ids))
+        inputs = (rewards, index.contiguous(), weights.contiguous(), *tasks)
         arguments = (*inputs, out, rewards.stride(0), wanted)
         grid = (triton.cdiv(wanted, MAX_ROWS),)
         # no fused multiply-add: every product is rounded, as on a CPU
         launch(_n_step_kernel, grid, *arguments, N=steps, BLOCK_M=MAX_ROWS, enable_fp_fusion=False)
     return out
+
+
+def _n_step_fake(
+    rewards: Tensor, index: Tensor, weights: Tensor, scale: Tensor | None, task_ids: Tensor | None
+) -> Tensor:
+    return rewards.new_empty(index.shape[0])
+
+
+_gather_op = Op("gather_rows", _gather, _gather_fake)
+_gather_into_op = InPlaceOp("gather_rows_into", _gather_into, ("out",))
+_n_step_op = Op("n_step_rewards", _n_step, _n_step_fake)
 
 
 def cases() -> Iterator[Case]:

@@ -104,6 +104,20 @@ def test_gathered_rows_are_those_of_plain_indexing(dtype: torch.dtype, width: in
     assert same_bits(out, expected)
 
 
+def test_nothing_has_a_gradient_whatever_the_store_wants() -> None:
+    rows, side, index = store(3, torch.float32)
+    expected = one_by_one(rows, side, index)
+    rows.requires_grad_(), side.requires_grad_()
+    out = torch.zeros_like(expected)
+    for given in (None, out):
+        gathered = gather.gather_rows(rows, index, side=side, out=given)
+        assert same_bits(gathered, expected)
+        assert not gathered.requires_grad
+    one = torch.ones(1, requires_grad=True)
+    rewards = gather.n_step_rewards(rows[:, 0], index.abs().view(-1, 1), one, scale=one, task_ids=index * 0)
+    assert not rewards.requires_grad
+
+
 @pytest.mark.parametrize(("dtype", "to"), CASTS, ids=str)
 def test_gathered_rows_are_cast_once(dtype: torch.dtype, to: torch.dtype) -> None:
     rows, side, index = store(67, dtype)
@@ -239,6 +253,43 @@ def test_nothing_wanted_gives_nothing(device: str) -> None:
     assert gather.gather_rows(rows, none, side=side, dtype=torch.float16).shape == (0, 3)
     assert gather.gather_rows(rows[:, :0], none.new_zeros(4)).shape == (4, 0)
     assert gather.n_step_rewards(rows[:, 0], none.view(0, 3), rows.new_ones(3)).shape == (0,)
+
+
+@pytest.mark.gpu
+def test_torch_sees_what_a_gather_overwrites(device: str) -> None:
+    rows, side, index = (x.to(device) for x in store(3, torch.float32))
+    out = torch.zeros(len(index), 3, device=device)
+    leaf = torch.ones(3, device=device, requires_grad=True)
+    total = (leaf * out).sum()
+    gather.gather_rows(rows, index, side=side, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+@pytest.mark.gpu
+def test_the_gathers_are_sound_ops_of_torch(device: str) -> None:
+    rows, side, index = (x.to(device) for x in store(3, torch.float32))
+    places, weights = index.abs().view(-1, 3), rows.new_ones(3)
+    scale, tasks = rows.new_full((2,), 0.5), places[:, 0] % 2
+    out = torch.zeros(len(index), 3, device=device)
+    for op, arguments in (
+        (gather._gather_op, (rows, index, side, torch.float16)),
+        (gather._gather_op, (rows, index.abs(), None, torch.float32)),
+        (gather._gather_into_op, (rows, index, side, out)),
+        (gather._n_step_op, (rows[:, 1], places, weights, scale, tasks)),
+        (gather._n_step_op, (rows[:, 1], places, weights, None, None)),
+    ):
+        torch.library.opcheck(op.library, arguments)
+
+    def both(rows: Tensor) -> tuple[Tensor, Tensor]:
+        rewards = gather.n_step_rewards(rows[:, 1], places, weights, scale=scale, task_ids=tasks)
+        return gather.gather_rows(rows, index, side=side), rewards
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    mapped = torch.func.vmap(both)(torch.stack([rows, 2.0 * rows]))
+    for mine, again, plain in zip(compiled(rows), mapped, both(rows), strict=True):
+        assert same_bits(mine, plain)
+        assert same_bits(again[0], plain)
 
 
 @pytest.mark.gpu
