@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "INTERPRETED",
@@ -29,6 +30,7 @@ __all__ = [
     "recording",
     "takes_kernels",
     "use",
+    "watched",
     "watching",
 ]
 
@@ -69,8 +71,13 @@ def chosen(impl: str | None) -> str:
 
 
 def observed(*tensors: Tensor) -> bool:
-    """Whether a compiler, a transform of torch.func, a dispatch mode or a tensor subclass watches a call."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or _transformed():
+    """Whether a compiler, torch.func, forward-mode AD, a dispatch mode or a tensor subclass watches."""
+    return _transformed() or watched(*tensors)
+
+
+def watched(*tensors: Tensor) -> bool:
+    """Whether a compiler, a dispatch mode or a tensor subclass sees what is called."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     for tensor in tensors:  # noqa: SIM110 - half the time of any(..)
         if type(tensor) not in PLAIN:
@@ -111,8 +118,10 @@ def takes_kernels(impl: str | None, *tensors: Tensor, dtypes: Sequence[torch.dty
 
 
 def _transformed() -> bool:
-    """Inside of torch.func's transforms, which the twins serve in full."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+    """Inside of torch.func's transforms or of forward-mode AD, which the twins serve in full."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 class Launch(NamedTuple):

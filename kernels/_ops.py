@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import observed
+from ._dispatch import watched
 
 __all__ = ["Op", "first_derivative"]
 
@@ -21,21 +21,25 @@ NAMESPACE = "brc_fast"
 
 
 def _loop(op: Any, info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
-    """vmap by one call per element."""
+    """vmap by one call per element; of an empty batch one of zeros, of which only the shape is kept."""
+    size = info.batch_size
 
     def element(argument: Any, dim: Any, index: int) -> Any:
         if dim is None:
             return argument
         if isinstance(argument, (list, tuple)):
             return [element(a, d, index) for a, d in zip(argument, dim, strict=True)]
+        if not size:
+            return argument.new_zeros([n for axis, n in enumerate(argument.shape) if axis != dim])
         return argument.select(dim, index)
 
     pairs = list(zip(arguments, in_dims, strict=True))
-    results = [op(*(element(a, d, index) for a, d in pairs)) for index in range(info.batch_size)]
+    results = [op(*(element(a, d, index) for a, d in pairs)) for index in range(max(1, size))]
     if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
+        return torch.stack(results)[:size], 0
     kind = type(results[0])
-    return kind(torch.stack(parts) for parts in zip(*results, strict=True)), kind(0 for _ in results[0])
+    stacked = (torch.stack(parts)[:size] for parts in zip(*results, strict=True))
+    return kind(stacked), kind(0 for _ in results[0])
 
 
 Shape = tuple[int | None, ...]
@@ -154,6 +158,6 @@ class Op:
             flat, shape = _flatten(arguments)
             return self._transformed(*flat, shape)
         flat, shape = _flatten(arguments)
-        if observed(*(a for a in flat if isinstance(a, Tensor))):
+        if watched(*(a for a in flat if isinstance(a, Tensor))):
             return self.library(*arguments)
         return self._function(*arguments) if self._plain is None else self._plain(*flat, shape)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from brc_fast import kernels
 from brc_fast.kernels import _dispatch, reference
@@ -115,6 +118,27 @@ def test_recorded_launches_are_not_made() -> None:
     assert len(launches) == 1
     assert any(argument is not None for argument in launches[0].arguments)
     assert _dispatch.takes_kernels(None, X) is False
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: kernels.categorical_projection(x.softmax(-1), x, 1.0),
+        lambda x: kernels.tanh_gaussian(x, x, X)[1],
+        lambda x: kernels.categorical_cross_entropy(x, X.softmax(-1)),
+        lambda x: kernels.standard_normal(torch.tensor([1, 2]), (3,)) + x.sum(-1),
+    ],
+    ids=["projection", "tanh_gaussian", "cross_entropy", "standard_normal"],
+)
+def test_forward_mode_goes_through_the_twins_and_keeps_its_tangents(op: Callable[[Tensor], Tensor]) -> None:
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(X, torch.ones_like(X))
+        out = forward_ad.unpack_dual(op(x))
+        with kernels.use("reference"):
+            twin = forward_ad.unpack_dual(op(x))
+        assert out.tangent is not None
+        torch.testing.assert_close(out.primal, twin.primal)
+        torch.testing.assert_close(out.tangent, twin.tangent)
 
 
 def test_every_op_has_a_twin_with_its_arguments() -> None:
