@@ -418,6 +418,7 @@ def _split(x: float | Tensor) -> tuple[Tensor | None, float]:
     return (x, 0.0) if isinstance(x, Tensor) else (None, x)
 
 
+@torch.no_grad()
 def adamw_(
     param: Tensor,
     grad: Tensor,
@@ -596,6 +597,7 @@ def _fused(
     )
 
 
+@torch.no_grad()
 def ema_(
     target: Tensor, param: Tensor, tau: float | Tensor, *, low: Tensor | None = None, impl: str | None = None
 ) -> None:
@@ -613,7 +615,7 @@ def ema_(
     if takes_kernels(impl, target, param):
         _ema_op(target, param, low, *_split(tau))
     else:
-        reference.ema_(target, param, tau, low=low)
+        twin(reference.ema_, impl)(target, param, tau, low=low)
 
 
 def cases() -> Iterator[Case]:

@@ -755,6 +755,30 @@ def test_a_compiled_step_is_seen_by_autograd() -> None:
             out.backward()
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("place", ["param", "grad"])
+def test_nothing_is_recorded_where_a_gradient_is_wanted(
+    request: pytest.FixtureRequest, impl: str, dtype: torch.dtype, place: str
+) -> None:
+    """A parameter is a leaf that wants one; a gradient made with create_graph=True comes of one."""
+    device = request.getfixturevalue("kernel_device") if impl == "triton" else "cpu"
+    results = []
+    for wanted in (False, True):
+        state = buffers(10, dtype, device) | {"grad": torch.ones(10, dtype=dtype, device=device)}
+        low, target_low = (torch.zeros(10, dtype=BF16, device=device) for _ in range(2))
+        if wanted:
+            state[place].requires_grad_()
+        given = {"grad": state["grad"] * 1.0, "low": low, "target_low": target_low, "max_norm": 1.0}
+        moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq", "step", "target")}
+        optimizer.adamw_(state["param"], **moments, **given, **RULE, impl=impl)
+        optimizer.ema_(moments["target"], state["param"], 0.5, low=target_low, impl=impl)
+        made = [*moments.values(), low, target_low]
+        assert not any(x.requires_grad for x in made)
+        results.append([*made, state["param"].detach()])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("max_norm", [None, 1.0, 1e3])
 def test_the_twin_does_what_torch_does(max_norm: float | None) -> None:
     state = buffers(50, F64, "cpu")
