@@ -380,6 +380,10 @@ def _check_bellman(
     _check_shape("atoms", atoms, "[K]", (next_logits.shape[2],))
     _check_number("temperature", temperature)
     _check_positive(v_max=v_max)
+    if atoms.is_cpu and not observed(atoms):  # a GPU would have to be waited for
+        first, last = atoms[0].item(), atoms[-1].item()
+        if max(abs(first + v_max), abs(last - v_max)) > 1e-2 * v_max:
+            raise ValueError(f"atoms must go from -v_max to v_max = {v_max}, got {first} to {last}")
 
 
 def categorical_target(
@@ -404,7 +408,8 @@ def categorical_target(
         rewards, next_log_probs: [B]; a reward may be infinite.
         discounts: [B], the discount times the mask, 0 where the episode ended; mostly in [0, 1], any will do.
         temperature: a number, or a tensor of one.
-        atoms: [K], evenly spaced from -v_max to v_max: the kernels rely on it and take them from v_max.
+        atoms: [K], evenly spaced from -v_max to v_max: the kernels rely on it and take them from v_max. Of
+            a GPU it is not checked.
         v_max: > 0, in units of return; a change of it compiles the kernel anew.
         impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
@@ -420,6 +425,8 @@ def categorical_target(
     if takes_kernels(impl, *inputs, atoms, *numbers):
         out: Tensor = _target_op(*(x.detach() for x in inputs), *_split(temperature), float(v_max))
         return out
+    if isinstance(temperature, Tensor):
+        temperature = temperature.reshape(())
     with torch.no_grad():
         return twin(reference.categorical_target, impl)(
             next_logits, rewards, discounts, next_log_probs, temperature, atoms, v_max, _projection(impl)
@@ -513,6 +520,7 @@ def categorical_bellman_loss_and_gradient(
         return pair
     if chosen(impl) == "auto" and _native.takes(*inputs) and not observed(*numbers):
         return _compiled_bellman(inputs, float(temperature), float(v_max), float(scale), columns)
+    temperature, scale = (x.reshape(()) if isinstance(x, Tensor) else x for x in (temperature, scale))
     with torch.no_grad():
         return twin(reference.categorical_bellman_loss_and_gradient, impl)(
             logits, next_logits, rewards, discounts, next_log_probs, temperature, atoms, v_max,

@@ -377,7 +377,8 @@ class _CrossEntropy(torch.autograd.Function):
     @first_derivative("categorical_cross_entropy")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         log_probs, target = ctx.saved_tensors
-        return log_probs.exp().sub_(target).mul_(grad.unsqueeze(-1)), None
+        d = log_probs.exp().sub_(target)
+        return d * grad.unsqueeze(-1), None  # not in place: there may be a batch of gradients
 
 
 def categorical_cross_entropy(logits: Tensor, target: Tensor, *, impl: str | None = None) -> Tensor:
@@ -401,9 +402,10 @@ def categorical_cross_entropy(logits: Tensor, target: Tensor, *, impl: str | Non
     if takes_kernels(impl, logits, target):
         out: Tensor = _cross_entropy_op(logits, target, 1.0, None)
         return out
-    if chosen(impl) == "reference" or observed(logits, target):
+    if chosen(impl) != "auto" or observed(logits, target):
         return twin(reference.categorical_cross_entropy, impl)(logits, target)
-    return _CrossEntropy.apply(logits.to(_result(logits)), target)  # type: ignore[no-any-return, no-untyped-call]
+    logits = logits.to(_result(logits))
+    return _CrossEntropy.apply(logits, target.to(logits.dtype))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def two_hot(values: Tensor, num_atoms: int, v_max: float, *, impl: str | None = None) -> Tensor:
@@ -454,8 +456,8 @@ def _encoded(values: Tensor, num_atoms: int, v_max: float, sigma: float, impl: s
         out: Tensor = _encode_op(values, num_atoms, float(v_max), sigma)
         return out
     if sigma:
-        return reference.hl_gauss(values, num_atoms, v_max, sigma)
-    return reference.two_hot(values, num_atoms, v_max)
+        return twin(reference.hl_gauss, impl)(values, num_atoms, v_max, sigma)
+    return twin(reference.two_hot, impl)(values, num_atoms, v_max)
 
 
 def two_hot_cross_entropy(logits: Tensor, values: Tensor, v_max: float, *, impl: str | None = None) -> Tensor:
@@ -546,6 +548,8 @@ def expected_value_and_gradient(
     _check_logits("logits", logits, "[.., K]", 1)
     _check_shape("atoms", atoms, "[K]", logits.shape[-1:])
     _check_number("scale", scale)
+    if isinstance(scale, Tensor):
+        scale = scale.reshape(())
     K = logits.shape[-1]
     columns = K if columns is None else columns
     if columns < K:

@@ -361,7 +361,13 @@ class _TanhGaussian(torch.autograd.Function):
         spread = log_std.exp().mul_(noise)
         u = mean + spread
         actions = u.tanh()
-        per_dim = F.softplus(-2.0 * u).add_(u).mul_(2.0).sub_(log_std).addcmul_(noise, noise, value=-0.5)
+        per_dim = (
+            F.softplus(-2.0 * u, threshold=40.0)
+            .add_(u)
+            .mul_(2.0)
+            .sub_(log_std)
+            .addcmul_(noise, noise, value=-0.5)
+        )
         ctx.save_for_backward(t, spread, actions)
         return actions, per_dim.sum(-1).sub_(mean.shape[-1] * CONSTANT)
 

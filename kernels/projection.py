@@ -36,6 +36,7 @@ from ._categorical import (
     _result,
     _tile,
 )
+from ._compiled import twin
 from ._dispatch import chosen, launch, observed, takes_kernels
 from ._numerics import wide
 from ._ops import Op
@@ -180,7 +181,7 @@ def categorical_projection(
     if takes_kernels(impl, probs, positions):
         out: Tensor = _project_op(probs, positions, float(v_max))
         return out
-    return _projection(impl)(probs, positions, v_max)
+    return twin(_projection(impl), impl)(probs, positions, v_max)
 
 
 def _projection(impl: str | None) -> reference.Projection:

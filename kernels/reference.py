@@ -221,6 +221,13 @@ def categorical_bellman_loss_and_gradient(
     return -(target * log_probs).sum(-1), F.pad(grad, (0, missing)) if missing else grad
 
 
+def _mean(probs: Tensor, atoms: Tensor) -> Tensor:
+    """[.., K] -> [..]; autocast would compute the product of matrices in fewer bits."""
+    if torch.is_autocast_enabled(probs.device.type):
+        return (probs * atoms).sum(-1)
+    return probs @ atoms
+
+
 def expected_value(logits: Tensor, atoms: Tensor) -> Tensor:
     """Mean of the categorical distribution: `sum_k softmax(logits)_k * z_k`, [.., K] -> [..].
 
@@ -228,7 +235,7 @@ def expected_value(logits: Tensor, atoms: Tensor) -> Tensor:
     Source: Bellemare et al. 2017, arXiv:1707.06887, section 2.
     """
     probs = _wide(logits).softmax(-1)
-    return probs @ atoms.to(probs.dtype)
+    return _mean(probs, atoms.to(probs.dtype))
 
 
 def expected_value_and_gradient(
@@ -245,7 +252,7 @@ def expected_value_and_gradient(
     """
     probs = _wide(logits.detach()).softmax(-1)
     atoms = atoms.detach().to(probs.dtype)
-    values = probs @ atoms
+    values = _mean(probs, atoms)
     grad = (probs * (atoms - values.unsqueeze(-1))).mul_(scale).to(logits.dtype)
     missing = 0 if columns is None else columns - logits.shape[-1]
     return values, F.pad(grad, (0, missing)) if missing else grad
@@ -377,7 +384,7 @@ def tanh_gaussian(
     mean, raw_log_std, noise = mean.to(wide), raw_log_std.to(wide), noise.detach().to(wide)
     log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (1.0 + raw_log_std.tanh())
     u = torch.addcmul(mean, log_std.exp(), noise)
-    log_slope = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
+    log_slope = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u, threshold=40.0))
     per_dim = -0.5 * noise.square() - log_std - log_slope
     actions = u.tanh().to(dtype) if out is None else out.copy_(u.tanh())
     return actions, per_dim.sum(-1) - 0.5 * math.log(2.0 * math.pi) * mean.shape[-1]

@@ -21,10 +21,12 @@ from kernel_harness import (
     outputs_and_gradients,
 )
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from brc_fast import kernels
 from brc_fast.kernels import (
     _categorical,
+    _compiled,
     _config,
     _native,
     categorical,
@@ -726,6 +728,17 @@ def test_compiled_code_and_transforms_give_what_plain_calls_give(kernel_device: 
     pair = torch.stack([x, 2.0 * x])
     torch.testing.assert_close(torch.func.vmap(function)(pair)[0], plain)
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(total))(pair)[0], grad)
+    assert torch.func.vmap(function)(pair[:0]).shape == (0, *plain.shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(differentiable("cpu")))
+def test_a_tangent_is_refused_and_not_lost(kernel_device: str, name: str) -> None:
+    function, x = differentiable(kernel_device)[name]
+    with forward_ad.dual_level():
+        torch.testing.assert_close(function(x), function(x))  # without one the kernels serve there too
+        with pytest.raises(NotImplementedError, match="jvp"):
+            function(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 @pytest.mark.gpu
@@ -913,6 +926,78 @@ def test_low_precision_logits_give_float32_results_on_a_cpu() -> None:
         torch.testing.assert_close(losses.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+def test_values_keep_their_bits_under_autocast() -> None:
+    logits, atoms = normal(3, 5).float(), support(5).float()
+    for op in (kernels.expected_value, lambda *x: kernels.expected_value_and_gradient(*x)[0]):
+        with torch.autocast("cpu", torch.bfloat16):
+            values = op(logits, atoms)
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values, op(logits, atoms), rtol=1e-5, atol=1e-5)
+
+
+def test_a_temperature_is_any_tensor_of_one_number() -> None:
+    logits, next_logits, rest = bellman_inputs(2, 4, 5)
+    rewards, discounts, log_probs, _ = rest
+    for op in (kernels.categorical_target, partial(kernels.categorical_bellman_loss, logits)):
+        results = [
+            op(next_logits, rewards, discounts, log_probs, one, support(5), V_MAX)
+            for one in (0.2, torch.tensor(0.2), torch.tensor([0.2]), torch.tensor([[0.2]]))
+        ]
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_target_of_another_dtype_changes_nothing_but_its_rounding() -> None:
+    logits = normal(2, 3, 5).float().requires_grad_()
+    target = normal(3, 5).softmax(-1)
+    for kind in (torch.float64, torch.float32, torch.bfloat16):
+        out = kernels.categorical_cross_entropy(logits, target.to(kind))
+        plain = kernels.categorical_cross_entropy(logits, target.to(kind), impl="reference")
+        assert out.dtype == plain.dtype == torch.float32
+        torch.testing.assert_close(out, plain)
+
+
+def test_the_cross_entropy_takes_a_batch_of_incoming_gradients() -> None:
+    logits, target = normal(3, 5).float(), normal(3, 5).softmax(-1).float()
+
+    def jacobian(vectorize: bool) -> Tensor:
+        out: Tensor = torch.autograd.functional.jacobian(
+            lambda x: kernels.categorical_cross_entropy(x, target), logits, vectorize=vectorize
+        )
+        return out
+
+    torch.testing.assert_close(jacobian(True), jacobian(False))
+
+
+def test_a_scale_is_any_tensor_of_one_number() -> None:
+    for dtype in (torch.float32, torch.float64):
+        logits, atoms = normal(5).to(dtype), support(5).to(dtype)
+        value, grad = kernels.expected_value_and_gradient(logits, atoms, scale=0.5)
+        pair = kernels.expected_value_and_gradient(logits, atoms, scale=torch.full((1, 1), 0.5))
+        assert torch.equal(pair[0], value)
+        assert torch.equal(pair[1], grad)
+
+
+def test_the_choice_compile_compiles_every_op_on_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def compile(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        compiled.append(function.__name__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(_compiled, "_compiled", {})
+    monkeypatch.setattr(_compiled, "_trusted", set())
+    logits, values = normal(3, 5).float(), normal(3).float()
+    target = logits.softmax(-1)
+    with kernels.use("compile"):
+        kernels.categorical_cross_entropy(logits, target)
+        kernels.two_hot(values, 5, V_MAX)
+        kernels.hl_gauss(values, 5, V_MAX, 1.0)
+        kernels.categorical_projection(target, logits, V_MAX)
+    assert compiled == ["categorical_cross_entropy", "two_hot", "hl_gauss", "_compiled_projection"]
+
+
 def test_a_nan_position_is_no_error_in_the_twins() -> None:
     probs = torch.full((2, 5), 0.2, dtype=torch.float64)
     positions = torch.tensor([[0.0] * 5, [NAN] * 5], dtype=torch.float64)
@@ -932,7 +1017,7 @@ def test_kernels_on_a_cpu_are_refused_without_the_interpreter() -> None:
         kernels.expected_value(torch.zeros(2, 3), torch.zeros(3), impl="triton")
 
 
-LOGITS, VECTOR, ATOMS_5 = torch.zeros(2, 3, 5), torch.zeros(3), torch.zeros(5)
+LOGITS, VECTOR, ATOMS_5 = torch.zeros(2, 3, 5), torch.zeros(3), torch.linspace(-10.0, 10.0, 5)
 BELLMAN: dict[str, Any] = {
     "logits": LOGITS,
     "next_logits": LOGITS,
@@ -966,6 +1051,10 @@ BELLMAN: dict[str, Any] = {
         ({"next_log_probs": VECTOR[0]}, "next_log_probs must have shape [B] = [3], got []"),
         ({"atoms": ATOMS_5[:4]}, "atoms must have shape [K] = [5], got [4]"),
         ({"temperature": VECTOR}, "temperature must be a number or a tensor of one, got shape [3]"),
+        (
+            {"atoms": torch.linspace(0.0, 10.0, 5)},
+            "atoms must go from -v_max to v_max = 10.0, got 0.0 to 10.0",
+        ),
         ({"v_max": 0.0}, "v_max must be positive and finite, got 0.0"),
         ({"v_max": NAN}, "v_max must be positive and finite, got nan"),
     ],

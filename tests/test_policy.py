@@ -577,6 +577,16 @@ def test_the_twin_is_the_density_of_the_squashed_sample(shape: tuple[int, ...], 
         torch.testing.assert_close(log_probs.double(), density, rtol=1e-5, atol=1e-5)
 
 
+def test_in_float64_the_density_far_out_has_all_its_digits() -> None:
+    u = torch.linspace(-18.0, 18.0, 145, dtype=torch.float64)[:, None]
+    wide = torch.zeros_like(u)
+    for op in (kernels.tanh_gaussian, reference.tanh_gaussian):
+        _, log_probs = op(u, wide, wide)
+        slope = 2.0 * (math.log(2.0) - u.abs() - torch.log1p(torch.exp(-2.0 * u.abs())))
+        exact = -0.5 * math.log(2.0 * math.pi) - policy.CENTRE - slope
+        torch.testing.assert_close(log_probs, exact.squeeze(-1), rtol=1e-14, atol=1e-14)
+
+
 def test_on_a_cpu_the_op_equals_its_twin_with_drawn_noise_too() -> None:
     torch.manual_seed(0)
     head = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
