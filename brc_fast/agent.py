@@ -100,7 +100,9 @@ class BRC:
             self.temperature = Temperature(self.learning.initial_temperature)
         for module in (self.critic, self.actor, self.temperature):
             module.to(dtype)
+        self.critic.atoms = self.atoms
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.target_critic.atoms = self.atoms
         low = low_dtype(precision)
         self.critics = FlatNetworks([self.critic, self.target_critic], low)
         self.actors = FlatNetworks([self.actor], low)
@@ -189,8 +191,8 @@ class BRC:
     @torch.no_grad()
     def value(self, observations: Tensor, task_ids: Tensor | None = None) -> Tensor:
         """Q of the mean action, averaged over members, in units of the scaled return: [N, O] -> [N]."""
-        logits = self.critic(observations, self.act(observations, task_ids, deterministic=True), task_ids)
-        return kernels.expected_value(logits, self.atoms).mean(0)
+        actions = self.act(observations, task_ids, deterministic=True)
+        return self.critic.values(observations, actions, task_ids).mean(0)
 
     @torch.no_grad()
     def entropy_per_task(self, batch: Batch) -> Tensor:

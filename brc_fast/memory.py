@@ -57,7 +57,7 @@ def bytes_of(*tensors: Tensor | None) -> int:
 def plan_memory(config: TrainConfig, observation_size: int, action_size: int, device: str) -> MemoryPlan:
     """What the learner of a run will take of `device`; the learner is built without memory to find out."""
     agent = BRC.from_config(config, observation_size, action_size, "meta")
-    state = 0
+    state = bytes_of(agent.atoms)
     for networks, optimizer in (
         (agent.critics, agent.critic_optimizer),
         (agent.actors, agent.actor_optimizer),

@@ -216,13 +216,14 @@ class Critic(nn.Module):
         rows = observations.shape[0]
         if next_log_probs is None:
             next_log_probs = torch.zeros_like(rewards)
-        flat = (x.reshape(rows) if x.shape == (rows, 1) else x for x in (rewards, discounts, next_log_probs))
+        rewards, discounts, next_log_probs = (
+            x.reshape(rows) if x.shape == (rows, 1) else x for x in (rewards, discounts, next_log_probs)
+        )
         with torch.no_grad():
             next_logits = target(next_observations, next_actions, task_ids)
         logits = self(observations, actions, task_ids)
-        return kernels.categorical_bellman_loss(
-            logits, next_logits, *flat, temperature, self.atoms, self.config.v_max
-        )
+        rest = next_log_probs, temperature, self.atoms, self.config.v_max
+        return kernels.categorical_bellman_loss(logits, next_logits, rewards, discounts, *rest)
 
     @torch.no_grad()
     def soft_update_(self, online: Critic, tau: float) -> None:

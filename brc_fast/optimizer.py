@@ -71,8 +71,9 @@ class FlatAdamW:
 
     def scalar(self) -> kernels.reference.ScalarAdam:
         """Of a single parameter, for the kernel that makes its step itself; without weight decay."""
-        state = (x[:1] for x in (self.flat, self.exp_avg, self.exp_avg_sq))
-        return kernels.reference.ScalarAdam(*state, self.step_count, self.learning_rate, self.betas, self.eps)
+        param, exp_avg, exp_avg_sq = (x[:1] for x in (self.flat, self.exp_avg, self.exp_avg_sq))
+        rule = self.learning_rate, self.betas, self.eps
+        return kernels.reference.ScalarAdam(param, exp_avg, exp_avg_sq, self.step_count, *rule)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments without padding, parameter by parameter, [P'] each, and the steps made."""

@@ -437,10 +437,8 @@ def reduce_partials(
     grid = (triton.cdiv(W, config["BLOCK_W"]), L if rows is None else L + 1)
     strides = (partials.stride(0), *out.stride()[:3], 0 if sums is None else sums.stride(0))
     B, K = (0, 0) if rows is None else rows.shape[1:]
-    tile = {"BLOCK_K": 8, "BLOCK_B": 512}
-    launch(
-        _norm_reduce_kernel, grid, partials, out, rows, sums, *strides, S, W, N, H, L, B, K, **config, **tile
-    )  # fmt: skip
+    config |= {"BLOCK_K": 8, "BLOCK_B": 512}
+    launch(_norm_reduce_kernel, grid, partials, out, rows, sums, *strides, S, W, N, H, L, B, K, **config)
 
 
 BATCHED = True  # for _stacked: square layers' gradients are one product, sums over rows one launch at the end

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,7 +215,7 @@ def update_summary_(
         if adam is not None:
             _step_on_cpu(adam, gradient, alpha)
         return
-    written = {"gradient": gradient, "step": step, "since": since, "adam": adam}
+    written: dict[str, Any] = {"gradient": gradient, "step": step, "since": since, "adam": adam}
     with torch.no_grad():
         twin(reference.update_summary_, impl)(*given, target_entropy=target_entropy, **written)
 
@@ -230,10 +231,10 @@ def _check_adam(adam: ScalarAdam, place: torch.device) -> None:
 
 
 def _step_on_cpu(adam: ScalarAdam, gradient: Tensor, alpha: Tensor) -> None:
-    param, *moments, step, rate, betas, eps = adam
-    flat = [x.detach().view(-1) for x in (param, gradient, *moments)]
-    adamw_(*flat, step, learning_rate=rate, betas=betas, eps=eps, weight_decay=0.0, impl="auto")
-    alpha.copy_(flat[0].exp().view(alpha.shape))
+    param, grad, *moments = (x.view(-1) for x in (adam.param, gradient, adam.exp_avg, adam.exp_avg_sq))
+    rule: dict[str, Any] = {"learning_rate": adam.learning_rate, "betas": adam.betas, "eps": adam.eps}
+    adamw_(param, grad, moments[0], moments[1], adam.step, **rule, weight_decay=0.0, impl="auto")
+    alpha.copy_(param.exp().view(alpha.shape))
 
 
 def _compiled_update_summary(
@@ -269,9 +270,9 @@ def cases() -> Iterator[Case]:
                 torch.full((), x, device=device, dtype=dtype) for x in (math.exp(-1.2), 0.0, 7.0)
             )
             metrics[1], metrics[3], since[4] = float("nan"), 3.0, 5.0
-            state = (torch.full((1,), x, device=device, dtype=dtype) for x in (-1.2, 0.1, 0.02))
+            state = [torch.full((1,), x, device=device, dtype=dtype) for x in (-1.2, 0.1, 0.02)]
             count, rate = (torch.full((), x, device=device, dtype=dtype) for x in (3.0, 0.0))
-            adam = ScalarAdam(*state, count, rate, (0.5, 0.999), 1e-8)
+            adam = ScalarAdam(state[0], state[1], state[2], count, rate, (0.5, 0.999), 1e-8)
             results = metrics[:1], metrics[2:], gradient, since  # all but the NaN, which equals nothing
 
             def call() -> object:
