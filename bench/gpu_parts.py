@@ -269,7 +269,7 @@ def trained(name: str, words: str, seconds: float) -> dict[str, Any]:
     from brc_fast.metrics import read_rows
 
     folder = ROOT / "build" / f"gpu-{name}"
-    command = [sys.executable, "-m", "brc_fast.cli", "train", *words.split()]
+    command = [sys.executable, "-m", "brc_fast", "train", *words.split()]
     with subprocess.Popen([*command, "--run", str(folder), "--overwrite"]) as process:
         try:
             code = process.wait(seconds)

@@ -32,8 +32,8 @@ class TrainArguments(TrainConfig):
     tasks: tyro.conf.Positional[tuple[str, ...]] = ()
     """Names of tasks such as mjx/CartpoleSwingup or suites such as mjx/dmc25; several train one agent."""
     resume: str | None = None
-    """Go on from the newest checkpoint of this run folder; of the settings, only the length, the intervals,
-    the device and the threads may be given with it."""
+    """Go on from the newest checkpoint of this run folder; of the settings, only the length, the intervals
+    and the device, with how it computes, may be given with it."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def parse(kind: type[Parsed], words: Sequence[str], command: str, default: Parse
                     break
                 continue
             told.append(line)
-        raise InputError(f"{' '.join(told)}; see brc-fast {command} --help") from None
+        line = " ".join(told).removeprefix(f"Error parsing {kind.__name__}: ").rstrip(".")
+        raise InputError(f"{line}; see brc-fast {command} --help") from None
 
 
 def resolve_device(wanted: str) -> str:

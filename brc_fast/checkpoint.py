@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,7 +75,7 @@ class RunFolder:
             raise InputError(f"{self.path} is a file: name another folder with --run")
         if not overwrite and any((self.path / name).exists() for name in self.OWN):
             raise InputError(
-                f"{self.path} already holds a run: go on with --resume {self.path}, "
+                f"{self.path} already holds a run: go on with --resume {quote(str(self.path))}, "
                 "replace it with --overwrite, or name another folder with --run"
             )
 

@@ -7,6 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
+from typing import Any
 
 import torch
 
@@ -14,6 +16,8 @@ from . import __version__
 from .checkpoint import RunFolder, write_text
 from .config import TrainConfig
 from .errors import InputError, MissingExtraError, WorkerError
+from .interrupt import interrupts_kept
+from .output import Output
 
 USAGE = f"""brc-fast {__version__}: BRC value learning, made fast
 
@@ -30,6 +34,21 @@ USAGE = f"""brc-fast {__version__}: BRC value learning, made fast
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    output: Any = Output(sys.stdout)
+    errors: Any = Output(sys.stderr)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), interrupts_kept():
+        try:
+            code = command(words)
+        finally:
+            output.flush()
+            if output.broken():
+                print(f"brc-fast: stdout cannot be written: {output.error.strerror}", file=sys.stderr)
+            errors.flush()
+    return code or 2 * output.broken()
+
+
+def command(words: list[str]) -> int:
+    """Run one command, with errors that a user can mend as one line; returns the exit code."""
     commands = {
         "train": train,
         "evaluate": evaluate,
@@ -52,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"brc-fast: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("brc-fast: interrupted; nothing was saved after the newest checkpoint", file=sys.stderr)
+        saved = "; nothing was saved after the newest checkpoint" if words[0] == "train" else ""
+        print(f"brc-fast: interrupted{saved}", file=sys.stderr)
         return 130
 
 
@@ -96,6 +116,9 @@ def train(words: list[str]) -> int:
             folder.create(config)
         else:
             load(trainer, folder)
+            if trainer.steps >= config.steps:
+                print(f"{folder.path} is at step {trainer.steps} already: --steps with more makes it longer")
+                return 0
             folder.write_config(config)
         metrics = MetricsWriter(folder.metrics, trainer.steps if resumed else None)
         with contextlib.closing(metrics), Progress(config, trainer.steps) as progress:
@@ -108,7 +131,9 @@ def train(words: list[str]) -> int:
 
             trainer.run(folder, metrics, report)
     if trainer.steps < config.steps:
-        print(f"stopped at step {trainer.steps}; go on with: brc-fast train --resume {folder.path}")
+        print(
+            f"stopped at step {trainer.steps}; go on with: brc-fast train --resume {quote(str(folder.path))}"
+        )
         return 130
     print(f"{folder.path}: {progress.best()}; curve in {folder.path / 'learning_curve.png'}")
     return 0
@@ -139,7 +164,7 @@ def evaluate(words: list[str]) -> int:
     from .evaluate import Evaluation, env_settings, restore
     from .evaluate import evaluate as run_episodes
 
-    device, runs, records = resolve_device("auto"), [], {}
+    device, runs, records, code = resolve_device("auto"), [], {}, 0
     for folder, config in zip(folders, configs, strict=True):
         settings = env_settings(config)
         scaled = settings.get("episode_length") is None
@@ -147,7 +172,12 @@ def evaluate(words: list[str]) -> int:
         with contextlib.closing(envs.make(config.tasks, slots, seed, **settings)) as env:
             run = Evaluation(env.task_names, run_episodes(agent, env, seed, count), scaled=scaled)
         result: dict[str, object] = {"step": step, "seed": seed, "episodes": count, **run.record()}
-        write_text(folder.path / "evaluation.json", json.dumps(result, indent=2) + "\n")
+        try:
+            write_text(folder.path / "evaluation.json", json.dumps(result, indent=2) + "\n")
+        except OSError as error:  # somebody else's run
+            told = f"{folder.path / 'evaluation.json'} cannot be written: {error.strerror}"
+            print(f"brc-fast: {told}", file=sys.stderr)
+            code = 2
         print(f"{folder.path}, step {step}, {count} episodes per task")
         runs.append(run)
         records[str(folder.path)] = result
@@ -156,7 +186,7 @@ def evaluate(words: list[str]) -> int:
     if arguments.json is not None:
         everything = {"runs": records, "together": together.record()}
         write_text(Path(arguments.json), json.dumps(everything, indent=2) + "\n")
-    return 0
+    return code
 
 
 def same_tasks(folders: list[RunFolder]) -> list[TrainConfig]:
@@ -259,7 +289,3 @@ def doctor(words: list[str]) -> int:
     text, fine = report()
     print(text)
     return 0 if fine else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import _thread
+import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
+
+TOLD = "the run is saved and ends after this step; a second one ends it now"
 
 
 class StopRequest:
@@ -39,3 +46,25 @@ class StopRequest:
         if self:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        with suppress(AttributeError, OSError, ValueError):  # there may be no stderr, or none with a number
+            # not print: the signal may have come in the middle of one
+            os.write(sys.stderr.fileno(), f"\n{self.signal.name}: {TOLD}\n".encode())
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """A Ctrl-C comes again where it came while Python ignores exceptions, as in JAX's callback of the garbage
+    collector."""
+    before = sys.unraisablehook
+
+    def hook(ignored: Any) -> None:
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            before(ignored)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before

@@ -268,6 +268,8 @@ def plot(
     if not folders:
         raise InputError("name at least one run folder")
     shown = experiments(folders, metric, group)
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"there is no folder to write {output} to")
     tasks = list(dict.fromkeys(task for experiment in shown for run in experiment.runs for task in run))
     behind = None
     if reference != "none":

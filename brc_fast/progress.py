@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 
@@ -48,7 +49,8 @@ class Progress:
         if returns:
             self._training = sum(returns) / len(returns)
         updates, steps = row["time/updates_per_second"], row["time/environment_steps_per_second"]
-        told = f"return {self._training:.0f}  {updates:.0f} updates/s  {steps:.0f} env steps/s"
+        mean = "-" if math.isnan(self._training) else f"{self._training:.0f}"  # no episode has ended yet
+        told = f"return {mean}  {updates:.0f} updates/s  {steps:.0f} env steps/s"
         if self._terminal:
             self._bar.set_postfix_str(told, refresh=False)
             self._bar.update(step - self._bar.n)

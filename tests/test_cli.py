@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,23 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--steps", "0"], "steps must be positive, got 0"),
+        (
+            ["--device", "tpu"],
+            "invalid choice 'tpu' for argument '--device'. Expected one of ('auto', 'cpu', 'cuda')",
+        ),
+    ],
+)
+def test_the_line_names_no_class_and_ends_its_sentence_once(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", CARTPOLE, *words]) == 2
+    assert capsys.readouterr().err == f"brc-fast: {told}; see brc-fast train --help\n"
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_the_line_is_the_rule_alone_whatever_stdout_can_show(encoding: str) -> None:
     code = "import sys; from brc_fast.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -83,6 +102,75 @@ def test_the_line_is_the_rule_alone_whatever_stdout_can_show(encoding: str) -> N
     assert result.returncode == 2
     told = "Error parsing --steps: invalid literal for int() with base 10: '1e6'"
     assert result.stderr == f"brc-fast: {told}; see brc-fast train --help\n"
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize(
+    ("reader", "code", "told"),
+    [("none", 0, ""), ("full", 2, "brc-fast: stdout cannot be written: No space left on device\n")],
+)
+def test_a_stdout_that_breaks_is_one_line_and_a_closed_pipe_none(
+    reader: str, code: int, told: str, buffered: bool
+) -> None:
+    if reader == "full" and not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full" if reader == "full" else write, "w") as stdout:
+        result = subprocess.run(
+            [sys.executable, "-m", "brc_fast", "envs"],
+            env={**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"},
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (result.returncode, result.stderr) == (code, told)
+
+
+def test_a_name_that_stdout_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    monkeypatch.setattr("brc_fast.cli.envs", lambda words: print(words[0]) or 0)
+    assert cli.main(["envs", "r\u00fcn"]) == 0
+    assert stdout.buffer.getvalue() == b"r\\xfcn\n"
+
+
+def test_without_stderr_the_error_does_not_go_to_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    assert cli.main(["fly"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["plot", "train"])
+def test_an_interrupted_command_speaks_of_checkpoints_only_where_it_writes_some(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed(words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, name, pressed)
+    assert cli.main([name]) == 130
+    saved = "; nothing was saved after the newest checkpoint" if name == "train" else ""
+    assert capsys.readouterr().err == f"brc-fast: interrupted{saved}\n"
+
+
+def test_an_interrupt_that_python_ignores_comes_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Collected:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def ignoring(words: list[str]) -> int:
+        Collected()
+        time.sleep(20)
+        return 0
+
+    monkeypatch.setattr(cli, "envs", ignoring)
+    assert cli.main(["envs"]) == 130
+    assert capsys.readouterr().err == "brc-fast: interrupted\n"
 
 
 def test_cuda_without_a_gpu_is_one_line(
@@ -102,6 +190,9 @@ def test_cuda_without_a_gpu_is_one_line(
         ("tqdm", ["train", CARTPOLE], 'pip install "brc-fast[train]"'),
         ("matplotlib", ["train", CARTPOLE], 'pip install "brc-fast[train]"'),
         ("matplotlib", ["plot", "run"], 'pip install "brc-fast[train]"'),
+        ("gymnasium", ["train", "gym/Pendulum-v1"], 'pip install "brc-fast[gym]"'),
+        ("gymnasium", ["train", "dmc/dog-run"], 'pip install "brc-fast[dmc]"'),
+        ("gymnasium", ["train", "metaworld/reach-v3"], 'pip install "brc-fast[envpool]"'),
     ],
 )
 def test_a_missing_extra_is_named_with_its_pip_command(
@@ -143,6 +234,15 @@ def test_doctor_tells_versions_devices_and_what_is_missing(
     monkeypatch.setattr("brc_fast.doctor._version", lambda name: "missing" if name == "brax" else "1.0")
     assert cli.main(["doctor"]) == 1
     assert 'pip install "brc-fast[mjx]"' in capsys.readouterr().out
+
+
+def test_doctor_works_for_a_user_without_a_home() -> None:
+    pytest.importorskip("jax", reason="needs the [mjx] extra")
+    code = "import os, pwd; os.environ.pop('XDG_CACHE_HOME', 0), os.environ.pop('HOME', 0); "
+    code += "pwd.getpwuid = {}.__getitem__; from brc_fast import cli; cli.main(['doctor'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "jax " in result.stdout
 
 
 def test_help_and_version_are_no_errors(capsys: pytest.CaptureFixture[str]) -> None:

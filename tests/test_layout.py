@@ -24,8 +24,9 @@ LAYERS = [
     {"metrics", "lag", "memory", "scores"},
     {"evaluate", "plot", "resume"},
     {"train", "video"},
-    {"arguments", "progress", "doctor"},
+    {"arguments", "progress", "doctor", "output"},
     {"cli"},
+    {"__main__"},
 ]
 
 

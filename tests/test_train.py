@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,12 @@ def test_the_same_seed_repeats_a_run_and_another_does_not(toy: dict, tmp_path: P
     ids=["code", "paper"],
 )
 def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(
-    toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, words: tuple[str, ...]
+    toy: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    steps: int,
+    words: tuple[str, ...],
 ) -> None:
     toy[30] = "dropped"
     tasks = ("toy/One", "toy/Two")
@@ -139,8 +145,22 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(
         interrupt_at(patch, steps)
         assert train(tmp_path / "halves", *words, tasks=tasks) == 130
     assert RunFolder(tmp_path / "halves").steps()[-1] == steps
+    told = "\nSIGINT: the run is saved and ends after this step; a second one ends it now\n"
+    assert told in capfd.readouterr().err
     assert cli.main(["train", "--resume", str(tmp_path / "halves")]) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_a_command_that_is_told_can_be_pasted(
+    toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "my run"
+    interrupt_at(monkeypatch, 40)
+    assert train(run) == 130
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == f"stopped at step 40; go on with: brc-fast train --resume '{run}'"
+    assert train(run) == 2
+    assert f"{run} already holds a run: go on with --resume '{run}', replace" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(
@@ -276,6 +296,40 @@ def test_a_replay_that_the_store_cannot_index_is_refused_by_name(
 def test_a_run_needs_no_stderr(toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", None)
     assert train(tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_run_outlives_its_stdout_and_its_stderr(
+    toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", buffering=1) as broken:
+        monkeypatch.setattr(f"sys.{name}", broken)
+        assert train(tmp_path / "run") == 0
+    assert RunFolder(tmp_path / "run").steps() == [400, 600]
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(
+    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for words in ([], ["--steps", "500"]):
+        capsys.readouterr()
+        assert cli.main(["train", "--resume", str(run), *words]) == 0
+        told = capsys.readouterr().out.splitlines()[-1]
+        assert told == f"{run} is at step 600 already: --steps with more makes it longer"
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_before_an_episode_has_ended_its_return_is_no_number(
+    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "run") == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step 60 of 600")]
+    assert "  return -  0 updates/s  " in told[0]
 
 
 def test_bytes_that_are_no_text_are_refused_in_settings_and_cut_off_metrics(
@@ -446,6 +500,20 @@ def test_evaluate_prints_and_keeps_each_tasks_return(
     assert kept["eval/return/toy/One"] == pytest.approx(np.mean(kept["returns"]["toy/One"]))
 
 
+def test_a_run_that_cannot_be_written_to_is_evaluated_all_the_same(
+    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run) == 0
+    (run / "evaluation.json.partial").mkdir()  # stands in the way, for root as well
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), "--json", str(tmp_path / "all.json")]) == 2
+    told = capsys.readouterr()
+    assert "toy/One" in told.out
+    assert told.err == f"brc-fast: {run / 'evaluation.json'} cannot be written: Is a directory\n"
+    assert (tmp_path / "all.json").exists()
+
+
 def test_plot_draws_one_or_many_runs(toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [tmp_path / name for name in ("a", "b")]
     for run in runs:
@@ -455,6 +523,9 @@ def test_plot_draws_one_or_many_runs(toy: dict, tmp_path: Path, capsys: pytest.C
     assert "<svg" in output.read_text()
     assert cli.main(["plot", str(runs[0]), "--output", str(tmp_path / "x.pdf")]) == 2
     assert "must end in .png or .svg" in capsys.readouterr().err
+    nowhere = tmp_path / "nowhere" / "x.png"
+    assert cli.main(["plot", str(runs[0]), "--output", str(nowhere)]) == 2
+    assert capsys.readouterr().err == f"brc-fast: there is no folder to write {nowhere} to\n"
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import torch
 from test_evaluate import Scripted, make_run
 
 from brc_fast import cli, envs, video
-from brc_fast.errors import InputError
+from brc_fast.errors import InputError, MissingExtraError
 
 Image = pytest.importorskip("PIL.Image", reason="needs the [train] extra")
 
@@ -197,7 +197,7 @@ def test_a_task_without_a_reachable_simulator_is_refused() -> None:
 
 
 def brc_fast(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "brc_fast.cli", *words]
+    command = [sys.executable, "-m", "brc_fast", *words]
     return subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
     )
@@ -218,6 +218,12 @@ def test_the_command_films_a_run(tmp_path: Path) -> None:
         assert gif.n_frames > 1
         gif.seek(gif.n_frames - 1)
         assert np.asarray(gif.convert("L")).std() > 5  # something can be seen
+
+
+def test_without_mujoco_the_extra_that_brings_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    with pytest.raises(MissingExtraError, match=r"brc-fast video needs the \[video\] extra"):
+        video.require_renderer()
 
 
 def test_without_a_way_to_draw_one_line_tells_what_to_set_and_install(tmp_path: Path) -> None:
