@@ -165,10 +165,13 @@ class Evaluation:
             success = "-" if np.isnan(successes).any() else f"{successes.mean():.3f}"
             score = f"{self.scores[name].mean():.3f}" if name in self.scores else "-"
             lines.append(f"  {name:<{width}}  {spread:>20}  {success:>7}  {score:>5}  {lengths.mean():7.1f}")
+        count = self.samples.returns.shape[1]
+        if count > 1:
+            lines.append(f"  [+-: standard deviation of {count} {self.sample}s per task]")
         if self.scores:
             told = ", ".join(f"{name} {estimate}" for name, estimate in self.estimates.items())
             lines.append(f"  score over {len(self.scores)} of {len(self.task_names)} tasks: {told}")
-            if (count := self.samples.returns.shape[1]) > 1:
+            if count > 1:
                 lines.append(f"  [bounds of 95%: stratified bootstrap of {count} {self.sample}s per task]")
         elif not self.scaled:
             lines.append(

@@ -187,7 +187,7 @@ def require_renderer() -> None:
     if headless and not os.environ.get("MUJOCO_GL"):
         os.environ["MUJOCO_GL"] = "osmesa" if find_library("OSMesa") and not find_library("EGL") else "egl"
     if importlib.util.find_spec("mujoco") is None:
-        raise MissingExtraError("brc-fast video", "mjx")
+        raise MissingExtraError("brc-fast video", "video")
     with contextlib.suppress(ImportError):
         import triton  # noqa: F401  (loaded after Mesa, which has an LLVM too, it ends the process)
     try:
@@ -244,7 +244,7 @@ def _write_gif(frames: Iterator[Frame], output: Path, fps: float) -> None:
     try:
         from PIL import Image
     except ImportError as error:
-        raise MissingExtraError("a GIF", "train") from error
+        raise MissingExtraError("a GIF", "video") from error
     images = (Image.fromarray(frame) for frame in frames)
     hundredths = round(100 / fps)  # the unit of time in a GIF
     next(images).save(output, save_all=True, append_images=images, duration=10 * hundredths, loop=0)

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from mujoco_playground import dm_control_suite
 from mujoco_playground._src.dm_control_suite import cartpole
 
-from brc_fast.envs import _playground, _programs
+from brc_fast.envs import _jax, _playground, _programs
 from brc_fast.envs.suites import body, list_tasks
 
 N = 4
@@ -463,3 +464,10 @@ def test_a_second_process_traces_nothing_and_a_damaged_file_is_made_anew(tmp_pat
         third, imported = in_new_process(tmp_path)
         assert (third, imported) == (first, "['mujoco', 'mujoco_playground']")
         assert len(file.read_bytes()) == len(whole)
+
+
+def test_a_process_without_stderr_compiles_in_silence(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr", None)
+    with _jax.progress("compiling"):
+        time.sleep(1.1)
+    assert capsys.readouterr().out == ""

@@ -393,6 +393,7 @@ def test_the_command_prints_and_keeps_returns_lengths_and_scores(
     told = capsys.readouterr().out
     assert "score over 1 of 2 tasks: iqm 0.2" in told
     assert "stratified bootstrap of 6 episodes per task" in told
+    assert "[+-: standard deviation of 6 episodes per task]" in told
 
 
 def test_several_runs_are_seeds_of_one_experiment(
@@ -404,6 +405,7 @@ def test_several_runs_are_seeds_of_one_experiment(
     assert cli.main(["evaluate", *runs, "--episodes", "4", "--json", str(file)]) == 0
     told = capsys.readouterr().out
     assert "stratified bootstrap of 3 runs per task" in told
+    assert "[+-: standard deviation of 3 runs per task]" in told
     assert "score over 2 of 2 tasks: iqm 0.500 [0.500, 0.500]" in told
     kept = json.loads(file.read_text())
     assert list(kept["runs"]) == runs

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["expand", "list_tasks", "make", "resolve"]
 
 log = logging.getLogger(__name__)
+_EXTRA = {"gym": "gym", "dmc": "dmc", "envpool": "envpool", "metaworld": "envpool", "humanoidbench": "gym"}
 _MJX_NEEDS = ("jax", "mujoco", "mujoco_playground", "gymnasium")
 
 
@@ -131,7 +132,7 @@ def _simulated(
     """One task of a simulator that runs on the CPU."""
     backend, _ = resolve(task)
     if _missing("gymnasium"):
-        raise MissingExtraError(f"{backend}/... environments", "gym")
+        raise MissingExtraError(f"{backend}/... environments", _EXTRA[backend])
     here = backend in ("gym", "humanoidbench") or (
         backend == "dmc" and not (_missing("shimmy") or _missing("dm_control"))
     )

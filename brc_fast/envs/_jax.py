@@ -53,8 +53,19 @@ def _started() -> bool:
 
 
 def cache_folder() -> Path:
-    """Where compiled and traced programs are kept: $XDG_CACHE_HOME/brc_fast, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brc_fast"
+    """Where compiled and traced programs are kept: $XDG_CACHE_HOME/brc_fast, by default in ~/.cache. A user
+    without a home has a folder that is gone at the end."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "brc_fast"
+    try:
+        return Path.home() / ".cache" / "brc_fast"
+    except RuntimeError:
+        return Path(_temporary().name)
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="brc_fast-", ignore_cleanup_errors=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -71,7 +82,7 @@ def progress(label: str, quiet: bool = False) -> Iterator[None]:
 
     Prints nothing for what takes less than a second.
     """
-    if quiet:
+    if quiet or sys.stderr is None:
         yield
         return
     terminal = sys.stderr.isatty()
