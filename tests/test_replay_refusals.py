@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from brc_fast import _core
-from brc_fast.replay import Field, ReplayBuffer
+from brc_fast.replay import DeviceReplayBuffer, Field, ReplayBuffer
 
 pytest.importorskip("hypothesis", reason="needs the [test] extra")
 
@@ -28,6 +30,14 @@ def one(**changes: Any) -> dict[str, Any]:
         "successors": np.full((1, 3), 2.0, np.float32),
         **changes,
     }
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("kind", [ReplayBuffer, DeviceReplayBuffer])
+def test_a_buffer_is_kept_by_saving_it(how: Any, kind: Any) -> None:
+    on = {"device": "cpu"} if kind is DeviceReplayBuffer else {}
+    with pytest.raises(TypeError, match=rf"{kind.__name__} is neither pickled nor copied: `save\(folder\)`"):
+        how(kind(10, 3, 2, **on))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,12 @@ class Buffer:
         self._requests = Requests(spec)
         self._saving = threading.Lock()
         self._saved: str | None = None  # the generation on disk that this buffer goes on from
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} is neither pickled nor copied: `save(folder)` keeps what it holds, and "
+            "another one of the same sizes takes it up with `load(folder)`"
+        )
 
     def __len__(self) -> int:
         """Transitions stored, over all tasks."""
