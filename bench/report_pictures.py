@@ -15,6 +15,7 @@ COLOURS = {
     "ours": OURS_COLOUR,
     "ours-tf32": "#6ea8fe",
     "ours-bf16": OURS_COLOUR,
+    "critic": "#1a7f37",
     "plain": "#57606a",
     "compiled": "#8250df",
     "jax": "#bf8700",
