@@ -270,7 +270,7 @@ def _norm_reduce_kernel(  # type: ignore[no-untyped-def]
     Behind the last layer: sums[n, k] = sum over b of rows[n, b, k].
     """
     layer = tl.program_id(1).to(tl.int64)
-    if rows_ptr is not None:  # noqa: SIM102 - known when it is compiled
+    if rows_ptr is not None:
         if layer == L:
             b = tl.arange(0, BLOCK_B)
             for start in range(tl.program_id(0) * BLOCK_K, N * K, tl.num_programs(0) * BLOCK_K):
@@ -283,7 +283,7 @@ def _norm_reduce_kernel(  # type: ignore[no-untyped-def]
                     total += tl.load(rows_ptr + place, mask=mask, other=0.0).to(total.dtype)
                 out = tl.sum(total, 0).to(sums_ptr.dtype.element_ty)
                 tl.store(sums_ptr + network * sums_stride + column, out, mask=w < N * K)
-            S, W = 0, 0  # nothing else
+        S, W = tl.where(layer == L, 0, S), tl.where(layer == L, 0, W)  # nothing else
     s = tl.arange(0, BLOCK_S)
     w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
     total = tl.zeros([BLOCK_S, BLOCK_W], partials_ptr.dtype.element_ty)
@@ -437,7 +437,7 @@ def reduce_partials(
     grid = (triton.cdiv(W, config["BLOCK_W"]), L if rows is None else L + 1)
     strides = (partials.stride(0), *out.stride()[:3], 0 if sums is None else sums.stride(0))
     B, K = (0, 0) if rows is None else rows.shape[1:]
-    config |= {"BLOCK_K": 8, "BLOCK_B": 512}
+    config |= {"BLOCK_K": 8, "BLOCK_B": 256}
     launch(_norm_reduce_kernel, grid, partials, out, rows, sums, *strides, S, W, N, H, L, B, K, **config)
 
 
