@@ -7,6 +7,7 @@ Numbers: float32.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .reference import EPS
 
 __all__ = [
     "BATCHED",
+    "alike",
     "backward_arguments",
     "bronet_on_cpu",
     "forward_arguments",
@@ -146,10 +148,16 @@ class _BroNet(torch.autograd.Function):
         return dx, *gradients.ordered()
 
 
-def bronet_on_cpu(x: Tensor, parameters: list[Tensor]) -> Tensor:
+def alike(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """With the vectors of each layer the same distances apart."""
+    out = list(parameters)
+    for place in range(1, len(out) - 2, 4):
+        strides = {p.stride() for p in out[place : place + 3]}
+        if len(strides) > 1 or out[place].stride(-1) != 1:
+            out[place : place + 3] = [p.contiguous() for p in out[place : place + 3]]
+    return out
+
+
+def bronet_on_cpu(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """As `reference.bronet` for float32 tensors on a CPU, shapes checked."""
-    for place in range(1, len(parameters) - 2, 4):
-        strides = {p.stride() for p in parameters[place : place + 3]}
-        if len(strides) > 1 or parameters[place].stride(-1) != 1:
-            parameters[place : place + 3] = [p.contiguous() for p in parameters[place : place + 3]]
-    return _BroNet.apply(x, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    return _BroNet.apply(x, *alike(parameters))  # type: ignore[no-any-return, no-untyped-call]

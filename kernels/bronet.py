@@ -12,19 +12,19 @@ Numbers: products in the dtype of x, which the kernels W must have; LayerNorm in
 Source:  Nauman et al. 2024, arXiv:2405.16158.
 Twin:    reference.bronet
 
-On a CPU, float32 takes compiled passes (_bronet_cpu.py).
+On a CPU, float32 takes compiled passes (_bronet_cpu.py), inside of torch.compile as an op of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _native, reference
-from ._bronet_cpu import bronet_on_cpu
+from . import _bronet_cpu, _native, reference
 from ._cases import Case
 from ._checks import check_bronet_dtypes, check_bronet_shapes
 from ._compiled import twin
@@ -47,19 +47,33 @@ def _dense(parameters: list[Tensor]) -> list[Tensor]:
     return [p if p.dim() != 2 or p.stride(-1) == 1 else p.contiguous() for p in parameters]
 
 
+Kept = tuple[Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 def _forward(x: Tensor, parameters: list[Tensor], wanted: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from . import norm
+
+    return _forward_by(norm, x, _dense(parameters), wanted)
+
+
+def _forward_on_cpu(
+    x: Tensor, parameters: list[Tensor], wanted: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward_by(_bronet_cpu, x, _bronet_cpu.alike(parameters), wanted)
+
+
+def _forward_by(passes: ModuleType, x: Tensor, parameters: list[Tensor], wanted: int) -> Kept:
     """out [N, B, K]; then what the backward needs: products, outputs [L, N, B, H], statistics [L, 2, N, B].
 
     What is not needed is empty.
     """
-    from . import norm
-
     networks, _, width = parameters[0].shape
     depth, shape = len(layers_of(parameters)), (networks, x.shape[-2], width)
     products = x.new_empty(depth if wanted >= INPUT else 1, *shape)
     outputs = x.new_empty(depth if wanted == EVERYTHING else 3, *shape)
     stats = x.new_empty(len(products), 2, *shape[:2], dtype=_wide(x.dtype))
-    out = Forward(_dense(parameters), Memory(products, outputs, stats), norm)([x])
+    out = Forward(parameters, Memory(products, outputs, stats), passes)([x])
     return (
         out,
         products if wanted >= INPUT else x.new_empty(0),
@@ -91,11 +105,39 @@ def _backward(
     wanted: int,
     wants_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from . import norm
+
+    return _backward_by(norm, grad, x, _dense(parameters), products, outputs, stats, wanted, wants_dx)
+
+
+def _backward_on_cpu(
+    grad: Tensor,
+    x: Tensor,
+    parameters: list[Tensor],
+    products: Tensor,
+    outputs: Tensor,
+    stats: Tensor,
+    wanted: int,
+    wants_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = grad, x, _bronet_cpu.alike(parameters), products, outputs, stats
+    return _backward_by(_bronet_cpu, *given, wanted, wants_dx)
+
+
+def _backward_by(
+    passes: ModuleType,
+    grad: Tensor,
+    x: Tensor,
+    parameters: list[Tensor],
+    products: Tensor,
+    outputs: Tensor,
+    stats: Tensor,
+    wanted: int,
+    wants_dx: bool,
+) -> Gradients:
     """Arrays of x; of the first kernel, the square kernels [L - 1, N, H, H], the vectors [L, 3, N, H], the
     head's kernel and bias. What is not wanted is empty.
     """
-    from . import norm
-
     depth, networks, _, width = products.shape
     gradients = None
     if wanted == EVERYTHING:
@@ -105,7 +147,7 @@ def _backward(
         bias = x.new_empty(parameters[-1].shape, dtype=parameters[-1].dtype)
         gradients = Arrays(first, square, vectors, head, bias)
     memory = Memory(products, outputs, stats)
-    sweep = Backward(_dense(parameters), memory, gradients, norm)
+    sweep = Backward(parameters, memory, gradients, passes)
     dx = sweep(grad.contiguous(), x, slice(None) if wants_dx else None)
     if dx is None:
         dx = x.new_empty(0)
@@ -140,6 +182,7 @@ def _backward_fake(
 
 
 _bronet_backward = Op("bronet_backward", _backward, _backward_fake)
+_bronet_backward_on_cpu = Op("bronet_on_cpu_backward", _backward_on_cpu, _backward_fake)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -148,11 +191,19 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    return _gradients_by(_bronet_backward, ctx, grad)
+
+
+def _gradients_on_cpu(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    return _gradients_by(_bronet_backward_on_cpu, ctx, grad)
+
+
+def _gradients_by(backward: Op, ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     x, *parameters, products, outputs, stats = ctx.saved_tensors  # a checkpoint gives them once
     if grad is None:
         return None, [None] * len(parameters), None
     wants_dx = ctx.needs_input_grad[0]
-    dx, first, square, vectors, *head = _bronet_backward(
+    dx, first, square, vectors, *head = backward(
         grad, x, parameters, products, outputs, stats, ctx.wanted, wants_dx
     )
     out: list[Tensor | None] = [None] * len(parameters)
@@ -165,6 +216,26 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 _bronet = Op("bronet", _forward, _forward_fake, _keep, _gradients, kept=3)
+_bronet_on_cpu = Op("bronet_on_cpu", _forward_on_cpu, _forward_fake, _keep, _gradients_on_cpu, kept=3)
+
+
+def _compiled_plainly() -> bool:
+    """By torch.compile; what is exported has to run without this package, and torch.func wants the twin."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not _transformed()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _transformed() -> bool:
+    """What a compiler cannot look into."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def _wanted(x: Tensor, parameters: Sequence[Tensor]) -> int:
+    if not torch.is_grad_enabled():
+        return NOTHING
+    if any(p.requires_grad for p in parameters):
+        return EVERYTHING
+    return INPUT if x.requires_grad else NOTHING
 
 
 def bronet(x: Tensor, *parameters: Tensor, impl: str | None = None) -> Tensor:
@@ -189,7 +260,9 @@ def bronet(x: Tensor, *parameters: Tensor, impl: str | None = None) -> Tensor:
     if not takes_kernels(impl, x, *parameters):
         plain = chosen(impl) == "auto" and not torch.is_autocast_enabled("cpu")
         if plain and _native.takes(x, *parameters):
-            return bronet_on_cpu(x, list(parameters))
+            return _bronet_cpu.bronet_on_cpu(x, parameters)
+        if plain and _compiled_plainly() and _native.serves(x, *parameters):
+            return _bronet_on_cpu(x, list(parameters), _wanted(x, parameters))[0]  # type: ignore[no-any-return]
         if not torch.is_autocast_enabled(x.device.type):
             check_bronet_dtypes(x, parameters)
         return twin(reference.bronet, impl)(x, *parameters)
@@ -201,11 +274,8 @@ def bronet(x: Tensor, *parameters: Tensor, impl: str | None = None) -> Tensor:
         for place in (*range(0, len(given) - 2, 4), len(given) - 2):
             given[place] = given[place].to(dtype)
     check_bronet_dtypes(x, given)
-    wanted = NOTHING
-    if torch.is_grad_enabled():
-        wanted = EVERYTHING if any(p.requires_grad for p in given) else INPUT if x.requires_grad else NOTHING
     with torch.autocast(kind, enabled=False):  # the products are in the dtype that was just settled
-        out, *_ = _bronet(x, given, wanted)
+        out, *_ = _bronet(x, given, _wanted(x, given))
     return out  # type: ignore[no-any-return]
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from kernel_harness import assert_follows_twin, guarded, outputs_and_gradients
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
-from brc_fast import kernels
+from brc_fast import BroNet, kernels
 from brc_fast.kernels import reference
 
 bronet = partial(kernels.bronet, impl="triton")
@@ -227,6 +228,63 @@ def test_compiled_and_transformed_calls_equal_plain_ones(kernel_device: str, sha
     rows = torch.stack([tensors[0], 2 * tensors[0]])
     mapped = torch.func.vmap(lambda x: bronet(x, *tensors[1:]))(rows)
     assert torch.equal(mapped, torch.stack([bronet(x, *tensors[1:]) for x in rows]))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("trained", ["all", "input", "nothing"])
+def test_a_compiler_calls_the_passes_of_a_cpu(shared: bool, trained: str) -> None:
+    """As one op each way, with the bits of a plain call; also where the vectors of a layer lie apart."""
+    inputs, _ = networks(2, 3, 5, 8, 1, 4, shared)
+    leaves = [t.float() for t in inputs]
+    leaves[2] = torch.stack([leaves[2], leaves[2]], -1)[..., 0]  # a bias with gaps
+    wanted = {"all": leaves, "input": leaves[:1], "nothing": []}[trained]
+    for leaf in wanted:
+        leaf.requires_grad_()
+    graphs = []
+
+    def seen(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    backend = aot_autograd(fw_compiler=seen, bw_compiler=seen)
+    out = torch.compile(kernels.bronet, fullgraph=True, backend=backend)(*leaves)
+    expected = kernels.bronet(*leaves)
+    assert torch.equal(out, expected)
+    assert "brc_fast.bronet_on_cpu.default" in graphs[0]
+    if wanted:
+        grads = torch.autograd.grad(out.sin().sum(), wanted)
+        for mine, plain in zip(grads, torch.autograd.grad(expected.sin().sum(), wanted), strict=True):
+            assert torch.equal(mine, plain)
+        assert "brc_fast.bronet_on_cpu_backward.default" in graphs[1]
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_the_library_ops_of_a_cpu_pass_opcheck(wanted: int) -> None:
+    module = sys.modules[kernels.bronet.__module__]
+    inputs, seeds = networks(2, 3, 5, 8, 1, 4, True)
+    x, *parameters = (t.float() for t in inputs)
+    torch.library.opcheck(module._bronet_on_cpu.library, (x, parameters, wanted))
+    if wanted:
+        kept = module._forward_on_cpu(x, parameters, wanted)[1:]
+        arguments = (seeds[0].float(), x, parameters, *kept, wanted, True)
+        torch.library.opcheck(module._bronet_backward_on_cpu.library, arguments)
+
+
+def test_transforms_that_are_compiled_take_the_twin() -> None:
+    inputs, _ = networks(2, 3, 5, 8, 1, 4, True)
+    tensors = [t.float() for t in inputs]
+
+    def gradient(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.grad(lambda x: kernels.bronet(x, *tensors[1:]).sin().sum())(tensors[0])
+
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), gradient(*tensors))
+
+
+def test_what_is_exported_needs_nothing_of_this_package() -> None:
+    body = BroNet(5, 3, width=8, depth=1)
+    program = torch.export.export(body, (torch.randn(4, 5),))
+    assert not [node.target for node in program.graph.nodes if "brc_fast" in str(node.target)]
 
 
 @pytest.mark.gpu
