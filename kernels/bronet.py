@@ -224,10 +224,13 @@ def _compiled_plainly() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not _transformed()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _transformed() -> bool:
-    """What a compiler cannot look into."""
     return torch._C._functorch.maybe_current_level() is not None
+
+
+# A compiler cannot look into it, and takes what it says: torch.compiler.assume_constant_result sets the same,
+# and loads the whole compiler.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _wanted(x: Tensor, parameters: Sequence[Tensor]) -> int:
