@@ -226,7 +226,7 @@ def atari(capacity: int, clock: Clock) -> list[dict[str, Any]]:
         "case": "atari memory",
         "title": "Memory of 4 x 84 x 84 uint8 stacks",
         "rows": rows,
-        "measurements": size_measurements("atari memory", rows[0], "both stacks, float32"),
+        "measurements": size_measurements("atari memory", rows[0], "both stacks, uint8"),
     }
     print_sizes(result)
     return [timed, result]
