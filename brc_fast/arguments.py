@@ -27,7 +27,8 @@ CHANGEABLE = (
 
 @dataclass(frozen=True)
 class TrainArguments(TrainConfig):
-    """Train one BRC agent. The defaults shown are the ones for this device."""
+    """Train one BRC agent. The defaults shown are the ones for this device; "BRC" marks the value of the
+    authors' published code."""
 
     tasks: tyro.conf.Positional[tuple[str, ...]] = ()
     """Names of tasks such as mjx/CartpoleSwingup or suites such as mjx/dmc25; several train one agent."""

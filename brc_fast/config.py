@@ -39,7 +39,7 @@ def _finite(config: object, *names: str) -> None:
 class CriticConfig:
     """Ensemble of BroNets that predict the return's distribution."""
 
-    width: int = 4096  # H. BRC: 4096 on one GPU
+    width: int = 4096  # H, units per layer. BRC: 4096 on one GPU
     depth: int = 2  # residual blocks. BRC
     members: int = 2  # E, networks with their own weights. BRC
     num_atoms: int = 101  # K, atoms of the return distribution. BRC
@@ -59,7 +59,7 @@ class CriticConfig:
 class ActorConfig:
     """BroNet with a tanh-Gaussian head."""
 
-    width: int = 256  # BRC
+    width: int = 256  # units per layer. BRC: 256
     depth: int = 1  # residual blocks. BRC
 
     def __post_init__(self) -> None:
@@ -73,12 +73,12 @@ class LearningConfig:
     """What the updates use."""
 
     learning_rate: float = 3e-4  # of critic, actor and temperature. BRC
-    beta1: float = 0.9  # BRC
-    beta2: float = 0.999  # BRC
-    eps: float = 1e-8  # BRC
+    beta1: float = 0.9  # of AdamW, for critic and actor. BRC
+    beta2: float = 0.999  # of AdamW and of the temperature's Adam. BRC
+    eps: float = 1e-8  # of AdamW and of the temperature's Adam. BRC
     weight_decay: float = 1e-4  # decoupled, on every parameter of actor and critic. BRC
-    temperature_beta1: float = 0.5  # BRC
-    initial_temperature: float = 0.1  # alpha. BRC
+    temperature_beta1: float = 0.5  # beta1 of the temperature's Adam. BRC
+    initial_temperature: float = 0.1  # alpha, weight of the entropy bonus, at the start. BRC
     target_entropy_per_action: float = -0.5  # nats per (padded) action dimension. BRC: -A / 2
     discount: float = 0.99  # per environment step. BRC
     tau: float = 0.005  # share of the online critic in the target after an update. BRC
@@ -152,9 +152,9 @@ class TrainConfig:
     """Updates after each step of the vector, that is per num_envs transitions of every task. BRC: 2, with
     one environment."""
     batch_size: int | None = None
-    """Transitions per update, over all tasks; 256 for one task and 1024 for several when not given. BRC."""
+    """Transitions per update, over all tasks. None: BRC's, 256 for one task and 1024 for several."""
     replay_capacity: int = 1_000_000
-    """Transitions kept per task. BRC."""
+    """Transitions kept per task. BRC: 1,000,000."""
     eval_every: int = 25_000
     """Environment steps per task between evaluations."""
     eval_episodes: int = 10
@@ -198,7 +198,7 @@ class TrainConfig:
 
 
 def gpu_preset() -> TrainConfig:
-    """The published sizes."""
+    """The published sizes, which are TrainConfig's own, and tf32."""
     return TrainConfig(precision="tf32")
 
 

@@ -21,7 +21,6 @@ Numbers: arithmetic in float32, in float64 for float64 logits; results are float
          inputs of a row makes that row NaN, and no other.
 Source:  Bellemare et al. 2017, arXiv:1707.06887; Nauman et al. 2025, arXiv:2505.23150.
 Twins:   reference.<name of the op>
-
 """
 
 from __future__ import annotations
@@ -408,8 +407,8 @@ def categorical_target(
         rewards, next_log_probs: [B]; a reward may be infinite.
         discounts: [B], the discount times the mask, 0 where the episode ended; mostly in [0, 1], any will do.
         temperature: a number, or a tensor of one.
-        atoms: [K], evenly spaced from -v_max to v_max: the kernels rely on it and take them from v_max. Of
-            a GPU it is not checked.
+        atoms: [K], evenly spaced from -v_max to v_max: the kernels rely on it and take them from v_max. On
+            a GPU this is not checked.
         v_max: > 0, in units of return; a change of it compiles the kernel anew.
         impl: auto, triton, reference or compile (`kernels.use`).
     Returns:
@@ -496,13 +495,14 @@ def categorical_bellman_loss_and_gradient(
 
     Args:
         scale: of the gradient, a number or a tensor of one: 1 / B where the mean over the batch counts.
-        columns: of the gradient's rows, >= K; beyond K they are 0. K by default.
+        columns: length of the gradient's rows, >= K; 0 beyond K. K by default.
         The others: as in `categorical_bellman_loss`.
     Returns:
         losses [E, B], float64 for float64 logits, else float32; and d (scale * losses) / d logits
         [E, B, columns] in the dtype of the logits.
     Raises:
         ValueError for shapes or numbers that do not fit.
+    Source: Nauman et al. 2025, arXiv:2505.23150.
     """
     vectors = {"rewards": rewards, "discounts": discounts, "next_log_probs": next_log_probs}
     _check_bellman(next_logits, vectors, temperature, atoms, v_max)

@@ -47,8 +47,8 @@ def make(
     impl:            MJX's simulator, "jax" or "warp" (mjx/ tasks)
     randomize:       a new physical model for every episode: True for Playground's own randomization of the
                      task, or a function (model, keys [N, 2]) -> (model, in_axes) as it has (mjx/ tasks)
-    processes:       a process per environment: True, False, or None for what suits the task: slow simulators
-                     get them (gym/, dmc/ and humanoidbench/ tasks)
+    processes:       a process per environment (gym/, dmc/ and humanoidbench/ tasks): True, False, or None,
+                     which means yes for dmc/ and humanoidbench/ with several slots, and no for gym/
     restarts:        how often the processes of a task are started again after one has died
     step_seconds:    a process that needs longer for a step or a reset counts as dead; None: there is no limit
     quiet:           no compile progress on stderr
