@@ -51,11 +51,15 @@ class BRC:
     Args:
         observation_size: O, of the widest task. action_size: A, of the widest task.
         num_tasks: T; with T = 1 there is no task embedding.
+        critic, actor, learning: sizes and rates; the published ones by default (critic width 4096).
         device, dtype: of parameters and arithmetic. seed: of initialisation and sampling.
         precision: of matrix products: fp32, tf32 (needs CUDA) or bf16, for which bfloat16 copies of the
             float32 parameters are kept; moments, averages and LayerNorm stay in float32.
         graphs: on CUDA, replay `update` as a CUDA graph (brc_fast.graphs).
         recompute: the critics' activations in the backward pass, which takes less memory and more time.
+
+    Raises:
+        ValueError for a size below 1; InputError (a ValueError) for a precision that device or dtype lack.
     """
 
     def __init__(
@@ -112,6 +116,7 @@ class BRC:
         self.temperature_optimizer = self._optimizer(
             FlatNetworks([self.temperature]), rule.temperature_beta1, 0.0
         )
+        self._trained = {name: part for name, part in self._parts().items() if isinstance(part, nn.Module)}
         self.generator = Generator(drawn_on).manual_seed(seed + 1)
         self._passes: dict[int, Passes] = {}
         self._unscaled = torch.ones(num_tasks, device=device, dtype=dtype)
@@ -175,7 +180,7 @@ class BRC:
         """Actions [N, A] in [-1, 1] for observations [N, O]: a sample, or the mean's tanh.
 
         Args:
-            task_ids: [N], in [0, T); with one task they need not be given.
+            task_ids: [N] int64, in [0, T), on the agent's device like observations; needed with T > 1.
             lagged: the actor and embedding to act with in place of the newest (brc_fast.lag).
         """
         mean, raw_log_std = self.policy(observations, task_ids, lagged)
@@ -209,15 +214,19 @@ class BRC:
         noise: Noise | None = None,
         reward_scale: Tensor | None = None,
     ) -> Metrics:
-        """U updates, each on its own batch [U, B, ...]; returns the last one's metrics as 0-d tensors.
+        """U updates, each on its own batch [U, B, ...]; returns the last one's metrics as 0-d tensors:
+        critic_loss (summed over members), actor_loss, temperature_loss, critic_gradient_norm,
+        actor_gradient_norm, entropy (nats), q_mean (in units of the scaled return) and temperature (alpha).
 
         Args:
             batches: on any device; pinned host memory is copied to a GPU while that still computes.
             noise: of the samplings, drawn where it is not given. With it there is no CUDA graph.
-            reward_scale: [T], by which each task's rewards are divided; 1 where it is not given.
+            reward_scale: [T], by which each task's rewards are divided (`RewardNormalizer.scale`); 1 where it
+                is not given, for rewards that are scaled already.
         Raises:
             ValueError for batches that do not fit. RuntimeError for parameters that were frozen, removed, or
-            moved to another dtype or device; new values that they were given by hand are taken over.
+            moved to another dtype or device; new values that they were given by hand are taken over (those
+            written through `.data` in bf16 after one more update).
         """
         if torch.compiler.is_compiling():  # of a user's loop: no compiler takes views changed through buffers
             as_it_is = torch.compiler.disable(self.update)  # type: ignore[no-untyped-call]
@@ -229,14 +238,28 @@ class BRC:
             require_shape(f"noise.{name}", part, "[U, B, A]", tuple(batches.actions.shape))
         # memory that is kept must not be of inference mode: nothing outside of that could write it
         with torch.inference_mode(False), torch.no_grad(), products(self.precision, self.device):
-            for optimizer in self._optimizers().values():
-                optimizer.networks.follow()
+            self._follow()
             if noise is None:
                 values = self.updates([*batches, scale])
             else:
                 self.updates.join()
                 values = self._updates(*(x.to(self.device) for x in (*batches, scale, *noise)))
         return dict(zip(METRICS, values.unbind(), strict=True))
+
+    def _follow(self) -> None:
+        """Take in what was done by hand since the last update; see `FlatNetworks.follow`."""
+        for name, trained in self._trained.items():
+            now = getattr(self, name)
+            if now is trained:
+                continue
+            # compiled or wrapped, a module has the same parameters
+            if [id(p) for p in now.parameters()] != [id(p) for p in trained.parameters()]:
+                raise RuntimeError(f"{name} is not the module that is trained: load its parameters into that")
+        for optimizer in self._optimizers().values():
+            if optimizer.networks.touched():
+                self.updates.join()  # before what it may still read is changed
+                if optimizer.networks.follow():
+                    self._passes.clear()  # they hold addresses
 
     def _updates(self, *inputs: Tensor) -> Tensor:
         """`update` of a batch's fields, the reward scale and, perhaps, noise; metrics in the order of

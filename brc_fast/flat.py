@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import kernels
 
 ALIGNMENT = 64  # elements between the starts of arrays: 128 bytes in bfloat16
+GONE = "{} is no parameter of its module any more, but it is trained as one"
 
 
 class Body(Protocol):
@@ -72,53 +73,104 @@ class FlatNetworks:
         self._shared = list(shared)
         self.master = like.new_zeros(len(modules) * self.members, size)
         self._modules = tuple(modules)
-        self._owners = [
-            (module.get_submodule(owner), own, name)
-            for module in modules
-            for name, (owner, _, own) in ((name, name.rpartition(".")) for name in self._names)
-        ]
+        self._find()
         self._take_over()
-        self._seen = self._marks()
+        self._seen, self._address = self._marks(), self.master.data_ptr()
         self.low = None if low is None else self.master.to(low)
         self.grad = self.master.new_zeros(self.members, size, dtype=low)
         for module in modules:
             module.register_load_state_dict_post_hook(_Refresh(self))  # type: ignore[no-untyped-call]
 
-    def _take_over(self) -> None:
-        """Make every parameter a view, also one that a load with assign=True has just put in place."""
-        rows = self.master.view(len(self._modules), self.members, -1)
-        for module, own in zip(self._modules, rows, strict=True):
-            views = self.named(own)
-            for name, parameter in module.named_parameters():
-                if parameter.data_ptr() != views[name].data_ptr() or parameter.is_meta:
-                    views[name].copy_(parameter.detach())
-                    parameter.data = views[name]
-
-    def _marks(self) -> list[tuple[int, int, bool] | None]:
-        """What of each parameter tells that it was put elsewhere, changed or frozen."""
-        held = (owner._parameters.get(own) for owner, own, _ in self._owners)
-        return [
-            None if p is None else (p.data_ptr(), 0 if p.is_inference() else p._version, p.requires_grad)
-            for p in held
+    def _find(self) -> None:
+        """Look up who holds each parameter, and every module on the way there."""
+        owners = []
+        for module in self._modules:
+            for name in self._names:
+                place, _, own = name.rpartition(".")
+                try:
+                    owners.append((module.get_submodule(place), own, name))
+                except AttributeError:
+                    raise RuntimeError(GONE.format(name)) from None
+        self._owners = owners
+        self._links = [
+            (parent._modules, name, child)
+            for module in self._modules
+            for parent in module.modules()
+            for name, child in parent._modules.items()
         ]
 
-    def follow(self) -> None:
-        """Take in what was done to the parameters by hand since the last call: new values, also in memory of
-        their own. RuntimeError, by name, for one that is gone, frozen, or of another dtype or device."""
-        marks = self._marks()
-        if marks == self._seen:
-            return
-        for index, (owner, own, name) in enumerate(self._owners):
+    def _held(self) -> list[nn.Parameter]:
+        """The parameters of all modules in order; RuntimeError, by name, for one that is gone or shared."""
+        names: dict[nn.Parameter, str] = {}
+        for owner, own, name in self._owners:
             p = owner._parameters.get(own)
             if p is None:
-                raise RuntimeError(f"{name} is no parameter of its module any more, but it is trained as one")
+                raise RuntimeError(GONE.format(name))
+            if p in names:
+                raise RuntimeError(f"{name} is the same parameter as {names[p]}, but each is trained alone")
+            names[p] = name
+        return list(names)
+
+    def _take_over(self) -> None:
+        """Make every parameter a view, also one that a load with assign=True has just put in place."""
+        held = self._held()
+        rows = self.master.view(len(self._modules), self.members, -1)
+        views = [view for own in rows for view in self.named(own).values()]
+        memory, moved = self.master.untyped_storage().data_ptr(), []
+        for (owner, own, name), p, view in zip(self._owners, held, views, strict=True):
+            if p.shape != view.shape:
+                raise RuntimeError(f"{name} must have shape {list(view.shape)}, got {list(p.shape)}")
+            if p.is_meta or (p.data_ptr(), p.stride()) != (view.data_ptr(), view.stride()):
+                value = p.detach()
+                if value.untyped_storage().data_ptr() == memory:  # that of another, which may come first
+                    value = value.clone()
+                moved.append((owner, own, p, view, value))
+        with torch.inference_mode(False):
+            for owner, own, p, view, value in moved:
+                view.copy_(value)
+                if p.is_inference():  # nothing else takes other memory
+                    p = owner._parameters[own] = nn.Parameter(view.new_empty(0), p.requires_grad)
+                p.data = view
+
+    def _marks(self) -> list[tuple[object, ...] | None]:
+        """What of each parameter tells that it was put elsewhere, changed or frozen."""
+        held = (owner._parameters.get(own) for owner, own, _ in self._owners)
+        try:
+            return [
+                None if p is None else (id(p), p.data_ptr(), p.stride(), p._version, p.requires_grad)
+                for p in held
+            ]
+        except RuntimeError:  # put there in inference mode, which counts no versions
+            return []
+
+    def touched(self) -> bool:
+        """Whether there is something to `follow`."""
+        kept = all(modules.get(name) is child for modules, name, child in self._links)
+        return not kept or self.master.data_ptr() != self._address or self._marks() != self._seen
+
+    def follow(self) -> bool:
+        """Take in what was done to parameters by hand: new values, also in memory or modules of their own.
+
+        What is written through `.data` leaves no mark: low-precision copies show it after `refresh` or a step
+        of the optimizer.
+
+        Returns:
+            Whether the buffer itself has moved (share_memory): addresses in it are to be asked for anew.
+        Raises:
+            RuntimeError, by name, for a parameter that is gone, frozen, shared with another, or of another
+            shape, dtype or device.
+        """
+        self._find()
+        for index, ((_, _, name), p) in enumerate(zip(self._owners, self._held(), strict=True)):
             if (p.dtype, p.device) != (self.master.dtype, self.master.device):
                 told = f"{self.master.dtype} on {self.master.device}, got {p.dtype} on {p.device}"
                 raise RuntimeError(f"{name} must stay {told}: make the agent with another dtype or device")
             if not p.requires_grad and index < len(self._names):
                 raise RuntimeError(f"{name} has requires_grad=False, but all parameters are trained together")
         self.refresh()
-        self._seen = self._marks()
+        moved = self.master.data_ptr() != self._address
+        self._seen, self._address = self._marks(), self.master.data_ptr()
+        return moved
 
     def refresh(self) -> None:
         """Renew the low-precision copies after parameters were set from outside, and the padding, to which

@@ -7,6 +7,9 @@ ops in `brc_fast.kernels`; here they are only put together.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -54,14 +57,14 @@ class Head(nn.Module):
 class BroNet(nn.Module):
     """E stacked residual LayerNorm networks with a linear head.
 
-        x = relu(LN(W0 x + b0));   `depth` times:  x = x + LN(W2 relu(LN(W1 x + b1)) + b2);   head
+        x = relu(LN(x W0 + b0));   `depth` times:  x = x + LN(relu(LN(x W1 + b1)) W2 + b2);   head
 
     Shapes: [B, I], shared by all networks, or [E, B, I] -> [E, B, outputs].
 
     Args:
         inputs: I. head: the number of outputs, or the head's first kernel [E, H, outputs].
         width: H. depth: residual blocks. members: E.
-        generator: of the first weights; that of torch (torch.manual_seed) where there is none.
+        generator: draws the first weights; without it torch's own does (torch.manual_seed).
     Source: Nauman et al. 2024, arXiv:2405.16158.
     """
 
@@ -125,13 +128,13 @@ class BroNet(nn.Module):
 class Critic(nn.Module):
     """E networks that give K logits of the return's distribution, and the task embedding they share.
 
-    That of `BRC`, and alone the critic of any other agent: docs/critic.md. With one task there is no
-    embedding and no embedding input, and task_ids [B] (int64, in [0, T)) need not be given.
+    `BRC` has one, and any other agent may use it: docs/critic.md. task_ids are [B], int64, in [0, T); with
+    one task there is no embedding, and they need not be given.
 
     Args:
         observation_size: O. action_size: A. num_tasks: T.
-        config: sizes and the support [-v_max, v_max] of the return, which rewards are to be scaled into.
-        generator: of the first weights; that of torch (torch.manual_seed) where there is none.
+        config: sizes, and v_max: scale rewards so that returns lie within [-v_max, v_max], the support.
+        generator: draws the first weights; without it torch's own does (torch.manual_seed).
     Attributes:
         atoms: [K], evenly spaced over the support.
     Source: Nauman et al. 2025, arXiv:2505.23150.
@@ -148,6 +151,11 @@ class Critic(nn.Module):
         generator: Generator | None = None,
     ) -> None:
         super().__init__()
+        self.sizes = {"observations": observation_size, "actions": action_size}
+        given: dict[str, Any] = {f"the size of {name}": size for name, size in self.sizes.items()}
+        for name, size in (given | {"num_tasks": num_tasks}).items():
+            if not isinstance(size, Integral) or size < 1:
+                raise ValueError(f"{name} must be a positive integer, got {size!r}")
         self.config = config = CriticConfig() if config is None else config
         inputs = observation_size + action_size + (config.embedding_size if num_tasks > 1 else 0)
         self.embedding_norm = config.embedding_norm
@@ -159,8 +167,7 @@ class Critic(nn.Module):
             members=config.members,
             generator=generator,
         )
-        atoms = torch.linspace(-config.v_max, config.v_max, config.num_atoms)
-        self.register_buffer("atoms", atoms, persistent=False)
+        self.register_buffer("atoms", self._support(), persistent=False)
         self.embedding = None
         if num_tasks > 1:
             rows = torch.empty(num_tasks, config.embedding_size)
@@ -168,10 +175,30 @@ class Critic(nn.Module):
                 rows.normal_(generator=generator).div_(math.sqrt(config.embedding_size))
             self.embedding = nn.Parameter(rows)
 
+    def _support(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        v_max, atoms = self.config.v_max, self.config.num_atoms
+        return torch.linspace(-v_max, v_max, atoms, device=device, dtype=dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Of `to`, `double` and their like. Atoms are evenly spaced in any dtype, in float32 or more."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        dtype = torch.promote_types(self.atoms.dtype, torch.float32)
+        self.atoms = self._support(self.atoms.device, dtype)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled, the critic of a BRC has no gaps between its parameters any more."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for p in self.parameters():
+            p.data = p.data.contiguous()
+
     def forward(
         self, observations: Tensor, actions: Tensor, task_ids: Tensor | None = None, frozen: bool = False
     ) -> Tensor:
         """Logits [E, B, K] of observations [B, O], actions [B, A], task_ids [B]; see `BroNet.forward`."""
+        for (name, size), x in zip(self.sizes.items(), (observations, actions), strict=True):
+            if x.shape[-1:] != (size,):
+                raise ValueError(f"{name} must have shape [B, {size}], got {list(x.shape)}")
         table = self.embedding.detach() if frozen and self.embedding is not None else self.embedding
         x = kernels.pack_inputs(observations, actions, table, task_ids, self.embedding_norm)
         return self.body(x, frozen)  # type: ignore[no-any-return]
@@ -179,8 +206,8 @@ class Critic(nn.Module):
     def values(
         self, observations: Tensor, actions: Tensor, task_ids: Tensor | None = None, frozen: bool = False
     ) -> Tensor:
-        """Q [E, B], the mean of each member's distribution. `frozen`, for the loss of an actor: gradients
-        reach the actions and no parameter."""
+        """Q [E, B], the mean of each member's distribution, in units of the scaled return. `frozen`, for the
+        loss of an actor: gradients reach the actions and no parameter."""
         return kernels.expected_value(self(observations, actions, task_ids, frozen), self.atoms)
 
     def bellman_loss(
@@ -209,11 +236,20 @@ class Critic(nn.Module):
                 policy at the next observations.
             rewards: [B] or [B, 1], scaled so that returns stay within +-v_max.
             discounts: [B] or [B, 1], the discount, and 0 where the episode ended in a terminal state.
-            next_log_probs: [B] or [B, 1], of the next actions, with temperature > 0: of soft agents (SAC).
+            next_log_probs: [B] or [B, 1], of the next actions, for soft agents (SAC); zeros by default.
+            temperature: alpha, a number or a tensor of one; without next_log_probs it has no effect.
+            task_ids: [B], with several tasks.
         Raises:
-            ValueError for shapes that do not fit.
+            ValueError for shapes, or a target's support, that do not fit; TypeError for a number in the place
+            of a tensor.
         """
-        rows = observations.shape[0]
+        rows, own = observations.shape[0], (self.config.num_atoms, self.config.v_max)
+        if isinstance(target, Critic) and own != (other := (target.config.num_atoms, target.config.v_max)):
+            told = "the (num_atoms, v_max) of this critic"
+            raise ValueError(f"target must have {told}, {own}, got {other}")
+        for name, x in (("rewards", rewards), ("discounts", discounts)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor [B], got {type(x).__name__}")
         if next_log_probs is None:
             next_log_probs = torch.zeros_like(rewards)
         rewards, discounts, next_log_probs = (
@@ -227,7 +263,7 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def soft_update_(self, online: Critic, tau: float) -> None:
-        """Move every parameter of this target: `p += tau * (online p - p)`."""
+        """Move every parameter of this target: `p += tau * (online p - p)`; tau in [0, 1], 0.005 in BRC."""
         torch._foreach_lerp_(list(self.parameters()), list(online.parameters()), tau)
 
 
@@ -240,7 +276,12 @@ class Temperature(nn.Module):
 
 
 class Actor(nn.Module):
-    """Tanh-Gaussian policy over [observation, task embedding]; the embedding is the online critic's."""
+    """Tanh-Gaussian policy over [observation, task embedding]; the embedding is the online critic's.
+
+    Args:
+        observation_size: O. action_size: A. embedding_size: D, 0 with one task.
+        config: width and depth of its BroNet. generator: draws the first weights.
+    """
 
     def __init__(
         self,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -94,6 +97,46 @@ def test_the_target_moves_by_its_share() -> None:
         torch.testing.assert_close(parameter, before[name].lerp(online.get_parameter(name), 0.25))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_atoms_are_evenly_spaced_in_any_dtype_and_after_another(dtype: torch.dtype) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
+    atoms = torch.linspace(-10.0, 10.0, 101, dtype=wide)
+    critic = Critic(5, 2, config=CriticConfig(width=8)).bfloat16().to(dtype)
+    assert critic.body.head.kernel.dtype == dtype
+    with torch.device("meta"):
+        empty = Critic(5, 2, config=CriticConfig(width=8))
+    for one in (critic, empty.to(dtype).to_empty(device="cpu")):
+        assert one.atoms.dtype == wide
+        assert torch.equal(one.atoms, atoms)
+    seen, actions = torch.randn(4, 5, dtype=dtype), torch.randn(4, 2, dtype=dtype)
+    expected = (critic(seen, actions).to(wide).softmax(-1) * atoms).sum(-1)
+    torch.testing.assert_close(critic.values(seen, actions), expected)
+
+
+def test_a_critic_that_cannot_be_is_refused() -> None:
+    assert Critic(np.prod((5, 1)), 2, config=CONFIG)(torch.zeros(1, 5), torch.zeros(1, 2)).shape == (2, 1, 21)
+    with pytest.raises(ValueError, match="num_tasks must be a positive integer, got CriticConfig"):
+        Critic(5, 2, CONFIG)  # type: ignore[arg-type]
+    for sizes, told in (((0, 2), "observations"), ((5, -1), "actions")):
+        with pytest.raises(ValueError, match=f"the size of {told} must be a positive integer, got"):
+            Critic(*sizes, config=CONFIG)
+
+
+def test_arguments_in_another_order_or_of_another_critic_are_named() -> None:
+    critic, batch = Critic(5, 2, config=CONFIG), data()
+    with pytest.raises(ValueError, match=r"observations must have shape \[B, 5\], got \[16, 2\]"):
+        critic.values(batch.actions, batch.observations)
+    with pytest.raises(ValueError, match=r"actions must have shape \[B, 2\], got \[16, 5\]"):
+        critic(batch.observations, batch.observations)
+    given: list[Any] = [batch.observations, batch.actions, batch.rewards, 0.99]
+    rest = batch.next_observations, batch.actions
+    with pytest.raises(TypeError, match=r"discounts must be a tensor \[B\], got float"):
+        critic.bellman_loss(critic, *given, *rest)
+    for other in (replace(CONFIG, v_max=4.0), replace(CONFIG, num_atoms=11)):
+        with pytest.raises(ValueError, match=r"target must have .* \(21, 5.0\), got"):
+            critic.bellman_loss(Critic(5, 2, config=other), *given[:3], batch.masks, *rest)
+
+
 def test_first_weights_come_from_torchs_seed_or_a_generator_of_ones_own() -> None:
     def first(seed: int, *generator: torch.Generator) -> Tensor:
         torch.manual_seed(seed)
@@ -125,6 +168,15 @@ def test_optimizers_of_torch_take_it() -> None:
         critics[fused] = critic.state_dict()
     for name, value in critics[False].items():
         torch.testing.assert_close(critics[True][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda critic: pickle.loads(pickle.dumps(critic))])
+def test_copies_of_the_agents_critic_have_no_gaps(copied: Any) -> None:
+    agent = BRC(5, 2, 3, critic=CONFIG, actor=ActorConfig(width=16))
+    mine = copied(agent.critic)
+    for name, parameter in mine.named_parameters():
+        assert parameter.is_contiguous(), name
+        assert torch.equal(parameter, agent.critic.get_parameter(name)), name
 
 
 def test_a_body_of_any_outputs_is_an_ensemble() -> None:

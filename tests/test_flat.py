@@ -315,10 +315,47 @@ def test_parameters_that_a_load_puts_in_place_are_taken_into_the_buffer(precisio
     assert mine.critics.master.any()
 
 
+def _another_object(module: nn.Module, name: str) -> None:
+    """A parameter in the same memory, changed as often as the one that it replaces."""
+    old = module.get_parameter(name)
+    new = nn.Parameter(old.data, old.requires_grad)
+    new.mul_(0.5)
+    while new._version < old._version:
+        new.add_(0.0)
+    owner, _, own = name.rpartition(".")
+    setattr(module.get_submodule(owner), own, new)
+
+
+def _another_module(module: nn.Module, name: str) -> None:
+    """The part that holds the parameter is replaced as a whole."""
+    place = name.rpartition(".")[0]
+    new = copy.deepcopy(module.get_submodule(place))
+    new.get_parameter(name.rpartition(".")[2]).mul_(0.5)
+    if place:
+        owner, _, own = place.rpartition(".")
+        setattr(module.get_submodule(owner), own, new)
+    else:
+        module.load_state_dict(new.state_dict())
+
+
+def _of_inference_mode(module: nn.Module, name: str) -> None:
+    with torch.inference_mode():
+        owner, _, own = name.rpartition(".")
+        old = module.get_parameter(name)
+        setattr(module.get_submodule(owner), own, nn.Parameter(0.5 * old, old.requires_grad))
+
+
 BY_HAND = {
-    "in place": lambda p: p.mul_(0.5),
-    "data": lambda p: setattr(p, "data", 0.5 * p.data),
-    "vector_to_parameters": lambda p: nn.utils.vector_to_parameters(0.5 * p.reshape(-1), [p]),
+    "in place": lambda module, name: module.get_parameter(name).mul_(0.5),
+    "data": lambda module, name: setattr(
+        module.get_parameter(name), "data", 0.5 * module.get_parameter(name).data
+    ),
+    "vector_to_parameters": lambda module, name: nn.utils.vector_to_parameters(
+        0.5 * module.get_parameter(name).reshape(-1), [module.get_parameter(name)]
+    ),
+    "object": _another_object,
+    "module": _another_module,
+    "inference mode": _of_inference_mode,
 }
 
 
@@ -334,7 +371,7 @@ def test_parameters_set_by_hand_are_those_of_the_next_update(name: str, precisio
         one.update(data)
     module, own = name.split(".", 1)
     with torch.no_grad():
-        BY_HAND[how](getattr(mine, module).get_parameter(own))
+        BY_HAND[how](getattr(mine, module), own)
     state = other.state_dict()
     state[name.replace(".", "/", 1)].mul_(0.5)
     other.load_state_dict({key: value.clone() for key, value in state.items()})
@@ -352,6 +389,18 @@ FROM_UNDER_IT = {
         lambda critic: nn.utils.parametrizations.orthogonal(critic.body.head, "kernel"),
         "body.head.kernel is no parameter of its module any more",
     ),
+    "removed": (
+        lambda critic: delattr(critic.body, "head"),
+        "body.head.kernel is no parameter of its module any more",
+    ),
+    "tied": (
+        lambda critic: setattr(critic.body.blocks[1][0], "kernel", critic.body.blocks[0][1].kernel),
+        "body.blocks.1.0.kernel is the same parameter as body.blocks.0.1.kernel",
+    ),
+    "shape": (
+        lambda critic: setattr(critic.embedding, "data", torch.zeros(1)),
+        r"embedding must have shape \[3, 3\], got \[1\]",
+    ),
 }
 
 
@@ -367,6 +416,42 @@ def test_a_parameter_taken_from_under_the_agent_is_named(how: str) -> None:
         with pytest.raises(RuntimeError, match=told):
             mine.update(data)
     assert torch.equal(mine.critics.master, before)
+
+
+def test_parameters_that_trade_or_turn_their_memory_keep_what_they_show() -> None:
+    mine = agent(T)
+    mine.update(batches(1, T, rows=8))
+    first, second, turned = (mine.critic.body.blocks[i][j].kernel for i, j in ((0, 0), (1, 0), (1, 1)))
+    shown = second.detach().clone(), first.detach().clone(), turned.detach().mT.clone()
+    first.data, second.data, turned.data = second.data, first.data, turned.data.mT
+    mine.critics.follow()
+    for p, name, value in zip((first, second, turned), ("0.0", "1.0", "1.1"), shown, strict=True):
+        assert torch.equal(p, value)
+        assert torch.equal(mine.critics.named(mine.critics.master[:2])[f"body.blocks.{name}.kernel"], value)
+
+
+def test_parameters_in_memory_that_processes_share_are_trained_there() -> None:
+    """The whole buffer moves, and the compiled passes know it by its address."""
+    mine, other = agent(T), agent(T)
+    data = batches(1, T, rows=8)
+    for turn in range(3):
+        for one in (mine, other):
+            one.update(data)
+        if turn == 0:
+            mine.actor.share_memory()
+            mine.critic.share_memory()
+    for key, value in other.state_dict().items():
+        assert torch.equal(mine.state_dict()[key], value), key
+    assert mine.actor.body.head.kernel.is_shared()
+
+
+def test_another_module_in_the_place_of_one_is_refused_and_a_wrapped_one_is_not() -> None:
+    mine, data = agent(T), batches(1, T, rows=8)
+    mine.actor = torch.compile(mine.actor, backend="eager")  # type: ignore[assignment]
+    mine.update(data)
+    mine.target_critic = copy.deepcopy(mine.critic)
+    with pytest.raises(RuntimeError, match="target_critic is not the module that is trained"):
+        mine.update(data)
 
 
 @pytest.mark.parametrize("tasks", [1, T])
