@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / ".site"  # where the extension is built to
 WIDTHS, BATCHES = (256, 512, 1024, 2048, 4096, 8192, 11200), (1024, 256, 4096)  # what matters most first
 DRY_WIDTHS, DRY_BATCHES = (32,), (16,)
-DRY_PROVIDERS = ("ours", "ours-bf16", "plain", "compiled", "jax")
+DRY_PROVIDERS = ("ours", "ours-bf16", "critic", "plain", "compiled", "jax")
 
 
 # The environments of one table, what matters most first: compiling takes most of the time.

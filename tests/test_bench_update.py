@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from brc_fast import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
-HERE = ("ours", "ours-bf16", "plain", "compiled")  # what any CPU with PyTorch can run
+HERE = ("ours", "ours-bf16", "critic", "plain", "compiled")  # what any CPU with PyTorch can run
 
 
 @pytest.fixture
