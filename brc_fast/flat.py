@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import kernels
 
 ALIGNMENT = 64  # elements between the starts of arrays: 128 bytes in bfloat16
-GONE = "{} is no parameter of its module any more, but it is trained as one"
+GONE = "{} is no parameter of its module any more, but it is trained: put it back, or make a new agent"
 
 
 class Body(Protocol):
@@ -107,7 +107,7 @@ class FlatNetworks:
             if p is None:
                 raise RuntimeError(GONE.format(name))
             if p in names:
-                raise RuntimeError(f"{name} is the same parameter as {names[p]}, but each is trained alone")
+                raise RuntimeError(f"{name} is the same parameter as {names[p]}: each needs its own")
             names[p] = name
         return list(names)
 
@@ -166,7 +166,8 @@ class FlatNetworks:
                 told = f"{self.master.dtype} on {self.master.device}, got {p.dtype} on {p.device}"
                 raise RuntimeError(f"{name} must stay {told}: make the agent with another dtype or device")
             if not p.requires_grad and index < len(self._names):
-                raise RuntimeError(f"{name} has requires_grad=False, but all parameters are trained together")
+                told = "but all parameters are trained together: set it to True"
+                raise RuntimeError(f"{name} has requires_grad=False, {told}")
         self.refresh()
         moved = self.master.data_ptr() != self._address
         self._seen, self._address = self._marks(), self.master.data_ptr()
