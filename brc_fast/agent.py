@@ -7,6 +7,7 @@ Source: Nauman et al. 2025, "Bigger, Regularized, Categorical", arXiv:2505.23150
 from __future__ import annotations
 
 import copy
+import weakref
 import zlib
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from .finite import FirstBad
 from .flat import FlatNetworks
 from .graphs import OFF, Captured
 from .networks import Actor, Critic, Temperature
-from .optimizer import FlatAdamW
+from .optimizer import FIXED, FlatAdamW
 from .passes import Passes, Sample
 from .precision import check_precision, low_dtype, products
 
@@ -58,9 +59,15 @@ class BRC:
         graphs: on CUDA, replay `update` as a CUDA graph (brc_fast.graphs).
         recompute: the critics' activations in the backward pass, which takes less memory and more time.
 
+    Once made, its settings are fixed; learning rates and tau are tensors of its optimizers, and may be set at
+    any time: `agent.actor_optimizer.learning_rate = 1e-4`.
+
     Raises:
-        ValueError for a size below 1; InputError (a ValueError) for a precision that device or dtype lack.
+        ValueError for a size below 1; InputError (a ValueError) for a precision that device or dtype lack;
+        AttributeError where a setting is given another value later.
     """
+
+    _EXCHANGED = ("critic", "target_critic", "actor", "temperature")  # looked at in every update
 
     def __init__(
         self,
@@ -121,7 +128,20 @@ class BRC:
         self._passes: dict[int, Passes] = {}
         self._unscaled = torch.ones(num_tasks, device=device, dtype=dtype)
         self.first_bad = FirstBad(METRICS, self.atoms)
-        self.updates = Captured(self._updates, device, [self.generator], enabled=graphs)
+        updates = weakref.WeakMethod(self._updates)  # so that the agent dies with its last reference
+
+        def function(*inputs: Tensor) -> Tensor:
+            mine = updates()
+            assert mine is not None
+            return mine(*inputs)
+
+        self.updates = Captured(function, device, [self.generator], enabled=graphs)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """What the agent was made with is fixed: a CUDA graph has it, and would not see another value."""
+        if name in vars(self) and name not in (*self._EXCHANGED, "updates") and not name.startswith("_"):
+            raise AttributeError(f"{name} {FIXED}: make another one and load this one's state_dict() into it")
+        super().__setattr__(name, value)
 
     @classmethod
     def from_config(cls, config: TrainConfig, observation_size: int, action_size: int, device: str) -> BRC:
@@ -259,6 +279,7 @@ class BRC:
             if optimizer.networks.touched():
                 self.updates.join()  # before what it may still read is changed
                 if optimizer.networks.follow():
+                    self.updates.forget()
                     self._passes.clear()  # they hold addresses
 
     def _updates(self, *inputs: Tensor) -> Tensor:

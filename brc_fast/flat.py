@@ -8,6 +8,7 @@ network's gradient is one piece of memory. Modules keep their names and shapes: 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -29,14 +30,16 @@ class Body(Protocol):
 
 
 class _Refresh:
-    """Called when a module was loaded. A copied or unpickled module owns its parameters: nothing to renew."""
+    """Called when a module was loaded. A copied or unpickled module owns its parameters: nothing to renew,
+    nor where the module outlives the buffers' owner."""
 
     def __init__(self, networks: FlatNetworks | None = None) -> None:
-        self.networks = networks
+        self.networks = None if networks is None else weakref.ref(networks)  # which hold the module
 
     def __call__(self, *_: object) -> None:
-        if self.networks is not None:
-            self.networks.refresh()
+        networks = None if self.networks is None else self.networks()
+        if networks is not None:
+            networks.refresh()
 
     def __reduce__(self) -> tuple[type[_Refresh], tuple[()]]:
         return _Refresh, ()

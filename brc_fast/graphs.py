@@ -1,10 +1,11 @@
 """CUDA-graph replay of a function that works in place on the GPU. Nothing here knows what it computes.
 
-    call 1          runs the function as it is: kernels are compiled, libraries make their workspaces
+    call 1          runs the function as it is: kernels are compiled, memory that stays is made
     call 2, 3       capture it, once for each of two sets of input slots, and replay
     further calls   copy the inputs into the slots that the running replay does not read, and replay
 
-Capturing executes nothing, so every call is one execution of the function, exactly as without graphs.
+Capturing executes nothing, so every call is one execution of the function, exactly as without graphs. Each
+signature (shapes and dtypes of the inputs) has slots and graphs of its own; those of the newest few are kept.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Generator, Tensor
+
+from .kernels._capture import capture
 
 __all__ = ["OFF", "Captured"]
 
 Signature = tuple[tuple[torch.Size, torch.dtype], ...]
 OFF = "switched off"  # the reason for no graphs where nobody wants them
 TIMED = 64  # calls whose times may wait to be asked for
+MOST_SIGNATURES = 4  # each keeps the memory of two graphs
 
 
 def event(timed: bool = False) -> torch.cuda.Event:
@@ -38,6 +42,14 @@ class _Slots:
         self.held: Sequence[Tensor] = ()  # what the copy reads
         self.graph: torch.cuda.CUDAGraph | None = None
         self.out: Tensor | None = None
+
+
+class _Program:
+    """The two sets of slots of one signature, used in turn."""
+
+    def __init__(self, inputs: Sequence[Tensor], device: torch.device) -> None:
+        self.slots = [_Slots(inputs, device) for _ in range(2)]
+        self.calls = 0
 
 
 class Captured:
@@ -70,9 +82,7 @@ class Captured:
         elif self.device.type != "cuda":
             self.reason = f"the learner is on {self.device.type}"
         self.captures = 0
-        self._signature: Signature = ()
-        self._slots: list[_Slots] = []
-        self._calls = 0
+        self._programs: dict[Signature, _Program] = {}  # the one that was called last comes last
         self._times: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=TIMED)
         self._host_seconds = 0.0
         self.stream: torch.cuda.Stream | None = None
@@ -92,18 +102,17 @@ class Captured:
             out = self.function(*(x.to(self.device) for x in inputs))
             self._host_seconds += time.perf_counter() - began
             return out
-        self._settle(inputs)
+        program = self._program(inputs)
         current = torch.cuda.current_stream(self.device)
-        slots = self._slots[self._calls % 2]
+        slots = program.slots[program.calls % 2]
         slots.copied.synchronize()  # of two calls ago: the host is never further ahead
-        slots.held = inputs
+        slots.held = inputs  # until then, whoever's memory it is
         self._copies.wait_event(slots.free)
         pairs = list(zip(slots.inputs, inputs, strict=True))
         with torch.cuda.stream(self._copies):  # beside the replay that may be running
             for slot, x in pairs:
                 if not x.is_cuda:
                     slot.copy_(x, non_blocking=True)
-            slots.copied.record()
         self.stream.wait_stream(self._copies)
         self.stream.wait_stream(current)  # which may have changed what the function reads
         begin, end = event(timed=True), event(timed=True)
@@ -112,7 +121,8 @@ class Captured:
                 if x.is_cuda:
                     slot.copy_(x)
                     x.record_stream(self.stream)
-            if self._calls and self.reason is None and slots.graph is None:
+            slots.copied.record()
+            if program.calls and self.reason is None and slots.graph is None:
                 self._capture(slots)
             begin.record()
             if slots.graph is None:
@@ -123,7 +133,7 @@ class Captured:
                 out = slots.out.clone()
             end.record()
             slots.free.record()
-        self._calls += 1
+        program.calls += 1
         self._times.append((begin, end))
         current.wait_stream(self.stream)
         out.record_stream(current)
@@ -146,6 +156,12 @@ class Captured:
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
+    def forget(self) -> None:
+        """Drop all graphs, as when what they read has moved. What can be captured is captured anew."""
+        if self.stream is not None:
+            self.stream.synchronize()
+            self._programs.clear()
+
     def seconds(self) -> float:
         """Time of the calls that ended since this was last asked, on the GPU without waiting for any."""
         total, self._host_seconds = self._host_seconds, 0.0
@@ -154,48 +170,40 @@ class Captured:
             total += begin.elapsed_time(end) / 1000.0
         return total
 
-    def _settle(self, inputs: Sequence[Tensor]) -> None:
-        """Make slots for these inputs, unless there are."""
+    def _program(self, inputs: Sequence[Tensor]) -> _Program:
+        """That of these inputs; a new one where there is none."""
         signature = tuple((x.shape, x.dtype) for x in inputs)
-        if signature == self._signature:
-            return
-        if self._signature:
-            told = "; ".join(
-                f"input {index}: {list(a[0])} {a[1]} became {list(b[0])} {b[1]}"
-                for index, (a, b) in enumerate(zip(self._signature, signature, strict=False))
-                if a != b
-            )
-            warnings.warn(f"the CUDA graph is captured anew: {told}", stacklevel=4)
+        program = self._programs.pop(signature, None)
+        if program is None:
             assert self.stream is not None
-            self.stream.synchronize()
-        self._signature, self._calls = signature, 0
-        self._slots = [_Slots(inputs, self.device) for _ in range(2)]
-        # torch refuses a pool whose graphs are gone while something still has memory of it
-        self._pool = torch.cuda.graph_pool_handle()
-        self._copies.wait_stream(torch.cuda.current_stream(self.device))  # whose old memory that may be
+            if self._programs and self.reason is None:
+                last = next(reversed(self._programs))
+                told = "; ".join(
+                    f"input {index}: {list(a[0])} {a[1]} became {list(b[0])} {b[1]}"
+                    for index, (a, b) in enumerate(zip(last, signature, strict=False))
+                    if a != b
+                )
+                warnings.warn(f"the CUDA graph is captured anew: {told}", stacklevel=4)
+            if len(self._programs) == MOST_SIGNATURES:
+                self.stream.synchronize()
+                del self._programs[next(iter(self._programs))]
+            program = _Program(inputs, self.device)
+            self._copies.wait_stream(torch.cuda.current_stream(self.device))  # whose old memory that may be
+        self._programs[signature] = program
+        return program
 
     def _capture(self, slots: _Slots) -> None:
-        """Record the function on these slots; where that fails, go on without graphs and say why."""
-        graph = torch.cuda.CUDAGraph()
+        """Record the function on these slots; where that fails, go on without any graph and say why."""
+        assert self.stream is not None
         try:
-            for generator in self.generators:
-                graph.register_generator_state(generator)
-            # other threads (prefetching, JAX) may use the GPU while this one captures
-            with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
-                out = self.function(*slots.inputs)
-        except RuntimeError as error:
-            self._abandon()
+            slots.graph, slots.out = capture(
+                lambda: self.function(*slots.inputs), self.stream, self.generators
+            )
+        except BaseException as error:
+            self.forget()
+            if not isinstance(error, RuntimeError):
+                raise
             self.reason = f"capturing failed: {str(error).splitlines()[0]}"
             warnings.warn(f"updates run without a CUDA graph: {self.reason}", stacklevel=4)
-            return
-        slots.graph, slots.out = graph, out
-        self.captures += 1
-
-    def _abandon(self) -> None:
-        """End what a failed capture leaves begun, as torch does it only where the capture's end succeeds: the
-        allocator would refuse all that follows, and generators count their draws into the dead graph."""
-        index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        with suppress(RuntimeError):  # nothing is begun any more
-            torch._C._cuda_endAllocateToPool(index, self._pool)
-        for generator in (*self.generators, torch.cuda.default_generators[index]):
-            generator.graphsafe_set_state(generator.clone_state())
+        else:
+            self.captures += 1

@@ -29,12 +29,12 @@ class LaggedPolicy:
             assert self.agent.critic.embedding is not None
             self.table.copy_(self.agent.critic.embedding)
         if self._taken is not None:
-            self._taken.record()
+            self._taken.record(torch.cuda.current_stream(self.agent.device))
 
     def act(self, observations: Tensor, task_ids: Tensor) -> Tensor:
         """As `agent.act`; it waits for `refresh`, and for no update after it."""
         if self._taken is not None:
-            self._taken.wait()
+            self._taken.wait(torch.cuda.current_stream(self.agent.device))
         return self.agent.act(observations, task_ids, lagged=(self.actor, self.table))
 
     def state_dict(self) -> dict[str, Tensor]:

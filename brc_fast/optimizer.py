@@ -6,16 +6,24 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .batch import require_shape
 from .flat import FlatNetworks
+
+FIXED = "is part of the compiled update, and fixed once the agent is made"
 
 
 class FlatAdamW:
     """AdamW for the first module of `networks` (Adam without weight decay); the second follows as its target.
 
     Args:
-        learning_rate, tau: kept as 0-d tensors on the device: change them in place, also between replays of
-            a CUDA graph. tau: share of the new parameters in the second module, the target, after a step;
-            None where there is none.
+        learning_rate, tau: kept as 0-d tensors on the device. tau: share of the new parameters in the second
+            module, the target, after a step; None where there is none.
+
+    An attribute that is a tensor, as learning_rate and tau are, is written in place when it is set, where
+    replays of a CUDA graph read it too. The other numbers are part of the graph.
+
+    Raises:
+        AttributeError where one of those is set; ValueError for a tensor of another shape.
     """
 
     def __init__(
@@ -37,12 +45,21 @@ class FlatAdamW:
         self.step_count = torch.zeros((), device=self.flat.device)
         self.learning_rate = self.flat.new_full((), learning_rate)
         self.low = None if low is None else low[:rows].view(-1)
-        self.target = self.target_low = None
-        self.tau = self.flat.new_zeros(())
-        if tau is not None:
-            self.tau.fill_(tau)
-            self.target = networks.master[rows:].view(-1)
-            self.target_low = None if low is None else low[rows:].view(-1)
+        self.tau = self.flat.new_full((), tau or 0.0)
+        self.target = None if tau is None else networks.master[rows:].view(-1)
+        self.target_low = None if tau is None or low is None else low[rows:].view(-1)
+
+    @torch.no_grad()
+    def __setattr__(self, name: str, value: object) -> None:
+        mine = vars(self).get(name)
+        if isinstance(mine, Tensor):
+            given = torch.as_tensor(value)
+            require_shape(name, given, "that of before", tuple(mine.shape))
+            mine.copy_(given)
+        elif name in vars(self):
+            raise AttributeError(f"{name} {FIXED}: make another agent with its LearningConfig")
+        else:
+            super().__setattr__(name, value)
 
     def step(self, norm: Tensor | None = None) -> None:
         """One step against the gradient.

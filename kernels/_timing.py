@@ -12,12 +12,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
+from ._capture import capture
 from ._cases import Case
 
 __all__ = ["PARAMETERS", "Timing", "batches_of", "cold", "rotated", "seconds_per_call"]
@@ -146,20 +146,17 @@ def _on_cuda(calls: Sequence[Call]) -> Callable[[], float]:
 
 
 def _captured(calls: Sequence[Call], rounds: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     results: list[object] = [None] * len(calls)
-    try:
-        with torch.cuda.stream(stream), torch.cuda.graph(graph, pool, stream):
-            for _ in range(rounds):
-                for place, call in enumerate(calls):
-                    # The results of the other calls stay, so that no two sets write to the same memory.
-                    results[place] = None
-                    results[place] = call()
-    except RuntimeError:  # torch leaves the pool open then, and would refuse every later capture
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-        raise
-    return graph
+
+    def run() -> None:
+        for _ in range(rounds):
+            for place, call in enumerate(calls):
+                # The results of the other calls stay, so that no two sets write to the same memory.
+                results[place] = None
+                results[place] = call()
+
+    with torch.cuda.stream(stream):
+        return capture(run, stream)[0]
 
 
 def _replayed(graph: torch.cuda.CUDAGraph, replays: int, stream: torch.cuda.Stream) -> float:

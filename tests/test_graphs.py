@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from brc_fast import BRC, ActorConfig, Batch, CriticConfig, graphs, kernels
 from brc_fast.agent import METRICS
 from brc_fast.graphs import Captured
+from brc_fast.lag import LaggedPolicy
 
 SIZES = {"critic": CriticConfig(width=24, num_atoms=21, embedding_size=4), "actor": ActorConfig(width=16)}
 
@@ -194,57 +197,183 @@ def test_without_cuda_the_function_runs_as_it_is_and_says_why() -> None:
     assert learner.updates.captures == 0
 
 
+@pytest.mark.parametrize("value", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
+def test_a_rate_that_is_set_holds_in_replays(value: float | Tensor) -> None:
+    plain, replayed = agent(2), agent(2)
+    replayed.updates = Taped(replayed.updates)  # type: ignore[assignment]
+    with kernels.use("reference"):
+        for batch, call in zip(batches(1, 2), range(6), strict=False):
+            if call == 4:
+                for learner in (plain, replayed):
+                    learner.critic_optimizer.learning_rate = value  # type: ignore[assignment]
+                    learner.critic_optimizer.tau = 0.5  # type: ignore[assignment]
+                    learner.actor_optimizer.learning_rate *= 0.5
+                before = state(replayed)
+            plain.update(batch)
+            replayed.update(batch)
+    for name, expected in state(plain).items():
+        assert torch.equal(state(replayed)[name], expected), name
+    assert torch.equal(before["critic/body.input.kernel"], state(replayed)["critic/body.input.kernel"])
+    assert not torch.equal(before["actor/body.input.kernel"], state(replayed)["actor/body.input.kernel"])
+    assert replayed.critic_optimizer.tau.item() == 0.5
+
+
+def test_a_rate_keeps_its_shape() -> None:
+    with pytest.raises(ValueError, match=r"tau must have shape .* = \[\], got \[2\]"):
+        agent(1).critic_optimizer.tau = torch.zeros(2)
+
+
+def test_what_a_graph_would_not_see_cannot_be_set() -> None:
+    """Everything public that an agent and its optimizers are made with, but modules, which are watched."""
+    learner = agent(2)
+    watched = ("critic", "target_critic", "actor", "temperature", "updates")
+    for part in (learner, *learner._optimizers().values()):
+        for name, value in list(vars(part).items()):
+            written = part is not learner and isinstance(value, Tensor)  # in place
+            if name.startswith("_") or (part is learner and name in watched) or written:
+                continue
+            with pytest.raises(AttributeError, match=f"{name} is part of the compiled update, and fixed"):
+                setattr(part, name, value)
+    for name in ("weight_decay", "betas", "eps"):
+        with pytest.raises(AttributeError, match=f"{name} .* make another agent with its LearningConfig"):
+            setattr(learner.actor_optimizer, name, 10.0)
+    with pytest.raises(AttributeError, match=r"target_entropy .* load this one's state_dict\(\)"):
+        learner.target_entropy = -50.0
+    with pytest.raises(FrozenInstanceError):
+        learner.learning.discount = 0.5  # type: ignore[misc]
+
+
+def test_an_agent_dies_with_its_last_reference() -> None:
+    """And its buffers and graphs with it: the cycle collector may come when a GPU's memory is long full."""
+    gc.collect()
+    gc.disable()
+    try:
+        learner = agent(2)
+        learner.update(next(batches(1, 2)))
+        learner.load_state_dict(learner.state_dict())
+        found = [weakref.ref(x) for x in (learner, learner.critics.master, learner.updates)]
+        actor = learner.actor
+        del learner
+        assert [ref() for ref in found] == [None] * 3
+    finally:
+        gc.enable()
+    actor.load_state_dict(agent(2, seed=1).actor.state_dict())  # which outlives the agent whole
+    assert torch.equal(actor.body.input.kernel, agent(2, seed=1).actor.body.input.kernel)
+
+
+def test_a_lagging_policy_waits_in_the_stream_of_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not of the device that happens to be the current one."""
+    learner, seen = agent(1), []
+    taken = SimpleNamespace(
+        record=lambda stream=None: seen.append(("record", stream)),
+        wait=lambda stream=None: seen.append(("wait", stream)),
+    )
+    monkeypatch.setattr(learner.updates, "event", lambda: taken)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    lagged = LaggedPolicy(learner)
+    lagged.refresh()
+    lagged.act(torch.zeros(1, 5), torch.zeros(1, dtype=torch.long))
+    assert seen == [("record", "stream of cpu"), ("wait", "stream of cpu")]
+
+
+class State:
+    """Where a generator is in its sequence; a graph keeps the object that was there when it was captured."""
+
+    def __init__(self, offset: int = 0) -> None:
+        self.offset = offset
+
+
+class FakeGenerator:
+    """A CUDA generator whose draws are the numbers 0, 1, 2, .."""
+
+    def __init__(self, state: State | None = None) -> None:
+        self.state = state or State()
+
+    def clone_state(self) -> FakeGenerator:
+        return FakeGenerator(State(self.state.offset))
+
+    def graphsafe_set_state(self, other: FakeGenerator) -> None:
+        self.state = other.state
+
+
 class FakeGPU:
-    """Enough of torch.cuda to capture: streams note whom they wait for, and a pool is refused as torch does
-    it, where the last graph in it is gone and something else is not."""
+    """Enough of torch.cuda to capture: streams note whom they wait for, a replay makes the draws that were
+    captured, and a pool is refused as torch does it, where the last graph in it is gone and something else
+    is not."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pools: list[weakref.WeakSet[Any]] = []
         self.current = self.stream()
+        self.capturing: Any = None
+        self.generator = FakeGenerator()
+        self.draws: list[int] = []
+        self.begun: list[str] = []
         gpu = self
 
         class Graph:
+            def __init__(self) -> None:
+                self.state, self.draws = State(), 0
+
+            def register_generator_state(self, generator: FakeGenerator) -> None:
+                self.state = generator.state
+
             def replay(self) -> None:
-                pass
+                gpu.draws += range(self.state.offset, self.state.offset + self.draws)
+                self.state.offset += self.draws
 
         class Slots(graphs._Slots):
             def __init__(self, inputs: list[Tensor], device: torch.device) -> None:
+                gpu.allocate()
                 super().__init__(inputs, torch.device("cpu"))
 
-        def pool() -> int:
+        def pool() -> tuple[int, int]:
             gpu.pools.append(weakref.WeakSet())
-            return len(gpu.pools) - 1
+            return 0, len(gpu.pools) - 1
 
         used = set()
 
         @contextmanager
-        def graph(into: Graph, pool: int, stream: object, capture_error_mode: str) -> Iterator[None]:
+        def graph(
+            into: Graph, handle: tuple[int, int], stream: object, capture_error_mode: str
+        ) -> Iterator[None]:
+            pool = handle[1]
             if pool in used and not gpu.pools[pool]:
                 raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
-            yield
+            gpu.begun.append("capture")
+            gpu.capturing = into
+            try:
+                yield
+            finally:
+                gpu.capturing = None
             used.add(pool)
             gpu.pools[pool].add(into)
 
         @contextmanager
         def on(stream: Any) -> Iterator[None]:
             before, gpu.current = gpu.current, stream
-            yield
-            gpu.current = before
+            try:
+                yield
+            finally:
+                gpu.current = before
+
+        def event(timed: bool = False) -> SimpleNamespace:
+            made = SimpleNamespace(recorded=[], synchronize=lambda: None)
+            made.record = lambda: made.recorded.append(gpu.current)
+            return made
 
         fakes = {
             "CUDAGraph": Graph,
             "Stream": self.stream,
             "current_device": lambda: 0,
             "current_stream": lambda device: gpu.current,
-            "default_generators": [torch.Generator()],
+            "default_generators": [FakeGenerator()],
             "graph": graph,
             "graph_pool_handle": pool,
             "stream": on,
         }
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
-        event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
-        monkeypatch.setattr(graphs, "event", lambda timed=False: event)
+        monkeypatch.setattr(graphs, "event", event)
         monkeypatch.setattr(graphs, "_Slots", Slots)
         monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: None)
 
@@ -254,10 +383,29 @@ class FakeGPU:
             waited=seen, wait_stream=seen.append, wait_event=lambda event: None, synchronize=lambda: None
         )
 
+    def draw(self, x: Tensor) -> Tensor:
+        """A function with one number of noise."""
+        if self.capturing is None:
+            self.draws.append(self.generator.state.offset)
+            self.generator.state.offset += 1
+        else:
+            self.capturing.draws += 1
+        return x + 1.0
 
-def test_other_shapes_are_captured_into_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the function keeps of a capture, as plans keep their inputs, outlives the graphs before."""
-    gpu = FakeGPU(monkeypatch)
+    def allocate(self) -> None:
+        """Called for each set of slots."""
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGPU:
+    return FakeGPU(monkeypatch)
+
+
+def test_what_a_function_keeps_of_a_capture_outlives_its_graphs(
+    gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As plans keep their inputs: graphs of other shapes take memory of their own."""
+    monkeypatch.setattr(graphs, "MOST_SIGNATURES", 1)
     captured = Captured(lambda x: x + 1.0, "cuda")
     for _ in range(3):
         captured([torch.zeros(2)])
@@ -267,11 +415,158 @@ def test_other_shapes_are_captured_into_memory_of_their_own(monkeypatch: pytest.
         captured([torch.zeros(3)])
     assert captured.reason is None
     assert captured.captures == 4
-    assert [len(alive) for alive in gpu.pools] == [0, 2]
+    assert [len(alive) for alive in gpu.pools] == [0, 0, 1, 1]
 
 
-def test_what_happens_between_calls_waits_for_what_was_queued_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = FakeGPU(monkeypatch)
+def test_shapes_that_take_turns_are_captured_once(gpu: FakeGPU) -> None:
+    captured = Captured(gpu.draw, "cuda", [gpu.generator])  # type: ignore[list-item]
+    with pytest.warns(UserWarning, match=r"captured anew: input 0: \[2\] .* became \[3\]"):
+        outs = [captured([torch.zeros(2 + call % 2)]) for call in range(12)]
+    assert captured.captures == 4
+    assert gpu.draws == list(range(12))
+    assert [len(out) for out in outs] == [2, 3] * 6
+
+
+def test_graphs_of_the_shapes_used_last_are_kept(gpu: FakeGPU) -> None:
+    captured = Captured(lambda x: x, "cuda")
+    sizes = [size for size in range(1 + graphs.MOST_SIGNATURES) for _ in range(3)]
+    with pytest.warns(UserWarning, match="captured anew"):
+        _ = [captured([torch.zeros(size)]) for size in sizes]
+    assert [len(alive) for alive in gpu.pools] == [0, 0] + 2 * graphs.MOST_SIGNATURES * [1]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_capture_that_fails_leaves_no_graph_and_no_noise_twice(gpu: FakeGPU, failing: int) -> None:
+    def function(x: Tensor) -> Tensor:
+        out = gpu.draw(x)
+        if gpu.capturing is not None and len(gpu.begun) == failing:
+            raise torch.OutOfMemoryError("out of memory")
+        return out
+
+    captured = Captured(function, "cuda", [gpu.generator])  # type: ignore[list-item]
+    with pytest.warns(UserWarning, match="updates run without a CUDA graph: capturing failed: out of memory"):
+        _ = [captured([torch.zeros(2)]) for _ in range(8)]
+    assert gpu.draws == list(range(8))
+    assert len(gpu.begun) == failing
+    assert not any(map(len, gpu.pools))
+
+
+def test_a_capture_that_is_interrupted_can_be_made_again(gpu: FakeGPU) -> None:
+    """A Ctrl-C is no reason to do without graphs; the one before it would draw from a state that is gone."""
+
+    def function(x: Tensor) -> Tensor:
+        out = gpu.draw(x)
+        if gpu.capturing is not None and len(gpu.begun) == 2:
+            raise KeyboardInterrupt
+        return out
+
+    captured = Captured(function, "cuda", [gpu.generator])  # type: ignore[list-item]
+    for _ in range(2):
+        captured([torch.zeros(2)])
+    with pytest.raises(KeyboardInterrupt):
+        captured([torch.zeros(2)])
+    for _ in range(4):
+        captured([torch.zeros(2)])
+    assert captured.reason is None
+    assert captured.captures == 3
+    assert gpu.draws == list(range(6))
+
+
+@pytest.mark.parametrize("left", ["unused", "used", "nothing"])
+def test_a_failed_capture_gives_up_its_pool_where_torch_does_not(
+    gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """Once, and only where memory that nothing uses stays reserved: the allocator counts each release."""
+    told: list[str] = []
+    other = {"device": 0, "segment_pool_id": (0, 7), "active_size": 0}
+    mine = {"device": 0, "segment_pool_id": (0, 0), "active_size": 512 if left == "used" else 0}
+    held: list[weakref.ref[Tensor]] = []
+
+    def snapshot() -> list[dict[str, object]]:
+        assert held[0]() is None  # what the function had made is gone when its memory is looked at
+        return [other] if left == "nothing" else [other, mine, mine]
+
+    def function(x: Tensor) -> Tensor:
+        made = x + 1.0
+        if gpu.capturing is not None:
+            held.append(weakref.ref(made))
+            raise RuntimeError("made to fail")
+        return made
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", snapshot)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("emptied"))
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *place: told.append(f"released {place}"))
+    captured = Captured(function, "cuda")
+    captured([torch.zeros(2)])
+    with pytest.warns(UserWarning, match="made to fail"):
+        captured([torch.zeros(2)])
+    assert told == ["emptied"] + ["released (0, (0, 0))", "emptied"] * (left == "unused")
+
+
+def test_a_graph_has_a_workspace_of_its_own_for_products(
+    gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clear = "_cuda_clearCublasWorkspaces"
+    monkeypatch.setattr(torch._C, clear, lambda: gpu.begun.append("cleared"), raising=False)
+    captured = Captured(lambda x: x, "cuda")
+    for _ in range(4):
+        captured([torch.zeros(2)])
+    assert gpu.begun == ["cleared", "capture"] * 2
+
+
+@pytest.mark.filterwarnings("ignore:the CUDA graph is captured anew")
+@pytest.mark.parametrize("made", [0, 1])
+@pytest.mark.parametrize("size", [8, 1])
+def test_memory_that_ran_out_in_the_slots_leaves_the_next_call_whole(
+    gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch, size: int, made: int
+) -> None:
+    """Also where a slot of the size before would take the new inputs by broadcasting."""
+    captured = Captured(lambda x: x.sum(1), "cuda")
+    for _ in range(3):
+        captured([torch.zeros(2, 4)])
+    calls = []
+
+    def full() -> None:
+        calls.append(0)
+        if len(calls) > made:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    x = torch.ones(2, size)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "allocate", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            captured([x])
+    assert torch.equal(captured([x]), x.sum(1))
+    captured([torch.zeros(2, 4)])
+    assert captured.captures == 2  # which are there still
+
+
+def test_inputs_are_held_until_they_were_copied(gpu: FakeGPU) -> None:
+    """Memory of other libraries, as JAX's, does not know of the stream that reads it."""
+    captured, seen = Captured(lambda x: x + 1.0, "cuda"), []
+    for call in range(4):
+        inputs = [torch.zeros(2)]
+        seen.append(weakref.ref(inputs[0]))
+        captured(inputs)
+        del inputs
+        assert [ref() is not None for ref in seen] == [age < 2 for age in range(call, -1, -1)]
+    for slots in next(iter(captured._programs.values())).slots:
+        assert slots.copied.recorded == [captured.stream] * 2  # type: ignore[attr-defined]
+
+
+def test_buffers_that_move_take_their_graphs_with_them(gpu: FakeGPU) -> None:
+    captured = Captured(lambda x: x, "cuda")
+    for _ in range(3):
+        captured([torch.zeros(2)])
+    captured.forget()
+    for _ in range(3):
+        captured([torch.zeros(2)])
+    assert captured.captures == 4
+    assert [len(alive) for alive in gpu.pools] == [0, 0, 1, 1]
+
+
+def test_what_happens_between_calls_waits_for_what_was_queued_before(gpu: FakeGPU) -> None:
     captured = Captured(lambda x: x, "cuda")
     mine = gpu.current
     with captured.queue():
@@ -366,3 +661,136 @@ def test_a_replay_reads_the_newest_learning_rate() -> None:
     before = learner.critic_optimizer.flat.clone()
     learner.update(next(data))
     assert torch.equal(learner.critic_optimizer.flat, before)
+
+
+def large(**options: object) -> BRC:
+    """One whose products are large enough for cuBLAS to take a workspace."""
+    return BRC(
+        5,
+        2,
+        critic=CriticConfig(width=512),
+        actor=ActorConfig(width=256),
+        device="cuda",
+        **options,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["cleared", "another graph dies"])
+def test_a_graph_outlives_the_workspaces_of_products(how: str) -> None:
+    with on_cuda():
+        graph, plain = large(), large(graphs=False)
+    data = batches(1, 1, "cuda", rows=512)
+    for _ in range(4):
+        batch = next(data)
+        graph.update(batch)
+        plain.update(batch)
+    assert graph.updates.captures == 2
+    if how == "cleared":
+        torch._C._cuda_clearCublasWorkspaces()
+    else:  # on a stream of the same number: torch hands out 32 in turn
+        assert graph.updates.stream is not None
+        for _ in range(40):
+            other = large()
+            for _ in range(3):
+                other.update(next(data))
+            assert other.updates.stream is not None
+            met = other.updates.stream.cuda_stream == graph.updates.stream.cuda_stream
+            del other
+            if met:
+                break
+        assert met
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    filler = [torch.zeros(1 << 23, device="cuda") for _ in range(8)]  # where a workspace may have been
+    for _ in range(4):
+        batch = next(data)
+        mine, expected = graph.update(batch), plain.update(batch)
+        for name in METRICS:
+            torch.testing.assert_close(mine[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+    torch.cuda.synchronize()
+    assert not any(x.any() for x in filler)
+
+
+@pytest.mark.gpu
+def test_a_second_capture_that_fails_repeats_no_noise() -> None:
+    with on_cuda():
+        generator, same = (torch.Generator("cuda").manual_seed(0) for _ in range(2))
+    captures = []
+
+    def draw(x: Tensor) -> Tensor:
+        noise = torch.randn(4, generator=generator, device="cuda")
+        if torch.cuda.is_current_stream_capturing():
+            captures.append(0)
+            if len(captures) == 2:
+                raise RuntimeError("made to fail")
+        return x + noise
+
+    captured, x = Captured(draw, "cuda", [generator]), torch.zeros(4, device="cuda")
+    with pytest.warns(UserWarning, match="made to fail"):
+        outs = [captured([x]) for _ in range(8)]
+    for out in outs:
+        torch.testing.assert_close(out, torch.randn(4, generator=same, device="cuda"))
+
+
+@pytest.mark.gpu
+def test_a_capture_that_failed_gives_its_memory_back() -> None:
+    with on_cuda():
+        x = torch.ones(3, device="cuda")
+
+    def breach(x: Tensor) -> Tensor:
+        held = torch.zeros(1 << 28, dtype=torch.uint8, device="cuda")
+        return x + held.sum().item()
+
+    captured = Captured(breach, "cuda")
+    captured([x])
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with pytest.warns(UserWarning, match="capturing failed"):
+        captured([x])
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before < 1 << 28
+
+
+@pytest.mark.gpu
+def test_a_dead_agent_leaves_its_memory_on_the_gpu() -> None:
+    with on_cuda():
+        data = batches(1, 1, "cuda", rows=512)
+    gc.collect()
+    gc.disable()
+    try:
+        sizes = []
+        for _ in range(3):
+            learner = large()
+            for _ in range(4):
+                learner.update(next(data))
+            torch.cuda.synchronize()
+            held = torch.cuda.memory_allocated()
+            del learner
+            sizes.append(torch.cuda.memory_allocated())
+        assert sizes[2] <= sizes[0] < held
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+def test_a_lagging_policy_of_another_device_waits_for_its_refresh() -> None:
+    with on_cuda():
+        pass
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    learner = agent(1, "cuda:1")
+    lagged = LaggedPolicy(learner)
+    with torch.no_grad():
+        for p in learner.actor.parameters():
+            p.fill_(0.5)
+    torch.cuda.synchronize(1)
+    with learner.updates.queue():
+        torch.cuda._sleep(1 << 31)  # the learner is busy before it hands over
+        lagged.refresh()
+    zeros = torch.zeros(1, 5, device="cuda:1"), torch.zeros(1, dtype=torch.long, device="cuda:1")
+    lagged.act(*zeros)
+    seen = [p.clone() for p in lagged.actor.parameters()]
+    torch.cuda.synchronize(1)
+    assert all((p == 0.5).all() for p in seen)

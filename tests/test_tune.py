@@ -322,7 +322,7 @@ class FakeGPU:
                 gpu.clock += sum(self.work)
 
         @contextmanager
-        def graph(into: Graph, pool: str, stream: object) -> Iterator[None]:
+        def graph(into: Graph, pool: str, stream: object, capture_error_mode: str) -> Iterator[None]:
             assert gpu.current is stream  # which a capture that fails would leave in the place of another
             gpu.capturing = into.work
             yield
@@ -346,6 +346,7 @@ class FakeGPU:
             "stream": on,
             "current_device": lambda: 0,
             "current_stream": lambda: None,
+            "default_generators": [SimpleNamespace(clone_state=dict, graphsafe_set_state=dict)],
             "get_sync_debug_mode": lambda: 0,
             "set_sync_debug_mode": self.modes.append,
         }
