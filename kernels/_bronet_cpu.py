@@ -7,6 +7,7 @@ Numbers: float32.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,8 +31,9 @@ __all__ = [
 
 PASSES = sys.modules[__name__]
 BATCHED = False
-SHAPES_KEPT = 16
+MOST_BYTES = 56 * 2**20  # of scratch memory that nobody uses
 _free: dict[tuple[int, ...], list[Tensor]] = {}
+_lock = threading.RLock()
 
 
 def forward_arguments(
@@ -96,12 +98,11 @@ class Workspace:
     """Scratch memory of one pass through a network; the next pass of the same shape gets it back.
 
     Fresh memory costs a page fault per 4 KB, which at these sizes took an eighth of the update. A workspace
-    is returned when its last reference goes, so a graph that is kept alive keeps its activations.
+    is returned when its last reference goes, so a graph that is kept alive keeps its activations. Of those
+    that nobody uses MOST_BYTES are kept, those used last.
     """
 
     def __init__(self, *shape: int) -> None:
-        if len(_free) > SHAPES_KEPT:
-            _free.clear()
         self.shape = shape
         try:
             self.tensor = _free[shape].pop()
@@ -109,8 +110,28 @@ class Workspace:
             with torch.inference_mode(False):  # whoever gets it next may not be in it
                 self.tensor = torch.empty(shape)
 
-    def __del__(self, free: dict[tuple[int, ...], list[Tensor]] = _free) -> None:
-        free.setdefault(self.shape, []).append(self.tensor)
+    def __del__(
+        self, free: dict[tuple[int, ...], list[Tensor]] = _free, lock: threading.RLock = _lock
+    ) -> None:
+        if self.tensor.nbytes > MOST_BYTES:
+            return
+        with lock:
+            kept = free.pop(self.shape, [])
+            free[self.shape] = [*kept, self.tensor]  # the last one used comes last
+            while sum(t.nbytes for tensors in list(free.values()) for t in tensors) > MOST_BYTES:
+                oldest = next(iter(free))
+                free[oldest] = free[oldest][1:]
+                if not free[oldest]:
+                    del free[oldest]
+
+
+def _outputs_alone(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The forward pass where nobody wants a gradient: a few layers' memory, used in turn."""
+    networks, _, width = parameters[0].shape
+    hidden = Workspace(4, networks, x.shape[-2], width)
+    stats = Workspace(1, 2, networks, x.shape[-2])
+    memory = Memory(hidden.tensor[:1], hidden.tensor[1:], stats.tensor)
+    return Forward(parameters, memory, PASSES)([x])
 
 
 class _BroNet(torch.autograd.Function):
@@ -120,9 +141,10 @@ class _BroNet(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         networks, _, width = parameters[0].shape
         ctx.shape = shape = ((len(parameters) - 2) // 4, networks, x.shape[-2], width)
-        ctx.work = Workspace(2, *shape), Workspace(shape[0], 2, *shape[1:3])
-        products, outputs = ctx.work[0].tensor.unbind()
-        ctx.memory = Memory(products, outputs, ctx.work[1].tensor)
+        outputs = shape[0] if any(ctx.needs_input_grad[1:]) else 3  # few in turn, where no kernel wants them
+        products = Workspace(*shape)
+        ctx.work = products, Workspace(outputs, *shape[1:]), Workspace(shape[0], 2, *shape[1:3])
+        ctx.memory = Memory(*(work.tensor for work in ctx.work))
         ctx.save_for_backward(x, *parameters)
         return Forward(parameters, ctx.memory, PASSES)([x])
 
@@ -160,4 +182,7 @@ def alike(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def bronet_on_cpu(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """As `reference.bronet` for float32 tensors on a CPU, shapes checked."""
-    return _BroNet.apply(x, *alike(parameters))  # type: ignore[no-any-return, no-untyped-call]
+    given = alike(parameters)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given)):
+        return _BroNet.apply(x, *given)  # type: ignore[no-any-return, no-untyped-call]
+    return _outputs_alone(x, given)

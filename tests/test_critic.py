@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,46 @@ def data(rows: int = 16, tasks: int = 1) -> Batch:
     rewards, chance = torch.rand(2, rows, generator=rng)
     ids = torch.randint(tasks, (rows,), generator=rng)
     return Batch(observations, actions.tanh(), rewards, (chance > 0.2).float(), successors, ids)
+
+
+MEMORY = """
+import gc, resource, sys, torch
+from brc_fast import Critic, CriticConfig, kernels
+torch.set_num_threads(1)
+critic = Critic(17, 6, config=CriticConfig(width=256))
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+def call(rows, wanted):
+    with torch.set_grad_enabled(wanted), kernels.use(sys.argv[1]):
+        values = critic.values(torch.zeros(rows, 17), torch.zeros(rows, 6))
+        if wanted:
+            values.sum().backward()
+call(8, True)
+before = resident()
+call(16_384, False)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+for rows in range(2_000, 4_000, 200):
+    call(rows, False)
+    call(rows, True)
+critic.zero_grad()
+gc.collect()
+print(peak, resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_it_keeps_little_memory_whatever_the_sizes_of_its_batches() -> None:
+    """Without a gradient at most what plain PyTorch takes, and afterwards no more than a bound in bytes."""
+
+    def measured(choice: str) -> list[float]:
+        words = [sys.executable, "-c", MEMORY, choice]
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        return [float(word) for word in done.stdout.split()]
+
+    (peak, kept), (plain, _) = measured("auto"), measured("reference")
+    assert peak < plain
+    assert kept < 80  # MiB: 56 of the passes, and what the allocator holds
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
