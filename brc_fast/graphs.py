@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 from torch import Generator, Tensor
@@ -138,6 +138,11 @@ class Captured:
         current.wait_stream(self.stream)
         out.record_stream(current)
         return out
+
+    def __del__(self) -> None:
+        """Memory that is freed with its owner is handed out at once: who gets it waits for the calls made."""
+        with suppress(Exception):  # at the end of Python, or of an object that was never whole
+            self.join()
 
     def event(self) -> torch.cuda.Event | None:
         """One for this device; None where there are no streams."""

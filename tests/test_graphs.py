@@ -555,6 +555,16 @@ def test_inputs_are_held_until_they_were_copied(gpu: FakeGPU) -> None:
         assert slots.copied.recorded == [captured.stream] * 2  # type: ignore[attr-defined]
 
 
+def test_memory_that_is_freed_with_an_agent_waits_for_its_last_call(gpu: FakeGPU) -> None:
+    captured, mine = Captured(lambda x: x, "cuda"), gpu.current
+    with captured.queue():
+        captured([torch.zeros(2)])
+    stream = captured.stream
+    assert stream not in mine.waited
+    del captured
+    assert mine.waited == [stream]
+
+
 def test_buffers_that_move_take_their_graphs_with_them(gpu: FakeGPU) -> None:
     captured = Captured(lambda x: x, "cuda")
     for _ in range(3):
