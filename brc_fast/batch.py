@@ -17,6 +17,12 @@ def require_shape(name: str, x: Tensor, letters: str, shape: tuple[int, ...]) ->
         raise ValueError(f"{name} must have shape {letters} = {list(shape)}, got {list(x.shape)}")
 
 
+def sent(x: Tensor, device: str | torch.device) -> Tensor:
+    """`x` on `device`. Only a copy to a GPU is not waited for: what reads it there comes later in the stream,
+    and torch keeps pinned memory until it is read. The CPU would read memory that is not filled yet."""
+    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 class _Columns(NamedTuple):
     observations: Tensor
     actions: Tensor
@@ -97,9 +103,16 @@ class Batch(_Columns):
         return self.map(lambda field: field[index])
 
     def to(self, device: str | torch.device) -> Batch:
-        """The same transitions on `device`."""
-        return self.map(lambda field: field.to(device, non_blocking=True))
+        """The same transitions on `device`.
+
+        This batch may be dropped at once. A copy to a GPU is queued in the current stream: synchronize with
+        that before you write into this batch.
+        """
+        return self.map(lambda field: sent(field, device))
 
     def numpy(self) -> dict[str, NDArray[Any]]:
-        """Arrays by name on the same memory, for JAX and others; TypeError on a GPU and for bfloat16."""
+        """Arrays by name on the same memory, for JAX and others; TypeError on a GPU and for bfloat16.
+
+        Hold them while another library copies from them: torch does not know of it.
+        """
         return {name: value.numpy() for name, value in {**self._asdict(), **self.extras}.items()}

@@ -300,7 +300,6 @@ PYBIND11_MODULE(_core, module) {
   py::class_<brc::Ahead>(module, "Ahead").def(py::init<>());
   py::class_<Slot, std::shared_ptr<Slot>>(module, "Slot")
       .def(py::init<py::array>())
-      .def_readonly("memory", &Slot::memory)
       .def_property_readonly("used", [](const Slot& slot) { return slot.used.load(); });
   py::class_<brc::Part>(module, "Part")
       .def(py::init([](const py::dtype& dtype, std::uint8_t code, std::vector<std::int64_t> shape,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,11 +64,113 @@ def test_memory_is_used_again_when_the_last_view_on_it_is_gone(
     place = batch.observations.data_ptr()
     view = VIEWS[keep](batch)
     del batch
-    assert buffer.sample(4).observations.data_ptr() != place
+    others = {buffer.sample(4).observations.data_ptr() for _ in range(6)}
+    assert place not in others
     del view
-    places = {buffer.sample(4).observations.data_ptr() for _ in range(3)}
-    assert places == {place}
-    assert buffer.sample(5).observations.data_ptr() != place
+    places = {buffer.sample(4).observations.data_ptr() for _ in range(6)}
+    assert place in places
+    assert places <= {place, *others}
+    assert buffer.sample(5).observations.data_ptr() not in places
+
+
+class Address:
+    """A column as a copy that holds nothing knows it: where it lies. And what the copy should read."""
+
+    def __init__(self, column: torch.Tensor) -> None:
+        self.bytes = (ctypes.c_char * (column.numel() * column.element_size())).from_address(
+            column.data_ptr()
+        )
+        self.expected = self.bytes.raw
+
+    def right(self) -> bool:
+        return self.bytes.raw == self.expected
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["DLPack", "numpy"])
+@pytest.mark.parametrize("others", [(), ((5, 1),), ((4, 3), (5, 1))], ids=len)
+def test_a_batch_that_was_dropped_is_still_there_after_the_next_sample(
+    others: tuple[tuple[int, int], ...], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arena, "C_TENSORS", compiled and arena.C_TENSORS)
+    buffer = filled(300, steps=150).buffer
+    for step in range(40):
+        if others:
+            buffer.sample(*others[step % len(others)])
+        address = Address(buffer.sample(4, 3).observations)
+        buffer.sample(*others[0] if others else (4, 3))
+        assert address.right()
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_prefetched_batch_that_was_dropped_is_still_there_after_the_next_one(depth: int) -> None:
+    with filled(300, steps=150).buffer.prefetch(16, depth=depth) as batches:
+        for _ in range(20):
+            address = Address(next(batches).observations)
+            next(batches)
+            wait_until = time.monotonic() + 20
+            while len(batches._worker.ready) < depth:  # all that it can gather now
+                assert time.monotonic() < wait_until
+                time.sleep(0.001)
+            assert address.right()
+
+
+class Lender:
+    """In the place of torch's pinned memory, which needs CUDA: notes what it lends, and until when."""
+
+    def __init__(self) -> None:
+        self.lent: list[weakref.ref[np.ndarray]] = []
+        self.places: list[int] = []
+
+    def __call__(self, nbytes: int) -> torch.Tensor:
+        array = np.empty(nbytes, np.uint8)
+        self.lent.append(weakref.ref(array))
+        self.places.append(array.ctypes.data)
+        return torch.from_numpy(array)
+
+
+@pytest.fixture
+def lender(monkeypatch: pytest.MonkeyPatch) -> Lender:
+    lender = Lender()
+    monkeypatch.setattr(arena, "pinned_memory", lender)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return lender
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "bfloat16"])
+def test_batches_in_pinned_memory_are_the_same(dtype: str, lender: Lender) -> None:
+    kinds = {"observation": Field((3, 2), dtype, stack=2), "extras": {"cost": Field((), "float16")}}
+    pinned, twin = filled(300, steps=150, **kinds), filled(300, steps=150, **kinds)
+    twin.buffer._arena.pinned = False
+    for copy in (False, True):
+        got, expected = (feed.buffer.sample(5, 3, copy=copy) for feed in (pinned, twin))
+        for name, value in {**got._asdict(), **got.extras}.items():
+            other = {**expected._asdict(), **expected.extras}[name]
+            assert (value.dtype, value.shape, value.stride()) == (other.dtype, other.shape, other.stride())
+        assert_same_batch(got, expected)
+    with pinned.buffer.prefetch(5, 3) as batches:
+        for _ in range(4):
+            assert_same_batch(next(batches), twin.buffer.sample(5, 3))
+    assert lender.places
+
+
+def test_torch_can_tell_whose_pinned_memory_a_column_is(lender: Lender) -> None:
+    """By the storage: it is what torch looks at when it has begun a copy."""
+    batch = filled(extras={"cost": Field((), "bfloat16")}).buffer.sample(4, 2)
+    tensors = [*batch, batch.extras["cost"], batch.update(1).actions, batch.task_ids[0, 2:]]
+    assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == {lender.places[-1]}
+    batch.rewards.mul_(2.0)  # which no graph that keeps the observations may take for a change of them
+    assert batch.observations._version < batch.rewards._version
+
+
+@pytest.mark.parametrize("keep", list(VIEWS))
+def test_pinned_memory_goes_back_to_torch_one_sample_after_the_last_view(keep: str, lender: Lender) -> None:
+    buffer = filled(extras={"cost": Field((), "bfloat16")}).buffer
+    view = VIEWS[keep](buffer.sample(4))
+    buffer.sample(4)
+    buffer.sample(4)
+    assert [array() is not None for array in lender.lent] == [True, False, True]
+    del view
+    assert [array() is not None for array in lender.lent] == [False, False, True]
 
 
 def test_copies_have_memory_of_their_own_that_goes_back_to_the_system() -> None:

@@ -39,17 +39,16 @@ def batch_of(tensors: Mapping[str, Tensor]) -> Batch:
 
 
 class Lease(NamedTuple):
-    """One batch's memory: `views` of `slot` for the store to fill, `batch` on them for the user."""
+    """One batch's memory: `views` of `slot` for the store to fill, `batch` on it for the user."""
 
     views: _core.Views
     slot: _core.Slot
     batch: Batch
 
 
-def _slot(nbytes: int, pinned: bool) -> _core.Slot:
-    if pinned:
-        return _core.Slot(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy())
-    return _core.Slot(np.empty(nbytes, np.uint8))
+def pinned_memory(nbytes: int) -> Tensor:
+    """Bytes that a GPU can read while the CPU goes on."""
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 class _Shape:
@@ -74,6 +73,31 @@ class _Shape:
         self.in_batch = itemgetter(*(self.names.index(name) for name in Batch._fields))
         self.further = [name for name in self.names if name not in Batch._fields]
 
+    def in_pinned_memory(self) -> tuple[_core.Slot, list[Tensor]]:
+        """A slot of pinned memory, and the columns on it.
+
+        Torch uses it again when the last tensor is gone and all copies that it was asked for are over. It
+        knows what a copy reads by the tensor's storage, hence all columns share that of the allocation; of
+        pointers, which are all that DLPack and numpy pass on, it would know the first alone.
+        """
+        memory = pinned_memory(self.nbytes)
+        storage, tensors = memory.untyped_storage(), []
+        for shape, dtype, offset in zip(self.shapes, self.dtypes, self.offsets, strict=True):
+            column = memory.new_empty(0, dtype=dtype)
+            tensors.append(column.set_(storage, offset // dtype.itemsize, shape, ()))  # contiguous
+        return _core.Slot(memory.numpy()), tensors
+
+    def free(self) -> _core.Slot:
+        """A slot that nothing is on, a new one if there is none."""
+        for slot in self.slots:
+            if not slot.used:
+                return slot
+        self.slots.append(self.fresh())
+        return self.slots[-1]
+
+    def fresh(self) -> _core.Slot:
+        return _core.Slot(np.empty(self.nbytes, np.uint8))
+
     def tensors(self, slot: _core.Slot) -> list[Tensor]:
         """The columns on a slot."""
         if C_TENSORS:
@@ -89,10 +113,11 @@ class _Shape:
 
 
 class Arena:
-    """Slots for batches. A slot is handed out again when every tensor and array on it is gone.
+    """Memory for batches, handed out again when every tensor and array on it is gone.
 
-    Holding a batch is therefore always safe: another slot is made instead. Of the sizes [U, B] that were
-    asked for, slots of the last few are kept. Safe to use from several threads.
+    Holding a batch is therefore always safe: there will be other memory. Pinned memory is torch's, and kept
+    until the copies out of it are over too. Other memory is in slots; of the sizes [U, B] that were asked
+    for, slots of the last few are kept. Safe to use from several threads.
     """
 
     def __init__(self, spec: Spec, pinned: bool) -> None:
@@ -105,26 +130,12 @@ class Arena:
         """Memory for U batches; `fresh` memory is never handed out again."""
         with self._lock:
             shape = self._shape(num_batches, batch_size)
-            slot = _slot(shape.nbytes, False) if fresh else self._free(shape)
-            tensors = shape.tensors(slot)
+            if self.pinned and not fresh:
+                slot, tensors = shape.in_pinned_memory()
+            else:
+                slot = shape.fresh() if fresh else shape.free()
+                tensors = shape.tensors(slot)
         return Lease(shape.views, slot, shape.batch(tensors))
-
-    def on_device(self, memory: Tensor, num_batches: int, batch_size: int) -> Batch:
-        """A batch from a copy of a slot's bytes on another device."""
-        with self._lock:
-            layout = self._shape(num_batches, batch_size)
-        tensors = []
-        for shape, dtype, offset in zip(layout.shapes, layout.dtypes, layout.offsets, strict=True):
-            part = memory[offset : offset + prod(shape) * dtype.itemsize]
-            tensors.append(part.view(dtype).view(shape))
-        return layout.batch(tensors)
-
-    def _free(self, shape: _Shape) -> _core.Slot:
-        for slot in shape.slots:
-            if not slot.used:
-                return slot
-        shape.slots.append(_slot(shape.nbytes, self.pinned))
-        return shape.slots[-1]
 
     def _shape(self, num_batches: int, batch_size: int) -> _Shape:
         size = (num_batches, batch_size)

@@ -81,6 +81,7 @@ class ReplayBuffer(Buffer):
         )
         self._try_add = self._store.try_add
         self._arena = Arena(self.spec, pinned=torch.cuda.is_available())
+        self._newest: Batch | None = None  # sampled, kept from reuse by the next one
 
     @property
     def nbytes(self) -> int:
@@ -176,7 +177,9 @@ class ReplayBuffer(Buffer):
                 share is kept to within one transition, and the transitions of a task follow each other.
                 Without it, a task's share is that of its stored transitions.
             copy: fresh memory. Otherwise the memory of a batch, pinned where CUDA is there, is used again
-                after every tensor on it is gone.
+                after every tensor on it is gone, torch's copies out of it are over and another batch was
+                sampled. Whoever has no more than its address, such as a copy that another library has
+                begun, therefore has until the sample after the next.
 
         Raises:
             TypeError: an argument of another type.
@@ -188,6 +191,8 @@ class ReplayBuffer(Buffer):
         self._require_stored(batch_size)
         lease = self._arena.lease(*size, fresh=copy)
         self._store.sample(request, *size, lease.views, lease.slot)
+        if not copy:
+            self._newest = lease.batch
         return lease.batch
 
     def prefetch(

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
-from torch import Tensor
 
 from brc_fast import _core
 from brc_fast.batch import Batch
@@ -27,7 +26,7 @@ class _Gathered:
     lease: Lease
     draw: int
     ahead: _core.Ahead = field(default_factory=_core.Ahead)
-    copied: tuple[Tensor, torch.cuda.Event] | None = None
+    copied: tuple[Batch, torch.cuda.Event] | None = None
 
 
 _running: weakref.WeakSet[_Worker] = weakref.WeakSet()
@@ -39,10 +38,6 @@ def _end_all() -> None:
     for worker in list(_running):
         worker.close()
         worker.thread.join()
-
-
-def _over(event: torch.cuda.Event) -> bool:
-    return bool(event.query())  # type: ignore[no-untyped-call]
 
 
 class _Worker:
@@ -127,11 +122,10 @@ class _Worker:
             gathered.copied = self.copy(gathered.lease)
         return gathered
 
-    def copy(self, lease: Lease) -> tuple[Tensor, torch.cuda.Event]:
+    def copy(self, lease: Lease) -> tuple[Batch, torch.cuda.Event]:
         assert self.stream is not None
         with torch.cuda.stream(self.stream):
-            flat = torch.from_numpy(lease.slot.memory).to(self.device, non_blocking=True)
-            return flat, self.stream.record_event()
+            return lease.batch.to(self.device), self.stream.record_event()
 
 
 class Prefetcher(Iterator[Batch]):
@@ -155,7 +149,7 @@ class Prefetcher(Iterator[Batch]):
             raise ValueError(f"depth must be at least 1, got {depth}")
         self.device = torch.device(device)
         self.regathered = 0  # transitions that had changed, or were not there yet, when they were asked for
-        self._in_flight: list[tuple[Lease, torch.cuda.Event]] = []  # host memory that a copy still reads
+        self._newest: deque[Batch] = deque(maxlen=2)  # returned, kept from reuse by the next to be gathered
         self._worker = _Worker(store, arena, request, size, depth, self.device)
         self._close = weakref.finalize(self, self._worker.close)
         self._worker.thread.start()
@@ -174,18 +168,18 @@ class Prefetcher(Iterator[Batch]):
         changed = worker.store.settle(worker.request, *worker.size, views, slot, gathered.ahead)
         self.regathered += changed
         if self.device.type == "cpu":
+            self._newest.append(gathered.lease.batch)
             return gathered.lease.batch
         if worker.stream is None:  # neither CPU nor CUDA
             return gathered.lease.batch.to(self.device)
         if gathered.copied is None or changed > 0:
             gathered.copied = worker.copy(gathered.lease)
-        flat, event = gathered.copied
-        user = torch.cuda.current_stream(self.device)
+        batch, event = gathered.copied
+        user = torch.cuda.current_stream(worker.stream.device)
         user.wait_event(event)
-        flat.record_stream(user)
-        self._in_flight = [(lease, done) for lease, done in self._in_flight if not _over(done)]
-        self._in_flight.append((gathered.lease, event))
-        return worker.arena.on_device(flat, *worker.size)
+        for column in (*batch, *batch.extras.values()):
+            column.record_stream(user)
+        return batch
 
     def __enter__(self) -> Prefetcher:
         return self
