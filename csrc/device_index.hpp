@@ -100,7 +100,10 @@ class DeviceIndex {
     draws_ = draws;
   }
   [[nodiscard]] const ReplayIndex& index() const noexcept { return index_; }
-  [[nodiscard]] std::uint64_t draws() const noexcept { return draws_; }
+  [[nodiscard]] std::uint64_t draws() const {
+    const std::lock_guard lock(mutex_);
+    return draws_;
+  }
 
  private:
   void bind() { index_.bind({reinterpret_cast<std::byte*>(links_.data()), sizeof(std::uint32_t)}); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import time
 import tracemalloc
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from brc_fast.batch import Batch
-from brc_fast.replay import Field, ReplayBuffer, arena
+from brc_fast.replay import DeviceReplayBuffer, Field, ReplayBuffer, arena
 
 pytest.importorskip("hypothesis", reason="needs the [test] extra")
 
@@ -324,3 +325,64 @@ def test_adding_sampling_and_saving_at_the_same_time_never_mixes_transitions(tmp
         sys.setswitchinterval(interval)
     assert min(done) > 1
     check_tags(buffer.sample(100), 1)
+
+
+def test_a_buffer_on_a_device_never_mixes_transitions_either(tmp_path: Path) -> None:
+    """One thread adds, two sample, and one saves."""
+    buffer = DeviceReplayBuffer(STREAMS * 50, 9, 5, task_ids=[0] * STREAMS, device="cpu")
+    restored = ReplayBuffer(STREAMS * 50, 9, 5, task_ids=[0] * STREAMS)
+    for step in range(60):
+        buffer.add(**tagged(step))
+    end = time.monotonic() + 3
+
+    def write() -> int:
+        step = 60
+        while time.monotonic() < end:
+            buffer.add(**tagged(step % 2**20))
+            step += 1
+        return step
+
+    def sample() -> int:
+        count = 0
+        while time.monotonic() < end:
+            check_tags(buffer.sample(32, 2, n_step=3, discount=0.5), 3)
+            assert buffer.draws % 2 == 0
+            count += 1
+        return count
+
+    def save() -> int:
+        count = 0
+        while time.monotonic() < end:
+            buffer.save(tmp_path)
+            restored.load(tmp_path)
+            stored = read_all(restored, 2, 0.5)
+            check_tags(stored, 2)
+            steps = stored["observations"][:, 0].reshape(STREAMS, 50)
+            assert (np.diff(steps, axis=1) == 1).all()
+            count += 1
+        return count
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            tasks = [pool.submit(task) for task in (write, sample, sample, save)]
+            done = [task.result() for task in tasks]
+    finally:
+        sys.setswitchinterval(interval)
+    assert min(done) > 1
+    check_tags(buffer.sample(100), 1)
+
+
+def test_a_buffer_on_a_device_is_refused_in_a_forked_process_and_freed_when_it_is_dropped() -> None:
+    buffer = DeviceReplayBuffer(10, 1, 1, device="cpu")
+    if (child := os.fork()) == 0:
+        try:
+            buffer.sample(1)
+        except BaseException as error:
+            os._exit(0 if isinstance(error, RuntimeError) and "forked" in str(error) else 1)
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    alive = weakref.ref(buffer)
+    del buffer
+    assert alive() is None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from brc_fast import _core
-from brc_fast.batch import Batch
+from brc_fast.batch import Batch, sent
 
 from . import files
 from .arena import batch_of
@@ -24,6 +24,7 @@ from .base import Buffer, require_choices
 from .buffer import ReplayBuffer
 from .fields import Array, Field, Spec, checked, integer
 from .request import required_sizes
+from .turns import Turns
 
 COPY_ROWS = 1 << 16  # rows per copy between device and host
 FIRST_SLOTS = 1024  # places for successors kept aside, at first
@@ -35,7 +36,9 @@ class DeviceReplayBuffer(Buffer):
 
     Rows lie on the device, what names them on the host: `add` and `sample` launch a few kernels each. `add`
     waits once for the device, to learn where an episode ended and where an observation is not the last
-    successor; `sample` never waits.
+    successor; `sample` never waits. Methods may be called from several threads, and with any CUDA stream
+    current: one call after the other works on the transitions, also on the device. While a save or a load
+    copies them, the others wait.
 
         >>> buffer = DeviceReplayBuffer(1_000_000, 67, 24, task_ids=[0] * 1024, device="cuda")
         >>> buffer.add(observations, actions, rewards, terminated, truncated, successors)  # CUDA tensors
@@ -79,8 +82,10 @@ class DeviceReplayBuffer(Buffer):
         tasks = spec.task_ids.tolist()
         self._store = _core.DeviceIndex(list(spec.capacities), tasks, spec.observation.stack, seed)
         self._rows = self._allocate()
+        self.device = self._rows.device  # with its index, whichever is current later or in another thread
         self._side = self._empty(FIRST_SLOTS, self._observation_bytes)
         self._weights: dict[tuple[float, ...], Tensor] = {}
+        self._turns = Turns(self.device)
 
     @staticmethod
     def bytes_needed(
@@ -131,27 +136,28 @@ class DeviceReplayBuffer(Buffer):
         ]
         if m == 0:
             return
-        heads = np.empty(m, np.int64)
-        self._store.heads(ids, heads)
         finite = {"observations": seen, **values, "rewards": reward, "successors": led}
-        told = [self._departs(heads, seen), *ends, *(_not_finite(value) for value in finite.values())]
-        flags = torch.stack(told).cpu().numpy()  # the only wait
-        if not self._allow:
-            self._require_finite(ids, dict(zip(finite, flags[3:], strict=True)))
+        with self._turns.turn(self._memory):
+            heads = np.empty(m, np.int64)
+            self._store.heads(ids, heads)
+            told = [self._departs(heads, seen), *ends, *(_not_finite(value) for value in finite.values())]
+            flags = torch.stack(told).cpu().numpy()  # the only wait
+            if not self._allow:
+                self._require_finite(ids, dict(zip(finite, flags[3:], strict=True)))
 
-        places = np.empty((3, m), np.int64)
-        row, moved, successor = places
-        self._grow(self._store.side_size + 2 * m)
-        self._store.add(ids, flags[0].copy(), flags[1].copy(), flags[2].copy(), row, moved, successor)
-        frames, side = self._view(0, frame), self._side_view()
-        self._move(side, moved, moved >= 0, frames[self._index(row[moved >= 0])])
-        rows = self._index(row)
-        frames[rows] = seen
-        for (_, view), value in zip(self._field_views(), values.values(), strict=True):
-            view[rows] = value
-        self._rewards()[rows] = reward[:, 0]
-        self._move(frames, successor, successor >= 0, led)
-        self._move(side, -1 - successor, successor < 0, led)
+            places = np.empty((3, m), np.int64)
+            row, moved, successor = places
+            self._grow(self._store.side_size + 2 * m)
+            self._store.add(ids, flags[0].copy(), flags[1].copy(), flags[2].copy(), row, moved, successor)
+            frames, side = self._view(0, frame), self._side_view()
+            self._move(side, moved, moved >= 0, frames[self._index(row[moved >= 0])])
+            rows = self._index(row)
+            frames[rows] = seen
+            for (_, view), value in zip(self._field_views(), values.values(), strict=True):
+                view[rows] = value
+            self._rewards()[rows] = reward[:, 0]
+            self._move(frames, successor, successor >= 0, led)
+            self._move(side, -1 - successor, successor < 0, led)
 
     def sample(
         self,
@@ -181,7 +187,19 @@ class DeviceReplayBuffer(Buffer):
             reward_scale = reward_scale.to(self.device)
         if dtype not in (None, *self._gather.FLOATS):
             raise TypeError(f"dtype must be one of {self._gather.FLOATS}, got {dtype}")
-        self._require_stored(batch_size)
+        with self._turns.turn(self._memory):
+            self._require_stored(batch_size)
+            return self._gathered(request, num_batches, batch_size, reward_scale, dtype)
+
+    def _gathered(
+        self,
+        request: _core.Request,
+        num_batches: int,
+        batch_size: int,
+        reward_scale: Tensor | None,
+        dtype: torch.dtype | None,
+    ) -> Batch:
+        n_step = len(request.powers)
         total, stack = num_batches * batch_size, self.spec.observation.stack
         sizes = (total * n_step, total * stack, total * stack, total)
         plan, masks = self._pinned(sum(sizes), torch.int64), self._pinned(total, torch.float32)
@@ -189,7 +207,7 @@ class DeviceReplayBuffer(Buffer):
         self._store.plan(
             request, num_batches, batch_size, where[0], where[1], where[2], masks.numpy(), where[3]
         )
-        steps, seen, led, ids = torch.split(plan.to(self.device, non_blocking=True), list(sizes))
+        steps, seen, led, ids = torch.split(sent(plan, self.device), list(sizes))
         steps = steps.view(total, n_step)
         frame = self.spec.observation
         frames, side = self._view(0, frame), self._side_view()
@@ -204,7 +222,7 @@ class DeviceReplayBuffer(Buffer):
                 scale=reward_scale,
                 task_ids=None if reward_scale is None else ids,
             ),
-            "masks": masks.to(self.device, non_blocking=True),
+            "masks": sent(masks, self.device),
             "task_ids": ids,
         }
         first = steps[:, 0].contiguous()
@@ -232,12 +250,13 @@ class DeviceReplayBuffer(Buffer):
         """As ReplayBuffer.save, in the same format. Holds a copy of the buffer in host memory meanwhile."""
         with self._saving:
             host = self._host()
-            for first in range(0, self._store.rows, COPY_ROWS):
-                part = self._rows[first : first + COPY_ROWS]
-                torch.from_numpy(host.rows(first, len(part))).copy_(part)
-            slots = self._side[: min(self._store.slots, len(self._side)), : self._observation_bytes]
-            host.put_slots(slots.cpu().contiguous().numpy())
-            host.adopt(self._store)
+            with self._turns.turn(self._memory):
+                for first in range(0, self._store.rows, COPY_ROWS):
+                    part = self._rows[first : first + COPY_ROWS]
+                    torch.from_numpy(host.rows(first, len(part))).copy_(part)
+                slots = self._side[: min(self._store.slots, len(self._side)), : self._observation_bytes]
+                host.put_slots(slots.cpu().contiguous().numpy())
+                host.adopt(self._store)
             self._saved = files.save(host, self.spec, Path(folder), self._saved, previous)
 
     def load(self, folder: str | os.PathLike[str], *, previous: bool = False) -> None:
@@ -246,15 +265,20 @@ class DeviceReplayBuffer(Buffer):
             host = self._host()
             saved = files.load(host, self.spec, Path(folder), previous)
             slots = torch.from_numpy(host.get_slots(host.slots))  # those in use may be any of them
-            self._grow(len(slots))
-            self._side[: len(slots), : self._observation_bytes] = slots.to(self.device)
-            for first in range(0, self._store.rows, COPY_ROWS):
-                part = self._rows[first : first + COPY_ROWS]
-                part.copy_(torch.from_numpy(host.rows(first, len(part))))
-            self._store.adopt(host)
+            with self._turns.turn(self._memory):
+                self._grow(len(slots))
+                self._side[: len(slots), : self._observation_bytes] = slots.to(self.device)
+                for first in range(0, self._store.rows, COPY_ROWS):
+                    part = self._rows[first : first + COPY_ROWS]
+                    part.copy_(torch.from_numpy(host.rows(first, len(part))))
+                self._store.adopt(host)
             self._saved = saved
 
     # ---- Memory
+
+    def _memory(self) -> tuple[Tensor, ...]:
+        """All on the device that outlives a call."""
+        return self._rows, self._side, *self._weights.values()
 
     @property
     def _observation_bytes(self) -> int:
@@ -321,13 +345,15 @@ class DeviceReplayBuffer(Buffer):
     def _here(self, name: str, value: object, label: str, count: int, field: Field) -> Tensor:
         """A checked argument on the device, [M, W]."""
         tensor: Tensor = checked(name, value, label, (count, *field.shape), field.dtype, device=True)
-        return tensor.to(self.device, non_blocking=True).reshape(count, prod(field.shape))
+        return sent(tensor, self.device).reshape(count, prod(field.shape))
 
     def _index(self, values: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
+        index = self._pinned(len(values), torch.int64)
+        index.numpy()[:] = values
+        return sent(index, self.device)
 
     def _pinned(self, count: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(count, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return torch.empty(count, dtype=dtype, device="cpu", pin_memory=self.device.type == "cuda")
 
     def _move(self, to: Tensor, places: NDArray[np.int64], chosen: NDArray[np.bool_], values: Tensor) -> None:
         """Write the rows of `values` that are chosen, or are as many as those, to their places."""
