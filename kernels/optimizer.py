@@ -219,7 +219,8 @@ def _squares_kernel(grad_ptr, step_ptr, partial_ptr, P, BLOCK_P: tl.constexpr): 
             g = tl.load(grad_ptr + i, mask=i < P if TAIL else None, other=0.0 if TAIL else None).to(dtype)
             squares += g * g
     tl.store(partial_ptr + program, tl.sum(squares))
-    tl.store(step_ptr, tl.load(step_ptr) + 1, mask=program == 0)
+    counts = program == 0  # alone: a load by another program would race with this store
+    tl.store(step_ptr, tl.load(step_ptr, mask=counts, other=0.0) + 1, mask=counts)
 
 
 @jit
