@@ -1,10 +1,10 @@
 """No result depends on the order of a launch's programs: none of them touches what another one writes.
 
 Every case of every op, and whole updates, run with the programs that an H200 would be given, a case with as
-few rows as divide its launches. Cases whose launches differ from those before them by a size or dtype alone
-are marked slow, the others gpu: those are what test_interpreted.py runs. All of them, in minutes:
+few rows as divide its launches. Marked gpu, and so run by test_interpreted.py, are the cases with a launch
+that differs from all before it by more than a size or dtype. The others take minutes:
 
-    TRITON_INTERPRET=1 pytest tests/test_grid_order.py
+    TRITON_INTERPRET=1 pytest tests/test_grid_order.py -m "not gpu"
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def every_case() -> Iterator[Any]:
     for case in aot.cases():
         fits = [n for n in (2, 4, 8, 16, 32, 64, 128, 256) if case.bytes(n) - case.bytes(0) <= LARGE]
         chosen = max((sized(case, rows) for rows in fits), key=lambda x: sum(grid[0] > 1 for grid in x.grids))
-        mark = pytest.mark.gpu if chosen.kinds - seen else pytest.mark.slow
+        marks = [pytest.mark.gpu] if chosen.kinds - seen else []
         seen |= chosen.kinds
-        yield pytest.param(chosen, marks=mark, id=f"{case.op} {case.label}")
+        yield pytest.param(chosen, marks=marks, id=f"{case.op} {case.label}")
 
 
 CASES = list(every_case())
@@ -152,6 +152,55 @@ def test_nor_do_programs_that_walk_over_more_than_a_block(
     assert few.grids < grids
     assert few.divided()
     assert_case_is_free(few)
+
+
+def wide_rows() -> object:
+    """Rows of more than 8192, whose weights are loaded late."""
+    x, *parameters = torch.randn(8, 16384), *torch.randn(3, 16384)
+    return kernels.bias_layer_norm(x, *parameters, impl="triton")
+
+
+def padded_targets() -> object:
+    """Targets that are loaded with what lies between their rows."""
+    logits, target = (torch.rand(n, 8, 16)[..., :13] for n in (2, 1))
+    return kernels.categorical_cross_entropy(logits, target[0], impl="triton")
+
+
+def short_horizons() -> object:
+    """Discounts below 1/2, with which more than three atoms move to one."""
+    rewards, log_probs, discounts = torch.randn(8), torch.randn(8), torch.linspace(0.0, 0.4, 8)
+    atoms, next_logits = torch.linspace(-5.0, 5.0, 21), torch.randn(2, 8, 21)
+    return kernels.categorical_target(
+        next_logits, rewards, discounts, log_probs, 0.1, atoms, 5.0, impl="triton"
+    )
+
+
+def ragged_buffers() -> object:
+    """Parameters, with all that goes with them, of which a last block holds but one."""
+    param, grad, mean, square, target = torch.randn(5, 1025).abs()
+    low, target_low = torch.zeros(2, 1025, dtype=torch.bfloat16)
+    step, norm = torch.zeros(2)
+    rule: dict[str, Any] = {"learning_rate": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    rule |= {"target": target, "tau": 0.1, "low": low, "target_low": target_low, "gradient_norm": norm}
+    kernels.adamw_(param, grad, mean, square, step, **rule, impl="triton")
+    moved = target.clone()
+    kernels.ema_(moved, param, 0.1, low=low.clone(), impl="triton")
+    return param, mean, square, step, target, low, target_low, norm, moved
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "op", [wide_rows, padded_targets, short_horizons, ragged_buffers], ids=lambda op: op.__name__
+)
+def test_nor_do_programs_in_branches_that_no_default_case_takes(
+    kernel_device: str, op: Callable[[], object]
+) -> None:
+    def run() -> object:
+        torch.manual_seed(0)
+        with assume("sm_90"):
+            return op()
+
+    assert assert_order_is_free(run)
 
 
 @pytest.mark.gpu
