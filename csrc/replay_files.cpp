@@ -13,6 +13,7 @@ namespace brc {
 namespace {
 
 constexpr std::size_t kBlockBytes = std::size_t{4} << 20;
+constexpr std::uint64_t kMostCounted = 1ull << 62;  // transitions or draws: far from where they would wrap
 constexpr std::uint32_t kAside = 1;  // in a file, a link holds the two flags and whether there is a slot
 
 /// Writes blocks with their checksums; what is put is copied.
@@ -237,12 +238,14 @@ void ReplayStore::load(const Content& content, std::span<const SegmentFile> segm
         (end[s] != content.count[s] || content.count[s] - begin[s] < content.kept[s])) {
       refuse(which + "lacks rows in its files");
     }
+    if (content.count[s] > kMostCounted) refuse(which + "has more transitions than can be counted");
     const std::int64_t capacity = content.capacity[s];
     if (capacity < 1 || content.size[s] > capacity || content.phase[s] >= capacity ||
         (content.size[s] < capacity && content.phase[s] != content.size[s])) {
       refuse(which + "has a size, phase and capacity that contradict each other");
     }
   }
+  if (content.draws > kMostCounted) refuse("the saved replay has more draws than can be counted");
 
   ++life_;
   index_.clear();
