@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .agent import BRC
 from .checkpoint import RunFolder
 from .config import TrainConfig
-from .envs.base import VectorEnvironment, check_finite, tasks_with_success
+from .envs.base import VectorEnvironment, check_finite, require_time_limit, tasks_with_success
 from .errors import InputError
 from .scores import Estimate, Values, aggregate, normalized
 
@@ -37,8 +37,8 @@ def evaluate(agent: BRC, env: VectorEnvironment, seed: int, episodes: int | None
     to finish, wherever they do, would mostly be short ones. Slot i plays the episodes i, i + S, i + 2 S, ...
     An episode that is lost to NaN or to a dead process is played again.
 
-    Raises InputError for sizes that differ from the agent's, for numbers that are not finite, and where a
-    slot loses 10 episodes in a row.
+    Raises InputError for sizes that differ from the agent's, for a task without a time limit, for numbers
+    that are not finite, and where a slot loses 10 episodes in a row.
     """
     sizes = [[side.observation_size, side.action_size] for side in (agent, env)]
     if sizes[0] != sizes[1]:
@@ -46,6 +46,7 @@ def evaluate(agent: BRC, env: VectorEnvironment, seed: int, episodes: int | None
             f"observation_size and action_size must be the agent's, {sizes[0]}, got environments with "
             f"{sizes[1]}: make those it was trained on"
         )
+    require_time_limit(env)
     tasks = len(env.task_names)
     slots = env.num_envs // tasks
     count = slots if episodes is None else episodes

@@ -15,7 +15,7 @@ from . import envs
 from .agent import BRC
 from .checkpoint import RunFolder
 from .config import TrainConfig
-from .envs.base import Step, check_finite, tasks_with_success
+from .envs.base import Step, check_finite, require_time_limit, tasks_with_success
 from .evaluate import evaluate, summary
 from .interrupt import StopRequest
 from .lag import LaggedPolicy
@@ -39,6 +39,7 @@ class Trainer:
         self.config = config
         made = partial(envs.make, config.tasks, seed=config.seed, **vars(config.env))
         self.env, self.eval_env = map(made, (config.num_envs, config.eval_envs or config.eval_episodes))
+        require_time_limit(self.env)
         self.names, ids = self.env.task_names, self.env.task_ids
         sizes = (self.env.observation_size, self.env.action_size)
         memory = plan_memory(config, *sizes, device)
@@ -121,8 +122,7 @@ class Trainer:
         scale, told = self.normalizer.scale(self.agent.alpha, self.entropies), tasks_with_success(self.env)
         out: dict[str, Tensor | float] = {"train/updates": self.updates, **self.episodes.row(told)}
         for task, (name, dropped) in enumerate(zip(self.names, self.env.nan_count, strict=True)):
-            out[f"train/reward_scale/{name}"] = scale[task]
-            out[f"train/dropped/{name}"] = int(dropped)
+            out |= {f"train/reward_scale/{name}": scale[task], f"train/dropped/{name}": int(dropped)}
         return out | {f"train/{name}": value for name, value in self.losses.items()}
 
     def run(self, folder: RunFolder, metrics: MetricsWriter, report: Report) -> None:

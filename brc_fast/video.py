@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import pad
 
 from .agent import BRC
-from .envs.base import VectorEnvironment
+from .envs.base import VectorEnvironment, require_time_limit
 from .errors import InputError, MissingExtraError
 
 log = logging.getLogger(__name__)
@@ -123,6 +123,7 @@ def film(
             f"observation_size and action_size of {env.task_names[0]} are {sizes[1]}, those of the agent "
             f"only {sizes[0]}: film the task that it was trained on"
         )
+    require_time_limit(env)
     observations = env.reset_tensors(seed)
     source = simulation(env)
     model = copy.copy(source.model)  # some tasks move their target by changing the model at every reset

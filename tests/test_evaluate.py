@@ -30,7 +30,7 @@ class Scripted:
     a dropped step means nothing and says so: a reward of 99 and a success.
     """
 
-    observation_size, action_size, max_episode_steps = 2, 1, None
+    observation_size, action_size, max_episode_steps = 2, 1, 1000
 
     def __init__(
         self,

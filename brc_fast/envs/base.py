@@ -118,6 +118,16 @@ def tasks_with_success(env: VectorEnvironment) -> NDArray[np.bool_]:
     return np.array([name in told for name in env.task_names])
 
 
+def require_time_limit(env: VectorEnvironment) -> None:
+    """InputError that names the first task whose episodes might never end, so that nobody waits for one."""
+    for group in getattr(env, "groups", [env]):
+        if group.max_episode_steps is None:
+            raise InputError(
+                f"{group.task_names[0]} has no time limit, and an evaluation ends with its episodes: train "
+                "with --env.episode-length (envs.make: episode_length), or register it with max_episode_steps"
+            )
+
+
 class GymnasiumFace:
     """The `gymnasium.vector.VectorEnv` side of an adapter, in terms of its tensors.
 

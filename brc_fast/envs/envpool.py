@@ -31,6 +31,7 @@ from .vector import VectorAdapter, check_spaces
 
 log = logging.getLogger(__name__)
 
+NO_LIMIT = 2**31 - 1  # EnvPool's max_episode_steps of a task that has none
 METAWORLD_STEPS = 200  # of an episode, as in the publications that report MT50 with visible goals
 
 # EnvPool has one set of observations for all tasks of a domain; these are dm_control's, in its order.
@@ -78,7 +79,8 @@ class Pool(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]]):
             space = spec.gymnasium_observation_space
             self.single_action_space = spec.gymnasium_action_space
             self.action_space = batch_space(self.single_action_space, num_envs)
-        self.max_episode_steps = int(spec.config.max_episode_steps)
+        longest = int(spec.config.max_episode_steps)
+        self.max_episode_steps = None if longest >= NO_LIMIT else longest
         self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
         self._keys: Sequence[str] = ()
         leaves = [space]

@@ -1,0 +1,147 @@
+"""A task whose episodes may never end is refused before anybody waits for one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("gymnasium", reason="needs the [gym] extra")
+
+import gymnasium
+from gymnasium.spaces import Box
+from gymnasium.vector import SyncVectorEnv
+
+from brc_fast import BRC, ActorConfig, CriticConfig, cli, envs, evaluate, video
+from brc_fast.envs.base import require_time_limit
+from brc_fast.envs.multitask import MultiTaskEnv
+from brc_fast.envs.vector import VectorAdapter
+from brc_fast.errors import InputError
+
+WORDS = [
+    *("--num-envs", "2", "--steps", "40", "--random-steps", "20", "--batch-size", "16"),
+    *("--critic.width", "8", "--actor.width", "8", "--report-every", "20", "--eval-every", "20"),
+    *("--eval-episodes", "2", "--checkpoint-every", "20"),
+]
+TOLD = "has no time limit, and an evaluation ends with its episodes: train with --env.episode-length"
+
+
+class Endless(gymnasium.Env[Any, Any]):
+    observation_space = Box(-1.0, 1.0, (2,), np.float32)
+    action_space = Box(-1.0, 1.0, (1,), np.float32)
+    resets = 0
+
+    def reset(self, **settings: Any) -> tuple[Any, dict[str, Any]]:
+        super().reset(**settings)
+        Endless.resets += 1
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(2, np.float32), 1.0, False, False, {}
+
+
+class EndlessVector(SyncVectorEnv):
+    def __init__(self, num_envs: int, max_episode_steps: int | None = None) -> None:
+        made = Endless() if max_episode_steps is None else None
+        super().__init__(
+            [lambda: made or gymnasium.wrappers.TimeLimit(Endless(), max_episode_steps)] * num_envs
+        )
+
+
+def limited() -> Any:
+    return gymnasium.wrappers.TimeLimit(Endless(), 7)
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    ids = ("Endless-v0", "EndlessVector-v0", "Wrapped-v0", "Own-v0")
+    gymnasium.register(ids[0], Endless)
+    gymnasium.register(ids[1], vector_entry_point=EndlessVector)
+    gymnasium.register(ids[2], limited)  # limits itself by a wrapper of its own
+    gymnasium.register(ids[3], Endless, max_episode_steps=5)
+    Endless.resets = 0
+    yield
+    for name in ids:
+        del gymnasium.registry[name]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "named"),
+    [
+        (["gym/Endless-v0"], "gym/Endless-v0"),
+        (["gym/EndlessVector-v0"], "gym/EndlessVector-v0"),
+        (["gym/Own-v0", "gym/Endless-v0"], "gym/Endless-v0"),
+        (["gym/EndlessVector-v0", "gym/Pendulum-v1"], "gym/EndlessVector-v0"),
+    ],
+)
+def test_training_is_refused_before_it_starts(
+    tasks: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "run"
+    assert cli.main(["train", *tasks, "--run", str(run), *WORDS]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"brc-fast: {named} {TOLD}")
+    assert len(told.err.splitlines()) == 1
+    assert told.out == ""
+    assert not run.parent.exists()
+    assert Endless.resets == 0
+
+
+@pytest.mark.parametrize("task", ["gym/Endless-v0", "gym/EndlessVector-v0"])
+def test_the_option_that_the_error_names_lets_it_train_and_be_evaluated(task: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["train", task, "--run", str(run), *WORDS, "--env.episode-length", "5"]) == 0
+    assert cli.main(["evaluate", str(run), "--episodes", "2"]) == 0
+    assert json.loads((run / "evaluation.json").read_text())["lengths"][task] == [5, 5]
+
+
+def test_a_run_without_a_limit_is_neither_evaluated_nor_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["train", "gym/Own-v0", "--run", str(run), *WORDS]) == 0
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "tasks": ["gym/Endless-v0"]}))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for words in (["evaluate", str(run)], ["train", "--resume", str(run), "--steps", "60"]):
+        capsys.readouterr()
+        assert cli.main(words) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"brc-fast: gym/Endless-v0 {TOLD}")
+        assert len(told.splitlines()) == 1
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def without_limit() -> list[Any]:
+    def adapted() -> VectorAdapter:
+        return VectorAdapter(SyncVectorEnv([Endless] * 2), "mine", max_episode_steps=None)
+
+    own = envs.make("gym/Own-v0", 2)
+    return [adapted(), envs.make("gym/Endless-v0", 2), MultiTaskEnv([own, adapted()], ("gym/Own-v0", "mine"))]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_evaluate_and_film_refuse_it_before_the_first_reset(which: int, tmp_path: Path) -> None:
+    env = without_limit()[which]
+    agent = BRC(2, 1, num_tasks=len(env.task_names), critic=CriticConfig(width=8), actor=ActorConfig(width=8))
+    with pytest.raises(InputError, match=TOLD):
+        evaluate.evaluate(agent, env, 0, 2)
+    with pytest.raises(InputError, match=TOLD):
+        video.film(agent, env, 0, 0, tmp_path / "x.gif", video.Settings())
+    assert Endless.resets == 0
+
+
+def test_a_limit_is_found_wherever_gymnasium_keeps_it() -> None:
+    for task, steps in (("gym/Own-v0", 5), ("gym/Wrapped-v0", 7), ("gym/Pendulum-v1", 200)):
+        env = envs.make(task, 1)
+        require_time_limit(env)
+        assert env.max_episode_steps == steps
+    env = envs.make("gym/Endless-v0", 1, episode_length=3)
+    env.reset_tensors(0)
+    ends = [bool(env.step_tensors(torch.zeros(1, 1)).truncated) for _ in range(6)]
+    assert ends == [False, False, True] * 2
