@@ -135,6 +135,7 @@ def parse_train(words: Sequence[str]) -> tuple[TrainConfig, RunFolder | None]:
     """The run's settings over the defaults for its device, and the folder to resume, if any."""
     resume, device = option(words, "resume"), option(words, "device")
     if resume is not None:
+        RunFolder(resume).require_plain()
         default = RunFolder(resume).config()
         if not RunFolder(resume).steps():
             raise InputError(f"{resume} holds no complete checkpoint: train it anew, with --overwrite")

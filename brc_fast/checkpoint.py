@@ -19,6 +19,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -33,11 +34,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from .config import TrainConfig, from_dict
+from .disk import FOLDER, REGULAR, replace_file, require, require_replaceable, sync
 from .errors import InputError
 
 FORMAT = 2
 KEPT = 2
 REPLAY = "replay"
+STEP = re.compile(r"(0\d{11}|[1-9]\d{11,17})", re.ASCII)  # a checkpoint's name
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -51,14 +54,9 @@ class Replay(Protocol):
 class RunFolder:
     """One run on disk. Making the object touches nothing."""
 
-    OWN = (
-        "config.json",
-        "metrics.jsonl",
-        "learning_curve.png",
-        "evaluation.json",
-        "checkpoints",
-        "tensorboard",
-    )
+    FILES = ("config.json", "metrics.jsonl", "learning_curve.png", "evaluation.json")
+    FOLDERS = ("checkpoints", "tensorboard")
+    OWN = FILES + FOLDERS
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -73,11 +71,29 @@ class RunFolder:
             raise InputError(f"the run's folder must have a name in UTF-8, got {str(self.path)!a}") from error
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file: name another folder with --run")
-        if not overwrite and any((self.path / name).exists() for name in self.OWN):
+        if not overwrite and any(os.path.lexists(self.path / name) for name in self.OWN):
             raise InputError(
                 f"{self.path} already holds a run: go on with --resume {quote(str(self.path))}, "
                 "replace it with --overwrite, or name another folder with --run"
             )
+
+    def require_plain(self) -> None:
+        """InputError for a link, pipe or device where the run has files of its own, before one is opened.
+
+        Whoever goes on with a run that somebody else made calls this first. The folder itself may be a link,
+        and what a run does not write may be anything.
+        """
+        for name in self.FILES:
+            # a folder there: the evaluation is printed and the command tells why it is not kept
+            unwritable = (FOLDER,) if name == "evaluation.json" else ()
+            require_replaceable(self.path / name, *unwritable, single=True)
+        for name in self.FOLDERS:
+            require(self.path / name, FOLDER)
+        for checkpoint in self.checkpoints.glob("*"):
+            if STEP.fullmatch(checkpoint.name) or checkpoint.name.startswith("partial-"):
+                require(checkpoint, FOLDER)
+                for entry in checkpoint.rglob("*"):
+                    require(entry, REGULAR, FOLDER)
 
     @contextmanager
     def claim(self) -> Iterator[None]:
@@ -98,9 +114,9 @@ class RunFolder:
     def create(self, config: TrainConfig) -> None:
         """Make the folder, clear it of an earlier run (of nothing else), and write config.json."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in self.OWN:
+        for name in (*self.OWN, *(f"{name}.partial" for name in self.FILES)):
             old = self.path / name
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
         self.write_config(config)
 
     def write_config(self, config: TrainConfig) -> None:
@@ -113,7 +129,7 @@ class RunFolder:
             raise InputError(f"{self.path} holds no run: {file.name} is missing")
         try:
             config = from_dict(TrainConfig, json.loads(file.read_text()))
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{file} cannot be read: {error}") from error
         assert isinstance(config, TrainConfig)
         return config
@@ -122,7 +138,7 @@ class RunFolder:
         """Environment steps per task of the complete checkpoints, oldest first."""
         if not self.checkpoints.is_dir():
             return []
-        return sorted(int(entry.name) for entry in self.checkpoints.iterdir() if entry.name.isdigit())
+        return sorted(int(entry.name) for entry in self.checkpoints.iterdir() if STEP.fullmatch(entry.name))
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -147,7 +163,7 @@ class RunFolder:
                     key: np.ascontiguousarray(value).reshape(value.shape) for key, value in arrays.items()
                 }
                 save_file(contiguous, file)
-                _sync(file)
+                sync(file)
                 files[file.name] = {"bytes": file.stat().st_size, "crc32": _checksum(file)}
             newest = self.newest()
             replay.save(partial / REPLAY, previous=newest / REPLAY if newest else None)
@@ -165,7 +181,7 @@ class RunFolder:
             ) from error
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _sync(self.checkpoints)
+        sync(self.checkpoints)
         for old in self.steps()[:-KEPT]:
             shutil.rmtree(self.checkpoints / f"{old:012d}")
         return final
@@ -195,8 +211,8 @@ class RunFolder:
         folder = self.checkpoints / f"{steps[-1]:012d}"
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
-            version, files, step = int(manifest["format"]), manifest["files"], int(manifest["step"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            version, step, files = int(manifest["format"]), int(manifest["step"]), dict(manifest["files"])
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise InputError(
                 f"{folder / 'manifest.json'} is damaged ({error}); {_remedy(folder, steps)}"
             ) from error
@@ -205,12 +221,16 @@ class RunFolder:
                 f"{folder} has format {version}, this version of brc-fast reads format {FORMAT}: "
                 + ("upgrade brc-fast" if version > FORMAT else "use the version that wrote it")
             )
+        if step != steps[-1]:
+            raise InputError(f"{folder} holds a checkpoint of step {step}; {_remedy(folder, steps)}")
         groups = {}
         for name in names:
             file = folder / f"{name}.safetensors"
             wanted = files.get(file.name)
             if wanted is None or not file.exists():
                 raise InputError(f"{file} is missing; {_remedy(folder, steps)}")
+            if not isinstance(wanted, dict) or not wanted.keys() >= {"bytes", "crc32"}:
+                raise InputError(f"{file} has no size and checksum in its manifest; {_remedy(folder, steps)}")
             if file.stat().st_size != wanted["bytes"]:
                 told = f"{file.stat().st_size} of {wanted['bytes']} bytes"
                 raise InputError(f"{file} is truncated: {told}; {_remedy(folder, steps)}")
@@ -236,27 +256,13 @@ def grouped(arrays: Mapping[str, NDArray[Any]], group: str) -> Arrays:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    replace_file(path, text.encode())
 
 
 def _remedy(folder: Path, steps: list[int]) -> str:
     if len(steps) > 1:
         return f"delete {folder} to go on from the checkpoint of step {steps[-2]}"
     return "there is no earlier checkpoint to go on from"
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _checksum(path: Path) -> int:

@@ -15,6 +15,7 @@ import torch
 from . import __version__
 from .checkpoint import RunFolder, write_text
 from .config import TrainConfig
+from .disk import require_replaceable
 from .errors import InputError, MissingExtraError, WorkerError
 from .interrupt import interrupts_kept
 from .output import Output
@@ -157,6 +158,7 @@ def evaluate(words: list[str]) -> int:
             raise InputError(f"json must name a file, got the folder {output}")
         if not output.absolute().parent.is_dir():
             raise InputError(f"json: there is no folder to write {output} to")
+        require_replaceable(output, remedy="name another file with --json")
     folders = [RunFolder(run) for run in arguments.runs]
     configs = same_tasks(folders)
 
@@ -193,6 +195,8 @@ def same_tasks(folders: list[RunFolder]) -> list[TrainConfig]:
     """The settings of runs that are to be taken together."""
     if not folders:
         raise InputError("name at least one run folder")
+    for folder in folders:
+        folder.require_plain()
     configs = [folder.config() for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         if config.tasks != configs[0].tasks:
@@ -222,6 +226,7 @@ def video(words: list[str]) -> int:
         raise InputError(f"seed must be 0 or more, got {arguments.seed}")
     settings = filming.Settings.parse(arguments.size, arguments.fps, arguments.camera)
     folder = RunFolder(arguments.run)
+    folder.require_plain()
     config = folder.config()
     tasks = envs.expand(config.tasks)
     task = tasks[0] if arguments.task is None else arguments.task
@@ -252,6 +257,8 @@ def plot(words: list[str]) -> int:
 
     arguments = parse(PlotArguments, words, "plot")
     folders = [RunFolder(run) for run in arguments.runs]
+    for folder in folders:
+        folder.require_plain()
     one = folders[0].path / "learning_curve.png" if len(folders) == 1 else Path("learning_curves.png")
     output = Path(arguments.output) if arguments.output else one
     draw(folders, output, metric=arguments.metric, group=arguments.group, reference=arguments.reference)

@@ -183,6 +183,7 @@ class Evaluation:
 
 def restore(folder: RunFolder, device: str) -> tuple[int, BRC]:
     """The agent of a run's newest checkpoint and the step that it was written at."""
+    folder.require_plain()
     step, parts = folder.load("agent")
     # acting takes float32 products whatever learning took, on any device
     config = dataclasses.replace(folder.config(), precision="fp32")

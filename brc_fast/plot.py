@@ -8,6 +8,7 @@ is the span from the lowest to the highest.
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from . import published
 from .checkpoint import RunFolder
 from .config import TrainConfig
+from .disk import replace_file, require_replaceable
 from .errors import InputError, MissingExtraError
 from .metrics import read_rows
 from .scores import COVERAGE, RESAMPLES, normalized
@@ -270,6 +272,7 @@ def plot(
     shown = experiments(folders, metric, group)
     if not output.absolute().parent.is_dir():
         raise InputError(f"there is no folder to write {output} to")
+    require_replaceable(output, remedy="name another output")
     tasks = list(dict.fromkeys(task for experiment in shown for run in experiment.runs for task in run))
     behind = None
     if reference != "none":
@@ -283,7 +286,9 @@ def plot(
             raise InputError(f"{told} for {', '.join(tasks)}: leave --reference out")
     figure = Figure(layout="constrained")
     draw(figure, shown, tasks, metric, behind)
-    figure.savefig(output, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=output.suffix[1:], dpi=150)
+    replace_file(output, drawn.getvalue())
 
 
 def draw(

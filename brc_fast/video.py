@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import pad
 
 from .agent import BRC
+from .disk import REGULAR, require
 from .envs.base import VectorEnvironment, require_time_limit
 from .errors import InputError, MissingExtraError
 
@@ -227,13 +228,20 @@ def check_output(output: Path) -> Path:
         )
     if not output.absolute().parent.is_dir():
         raise InputError(f"there is no folder to write {output} to")
+    for file in (output, _partial(output)):
+        require(file, REGULAR, remedy="name another output")
     return output
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f"partial-{output.name}")
 
 
 def write(frames: Iterator[Frame], output: Path, fps: float) -> None:
     """Encode frames as they come; the file appears when it is complete."""
     check_output(output)
-    partial = output.with_name(f"partial-{output.name}")
+    partial = _partial(output)
+    partial.unlink(missing_ok=True)
     try:
         (_write_gif if output.suffix == ".gif" else _write_mp4)(frames, partial, fps)
         partial.replace(output)

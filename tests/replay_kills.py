@@ -126,7 +126,7 @@ class Stops:
             copy(source, target)
 
         def opened(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-            if "w" not in mode:
+            if mode not in ("w", "x"):
                 return path_open(path, mode, *arguments, **options)
             self(f"before opening {path.name}")
             return Wrapped(path_open(path, mode, *arguments, **options), write=self.piecewise)

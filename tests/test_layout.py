@@ -15,7 +15,7 @@ PACKAGE = ROOT / "brc_fast"
 # What each layer may import of the package. A module of one line may import those of the lines above it.
 LAYERS = [
     {"errors"},
-    {"config", "batch", "published"},
+    {"config", "batch", "published", "disk"},
     {"kernels", "_core"},
     {"networks", "graphs", "precision", "finite"},
     {"flat"},

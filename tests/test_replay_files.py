@@ -410,3 +410,150 @@ def test_a_folder_without_a_save_or_with_other_files_is_refused(tmp_path: Path) 
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError, match="file"):
         feed.buffer.save(tmp_path / "file")
+
+
+# ---- Folders from somebody else
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    found = {}
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        found[str(path)] = status.st_mode, status.st_ino, status.st_nlink, status.st_mtime_ns, content
+    return found
+
+
+HEX = "0123456789abcdef" * 2
+FOUR = "\u0664"  # a digit in Arabic
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../y", "../outside/y", "/", "", ".", "..", "y", "manifest.json", "x/../y"),
+        *(f"Segment-{HEX}.bin", f"segment-{HEX.upper()}.bin", f"segment-{HEX}.BIN", f"segment-{HEX[1:]}.bin"),
+        *(f"segment-{HEX}.bin ", f" segment-{HEX}.bin", f"segment-{HEX}.bin\n", f"segment-{HEX}.bin.partial"),
+        *(f"./segment-{HEX}.bin", f"segment-{HEX}.bin/", f"segment-{HEX}.bin\0", f"segment-{32 * FOUR}.bin"),
+        "ABSOLUTE",
+    ],
+)  # fmt: skip
+def test_a_segment_is_read_and_linked_only_under_a_name_that_a_save_gives(tmp_path: Path, name: str) -> None:
+    down, mine, outside = (tmp_path / each for each in ("down", "mine", "outside"))
+    outside.mkdir()
+    feed = filled()
+    feed.buffer.save(down)
+    name = str(outside / "y") if name == "ABSOLUTE" else name
+    segment = newest_segment(down)
+    for place in (down / "y", tmp_path / "y", outside / "y", *([down / name] if HEX[1:] in name else [])):
+        if "\0" not in name and place.parent.is_dir() and not place.name.endswith("/"):
+            shutil.copy(segment, place)  # so that all is there that the manifest may name
+    rewrite(down, lambda manifest: manifest["segments"][0].update(file=name))
+    before = everything(tmp_path)
+    with pytest.raises(ValueError, match="as a segment") as caught:
+        feed.copied().loaded(down)
+    assert str(caught.value).startswith(f"{down / 'manifest.json'} names {name!r} as a segment")
+    feed.buffer.save(mine, previous=down)  # which it does not need
+    feed.loaded(mine).check_content()
+    assert {path: told for path, told in everything(tmp_path).items() if path in before} == before
+    assert {path.parent for path in map(Path, everything(tmp_path).keys() - before.keys())} <= {
+        mine,
+        tmp_path,
+    }
+    assert files_in(mine) == named_by(mine, "manifest.json")
+
+
+def replace_by(kind: str, path: Path, target: Path) -> None:
+    """`target` gets what was at `path`, if anything was."""
+    if path.exists():
+        shutil.move(path, target)
+    if kind == "link":
+        path.symlink_to(target)
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["link", "FIFO", "folder"])
+@pytest.mark.parametrize(
+    "which", ["manifest.json", "manifest.previous.json", "segment", "manifest.json.partial"]
+)
+def test_only_regular_files_are_read_linked_and_replaced(tmp_path: Path, kind: str, which: str) -> None:
+    down, outside = tmp_path / "down", tmp_path / "outside"
+    outside.mkdir()
+    feed = filled()
+    feed.buffer.save(down)
+    more(feed, 1)
+    feed.buffer.save(down)
+    saved = feed.buffer._saved
+    path = newest_segment(down) if which == "segment" else down / which
+    (outside / "precious").write_text("precious")
+    replace_by(kind, path, outside / "moved")
+    before = everything(tmp_path)
+    if which in ("manifest.json", "segment"):
+        with pytest.raises(ValueError, match=f"{path} must be a regular file, got a {kind}"):
+            feed.copied().loaded(down)
+    elif which == "manifest.previous.json":
+        with pytest.raises(ValueError, match=f"{path} must be a regular file, got a {kind}"):
+            feed.copied().loaded(down, previous=True)
+    with pytest.raises(ValueError, match=f"{path} must be a regular file, got a {kind}; name another folder"):
+        feed.buffer.save(down)
+    assert everything(tmp_path) == before
+    feed.buffer._saved = saved
+    mine = tmp_path / "mine"
+    feed.buffer.save(mine, previous=down)
+    feed.loaded(mine).check_content()
+    assert all(file.is_file() and not file.is_symlink() for file in mine.iterdir())
+    assert {path: told for path, told in everything(tmp_path).items() if str(outside) in path} == {
+        path: told for path, told in before.items() if str(outside) in path
+    }
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.json.partial", "manifest.previous.json.partial"])
+def test_a_file_with_another_name_elsewhere_is_replaced_here_only(tmp_path: Path, name: str) -> None:
+    folder, precious = tmp_path / "replay", tmp_path / "precious"
+    feed = filled()
+    feed.buffer.save(folder)
+    shutil.copy(folder / "manifest.json", precious)
+    (folder / name).unlink(missing_ok=True)
+    os.link(precious, folder / name)
+    before = precious.read_bytes()
+    more(feed, 1)
+    feed.buffer.save(folder)
+    assert precious.read_bytes() == before
+    feed.loaded(folder).check_content()
+    feed.loaded(folder, previous=True)
+
+
+def test_a_save_goes_on_from_a_folder_that_has_lost_a_segment_by_writing_all(tmp_path: Path) -> None:
+    feed = filled()
+    feed.buffer.save(tmp_path / "a")
+    newest_segment(tmp_path / "a").unlink()
+    more(feed, 1)
+    for folder in (tmp_path / "b", tmp_path / "a"):
+        saved = feed.buffer._saved
+        feed.buffer.save(folder, previous=tmp_path / "a")
+        feed.loaded(folder).check_content()
+        feed.buffer._saved = saved
+
+
+@pytest.mark.parametrize("name", ["count", "draws"])
+def test_numbers_that_would_wrap_are_refused(tmp_path: Path, name: str) -> None:
+    feed = filled()
+    feed.buffer.save(tmp_path)
+
+    def raise_by(manifest: Manifest, more: int) -> None:
+        if name == "draws":
+            manifest["content"]["draws"] = more
+        else:
+            for numbers in (manifest["content"]["count"], manifest["segments"][0]["first"]):
+                numbers[0] += more
+
+    rewrite(tmp_path, lambda manifest: raise_by(manifest, 2**61))
+    feed.copied().buffer.load(tmp_path)
+    rewrite(tmp_path, lambda manifest: raise_by(manifest, 2**63))
+    what = "draws" if name == "draws" else "transitions"
+    with pytest.raises(ValueError, match=f"the saved replay has more {what} than can be counted"):
+        feed.buffer.load(tmp_path)
+    feed.check_content(2, 0.9)

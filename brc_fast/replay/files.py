@@ -26,13 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from brc_fast import _core
+from brc_fast.disk import REGULAR, opened, require, sync
+from brc_fast.errors import InputError
 
 from .fields import Spec
 
 FORMAT = 1
 MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
 MOST_SEGMENTS = 64
-OWN = re.compile(r"(manifest(\.previous)?\.json|segment-[0-9a-f]{32}\.bin)(\.partial)?")
+SEGMENT = re.compile(r"segment-[0-9a-f]{32}\.bin")
+OWN = re.compile(rf"(manifest(\.previous)?\.json|{SEGMENT.pattern})(\.partial)?")
 Manifest = dict[str, Any]
 
 
@@ -45,9 +48,12 @@ def save(
 ) -> str:
     """Write a generation and return its id; `saved` is the id of the one that the store goes on from."""
     folder.mkdir(parents=True, exist_ok=True)
-    foreign = sorted(entry.name for entry in folder.iterdir() if not OWN.fullmatch(entry.name))
+    entries = sorted(folder.iterdir())
+    foreign = [entry.name for entry in entries if not OWN.fullmatch(entry.name)]
     if foreign:
         raise ValueError(f"{folder} must hold replay files only, found {foreign[0]}; name another folder")
+    for entry in entries:
+        require(entry, REGULAR, remedy="name another folder")
     with _alone(folder):
         made: list[Path] = []  # files that no manifest names yet
         try:
@@ -103,15 +109,17 @@ def load(store: _core.ReplayStore, spec: Spec, folder: Path, previous: bool) -> 
         raise ValueError(f"{folder} holds no saved replay: {file.name} is missing")
     try:
         manifest = _read(file)
+        identity = str(manifest["id"])
         _require_spec(manifest["fields"], spec, folder)
         with ExitStack() as stack:
             segments = []
             for segment in manifest["segments"]:
                 path = folder / segment["file"]
-                if not path.exists():
-                    raise ValueError(f"{path} is missing")
-                opened = stack.enter_context(path.open("rb"))
-                segments.append((opened.fileno(), str(path), segment))
+                try:
+                    handle = stack.enter_context(opened(path)).fileno()
+                except FileNotFoundError:
+                    raise ValueError(f"{path} is missing") from None
+                segments.append((handle, str(path), segment))
             store.load(manifest["content"], segments, manifest["seed"])
     except ValueError as error:
         if not previous and (folder / PREVIOUS).exists():
@@ -120,32 +128,30 @@ def load(store: _core.ReplayStore, spec: Spec, folder: Path, previous: bool) -> 
         raise
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{file} does not hold what it must: {error}") from error
-    return str(manifest["id"])
+    return identity
 
 
 def _base(
     folder: Path, saved: str | None, previous: str | os.PathLike[str] | None, made: list[Path]
 ) -> Manifest | None:
     """The generation that the store goes on from, its segments in `folder`; None if it is not to be had."""
-    for source in (folder, None if previous is None else Path(previous)):
-        if saved is None or source is None or not (source / MANIFEST).exists():
-            continue
-        try:
-            manifest = _read(source / MANIFEST)
-        except ValueError:
+    for source in (folder,) if previous is None else (folder, Path(previous)):
+        manifest = _intact(source / MANIFEST)
+        if manifest is None or saved is None or manifest.get("id") != saved:
             continue
         stored, kept = (sum(map(sum, rows)) for rows in _rows(manifest))
-        if manifest["id"] != saved or stored > 2 * kept or len(manifest["segments"]) >= MOST_SEGMENTS:
+        files = [source / segment["file"] for segment in manifest["segments"]]
+        there = all(file.is_file() and not file.is_symlink() for file in files)
+        if not there or stored > 2 * kept or len(files) >= MOST_SEGMENTS:
             continue
-        for segment in manifest["segments"] if source != folder else []:
-            target = folder / segment["file"]
-            partial = folder / (segment["file"] + ".partial")
+        for file in files if source != folder else []:
+            target, partial = folder / file.name, folder / f"{file.name}.partial"
             partial.unlink(missing_ok=True)
             made += [partial] if target.exists() else [partial, target]
             try:
-                os.link(source / segment["file"], partial)
+                os.link(file, partial)
             except OSError:  # another file system, or one without links
-                _copy(source / segment["file"], partial)
+                _copy(file, partial)
             os.replace(partial, target)
         return manifest
     return None
@@ -184,72 +190,78 @@ def _commit(folder: Path, manifest: Manifest, made: list[Path]) -> None:
     """Make it the folder's generation in one step, and the one before the previous; then clear `made`."""
     text = json.dumps(manifest)
     partial = folder / (MANIFEST + ".partial")
-    with partial.open("w") as file:
+    partial.unlink(missing_ok=True)
+    with partial.open("x") as file:
         json.dump({"checksum": zlib.crc32(text.encode()), "manifest": manifest}, file)
         file.flush()
         os.fsync(file.fileno())
-    if _readable(folder / MANIFEST):
+    if _intact(folder / MANIFEST):
         older = folder / (PREVIOUS + ".partial")
+        older.unlink(missing_ok=True)
         _copy(folder / MANIFEST, older)
         os.replace(older, folder / PREVIOUS)
     os.replace(partial, folder / MANIFEST)
     made.clear()
-    _sync(folder)
+    sync(folder)
 
 
 def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
-    _sync(target)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(target)
 
 
 def _sweep(folder: Path) -> None:
     """Delete what no generation names."""
     named = {MANIFEST, PREVIOUS}
     for name in (MANIFEST, PREVIOUS):
-        if _readable(folder / name):
-            named |= {segment["file"] for segment in _read(folder / name)["segments"]}
+        if manifest := _intact(folder / name):
+            named |= {segment["file"] for segment in manifest["segments"]}
     for entry in folder.iterdir():
         if entry.name not in named and OWN.fullmatch(entry.name):
             entry.unlink(missing_ok=True)
 
 
-def _readable(file: Path) -> bool:
+def _intact(file: Path) -> Manifest | None:
+    """A manifest, or None where it is missing or damaged."""
     try:
-        _read(file)
-    except (OSError, ValueError):
-        return False
-    return True
+        return _read(file)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _read(file: Path) -> Manifest:
-    """A manifest, checked; ValueError names the file and what is wrong."""
+    """A manifest, checked; ValueError names the file and what is wrong, FileNotFoundError nothing."""
     try:
-        outer = json.loads(file.read_text())
+        with opened(file) as stream:
+            outer = json.load(stream)
         manifest: Manifest = outer["manifest"]
         whole = zlib.crc32(json.dumps(manifest).encode()) == outer["checksum"]
-    except (ValueError, KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not whole:
         raise ValueError(f"{file} is damaged: its checksum differs")
-    if manifest["format"] != FORMAT:
-        remedy = "upgrade brc-fast" if manifest["format"] > FORMAT else "use the version that wrote it"
+    try:
+        version, order = manifest["format"], manifest["byte_order"]
+        newer = version > FORMAT
+        names = [segment["file"] for segment in manifest["segments"]] if version == FORMAT else []
+        foreign = [name for name in names if not SEGMENT.fullmatch(name)]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not hold what it must: {error}") from error
+    if version != FORMAT:
+        remedy = "upgrade brc-fast" if newer else "use the version that wrote it"
         raise ValueError(
-            f"{file} has replay format {manifest['format']}, this version of brc-fast reads format {FORMAT}: "
-            + remedy
+            f"{file} has replay format {version}, this version of brc-fast reads format {FORMAT}: {remedy}"
         )
-    if manifest["byte_order"] != sys.byteorder:
-        order = manifest["byte_order"]
+    if order != sys.byteorder:
         raise ValueError(
             f"{file} was written in {order}-endian order, this machine is {sys.byteorder}-endian"
+        )
+    if foreign:
+        raise ValueError(
+            f"{file} names {foreign[0]!r:.99} as a segment, and a replay's are named segment-ID.bin, with 32 "
+            "hexadecimal digits as ID"
         )
     return manifest
 

@@ -1,0 +1,363 @@
+"""Runs that somebody else made: whatever lies in their folders, nothing outside of them is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from brc_fast import cli
+from brc_fast.checkpoint import RunFolder, write_text
+from brc_fast.errors import InputError
+from brc_fast.evaluate import restore
+
+WORDS = [
+    *("--num-envs", "2", "--steps", "40", "--random-steps", "20", "--batch-size", "16"),
+    *("--critic.width", "8", "--actor.width", "8", "--report-every", "20", "--eval-every", "20"),
+    *("--eval-episodes", "2", "--checkpoint-every", "20"),
+]
+NEWEST = "checkpoints/000000000040"
+COMMANDS = {
+    "resume": lambda run: ["train", "--resume", str(run), "--steps", "60"],
+    "evaluate": lambda run: ["evaluate", str(run)],
+    "plot": lambda run: ["plot", str(run)],
+    "video": lambda run: ["video", str(run)],
+}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Filled by the first test that needs it: a run of 40 steps with an evaluation."""
+    return tmp_path_factory.mktemp("original") / "run"
+
+
+@pytest.fixture
+def run(toy: dict, original: Path, tmp_path: Path) -> Path:
+    if not original.exists():
+        assert cli.main(["train", "toy/One", "--run", str(original), *WORDS]) == 0
+        assert cli.main(["evaluate", str(original)]) == 0
+    shutil.copytree(original, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    (folder / "precious").write_text("precious\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_time() -> Iterator[None]:
+    """Whoever opens a FIFO waits for ever."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError("waited for a FIFO")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """What lies in a folder: kinds, links, contents and times."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        told: Any = None
+        if stat.S_ISLNK(status.st_mode):
+            told = os.readlink(path)
+        elif stat.S_ISREG(status.st_mode):
+            told = path.read_bytes()
+        found[str(path)] = (status.st_mode, status.st_ino, status.st_nlink, status.st_mtime_ns, told)
+    return found
+
+
+def link(path: Path, outside: Path) -> None:
+    """A link to what was there, or to a precious file."""
+    target = outside / "precious"
+    if path.exists():
+        target = outside / f"moved-{path.name}"
+        shutil.move(path, target)
+    path.symlink_to(target)
+
+
+def dangling(path: Path, outside: Path) -> None:
+    """A link that would make a file elsewhere for who writes to it."""
+    clear(path)
+    path.symlink_to(outside / "new")
+
+
+def hard_link(path: Path, outside: Path) -> None:
+    target = outside / "precious"
+    if path.exists():
+        target = outside / f"moved-{path.name}"
+        shutil.move(path, target)
+    os.link(target, path)
+
+
+def fifo(path: Path, outside: Path) -> None:
+    clear(path)
+    os.mkfifo(path)
+
+
+def a_socket(path: Path, outside: Path) -> None:
+    clear(path)
+    before = Path.cwd()
+    os.chdir(path.parent)  # the path of a socket has at most 107 characters
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(path.name)
+    os.chdir(before)
+
+
+def other_kind(path: Path, outside: Path) -> None:
+    """A folder for a file, and a file for a folder."""
+    was_folder = path.is_dir() or path.name.startswith("partial-")
+    clear(path)
+    path.write_text("x") if was_folder else path.mkdir()
+
+
+def clear(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def refused(
+    words: list[str], path: Path, capsys: pytest.CaptureFixture[str], *folders: Path, told: str = "must "
+) -> None:
+    """The command ends with one line that names `path`, and `folders` are as they were."""
+    before = [everything(folder) for folder in folders]
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    line = capsys.readouterr().err.strip()
+    assert len(line.splitlines()) == 1
+    assert line.startswith(f"brc-fast: {path} {told}")
+    assert [everything(folder) for folder in folders] == before
+
+
+REWRITTEN = ["config.json", "metrics.jsonl", "learning_curve.png", "evaluation.json"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("plant", [link, dangling, hard_link, fifo, a_socket, other_kind])
+@pytest.mark.parametrize("name", [*REWRITTEN, *(f"{name}.partial" for name in REWRITTEN)])
+def test_a_file_that_is_rewritten_must_be_a_regular_file_of_the_run_alone(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str], name: str, plant: Any, command: str
+) -> None:
+    if plant is other_kind and name.startswith("evaluation.json"):
+        return  # the evaluation is printed, and why it is not kept: see test_train
+    plant(run / name, outside)
+    refused(COMMANDS[command](run), run / name, capsys, run, outside)
+
+
+FOLDERS = ["checkpoints", "tensorboard", NEWEST, "checkpoints/partial-50"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("plant", [link, dangling, fifo, a_socket, other_kind])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_of_the_run_must_be_a_folder(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str], name: str, plant: Any, command: str
+) -> None:
+    if name == "checkpoints/partial-50" and plant is not other_kind:
+        (run / name).mkdir()
+    plant(run / name, outside)
+    refused(COMMANDS[command](run), run / name, capsys, run, outside)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("plant", [link, dangling, fifo, a_socket])
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "agent.safetensors", "replay", "replay/manifest.json", "replay/segment", "replay/x"],
+)
+def test_nothing_in_a_checkpoint_may_be_a_link_or_a_pipe(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str], name: str, plant: Any, command: str
+) -> None:
+    path = run / NEWEST / name
+    if name == "replay/segment":
+        path = next(path.parent.glob("segment-*.bin"))
+    plant(path, outside)
+    refused(COMMANDS[command](run), path, capsys, run, outside)
+
+
+def test_the_policy_of_such_a_run_is_refused_in_python_too(run: Path, outside: Path) -> None:
+    link(run / NEWEST / "agent.safetensors", outside)
+    with pytest.raises(
+        InputError, match=r"agent\.safetensors must be a regular file or a folder, got a link"
+    ):
+        restore(RunFolder(run), "cpu")
+
+
+def test_of_several_runs_none_is_evaluated_if_one_is_refused(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = outside / "other"
+    shutil.copytree(run, other)
+    fifo(other / NEWEST / "agent.safetensors", outside)
+    path = other / NEWEST / "agent.safetensors"
+    refused(["evaluate", str(run), str(other)], path, capsys, run, outside)
+
+
+def test_the_folder_itself_may_be_a_link_and_what_a_run_does_not_write_may_be_anything(
+    run: Path, outside: Path, tmp_path: Path
+) -> None:
+    (run / "notes").symlink_to(outside / "precious")
+    os.mkfifo(run / "pipe")
+    (run / "checkpoints" / "latest").symlink_to("000000000040")
+    (tmp_path / "shortcut").symlink_to(run)
+    before = everything(outside)
+    for words in (COMMANDS["evaluate"], COMMANDS["plot"], COMMANDS["resume"]):
+        assert cli.main(words(tmp_path / "shortcut")) == 0
+    assert RunFolder(run).steps() == [40, 60]
+    assert everything(outside) == before
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "segment-" + 32 * "A" + ".bin", "manifest.json", ""])
+def test_a_run_whose_replay_names_other_files_is_not_resumed(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    rename_segments(run / NEWEST / "replay", lambda _: name)
+    manifest = run / NEWEST / "replay" / "manifest.json"
+    told = f"names {name!r} as a segment"
+    refused(COMMANDS["resume"](run), manifest, capsys, run, outside, told=told)
+
+
+def rename_segments(replay: Path, rename: Callable[[str], Any]) -> None:
+    manifest = json.loads((replay / "manifest.json").read_text())["manifest"]
+    for segment in manifest["segments"]:
+        segment["file"] = rename(segment["file"])
+    checksum = zlib.crc32(json.dumps(manifest).encode())
+    (replay / "manifest.json").write_text(json.dumps({"checksum": checksum, "manifest": manifest}))
+
+
+@pytest.mark.parametrize(
+    "name", ["00000000004٤", "٠٠٠٠٠٠٠٠٠٠٤٤", "44", "0000000000044", "9" * 19, "-00000000044"]
+)
+def test_only_names_that_a_run_gives_are_checkpoints(run: Path, name: str) -> None:
+    (run / "checkpoints" / name).mkdir()
+    assert RunFolder(run).steps() == [20, 40]
+    assert cli.main(COMMANDS["resume"](run)) == 0
+    assert RunFolder(run).steps() == [40, 60]
+
+
+@pytest.mark.parametrize("step", [20, 60, -1, 10**300, float("inf"), "forty", [], None])
+def test_a_checkpoint_that_tells_another_step_than_its_name_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], step: Any
+) -> None:
+    manifest = json.loads((run / NEWEST / "manifest.json").read_text())
+    (run / NEWEST / "manifest.json").write_text(json.dumps({**manifest, "step": step}))
+    for command in ("resume", "evaluate"):
+        capsys.readouterr()
+        before = everything(run)
+        assert cli.main(COMMANDS[command](run)) == 2
+        line = capsys.readouterr().err.strip()
+        assert len(line.splitlines()) == 1
+        assert str(run / NEWEST) in line
+        assert everything(run) == before
+
+
+def test_overwriting_a_run_replaces_its_links_and_not_what_they_name(run: Path, outside: Path) -> None:
+    for name in ("config.json", "learning_curve.png", "checkpoints", "tensorboard"):
+        link(run / name, outside)
+    link(run / "metrics.jsonl.partial", outside)
+    before = everything(outside)
+    assert cli.main(["train", "toy/One", "--run", str(run), *WORDS, "--overwrite"]) == 0
+    assert everything(outside) == before
+    RunFolder(run).require_plain()
+
+
+def test_a_folder_whose_names_are_links_to_nothing_holds_a_run(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run)
+    run.mkdir()
+    dangling(run / "metrics.jsonl", outside)
+    words = ["train", "toy/One", "--run", str(run), *WORDS]
+    refused(words, run, capsys, run, outside, told="already holds a run")
+
+
+def test_a_small_file_is_replaced_without_touching_what_shares_its_place(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for place in ("x.json", "x.json.partial"):
+        for make in (os.link, os.symlink):
+            make(precious, tmp_path / place)
+            write_text(tmp_path / "x.json", "new")
+            assert (tmp_path / "x.json").read_text() == "new"
+            assert precious.read_text() == "precious"
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["precious", "x.json"]
+            (tmp_path / "x.json").unlink()
+
+
+# ---- Outputs that the user names
+
+
+def device(path: Path) -> Path:
+    """A device of one's own, or for who may not make one that which nobody may replace."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    except PermissionError:
+        return Path("/dev/null")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "FIFO", "socket", "device", "partial"])
+def test_the_numbers_of_an_evaluation_replace_regular_files_only(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    output = outside / "all.json"
+    if kind == "device":
+        output = device(output)
+    elif kind == "partial":
+        link(outside / "all.json.partial", outside)
+    else:
+        {"link": link, "dangling": dangling, "FIFO": fifo, "socket": a_socket}[kind](output, outside)
+    named = outside / "all.json.partial" if kind == "partial" else output
+    words = ["evaluate", str(run), "--json", str(output)]
+    refused(words, named, capsys, run, outside, told="must be a regular file, got a ")
+
+
+@pytest.mark.parametrize("plant", [link, dangling, fifo, other_kind])
+def test_a_plot_replaces_regular_files_only(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str], plant: Any
+) -> None:
+    output = outside / "curve.svg"
+    plant(output, outside)
+    words = ["plot", str(run), "--output", str(output)]
+    refused(words, output, capsys, run, outside, told="must be a regular file, got a ")
+
+
+def test_a_curve_with_another_name_elsewhere_is_replaced_here_only(run: Path, outside: Path) -> None:
+    hard_link(outside / "curve.png", outside)
+    assert cli.main(["plot", str(run), "--output", str(outside / "curve.png")]) == 0
+    assert (outside / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (outside / "precious").read_text() == "precious\n"
+
+
+# ---- What is imported
+
+
+def test_a_plot_imports_nothing_that_a_run_names(
+    run: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "tasks": ["gym/named_by_a_run:Env-v0"]}))
+    (outside / "named_by_a_run.py").write_text("")
+    monkeypatch.syspath_prepend(str(outside))
+    assert cli.main(COMMANDS["plot"](run)) == 0
+    assert "named_by_a_run" not in sys.modules
