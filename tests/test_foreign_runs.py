@@ -233,7 +233,7 @@ def test_a_run_whose_replay_names_other_files_is_not_resumed(
 ) -> None:
     rename_segments(run / NEWEST / "replay", lambda _: name)
     manifest = run / NEWEST / "replay" / "manifest.json"
-    told = f"names {name!r} as a segment"
+    told = "gives segment 1 of "
     refused(COMMANDS["resume"](run), manifest, capsys, run, outside, told=told)
 
 

@@ -161,7 +161,7 @@ def at(*path: Any, to: Any) -> Callable[[Manifest], None]:
         (at("segments", 0, "bytes", to=10), "is damaged: the checksum of block 0 differs"),
         (at("segments", 0, "checksums", to=[]), "is damaged: the checksum of block 0 differs"),
         (at("segments", 0, "file", to=f"segment-{0:032x}.bin"), f"segment-{0:032x}.bin is missing"),
-        (at("segments", 0, "file", to="segment-none.bin"), "names 'segment-none.bin' as a segment"),
+        (at("segments", 0, "file", to="segment-none.bin"), "a name that no save gives"),
         (at("content", "count", 0, to=-1), "manifest.json does not hold what it must"),
         (at("content", "draws", to=2**64), "manifest.json does not hold what it must"),
         (at("content", "phase", to=None), "manifest.json does not hold what it must"),

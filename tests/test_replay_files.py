@@ -450,9 +450,9 @@ def test_a_segment_is_read_and_linked_only_under_a_name_that_a_save_gives(tmp_pa
             shutil.copy(segment, place)  # so that all is there that the manifest may name
     rewrite(down, lambda manifest: manifest["segments"][0].update(file=name))
     before = everything(tmp_path)
-    with pytest.raises(ValueError, match="as a segment") as caught:
+    with pytest.raises(ValueError, match="a name that no save gives") as caught:
         feed.copied().loaded(down)
-    assert str(caught.value).startswith(f"{down / 'manifest.json'} names {name!r} as a segment")
+    assert str(caught.value).startswith(f"{down / 'manifest.json'} gives segment 1 of 1 a name")
     feed.buffer.save(mine, previous=down)  # which it does not need
     feed.loaded(mine).check_content()
     assert {path: told for path, told in everything(tmp_path).items() if path in before} == before

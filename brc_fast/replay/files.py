@@ -246,7 +246,7 @@ def _read(file: Path) -> Manifest:
         version, order = manifest["format"], manifest["byte_order"]
         newer = version > FORMAT
         names = [segment["file"] for segment in manifest["segments"]] if version == FORMAT else []
-        foreign = [name for name in names if not SEGMENT.fullmatch(name)]
+        foreign = [index for index, name in enumerate(names) if not SEGMENT.fullmatch(name)]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file} does not hold what it must: {error}") from error
     if version != FORMAT:
@@ -260,8 +260,8 @@ def _read(file: Path) -> Manifest:
         )
     if foreign:
         raise ValueError(
-            f"{file} names {foreign[0]!r:.99} as a segment, and a replay's are named segment-ID.bin, with 32 "
-            "hexadecimal digits as ID"
+            f"{file} gives segment {foreign[0] + 1} of {len(names)} a name that no save gives: it must be "
+            "segment-ID.bin, with 32 hexadecimal digits as ID"
         )
     return manifest
 
