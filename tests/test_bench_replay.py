@@ -54,6 +54,23 @@ def test_a_buffer_that_returns_something_else_has_a_reason_and_no_time(bench: An
     assert absent["missing"] == "ValueError: rewards differ"
 
 
+def test_the_peer_of_index_select_draws_new_batches_into_the_same_memory(bench: Any) -> None:
+    from peers.replay_data import Workload
+    from peers.replay_peers import IndexSelect, fill, make
+
+    peer = make(IndexSelect, Workload(3, 2, 1, 4, 100))
+    fill([peer], lambda _, error: pytest.fail(str(error)))
+    sizes = (2, 8), (1, 8), (2, 8), (1, 16)
+    batches = [peer.sample(*size) for size in sizes]
+    for rows, drawn in zip((16, 8, 16, 16), batches, strict=True):
+        assert [len(column) for column in drawn] == [rows] * 5
+    for first, again in zip(batches[0], batches[2], strict=True):
+        assert first.data_ptr() == again.data_ptr()
+    seen = batches[0][0].clone()
+    peer.workload.check(peer.columns(peer.sample(2, 8)))
+    assert not torch.equal(batches[0][0], seen)
+
+
 def test_memory_is_measured_exactly_and_files_over_their_rounds(bench: Any) -> None:
     (memory,) = bench.cases.memory(bench.MIN_CAPACITY, bench.timing.Clock(0.0))
     ours, other = memory["measurements"]

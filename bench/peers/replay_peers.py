@@ -151,7 +151,8 @@ class Authors(Peer):
 
 
 class IndexSelect(Peer):
-    """Separate torch tensors, both observations; a batch is one torch.index_select from each."""
+    """Separate torch tensors, both observations; a batch is one torch.index_select from each, into memory
+    that the next one of its size overwrites."""
 
     name, package, tasks = "torch.index_select", "torch", True
 
@@ -169,6 +170,7 @@ class IndexSelect(Peer):
             tasks = torch.arange(work.tasks).repeat_interleave(work.streams)
             self.tensors.append(tasks.repeat(work.steps))
         self.pointer = 0
+        self.batches: dict[int, list[torch.Tensor]] = {}
 
     def put(self, first: int, steps: Steps) -> None:
         lanes = self.workload.lanes
@@ -178,8 +180,13 @@ class IndexSelect(Peer):
             tensor[start:stop] = column
 
     def sample(self, batches: int, size: int) -> list[torch.Tensor]:
-        index = torch.randint(len(self.tensors[2]), (batches * size,))
-        return [torch.index_select(tensor, 0, index) for tensor in self.tensors]
+        rows = batches * size
+        if rows not in self.batches:
+            self.batches[rows] = [tensor.new_empty(rows, *tensor.shape[1:]) for tensor in self.tensors]
+        index = torch.randint(len(self.tensors[2]), (rows,))
+        for tensor, batch in zip(self.tensors, self.batches[rows], strict=True):
+            torch.index_select(tensor, 0, index, out=batch)
+        return self.batches[rows]
 
     def columns(self, sampled: list[torch.Tensor]) -> Columns:
         arrays = [tensor.numpy() for tensor in sampled]
