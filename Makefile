@@ -72,11 +72,11 @@ bench: export OMP_NUM_THREADS ?= 1
 bench: $(VENV)/.bench
 	mkdir -p $(BENCH_DIR)
 	$(BIN)/python bench/bench_limits.py --device cpu --budget 20 --save ../../$(BENCH_DIR)/limits-cpu $(ARGS)
-	$(BIN)/python bench/bench_update.py --device cpu --providers ours plain jax --width 128 256 512 \
-	  --batch 256 128 --budget 120 --save ../../$(BENCH_DIR)/update-cpu $(ARGS)
+	$(BIN)/python bench/bench_update.py --device cpu --providers ours plain compiled jax \
+	  --width 128 256 512 --batch 256 128 --budget 260 --save ../../$(BENCH_DIR)/update-cpu $(ARGS)
 	$(BIN)/python bench/bench_update.py --device cpu --providers ours plain jax --workload $(SHAPES) \
-	  --width 256 --batch 256 --budget 200 --save ../../$(BENCH_DIR)/update-workloads-cpu $(ARGS)
-	$(BIN)/python bench/bench_scaling.py --device cpu --budget 80 --save ../../$(BENCH_DIR)/scaling-cpu $(ARGS)
+	  --width 256 --batch 256 --budget 120 --save ../../$(BENCH_DIR)/update-workloads-cpu $(ARGS)
+	$(BIN)/python bench/bench_scaling.py --device cpu --budget 60 --save ../../$(BENCH_DIR)/scaling-cpu $(ARGS)
 	$(BIN)/python bench/bench_replay.py --budget 120 --save ../../$(BENCH_DIR)/replay-cpu $(ARGS)
 	$(BIN)/python bench/bench_envs.py --budget 100 --save ../../$(BENCH_DIR)/envs-cpu $(ARGS)
 	$(BIN)/python bench/bench_train.py --device cpu --budget 120 --save ../../$(BENCH_DIR)/train-cpu $(ARGS)

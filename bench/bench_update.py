@@ -1,4 +1,4 @@
-"""Updates per second of `brc_fast.BRC` and of the same mathematics by others, beside the least it can take.
+"""Updates per second of `brc_fast.BRC` and of the same mathematics by others, beside a floor.
 
     python bench/bench_update.py [--device cpu|cuda] [--providers ours critic plain compiled jax]
         [--workload [NAME ...]] [--width 128 ...] [--batch 128 ...] [--updates U]
@@ -6,8 +6,9 @@
 
 ours        float32 on a CPU; on a GPU ours-tf32 and ours-bf16, in CUDA graphs
 critic      plain, but for the critic, its loss and its target, which are `brc_fast.Critic` (docs/critic.md)
-plain       PyTorch without anything of ours
-compiled    the same through torch.compile with fused optimizers, on a GPU in a CUDA graph
+plain       PyTorch without anything of ours, with fused optimizers, targets moved in one call, and a critic
+            without gradients while the actor learns
+compiled    plain through torch.compile, on a GPU in a CUDA graph
 jax         the same in JAX with optax, jitted as a whole
 
 Each workload (workloads.py) at its own width and batch size, or at all pairs of --width and --batch. Without
@@ -15,10 +16,11 @@ Each workload (workloads.py) at its own width and batch size, or at all pairs of
 In one process, interleaved; where memory is too small for all, one after the other. All start from the same
 parameters, and updates on the same batches must agree with plain PyTorch's before anything is timed.
 Products of the others are in float32 on a CPU, in TF32 on a GPU.
-The floor: on a CPU the time of the update's matrix products alone, interleaved with the rest; on a GPU the
-roofline of its kernels (roofline.py), of this machine's limits (machines.py). On a CPU a tenth of the time
-goes into measuring the parts of ours (update_parts.py), and a size is left out, with the reason, where the
-roofline tells that a comparison takes longer than the budget.
+The floor: on a CPU the time of the update's matrix products alone by torch.bmm, interleaved with the rest;
+another library of products may beat it. On a GPU the roofline of its kernels (roofline.py), of this machine's
+limits (machines.py). On a CPU a tenth of the time goes into measuring the parts of ours (update_parts.py). A
+size is left out there, with the reason, where the roofline tells that a comparison takes longer than the
+budget, and torch.compile where less of the budget is left than compiling takes.
 """
 
 from __future__ import annotations
@@ -130,7 +132,8 @@ def lines(pair: Pair) -> Iterator[str]:
         yield f"  parts of ours: {', '.join(shares)}"
 
 
-HEAD = f"{'case':<30}  provider   updates/s   x ours (quartiles)   x floor"
+HEAD = f"{'case':<30}  provider   updates/s   x ours (quartiles)   x "
+FLOORS = {"cpu": "torch.bmm", "cuda": "roofline"}
 
 
 def shapes(
@@ -165,7 +168,7 @@ def run(
     """
     cuda, limits = device == "cuda", limits_of(device, dry=dry)
     if not (cuda or dry):
-        loaded()
+        loaded(providers)
     deadline = time.perf_counter() + seconds
     last = deadline - COUNTED * seconds if cuda else deadline
     machine = limits if cuda else None
@@ -190,7 +193,7 @@ def run(
             "measurements": [one for pair in pairs for one in pair.measurements()],
         }
 
-    print(HEAD, flush=True)
+    print(HEAD + FLOORS[device], flush=True)
     with tensor_cores(device):
         for index, subject in enumerate(subjects):
             now = time.perf_counter()

@@ -1,5 +1,5 @@
 """Who makes the update in bench_update.py: ours, our critic in a plain agent, plain PyTorch, compiled or not,
-JAX; and its products alone.
+JAX; and its products alone, as torch.bmm makes them.
 
 Each starts from the same parameters, is compared with plain PyTorch in float32, which knows nothing of ours,
 and is then called without waiting.
@@ -12,7 +12,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,8 @@ AFTER_A_STEP = {"fp32": (1e-3, 2e-3), "tf32": (5e-3, 3e-2), "bf16": (1e-2, 5e-2)
 # gradients turn over, so may this share of each array, and one element where there are several.
 PARAMETER, TARGET, TURNED = (1e-5, 1e-5), (3e-7, 2e-7), 1e-3
 # Bytes per parameter of the online critic, with what a peer's optimizer needs for a moment.
-HELD = {"ours": 20, "ours-tf32": 20, "ours-bf16": 22, "critic": 24, "plain": 32, "compiled": 24, "jax": 32}
+HELD = {"ours": 20, "ours-tf32": 20, "ours-bf16": 22, "critic": 24, "plain": 24, "compiled": 24, "jax": 32}
+COMPILING = 30.0  # seconds of torch.compile at one size, on one core with an empty cache
 
 DIFFERS = "differs from plain PyTorch"
 Losses = dict[str, float]
@@ -262,7 +263,7 @@ class Jax(Provider):
 
 
 class Products(Provider):
-    """The matrix products of U updates and nothing else, into memory that is there."""
+    """The matrix products of U updates and nothing else, each a torch.bmm into memory that is there."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -361,9 +362,13 @@ def expected(subject: Subject) -> Expected:
         return run_checked(Plain(subject), subject)
 
 
-def loaded() -> None:
-    """The first optimizer of a process loads modules for a second or two: now they are there."""
+def loaded(names: Sequence[str] = ()) -> None:
+    """The first optimizer of a process loads modules for a second or two, and the first torch.compile tries
+    the C++ compiler and translates headers: now they are there."""
     expected(Subject(8, 8))
+    if "compiled" in names:
+        with suppress(Exception):  # its own start tells
+            torch.compile(torch.relu)(torch.ones(8))
 
 
 def run_checked(provider: Provider, subject: Subject) -> Expected:
@@ -429,6 +434,12 @@ def too_large(subject: Subject, name: str) -> str | None:
         return None
     takes, has = (f"{size / 1e9:.0f} GB" for size in (taken(subject, [name]), memory("cpu")))
     return f"takes about {takes} of memory, this machine has {has}; run it on a larger one"
+
+
+def compiling(subject: Subject, name: str) -> float:
+    """Seconds, about, that a CPU takes to compile a provider; JAX takes a tenth of them."""
+    slow = name == "compiled" and subject.backend == "inductor" and subject.device == "cpu"
+    return COMPILING if slow else 0.0
 
 
 def release(device: str) -> None:

@@ -21,6 +21,7 @@ from update_providers import (
     Provider,
     Subject,
     Unavailable,
+    compiling,
     difference,
     expected,
     fits,
@@ -70,7 +71,7 @@ class Pair:
         return next((name for name in OURS if name in self.times), None)
 
     def floor(self, name: str) -> float | None:
-        """Seconds of an update that this provider cannot beat."""
+        """Seconds of an update by the roofline; on a CPU of its products alone by torch.bmm."""
         if self.machine is not None:
             return roofline.floor(self.subject.sizes, self.precision[name], self.machine)
         return statistics.median(self.times["products"]) if "products" in self.times else None
@@ -188,9 +189,14 @@ def run_group(
     """Time these together; returns those that had no room beside the others."""
     start, crowded, alone = time.perf_counter(), [], len(names) == 1
     providers: dict[str, Provider] = {}
-    for name in names:
-        if (pair.times or providers) and time.perf_counter() > deadline:
+    for name in sorted(names, key=partial(compiling, pair.subject)):  # what takes long takes no other's time
+        now, takes = time.perf_counter(), compiling(pair.subject, name)
+        if (pair.times or providers) and now > deadline:
             pair.missing[name] = "time was up"
+            continue
+        if takes > max(0.0, start + seconds - now):
+            short = f"compiling takes about {takes:.0f} s, more than this size has of the budget"
+            pair.missing[name] = f"{short}; raise --budget"
             continue
         try:
             providers[name] = ready(name, pair, known)

@@ -370,6 +370,93 @@ def test_providers_have_the_same_parameters_by_name(providers: Any) -> None:
         assert torch.equal(value, plain[name]), name
 
 
+OPTIMIZERS = ("critic_optimizer", "actor_optimizer", "temperature_optimizer")
+
+
+@pytest.mark.parametrize("name", ["critic", "compiled"])
+def test_peers_in_pytorch_have_the_optimizers_of_the_plain_one(name: str, providers: Any) -> None:
+    size = subject(providers, tasks=3)
+    plain, other = (providers.BUILDERS[one](size).peer for one in ("plain", name))
+    for part in OPTIMIZERS:
+        one, two = (getattr(peer, part) for peer in (plain, other))
+        assert type(one) is type(two)
+        assert one.defaults == two.defaults
+        assert one.defaults["fused"]
+    trained = {id(p) for p in (*other.critics.parameters(), *other.actor.parameters(), other.log_alpha)}
+    groups = [group for part in OPTIMIZERS for group in getattr(other, part).param_groups]
+    assert {id(parameter) for group in groups for parameter in group["params"]} == trained
+
+
+@pytest.mark.parametrize("name", ["critic", "plain", "compiled"])
+def test_peers_in_pytorch_move_all_targets_in_one_call(
+    name: str, providers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = subject(providers, tasks=3)
+    peer, moved = providers.BUILDERS[name](size).peer, list[Sequence[int]]()
+    lerp, tau = torch._foreach_lerp_, peer.learning.tau
+
+    def counted(slow: Any, fast: Any, weight: float) -> None:
+        assert weight == tau
+        moved.append([id(target) for target in slow])
+        lerp(slow, fast, weight)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", counted)
+    peer.updates(size.batches(), size.noise(0))
+    assert moved == [[id(target) for target in peer.targets.parameters()]]
+
+
+@pytest.mark.parametrize("name", ["critic", "plain", "compiled"])
+def test_peers_in_pytorch_compute_no_gradient_of_the_critic_for_the_actor(name: str, providers: Any) -> None:
+    size = subject(providers, tasks=3)
+    peer = providers.BUILDERS[name](size).peer
+    for _ in range(2):
+        batch, noise = size.batches().update(0), providers.Noise(*(part[0] for part in size.noise(0)))
+        parameters = list(peer.critics.parameters())
+        alone = torch.autograd.grad(peer.critic_loss(batch, noise.next_action), parameters)
+        peer.update(batch, noise)
+        for parameter, grad in zip(parameters, alone, strict=True):
+            torch.testing.assert_close(parameter.grad, grad)  # else the actor's loss added to it
+
+
+def test_a_provider_that_compiles_for_longer_than_there_is_time_is_left_out_and_says_so(
+    bench: Any, providers: Any
+) -> None:
+    size = replace(subject(providers), backend="inductor")
+    pair = bench.timing.compare(size, ["ours", "compiled"], 1.0)
+    assert pair.times.keys() == {"ours", "products"}
+    told = f"compiling takes about {providers.COMPILING:.0f} s, more than this size has of the budget"
+    assert pair.missing == {"compiled": f"{told}; raise --budget"}
+
+
+def test_what_compiles_for_long_is_built_when_the_others_are_there(
+    bench: Any, providers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+
+    def builder(name: str) -> Any:
+        def build(subject: Any) -> Any:
+            built.append(name)
+            raise providers.Unavailable("was built")
+
+        return build
+
+    for name in ("plain", "compiled", "jax"):
+        monkeypatch.setitem(bench.timing.BUILDERS, name, builder(name))
+    size = replace(subject(providers), backend="inductor")
+    bench.timing.compare(size, ["plain", "compiled", "jax"], 100.0)
+    assert built == ["plain", "jax", "compiled"]
+
+
+def test_the_jax_peer_shares_mass_between_the_atoms_on_both_sides(bench: Any) -> None:
+    pytest.importorskip("optax", reason="the JAX peer needs optax; pip install the bench extra")
+    from peers.jax_plain import jnp, projected
+
+    places = jnp.array([[0.0, 1.25, 3.0, 3.0], [2.5, 2.5, 0.0, 1.0]])  # 3 is the last atom
+    probs = jnp.array([[0.1, 0.4, 0.3, 0.2], [0.5, 0.25, 0.125, 0.125]])
+    shared = [[0.1, 0.3, 0.1, 0.5], [0.125, 0.125, 0.375, 0.375]]
+    assert projected(places, probs).tolist() == [pytest.approx(row) for row in shared]
+
+
 @pytest.mark.parametrize("part", ["critic_optimizer", "actor_optimizer"])
 def test_a_step_that_is_left_out_is_noticed(
     part: str, bench: Any, providers: Any, monkeypatch: pytest.MonkeyPatch
@@ -512,7 +599,7 @@ def test_a_billion_parameters_are_left_out_on_a_cpu_unless_named(bench: Any) -> 
     workloads, line = bench.asked([], "cpu")
     assert [workload.name for workload in workloads] == ["dmc-single", "mjx-dmc25"]
     assert "\n" not in line
-    assert "wide-1b (5" in line  # GB
+    assert "wide-1b (4" in line  # GB
     assert bench.asked([], "cuda") == ([*bench.WORKLOADS.values()], None)
     assert bench.asked(["wide-1b"], "cpu") == ([bench.named("wide-1b")], None)
 
@@ -574,7 +661,7 @@ def test_the_command_line_stores_rows_with_the_machine(
     stored = json.loads((tmp_path / "update.json").read_text())
     assert {"cpu", "versions", "commit", "rows", "not_reached"} <= stored.keys()
     assert [row["batch"] for row in stored["rows"]] == [8, 16]
-    assert capsys.readouterr().out.splitlines()[0] == bench.HEAD
+    assert capsys.readouterr().out.splitlines()[0] == f"{bench.HEAD}torch.bmm"
     assert bench.table(stored["rows"]).splitlines()[0].split()[:3] == ["case", "ours", "plain"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(["--device", "cuda"]) == 2

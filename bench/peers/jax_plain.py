@@ -82,6 +82,14 @@ def logits(critic: Tree, observations: jax.Array, actions: jax.Array, task_ids: 
     return ensemble(critic["nets"], embedded(x, critic["embedding"], task_ids))
 
 
+@jax.vmap
+def projected(index: jax.Array, probs: jax.Array) -> jax.Array:
+    """The mass of each row, [B, K] at places between atoms, shared by the atoms on both sides: [B, K]."""
+    lower = index.astype(jnp.int32)
+    upper, share = jnp.minimum(lower + 1, len(probs) - 1), index - lower
+    return jnp.zeros_like(probs).at[lower].add(probs * (1.0 - share)).at[upper].add(probs * share)
+
+
 class JaxBRC:
     """Starts as a copy of `agent`."""
 
@@ -129,8 +137,7 @@ class JaxBRC:
         soft = atoms - jnp.exp(state["log_alpha"]) * log_prob[:, None]
         y = batch["rewards"][:, None] + self.rule.discount * batch["masks"][:, None] * soft
         index = (y.clip(-self.v_max, self.v_max) + self.v_max) * ((self.num_atoms - 1) / (2 * self.v_max))
-        shares = (1.0 - jnp.abs(index[:, None, :] - jnp.arange(self.num_atoms)[:, None])).clip(0.0)
-        return jnp.einsum("bjk,bk->bj", shares, probs)
+        return projected(index, probs)
 
     def _one(self, state: Tree, batch: dict[str, jax.Array], noise: tuple[jax.Array, ...]) -> Tree:
         target = jax.lax.stop_gradient(self._target(state, batch, noise[0]))

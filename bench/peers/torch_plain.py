@@ -1,7 +1,8 @@
 """The BRC update written the plain way: nn.Linear, nn.LayerNorm, F.*, torch.optim.AdamW, a loop over members.
 
-It is the yardstick of bench_update.py: what others compute is compared with it before anything is timed.
-`CompiledBRC` is the same under torch.compile, on a GPU replayed as a CUDA graph.
+It is the yardstick of bench_update.py: what others compute is compared with it before anything is timed. It
+has what PyTorch itself offers: fused optimizers, a critic without gradients while the actor learns, and all
+targets moved in one call. `CompiledBRC` is the same under torch.compile, on a GPU replayed as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -110,17 +111,15 @@ class PlainBRC:
         self.log_alpha = nn.Parameter(agent.temperature.log_alpha.detach().clone())
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.atoms, self.v_max, self.target_entropy = agent.atoms, agent.v_max, agent.target_entropy
-        rule = {"lr": self.learning.learning_rate, "eps": self.learning.eps} | options
-        betas, decay = (self.learning.beta1, self.learning.beta2), self.learning.weight_decay
-        self.critic_optimizer = torch.optim.AdamW(
-            self.critics.parameters(), betas=betas, weight_decay=decay, **rule
-        )
-        self.actor_optimizer = torch.optim.AdamW(
-            self.actor.parameters(), betas=betas, weight_decay=decay, **rule
-        )
+        self.rule = {"lr": self.learning.learning_rate, "eps": self.learning.eps, "fused": True} | options
+        self.critic_optimizer, self.actor_optimizer = self.adamw(self.critics), self.adamw(self.actor)
         self.temperature_optimizer = torch.optim.Adam(
-            [self.log_alpha], betas=(self.learning.temperature_beta1, self.learning.beta2), **rule
+            [self.log_alpha], betas=(self.learning.temperature_beta1, self.learning.beta2), **self.rule
         )
+
+    def adamw(self, trained: nn.Module) -> torch.optim.AdamW:
+        betas, decay = (self.learning.beta1, self.learning.beta2), self.learning.weight_decay
+        return torch.optim.AdamW(trained.parameters(), betas=betas, weight_decay=decay, **self.rule)
 
     def sample(self, observations: Tensor, task_ids: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():  # the critic's loss alone trains the embedding
@@ -166,8 +165,8 @@ class PlainBRC:
 
     def move_targets(self) -> None:
         with torch.no_grad():
-            for slow, fast in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
-                slow.lerp_(fast, self.learning.tau)
+            slow, fast = list(self.targets.parameters()), list(self.critics.parameters())
+            torch._foreach_lerp_(slow, fast, self.learning.tau)
 
     def update(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         critic_loss = self.critic_loss(batch, noise.next_action)
@@ -176,10 +175,12 @@ class PlainBRC:
         self.critic_optimizer.step()
         self.move_targets()
 
+        self.critics.requires_grad_(False)
         actor_loss, entropy = self.actor_loss(batch, noise.actor_action)
         self.actor_optimizer.zero_grad()
         actor_loss.backward()
         self.actor_optimizer.step()
+        self.critics.requires_grad_(True)
 
         temperature_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
         self.temperature_optimizer.zero_grad()
@@ -209,8 +210,8 @@ class PlainBRC:
 
 
 class CompiledBRC(PlainBRC):
-    """The losses with their gradients through torch.compile, one for each; fused optimizers; all targets in
-    one call; no gradient of the frozen critic. U updates are one CUDA graph where there is a GPU.
+    """The losses with their gradients through torch.compile, one for each. U updates are one CUDA graph where
+    there is a GPU.
 
     Compiled kernels inside of a graph that is captured around everything: torch.compile's own graphs
     (mode="reduce-overhead") would leave out the optimizers. mode="max-autotune" takes minutes for each size.
@@ -223,25 +224,12 @@ class CompiledBRC(PlainBRC):
         if hasattr(inductor.triton, "mix_order_reduction"):
             inductor.triton.mix_order_reduction = False
         cuda = torch.device(agent.device).type == "cuda"
-        super().__init__(agent, fused=True, **({"capturable": True} if cuda else {}))
+        super().__init__(agent, **({"capturable": True} if cuda else {}))
         torch.compiler.reset()  # of another size: recompiling is limited
         options = {"fullgraph": True, "dynamic": False, "backend": backend}
         self.critic_loss = torch.compile(self.critic_loss, **options)
-        self.actor_loss = torch.compile(self._frozen_actor_loss, **options)
+        self.actor_loss = torch.compile(self.actor_loss, **options)
         self.captured = Captured(self._run, agent.device)
-
-    def _frozen_actor_loss(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Tensor]:
-        return PlainBRC.actor_loss(self, batch, noise)
-
-    def move_targets(self) -> None:
-        with torch.no_grad():
-            slow, fast = list(self.targets.parameters()), list(self.critics.parameters())
-            torch._foreach_lerp_(slow, fast, self.learning.tau)
-        self.critics.requires_grad_(False)  # what follows is the actor's step
-
-    def update(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
-        self.critics.requires_grad_(True)
-        return super().update(batch, noise)
 
     def _run(self, *fields: Tensor) -> Tensor:
         batches = Batch(*fields)

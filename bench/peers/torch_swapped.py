@@ -1,6 +1,6 @@
 """The plain agent with our critic in the place of its own, as docs/critic.md puts it there: all else stays.
 
-Through autograd and torch's fused AdamW, which is what somebody has who changes the critic alone.
+Optimizers, the actor's step and the targets' are those of the plain agent.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from .torch_plain import PlainBRC, named
 
 class SwappedBRC(PlainBRC):
     def __init__(self, agent: BRC) -> None:
-        super().__init__(agent, fused=True)
-        rule = self.critic_optimizer.param_groups[0]
+        super().__init__(agent)
         self.critics = copy.deepcopy(agent.critic)
         with torch.no_grad():
             for parameter in self.critics.parameters():
                 parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
-        kept = {name: rule[name] for name in ("lr", "betas", "eps", "weight_decay", "fused")}
-        self.critic_optimizer = torch.optim.AdamW(self.critics.parameters(), **kept)
+        self.critic_optimizer = self.adamw(self.critics)
 
     def sample(self, observations: Tensor, task_ids: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         if self.critics.embedding is not None:
@@ -55,9 +53,6 @@ class SwappedBRC(PlainBRC):
         actions, log_prob = self.sample(batch.observations, batch.task_ids, noise)
         q = self.critics.values(batch.observations, actions, batch.task_ids, frozen=True).mean(0)
         return (self.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.detach().mean()
-
-    def move_targets(self) -> None:
-        self.targets.soft_update_(self.critics, self.learning.tau)
 
     def named(self) -> dict[str, Tensor]:
         out = {f"actor/{name}": value[None] for name, value in named(self.actor).items()}
