@@ -3,8 +3,8 @@
     python bench/bench_limits.py [--device cpu|cuda] [--budget SECONDS] [--save NAME]
 
 copy        bytes read and written per second, between buffers that no cache holds
-product     operations per second of square matrix products: in float32 on a CPU; in bfloat16, tf32 and
-            float32 on a GPU
+product     operations per second of square matrix products by torch.mm: in float32 on a CPU; in bfloat16,
+            tf32 and float32 on a GPU
 launch      one operation on one number, called from Python; on a GPU also one more such kernel, which waits
             for the one before, in a CUDA graph
 row gather  a random row of a million, of the size of a transition (O=67, A=24): with prefetching on a CPU

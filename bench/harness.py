@@ -144,7 +144,7 @@ class Measurement(TypedDict):
     low: float | None
     high: float | None
     rounds: int
-    floor: float | None  # what cannot be beaten here: the least time, the highest rate
+    floor: float | None  # what it is held against: a time or a rate of the machine
     missing: NotRequired[str]
 
 

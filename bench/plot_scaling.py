@@ -56,7 +56,7 @@ def draw(results: Mapping[str, Any], path: Path, stamp: str | None = None) -> No
 
 
 def floor(results: Mapping[str, Any]) -> str:
-    return "roofline" if results["device"] == "cuda" else "matrix products alone"
+    return "roofline" if results["device"] == "cuda" else "its products by torch.bmm"
 
 
 def panel(axes: Any, row: Mapping[str, Any]) -> None:

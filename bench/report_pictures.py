@@ -99,10 +99,10 @@ def update(result: Mapping[str, Any]) -> Any:
                 )
         floors = [(r["width"], 1 / r["floor_seconds"][b]) for r in own if (b := r["ratios_to"]) is not None]
         floors = [point for point in floors if point[1]]
-        word = "its matrix products alone" if own[0]["floor"] == "products" else "roofline"
+        word = "its products by torch.bmm" if own[0]["floor"] == "products" else "limit: roofline"
         if floors:
             style = {"color": LIMIT_COLOUR, "linewidth": 1.2, "linestyle": (0, (4, 3))}
-            panel.plot(*zip(*floors, strict=True), label=f"limit: {word}", **style)
+            panel.plot(*zip(*floors, strict=True), label=word, **style)
         panel.set_xscale("log")
         logs(panel, "y")
         ticks(panel, sorted({row["width"] for row in own}))

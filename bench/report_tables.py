@@ -87,7 +87,9 @@ def missing(entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"Missing: {', '.join(names)} ({where}): {reason}."
 
 
-def pivot(entries: Sequence[Mapping[str, Any]], names: Mapping[str, str] | None = None) -> str:
+def pivot(
+    entries: Sequence[Mapping[str, Any]], names: Mapping[str, str] | None = None, floor_is: str = "floor"
+) -> str:
     """Cases by providers, a table per unit, with the floor where there is one."""
     tables = []
     for unit in dict.fromkeys(entry["unit"] for entry in entries):
@@ -102,7 +104,7 @@ def pivot(entries: Sequence[Mapping[str, Any]], names: Mapping[str, str] | None 
             values = [number(cells[name]["value"]) if name in cells else "" for name in columns]
             floor = next((e["floor"] for e in cells.values() if e.get("floor") is not None), None)
             rows.append([(names or {}).get(case, case), *values, *([number(floor)] if floors else [])])
-        head = [unit, *map(label, columns), *(["floor"] if floors else [])]
+        head = [unit, *map(label, columns), *([floor_is] if floors else [])]
         if rows:
             tables.append(grid(head, rows))
     return "\n\n".join(tables)
@@ -113,7 +115,7 @@ def update(result: Mapping[str, Any]) -> str:
     rows = [row for row in result["rows"] if row["updates_per_second"]]
     names = [n for n in LABELS if any(n in row["updates_per_second"] for row in rows)]
     others = [n for n in names if any(n in row["ratios"] and not n.startswith("ours") for row in rows)]
-    floor = "its products" if all(row["floor"] == "products" for row in rows) else "its floor"
+    floor = "torch.bmm" if all(row["floor"] == "products" for row in rows) else "its floor"
     head = ["workload"] if any("workload" in row for row in rows) else []
     head += ["width", "batch", *map(label, names), *(f"x {label(name)} (quartiles)" for name in others)]
     cells = []
@@ -185,7 +187,8 @@ def scaling(result: Mapping[str, Any]) -> str:
             off = f"{100 * finite(fit['residual']):.1f} %"
             rows.append([f"{axis['what']}, x = {axis['axis']}", curve, off])
     fits = grid(["cost of", "us", "off by (root mean square)"], rows)
-    return f"{fits}\n\n{pivot(result['measurements'])}"
+    floor = "torch.bmm" if result["device"] == "cpu" else "roofline"
+    return f"{fits}\n\n{pivot(result['measurements'], floor_is=floor)}"
 
 
 def table(result: Mapping[str, Any]) -> str:
