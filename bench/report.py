@@ -1,8 +1,9 @@
 """Tables and pictures of results, and the tables of the READMEs.
 
-    python bench/report.py [RESULT.json ...] [--pictures docs] [--readme README.md ...] [--check]
+    python bench/report.py [RESULT.json ...] [--pictures docs] [--readme [README.md ...]] [--check]
 
-Without --pictures and --readme: tables on standard output. --readme replaces what stands between
+Without --pictures and --readme: tables on standard output. --readme replaces, in the files named or in all
+that have such places, what stands between
 
     <!-- report: NAME -->
     <!-- end -->
@@ -27,7 +28,7 @@ from typing import Any
 from harness import RESULTS, ROOT, Unreadable, failures, making, one_line, read
 from report_tables import table
 
-READMES = (ROOT / "README.md", ROOT / "bench" / "README.md")
+READMES = tuple(ROOT / name for name in ("README.md", "bench/README.md", "docs/critic.md", "docs/replay.md"))
 BEGIN = re.compile(r"^<!-- report: \S+ -->$", re.MULTILINE)  # on lines of their own
 PLACE = re.compile(r"^(<!-- report: (\S+) -->\n)(.*?)^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
 VERSIONS = ("torch", "jax", "triton")  # what a line has room for; the file has all
@@ -183,10 +184,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("results", type=Path, nargs="*", help="files of bench_*.py --save or bench/gpu.py")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw PNG and SVG there")
-    parser.add_argument("--readme", type=Path, nargs="+", metavar="FILE", help="fill in the tables there")
+    parser.add_argument("--readme", type=Path, nargs="*", metavar="FILE", help="fill in the tables there")
     parser.add_argument("--check", action="store_true", help="compare the READMEs, change nothing")
     given = parser.parse_args(words)
-    if not (given.results or given.readme or given.check):
+    if not (given.results or given.readme is not None or given.check):
         parser.error("name results, or --readme, or --check")
     trustworthy, code = {}, 0
     for path in given.results:  # one that is refused does not cost the others their tables
@@ -196,7 +197,7 @@ def main(words: Sequence[str] | None = None) -> int:
             code = complain(reason)
     if given.pictures is not None:
         code |= draw_all(trustworthy, given.pictures)
-    if given.readme or given.check:
+    if given.readme is not None or given.check:
         code |= update_readmes(given.readme or READMES, given.results, given.check)
     elif given.pictures is None:
         code |= print_all(trustworthy)

@@ -1,9 +1,11 @@
-"""The README's example runs as it stands, but for its length; its files and commands exist."""
+"""What the documents say can be run: their examples, made smaller, their commands, files and pictures."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,55 +15,76 @@ README = (ROOT / "README.md").read_text()
 KERNELS = (ROOT / "kernels" / "README.md").read_text()
 
 
-def test_the_example_runs_and_learns_from_its_own_transitions() -> None:
-    pytest.importorskip("mujoco_playground", reason="needs the [mjx] extra")
-    code = examples()[0]
-    shorter = code.replace("range(5_000)", "range(40)").replace(">= 5_000", ">= 300")
-    assert shorter != code
+def examples(file: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)
+
+
+def run(code: str, **shorter: str) -> dict[str, Any]:
+    """The names that an example leaves, after each of these changes to it."""
+    for old, new in shorter.items():
+        assert old in code
+        code = code.replace(old, new)
     names: dict[str, Any] = {}
-    exec(compile(shorter, "README.md", "exec"), names)
+    exec(compile(code, "example", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/agent.md"])
+def test_the_loops_run_and_learn_from_their_own_transitions(file: str) -> None:
+    pytest.importorskip("mujoco_playground", reason="needs the [mjx] extra")
+    names = run(examples(file)[0], **{"range(5_000)": "range(40)", ">= 5_000": ">= 300"})
     assert len(names["replay"]) == 40 * 16
     assert names["metrics"]["critic_loss"].isfinite()
 
 
-def examples() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
 def test_the_example_of_the_replay_buffer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(compile(examples()[1], "README.md", "exec"), names)
+    names = run(examples("docs/replay.md")[0])
     assert names["batch"].observations.shape == (2, 1024, 67)
     assert (tmp_path / "build" / "replay" / "manifest.json").exists()
 
 
+def test_the_examples_of_training_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gymnasium", reason="needs the [gym] extra")
+    monkeypatch.chdir(tmp_path)
+    logged: list[int] = []
+    wandb = SimpleNamespace(init=lambda **_: None, log=lambda row, step: logged.append(step))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    train, upload, policy = examples("docs/training.md")
+    run(
+        train,
+        **{
+            "steps=20_000": "steps=40, random_steps=20, batch_size=8, eval_episodes=1",
+            "width=128": "width=16",
+        },
+    )
+    assert logged
+    assert set(logged) == {40}
+    during, logged[:] = list(logged), []
+    run(upload)
+    assert logged == during
+    assert run(policy)["actions"].shape == (1, 1)
+
+
 def test_the_readme_is_short_and_its_pictures_and_files_exist() -> None:
-    assert len(README.splitlines()) <= 200
+    assert len(README.splitlines()) <= 150
     for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / link).exists(), link
 
 
-def test_make_demo_and_make_test_stand_on_the_first_screen_and_every_make_target_named_exists() -> None:
-    first = "\n".join(README.splitlines()[:25])
-    assert "make demo" in first
-    assert "make test" in first
+def test_the_first_screen_has_the_commands_a_picture_of_each_kind_and_an_example() -> None:
+    first = "\n".join(README.splitlines()[:40])
+    for part in ("make demo", "make test", "](docs/demo.png)", "](docs/update-cpu.png)", "```python"):
+        assert part in first
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for name in re.findall(r"(?:^    |`)make ([a-z-]+)", README, re.MULTILINE):
         assert name in targets, name
 
 
-def test_the_example_of_the_critic_runs() -> None:
-    names: dict[str, Any] = {}
-    exec(compile(examples()[2], "README.md", "exec"), names)
-    assert names["losses"].shape == names["values"].shape == (2, 256)
-    assert all(parameter.grad.abs().sum() > 0 for parameter in names["critic"].parameters())
-
-
 def test_the_example_of_the_kernels_runs() -> None:
-    names: dict[str, Any] = {}
-    exec(compile(re.findall(r"```python\n(.*?)```", KERNELS, re.DOTALL)[0], "README.md", "exec"), names)
-    assert names["logits"].grad.abs().sum() > 0
+    assert run(examples("kernels/README.md")[0])["logits"].grad.abs().sum() > 0
 
 
 def test_the_kernels_readme_names_every_op() -> None:
