@@ -17,6 +17,40 @@ from brc_fast.envs.base import Step
 
 EVALUATION_SLOTS = 2
 sys.path.append(str(Path(__file__).parent))  # for replay_oracle, which several tests share
+from extras import NEEDS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = "write there, a line each, what was skipped for want of an extra; `pytest @FILE` runs it"
+    parser.addoption("--absent", metavar="FILE", type=Path, help=told)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--absent")
+    if path is not None and not hasattr(config, "workerinput"):  # pytest-xdist's workers report to the first
+        config.pluginmanager.register(Absent(config.rootpath / path))
+
+
+class Absent:
+    """Node ids of tests, and of files, that were skipped by `needs` or `require` of extras.py."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names: dict[str, None] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._add(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._add(report)
+
+    def _add(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.skipped and isinstance(report.longrepr, tuple) and report.longrepr[2].startswith(NEEDS):
+            self.names[report.nodeid] = None
+
+    def pytest_sessionfinish(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(f"{name}\n" for name in self.names))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from extras import require
 
-pytest.importorskip("triton", reason="triton is not installed")
+require("triton")
 from brc_fast import kernels
 from brc_fast.kernels import _config, _dispatch, aot
 from brc_fast.kernels._triton import jit, tl

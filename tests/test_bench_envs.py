@@ -1,6 +1,5 @@
 """The benchmark of environments times nothing that is wrong and says what it left out."""
 
-import importlib.util
 import json
 import sys
 from functools import partial
@@ -9,8 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from extras import needs, require
 
-pytest.importorskip("gymnasium")
+require("gymnasium")
 
 ROOT = Path(__file__).resolve().parent.parent
 PENDULUM = "gym/Pendulum-v1"
@@ -55,16 +55,14 @@ def test_rows_hold_rates_ratios_and_the_machine(bench, tmp_path, capsys):
 
 @pytest.mark.parametrize("task", ["dmc/cartpole-swingup", "envpool/CartpoleSwingup-v1", "metaworld/reach-v3"])
 def test_every_library_takes_the_same_actions_to_the_same_rewards(task, bench):
-    needs = ("shimmy", "dm_control") if task.startswith("dmc/") else ("envpool",)
-    if any(importlib.util.find_spec(module) is None for module in needs):
-        pytest.skip(f"needs {' and '.join(needs)}")
+    require("dmc" if task.startswith("dmc/") else "envpool")
     row = bench.compare(task, 2, 0.0)
     assert "missing" not in row, row
     assert row["rounds"] == 3
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("mujoco_playground") is None, reason="needs the [mjx] extra")
+@needs("mjx")
 def test_playground_takes_the_same_actions_to_the_same_rewards(bench):
     row = bench.compare("mjx/PendulumSwingup", 4, 0.0)
     assert "missing" not in row, row
@@ -107,7 +105,7 @@ def test_actions_are_scaled_to_the_bounds_of_the_space(bench):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("mujoco_playground") is None, reason="needs the [mjx] extra")
+@needs("mjx")
 def test_the_second_start_of_a_process_finds_the_first_ones_programs(bench, tmp_path, capsys):
     words = ["--start", "--tasks", "mjx/PendulumSwingup", "--num-envs", "1", "--save", "start"]
     assert bench.main(words) == 0

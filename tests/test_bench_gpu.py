@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from extras import require
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -223,8 +224,7 @@ def test_a_run_that_breaks_costs_neither_the_others_nor_the_learners(
 def test_a_dry_run_covers_scaling_and_training(gpu: Any, kept: Path) -> None:
     from harness import read
 
-    for name in ("mujoco_playground", "gymnasium", "tyro", "tqdm", "matplotlib"):
-        pytest.importorskip(name, reason="needs the [mjx,train] extras")
+    require("mjx", "train")
     assert gpu.main(["--dry", "--parts", "scaling", "train"]) == 0
     scaling, train = (read(kept / f"gpu-{name}.json") for name in ("scaling", "train"))
     for stored in (scaling, train):

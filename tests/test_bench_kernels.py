@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from extras import require
 from torch import Tensor
 
 from brc_fast.kernels import reference
@@ -367,7 +368,7 @@ def test_the_float32_case_is_the_most_alike_without_results_in_2_bytes(bench: An
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, list[str | None]]]:
     """Of each op and case, why real kernels and wrong ones have no time, in the interpreter."""
-    pytest.importorskip("triton", reason="triton is not installed")
+    require("triton")
     path = tmp_path_factory.mktemp("kernels") / "told.json"
     done = subprocess.run(
         [sys.executable, "-c", PLANTING, *map(str, (path, ROOT / "bench", ROOT / "tests"))],
@@ -398,7 +399,7 @@ def test_a_result_that_is_one_percent_off_costs_any_op_its_time(
 
 
 def test_real_kernels_agree_with_their_twins_and_have_a_time_in_the_interpreter(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
+    require("triton")
     words = ["--dry", "--ops", "ema_", "tanh_gaussian", "--json", str(tmp_path / "kernels.json")]
     done = subprocess.run(
         [sys.executable, str(ROOT / "bench" / "bench_kernels.py"), *words],

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from extras import require
 
 from brc_fast import kernels
 
@@ -175,7 +176,7 @@ def test_the_benchmark_stores_parts_with_the_limits_that_it_used(capsys: pytest.
 
 
 def test_the_picture_has_a_bar_for_what_was_measured_and_one_for_floors() -> None:
-    pytest.importorskip("matplotlib", reason="needs the [train] extra")
+    require("matplotlib")
     from report_pictures import close, parts
 
     told = [{"part": "optimizers", "seconds": 3.0, "floor": 2.0}, {"part": "rest", "seconds": 1.0}]

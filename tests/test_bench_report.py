@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from extras import require
 
 ROOT = Path(__file__).resolve().parent.parent
 Write = Callable[..., Path]
@@ -379,7 +380,7 @@ def test_pictures_are_png_and_svg_and_carry_machine_and_commit(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("matplotlib", reason="needs the [train] extra")
+    require("matplotlib")
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters stay letters
@@ -398,7 +399,7 @@ def test_pictures_are_png_and_svg_and_carry_machine_and_commit(
 def test_pictures_that_cannot_be_drawn_or_written_are_one_line_each(
     report: Any, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib", reason="needs the [train] extra")
+    require("matplotlib")
     wrong, good = write("wrong", rows=[1]), write("good")
     assert report.main([str(wrong), str(good), "--pictures", str(tmp_path)]) == 1
     told = capsys.readouterr()
@@ -432,7 +433,7 @@ def test_what_cannot_be_drawn_alone_is_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("matplotlib", reason="needs the [train] extra")
+    require("matplotlib")
     plot = importlib.import_module(f"plot_{name}")
     path = tmp_path / "result.json"
     if isinstance(content, bytes):

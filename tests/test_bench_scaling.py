@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from extras import require
 
 from brc_fast import kernels
 
@@ -58,7 +59,7 @@ def test_too_few_sizes_have_no_curve(bench: Any) -> None:
 def test_a_dry_run_stores_points_fits_and_a_picture(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib", reason='the picture needs pip install "brc-fast[train]"')
+    require("matplotlib")
     monkeypatch.setattr(bench, "write", partial(bench.write, folder=tmp_path))
     picture = tmp_path / "scaling.png"
     words = ["--device", "cpu", "--axes", *UPDATES, "--dry", "--budget", "120", "--save", "scaling"]
@@ -134,7 +135,7 @@ def test_an_axis_without_a_curve_says_why(bench: Any) -> None:
 def test_a_step_is_timed_for_every_number_of_environments(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("gymnasium", reason='needs pip install "brc-fast[gym]"')
+    require("gymnasium")
     monkeypatch.setattr(bench, "TASK", "gym/Pendulum-v1")
     found = bench.run("cpu", ["environments"], seconds=60.0, dry=True)
     (row,) = found["axes"]
@@ -166,6 +167,6 @@ def test_what_cannot_be_done_is_one_line(
     assert capsys.readouterr().err == "bench_scaling: torch sees no CUDA device\n"
     assert bench.main(["--device", "cpu", "--budget", "-1"]) == 2
     assert capsys.readouterr().err == "bench_scaling: --budget must be a number of seconds, at least 0\n"
-    pytest.importorskip("matplotlib", reason='the picture needs pip install "brc-fast[train]"')
+    require("matplotlib")
     with pytest.raises(ValueError, match=r"no axis with times; bench_scaling\.py --save NAME measures them"):
         plot_scaling.draw({"axes": []}, tmp_path / "none.png")

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from extras import require
 
 from brc_fast import ActorConfig, CriticConfig
 
-pytest.importorskip("gymnasium", reason="needs gymnasium")
+require("gymnasium")
 ROOT = Path(__file__).resolve().parent.parent
 TASK = "gym/Pendulum-v1"
 NEVER = 1.0  # its rewards are negative
@@ -156,7 +157,7 @@ def test_the_command_line_stores_and_draws_and_says_what_it_lacks(
 ) -> None:
     from harness import read
 
-    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    require("matplotlib")
     monkeypatch.setattr(bench, "settings", lambda task, device: config)
     monkeypatch.setattr(bench, "write", partial(bench.write, folder=tmp_path))
     words = ["--device", "cpu", "--task", TASK, "--threshold", "1", "--budget", "2", "--save", "train"]

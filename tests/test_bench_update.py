@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from extras import require
 from torch.utils.flop_counter import FlopCounterMode
 
 from brc_fast import kernels
@@ -315,7 +316,7 @@ def test_an_error_in_an_op_takes_our_time_away_and_tells_why(
 def test_jax_has_its_copy_before_torch_may_write_to_the_memory_again(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("optax", reason="the JAX peer needs optax; pip install the bench extra")
+    require("jax", "optax")
     from peers import jax_plain
 
     waited, wait = list[object](), jax_plain.jax.block_until_ready
@@ -331,7 +332,7 @@ def test_a_peer_has_a_time_until_it_is_broken(
     name: str, tasks: int, bench: Any, providers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "jax":
-        pytest.importorskip("optax", reason="the JAX peer needs optax; pip install the bench extra")
+        require("jax", "optax")
     size = subject(providers, 32, 64, tasks=tasks)
     assert bench.timing.compare(size, ["ours", name], 0.0).missing == {}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from extras import require
 
 from brc_fast.envs import expand, make
 
@@ -29,7 +30,7 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     def imported(name: str) -> Any:
-        pytest.importorskip("gymnasium", reason="needs gymnasium")
+        require("gymnasium")
         monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # main sets it too, and this takes it back
         return __import__(f"bench_{name}")
 

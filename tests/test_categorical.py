@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from extras import require
 from kernel_harness import (
     INTERPRETED,
     assert_close_to_truth,
@@ -1012,7 +1013,7 @@ def test_a_nan_position_is_no_error_in_the_twins() -> None:
 def test_kernels_on_a_cpu_are_refused_without_the_interpreter() -> None:
     if INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 makes it possible")
-    pytest.importorskip("triton", reason="triton is not installed")
+    require("triton")
     with pytest.raises(RuntimeError, match="kernels were asked for, but a tensor is on cpu"):
         kernels.expected_value(torch.zeros(2, 3), torch.zeros(3), impl="triton")
 

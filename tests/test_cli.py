@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from extras import require
 
 from brc_fast import cli
 
@@ -237,7 +238,7 @@ def test_doctor_tells_versions_devices_and_what_is_missing(
 
 
 def test_doctor_works_for_a_user_without_a_home() -> None:
-    pytest.importorskip("jax", reason="needs the [mjx] extra")
+    require("mjx")
     code = "import os, pwd; os.environ.pop('XDG_CACHE_HOME', 0), os.environ.pop('HOME', 0); "
     code += "pwd.getpwuid = {}.__getitem__; from brc_fast import cli; cli.main(['doctor'])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import require
 from torch import Tensor
 
 from brc_fast import BRC, ActorConfig, Batch, BroNet, Critic, CriticConfig, kernels
@@ -234,7 +235,7 @@ def test_a_body_of_any_outputs_is_an_ensemble() -> None:
 
 def test_the_pages_agent_learns() -> None:
     """docs/critic.md as it stands, but shorter."""
-    pytest.importorskip("gymnasium", reason="needs the [gym] extra")
+    require("gymnasium")
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     shorter = code.replace("range(4_000)", "range(400)").replace(">= 500", ">= 200")
     assert shorter.count("range(400)") == 1

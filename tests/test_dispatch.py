@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from extras import needs
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -17,7 +18,7 @@ from brc_fast.kernels import _dispatch, reference
 
 X = torch.randn(3, 11)
 ATOMS = torch.linspace(-1, 1, 11)
-NEEDS_TRITON = pytest.mark.skipif(not _dispatch.INSTALLED, reason="triton is not installed")
+NEEDS_TRITON = needs("triton")
 PLAIN = pytest.mark.skipif(_dispatch.INTERPRETED, reason="the interpreter runs kernels on a CPU")
 
 

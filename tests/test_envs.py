@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import re
@@ -10,15 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from extras import needs
 
 from brc_fast.envs import expand, list_tasks, make, resolve
 from brc_fast.envs.base import Step, check_finite
 from brc_fast.errors import InputError
 
-needs_mjx = pytest.mark.skipif(
-    importlib.util.find_spec("mujoco_playground") is None or importlib.util.find_spec("gymnasium") is None,
-    reason="needs the [mjx] extra",
-)
+needs_mjx = needs("mjx")
 SHARED = Path(os.environ.get("BRC_FAST_SHARED", Path(__file__).resolve().parents[1] / "../shared"))
 CARTPOLE, PENDULUM = "mjx/CartpoleSwingup", "mjx/PendulumSwingup"
 N = 4  # one number of slots throughout: each task is compiled once
@@ -177,8 +174,6 @@ def test_a_wrong_setting_is_refused_with_its_name_and_remedy(arguments, message)
 
 @pytest.mark.parametrize("missing", ["jax", "gymnasium", "mujoco_playground"])
 def test_a_missing_simulator_names_the_extra_to_install(missing):
-    if missing != "gymnasium" and importlib.util.find_spec("gymnasium") is None:
-        pytest.skip("needs gymnasium")
     code = (
         f"import sys; sys.modules['{missing}'] = None\n"
         "from brc_fast.envs import make\n"

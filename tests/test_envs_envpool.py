@@ -1,7 +1,6 @@
 """EnvPool's environments beside EnvPool itself and beside dm_control."""
 
 import gc
-import importlib.util
 import logging
 import os
 import sys
@@ -11,19 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from extras import needs, require
 
 from brc_fast.errors import InputError, MissingExtraError
 
-pytest.importorskip("gymnasium")
+require("gymnasium")
 from brc_fast.envs import envpool as adapters
 from brc_fast.envs.base import check_finite
 from brc_fast.envs.envpool import make_envpool
 
-THERE = importlib.util.find_spec("envpool") is not None
-needs_envpool = pytest.mark.skipif(not THERE, reason="needs envpool")
-needs_dm_control = pytest.mark.skipif(
-    not THERE or importlib.util.find_spec("dm_control") is None, reason="needs envpool and dm_control"
-)
+needs_envpool, needs_dm_control = needs("envpool"), needs("envpool", "dmc")
 CARTPOLE, REACH, PENDULUM = "envpool/CartpoleSwingup-v1", "metaworld/reach-v3", "envpool/InvertedPendulum-v5"
 N = 3
 

@@ -13,24 +13,22 @@ import time
 import numpy as np
 import pytest
 import torch
+from extras import needs, require
 
-gymnasium = pytest.importorskip("gymnasium", reason="needs the [gym] extra")
+require("gymnasium")
 
-import cloudpickle  # noqa: E402
-from gymnasium.spaces import Box, Dict, Discrete, Graph, Tuple  # noqa: E402
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv  # noqa: E402
+import cloudpickle
+import gymnasium
+from gymnasium.spaces import Box, Dict, Discrete, Graph, Tuple
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from brc_fast.envs import make  # noqa: E402
-from brc_fast.envs.base import check_finite  # noqa: E402
-from brc_fast.envs.gym import GymAdapter, SimulatorError, WorkerError, make_gym  # noqa: E402
-from brc_fast.envs.vector import VectorAdapter  # noqa: E402
-from brc_fast.errors import InputError, MissingExtraError  # noqa: E402
+from brc_fast.envs import make
+from brc_fast.envs.base import check_finite
+from brc_fast.envs.gym import GymAdapter, SimulatorError, WorkerError, make_gym
+from brc_fast.envs.vector import VectorAdapter
+from brc_fast.errors import InputError, MissingExtraError
 
-needs_dmc = pytest.mark.skipif(
-    importlib.util.find_spec("shimmy") is None or importlib.util.find_spec("dm_control") is None,
-    reason="needs the [dmc] extra",
-)
-needs_mujoco = pytest.mark.skipif(importlib.util.find_spec("mujoco") is None, reason="needs mujoco")
+needs_dmc, needs_gym = needs("dmc"), needs("gym")
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
 N, LENGTH = 3, 4
 MODES = list(AutoresetMode)
@@ -817,8 +815,8 @@ def test_a_dmc_episode_can_be_longer_than_its_own_and_a_bad_state_is_lost():
     "task",
     [
         pytest.param("dmc/cartpole-swingup", marks=needs_dmc),
-        pytest.param("gym/HalfCheetah-v5", marks=needs_mujoco),
-        pytest.param("gym/HalfCheetah-v4", marks=needs_mujoco),
+        pytest.param("gym/HalfCheetah-v5", marks=needs_gym),
+        pytest.param("gym/HalfCheetah-v4", marks=needs_gym),
     ],
 )
 def test_making_a_task_without_a_display_prints_nothing(task, tmp_path):
@@ -836,7 +834,7 @@ def test_making_a_task_without_a_display_prints_nothing(task, tmp_path):
     assert not list(tmp_path.iterdir())  # MuJoCo's log
 
 
-@needs_mujoco
+@needs_gym
 def test_a_gymnasium_episode_is_that_of_gymnasium(monkeypatch):
     env = make_gym("gym/InvertedPendulum-v5", 2)
     seeds = []

@@ -1,7 +1,6 @@
 """MJX programs: shared by tasks of one body, kept between processes, for any environment of Playground's."""
 
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from extras import require
 
 from brc_fast.envs import make
 from brc_fast.errors import InputError
 
-if importlib.util.find_spec("mujoco_playground") is None or importlib.util.find_spec("gymnasium") is None:
-    pytest.skip("needs the [mjx] extra", allow_module_level=True)
+require("mjx")
 
 import jax
 import jax.numpy as jnp
@@ -405,7 +404,6 @@ def test_a_robot_without_the_menagerie_says_where_it_belongs(task, monkeypatch, 
 @pytest.mark.slow
 def test_mujoco_warp_steps_as_playground_does_and_restarts_too():
     """It keeps the contacts of all slots together, so its tasks stand side by side without sharing calls."""
-    pytest.importorskip("warp", reason="needs warp-lang")
     env = make(["mjx/CartpoleBalance", "mjx/CartpoleSwingup"], N, impl="warp", episode_length=6, quiet=True)
     observations = env.reset_tensors(3)
     for task, name in enumerate(("CartpoleBalance", "CartpoleSwingup")):
@@ -452,7 +450,6 @@ def in_new_process(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_second_process_traces_nothing_and_a_damaged_file_is_made_anew(tmp_path):
-    pytest.importorskip("flatbuffers")
     first, imported = in_new_process(tmp_path)
     assert imported == "['mujoco', 'mujoco_playground']"
     second, imported = in_new_process(tmp_path)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from extras import needs
 
 from brc_fast import cli
 
 pytestmark = pytest.mark.slow
-
-
-def needs(*modules: str) -> pytest.MarkDecorator:
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
 def train(run: Path, *words: str) -> int:
@@ -43,13 +38,13 @@ def rows(run: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     ("tasks", "sizes"),
     [
-        pytest.param(["dmc/dog-run"], (223, 38), marks=needs("shimmy", "dm_control")),
+        pytest.param(["dmc/dog-run"], (223, 38), marks=needs("dmc")),
         pytest.param(["envpool/DogRun-v1"], (223, 38), marks=needs("envpool")),
         pytest.param(["metaworld/reach-v3", "metaworld/push-v3"], (39, 4), marks=needs("envpool")),
         pytest.param(
             ["gym/Pendulum-v1", "dmc/cartpole-swingup", "envpool/CheetahRun-v1", "metaworld/reach-v3"],
             (39, 6),
-            marks=needs("gymnasium", "shimmy", "envpool"),
+            marks=needs("dmc", "envpool"),
         ),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import require
 from torch import Tensor
 
 from brc_fast import BRC, cli, evaluate
@@ -276,14 +277,18 @@ def test_the_interquartile_mean_is_that_of_the_middle_half() -> None:
     shuffled = np.random.default_rng(0).permutation([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 700.0, -800.0])
     # sorted: -800 1 | 2 3 4 5 | 6 700
     assert interquartile_mean(shuffled.reshape(2, 4)) == 3.5
-    stats = pytest.importorskip("scipy.stats", reason="needs scipy")
+    require("scipy")
+    from scipy import stats
+
     for size in ((3, 5), (7, 1), (2, 2), (1, 3)):
         values = np.random.default_rng(1).normal(size=size)
         assert interquartile_mean(values) == pytest.approx(stats.trim_mean(values.ravel(), 0.25))
 
 
 def test_estimates_agree_with_an_independent_bootstrap() -> None:
-    stats = pytest.importorskip("scipy.stats", reason="needs scipy")
+    require("scipy")
+    from scipy import stats
+
     rng = np.random.default_rng(3)
     values = rng.uniform(size=(6, 5)) + np.arange(6)[:, None] / 5
 

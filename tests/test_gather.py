@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import require
 from torch import Tensor
 
 from brc_fast import kernels
@@ -316,7 +317,7 @@ def test_a_graph_replays_the_gathers_with_new_indices(device: str) -> None:
 
 def compiled(call: Callable[[], object]) -> Any:
     """What the one kernel that `call` launches becomes on an H200, without one."""
-    pytest.importorskip("triton", reason="triton is not installed")
+    require("triton")
     if _dispatch.INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 puts the interpreter in the compiler's place")
     from brc_fast.kernels import aot

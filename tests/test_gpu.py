@@ -10,6 +10,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from extras import require
 
 from brc_fast import BRC, ActorConfig, Batch, CriticConfig, Noise, ReplayBuffer
 
@@ -79,7 +80,7 @@ def test_replay_batches_reach_the_device_unchanged(device: str) -> None:
 
 
 def test_environment_tensors_feed_the_agent_and_keep_their_values(device: str) -> None:
-    pytest.importorskip("mujoco_playground", reason="needs the [mjx] extra")
+    require("mjx")
     from brc_fast import envs
 
     env = envs.make("mjx/CartpoleSwingup", num_envs=8, seed=0)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from extras import require
 from kernel_harness import assert_follows_twin, layouts, outputs_and_gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -451,7 +452,7 @@ def test_torch_sees_what_is_written(kernel_device: str) -> None:
 
 def launches_of(rows: int, wanted: list[int], frozen: bool = False) -> list[Launch]:
     """What is launched for inputs [rows, 6 + 3 + 4] of 2 tasks, forward and backward."""
-    pytest.importorskip("triton")
+    require("triton")
     given = [torch.zeros(rows, 6), torch.zeros(rows, 3), torch.zeros(2, 4).bfloat16()]
     leaves = [x.requires_grad_(place in wanted) for place, x in enumerate(given)]
     with recording() as launches:
@@ -482,7 +483,7 @@ def test_the_sums_of_chunks_are_kept_in_float32_for_a_table_in_bfloat16() -> Non
 
 
 def test_the_gradient_of_actions_is_a_view_that_costs_nothing() -> None:
-    pytest.importorskip("triton")
+    require("triton")
     observations, actions = torch.zeros(4, 6), torch.zeros(4, 3, requires_grad=True)
     seed = torch.arange(64.0).view(4, 16)
     with recording():

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from extras import require
 
 HERE = Path(__file__).resolve().parent
 FILES = [path for path in sorted(HERE.glob("test_*.py")) if path != Path(__file__).resolve()]
@@ -47,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[
 
 @pytest.mark.parametrize("name", [*OF_KERNELS, RECORDED])
 def test_what_a_gpu_would_run_passes_in_the_interpreter(name: str, runs: dict[str, Future[Done]]) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
+    require("triton")
     done = runs[name].result()
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     if name == RECORDED and "no recording with" in done.stdout:

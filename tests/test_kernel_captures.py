@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from extras import require
 from torch import Tensor
 
 from brc_fast import kernels
 
-pytest.importorskip("triton", reason="triton is not installed")
+require("triton")
 from brc_fast.kernels import aot
 
 OPS = sorted({case.op for case in aot.cases() if not case.op.endswith("_")})  # those change their arguments

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from kernel_harness import INTERPRETED, assert_close_to_truth, guarded
 from torch import Tensor
 
 from brc_fast.kernels import _dispatch, _native, aot, optimizer, reference
 from brc_fast.kernels._config import assume, trial
 
-NEEDS_TRITON = pytest.mark.skipif(not _dispatch.INSTALLED, reason="triton is not installed")
+NEEDS_TRITON = needs("triton")
 PLAIN = pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in for the compiler")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 RULE: dict[str, Any] = {"learning_rate": 3e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from extras import require
 
 from brc_fast import CriticConfig, InputError, TrainConfig, cli, published
 from brc_fast.checkpoint import RunFolder
@@ -26,7 +27,7 @@ from brc_fast.plot import (
     published_runs,
 )
 
-pytest.importorskip("matplotlib", reason="needs the [train] extra")
+require("matplotlib")
 DOGS = tuple(f"dmc/{name}" for name in published.task_list("DMC_DOGS"))
 RUN = "dmc/dog-run"
 

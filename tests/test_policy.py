@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from extras import require
 from kernel_harness import assert_close_to_truth, assert_follows_twin, layouts, outputs_and_gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -545,7 +546,7 @@ def test_torch_sees_what_is_written(kernel_device: str) -> None:
 
 
 def test_forward_and_backward_are_one_launch_each_that_reads_the_halves_in_place() -> None:
-    pytest.importorskip("triton")
+    require("triton")
     head = torch.zeros(5, 8, requires_grad=True)
     mean, raw = head.chunk(2, -1)
     with recording() as launches:

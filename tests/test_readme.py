@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from extras import require
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,7 +32,7 @@ def run(code: str, **shorter: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("file", ["README.md", "docs/agent.md"])
 def test_the_loops_run_and_learn_from_their_own_transitions(file: str) -> None:
-    pytest.importorskip("mujoco_playground", reason="needs the [mjx] extra")
+    require("mjx")
     names = run(examples(file)[0], **{"range(5_000)": "range(40)", ">= 5_000": ">= 300"})
     assert len(names["replay"]) == 40 * 16
     assert names["metrics"]["critic_loss"].isfinite()
@@ -47,7 +48,7 @@ def test_the_example_of_the_replay_buffer_runs(tmp_path: Path, monkeypatch: pyte
 def test_the_examples_of_training_run_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("gymnasium", reason="needs the [gym] extra")
+    require("gym")
     monkeypatch.chdir(tmp_path)
     logged: list[int] = []
     wandb = SimpleNamespace(init=lambda **_: None, log=lambda row, step: logged.append(step))

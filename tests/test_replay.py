@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import require
 
 from brc_fast.replay import Field, ReplayBuffer
 
-pytest.importorskip("hypothesis", reason="needs the [test] extra")
+require("hypothesis")
 
 from hypothesis import settings
 from hypothesis import strategies as st

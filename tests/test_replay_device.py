@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import require
 
 from brc_fast import Batch, DeviceReplayBuffer, Field, ReplayBuffer
 
@@ -322,7 +323,7 @@ def test_what_does_not_fit_is_an_error_with_the_numbers(
 
 
 def test_the_kernels_give_the_same_through_the_interpreter(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
+    require("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this is the process of its own")
     chosen = "grows and floats or frames and files or scale or nothing"

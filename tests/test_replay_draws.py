@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import require
 
 from brc_fast import _core
 from brc_fast.replay import ReplayBuffer
 
-pytest.importorskip("hypothesis", reason="needs the [test] extra")
-pytest.importorskip("scipy", reason="needs the [test] extra")
+require("hypothesis", "scipy")
 
 from replay_oracle import Feed, assert_same_batch, filled
 from scipy.stats import chisquare

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from extras import require
 
-pytest.importorskip("hypothesis", reason="needs the [test] extra")
+require("hypothesis")
 
 from replay_kills import SCENARIOS
 from replay_oracle import Feed, assert_same, filled, more, read_all

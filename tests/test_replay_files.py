@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from extras import require
 
 from brc_fast.replay import Field, files
 
-pytest.importorskip("hypothesis", reason="needs the [test] extra")
+require("hypothesis")
 
 from replay_oracle import Feed, assert_same, assert_same_batch, filled, more, read_all
 

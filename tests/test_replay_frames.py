@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import require
 
 from brc_fast import Batch
 from brc_fast.replay import Field, ReplayBuffer
 
-pytest.importorskip("hypothesis", reason="needs the [test] extra")
+require("hypothesis")
 
 from replay_oracle import ENDS, Feed, arrays_of, assert_same, assert_same_batch, filled, more, read_all
 
@@ -170,7 +171,9 @@ def test_the_largest_finite_values_are_not_taken_for_infinite() -> None:
 
 
 def test_numpy_arrays_of_bfloat16_are_stored_like_tensors() -> None:
-    ml_dtypes = pytest.importorskip("ml_dtypes", reason="comes with JAX")
+    require("jax")
+    import ml_dtypes
+
     field = Field((4,), "bfloat16")
     buffer = ReplayBuffer(4, field, field)
     value = np.array([[1.5, -2.0, 0.1, 3e38]], ml_dtypes.bfloat16)

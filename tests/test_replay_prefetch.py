@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from extras import require
 
 from brc_fast.replay import Field, Prefetcher
 
-pytest.importorskip("hypothesis", reason="needs the [test] extra")
+require("hypothesis")
 
 from replay_oracle import ENDS, Feed, assert_same_batch, filled, more
 

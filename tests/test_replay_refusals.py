@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import require
 
 from brc_fast import _core
 from brc_fast.replay import DeviceReplayBuffer, Field, ReplayBuffer
 
-pytest.importorskip("hypothesis", reason="needs the [test] extra")
+require("hypothesis")
 
 from replay_oracle import ENDS, Feed, assert_same, filled, read_all
 

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import require
 
 from brc_fast.batch import Batch
 from brc_fast.replay import DeviceReplayBuffer, Field, ReplayBuffer, arena
 
-pytest.importorskip("hypothesis", reason="needs the [test] extra")
+require("hypothesis")
 
 from replay_oracle import arrays_of, assert_same_batch, filled, more, read_all
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from extras import require
 from kernel_harness import assert_close_to_truth, guarded
 from torch import Tensor
 
@@ -212,7 +213,7 @@ def test_it_is_an_op_for_the_dispatcher_and_the_compiler(kernel_device: str) -> 
 
 
 def test_it_is_one_launch() -> None:
-    pytest.importorskip("triton")
+    require("triton")
     for state in (None, adam(0.5, torch.float32)):
         with recording() as launches:
             kernels.update_summary_(**to(numbers(8), torch.float32), target_entropy=-1.0, adam=state)

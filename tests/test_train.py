@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from extras import require
 
 from brc_fast import checkpoint, cli, envs
 from brc_fast.checkpoint import RunFolder
@@ -532,7 +533,7 @@ def test_plot_draws_one_or_many_runs(toy: dict, tmp_path: Path, capsys: pytest.C
 def test_a_run_on_mjx_stopped_at_half_way_resumes_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("mujoco_playground", reason="needs the [mjx] extra")
+    require("mjx")
     words = [
         "--steps",
         "3200",

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from extras import require
 
 from brc_fast.kernels import _config, _timing, tune
 from brc_fast.kernels._cases import Case
@@ -197,7 +198,7 @@ def test_tuning_needs_a_gpu_or_the_interpreter(
 def test_a_dry_run_tries_two_candidates_of_one_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
+    require("triton")
     bench = Bench()
     cases = [bench.case("H=64 bfloat16"), bench.case()]
     monkeypatch.setattr(tune, "INTERPRETED", True)
@@ -210,7 +211,7 @@ def test_a_dry_run_tries_two_candidates_of_one_case(
 
 
 def test_a_real_kernel_is_tuned_in_the_interpreter(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
+    require("triton")
     words = ["-m", "brc_fast.kernels.tune", "--dry", "--ops", "adamw_", "--out", str(tmp_path / "t.json")]
     done = subprocess.run(
         [sys.executable, *words],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 import os
 import subprocess
@@ -15,18 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import require
 from test_evaluate import Scripted, make_run
 
 from brc_fast import cli, envs, video
 from brc_fast.errors import InputError, MissingExtraError
 
-Image = pytest.importorskip("PIL.Image", reason="needs the [train] extra")
-
-
-def need(*packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
+require("PIL")
+from PIL import Image
 
 
 class Pushing:
@@ -59,8 +54,9 @@ def test_a_gif_holds_every_frame_at_its_speed(tmp_path: Path) -> None:
             assert abs(int(gif.convert("L").getpixel((5, 5))) - level) <= 3
 
 
-@pytest.mark.skipif(video.ffmpeg() is None, reason="ffmpeg is not installed")
 def test_an_mp4_holds_every_frame_and_may_have_odd_sides(tmp_path: Path) -> None:
+    if video.ffmpeg() is None:
+        require("imageio_ffmpeg")
     video.write(grey([0, 100, 200] * 5, 25, 33), tmp_path / "a.mp4", fps=22.2)
     program = video.ffmpeg()
     assert program is not None
@@ -139,7 +135,7 @@ def filmed(task: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[t
 
 
 def test_dm_control_is_shown_as_it_was_during_the_episode(monkeypatch: pytest.MonkeyPatch) -> None:
-    need("shimmy", "dm_control")
+    require("dmc")
     with filmed("dmc/reacher-easy", 40, monkeypatch) as (model, states):
         import mujoco
 
@@ -160,7 +156,7 @@ def test_dm_control_is_shown_as_it_was_during_the_episode(monkeypatch: pytest.Mo
 
 
 def test_gymnasium_mujoco_tasks_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    need("mujoco", "gymnasium")
+    require("gym")
     with filmed("gym/HalfCheetah-v5", 5, monkeypatch) as (model, states):
         assert model.nq == 9
         assert [state["qpos"].shape for state in states] == [(9,)] * 5
@@ -169,7 +165,7 @@ def test_gymnasium_mujoco_tasks_can_be_reached(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 def test_mjx_states_follow_the_simulator(monkeypatch: pytest.MonkeyPatch) -> None:
-    need("mujoco_playground", "jax")
+    require("mjx")
     with filmed("mjx/CartpoleSwingup", 20, monkeypatch) as (model, states):
         import mujoco
 
@@ -189,7 +185,7 @@ def test_a_task_with_more_observations_than_were_learned_is_refused() -> None:
 
 
 def test_a_task_without_a_reachable_simulator_is_refused() -> None:
-    need("gymnasium")
+    require("gymnasium")
     with contextlib.closing(envs.make("gym/Pendulum-v1", 1)) as env:
         env.reset_tensors(0)
         with pytest.raises(InputError, match="gym/Pendulum-v1 cannot be filmed"):
@@ -205,7 +201,7 @@ def brc_fast(*words: str, **environment: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.slow
 def test_the_command_films_a_run(tmp_path: Path) -> None:
-    need("mujoco", "gymnasium", "tyro")
+    require("gym", "train")
     with contextlib.closing(envs.make("gym/InvertedPendulum-v5", 1)) as env:
         sizes = env.observation_size, env.action_size
     run = make_run(tmp_path / "run", ("gym/InvertedPendulum-v5",), sizes=sizes)
@@ -227,7 +223,7 @@ def test_without_mujoco_the_extra_that_brings_it_is_named(monkeypatch: pytest.Mo
 
 
 def test_without_a_way_to_draw_one_line_tells_what_to_set_and_install(tmp_path: Path) -> None:
-    need("mujoco", "tyro")
+    require("mujoco", "train")
     run = make_run(tmp_path / "run", ("dmc/cartpole-swingup",))
     result = brc_fast("video", str(run), "--output", str(tmp_path / "a.gif"), MUJOCO_GL="disable")
     assert result.returncode == 2
@@ -270,7 +266,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 
 def test_a_camera_that_the_model_lacks_is_refused_with_those_it_has() -> None:
-    need("mujoco")
+    require("mujoco")
     import mujoco
 
     cameras = "<camera name='side' pos='0 -3 0'/><camera name='top' pos='0 0 3'/>"
