@@ -6,9 +6,17 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-envs lint sanitize aot bare bench gpu gpu-dry clean
 
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e ".[mjx,train,test,dev]"
+# A PYTHON that is given makes .venv anew where it is of another version.
+ifneq ($(origin PYTHON),file)
+GIVEN := PYTHON="$(PYTHON)"
+version_of = $(shell { $(1) -c 'import sys; print(sys.version_info[:2])'; } 2>/dev/null)
+ifneq ($(call version_of,$(PYTHON)),$(call version_of,$(BIN)/python))
+.PHONY: $(STAMP)
+endif
+endif
+
+$(STAMP): setup.sh pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp)
+	@$(GIVEN) sh setup.sh $(VENV) -e ".[gym,mjx,train,video,test,dev]"
 	@touch $@
 
 ## Train BRC on mjx/CartpoleSwingup; the run, with its curve, is in runs/demo
@@ -54,8 +62,8 @@ aot: $(STAMP)
 
 ## The install without any extra: the agent, the replay and the kernels work alone
 bare:
-	$(PYTHON) -m venv build/bare
-	build/bare/bin/pip install -q -c constraints.txt .
+	@rm -rf build/bare
+	@PYTHON="$(PYTHON)" sh setup.sh build/bare .
 	cd build && bare/bin/python -c "import brc_fast as brc; brc.ReplayBuffer(10, 3, 1); \
 	  brc.BRC(3, 1, critic=brc.CriticConfig(width=16))"
 
