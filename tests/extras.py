@@ -24,13 +24,13 @@ CORE = [Requirement(text) for text in PROJECT["dependencies"]]
 EXTRAS = {
     name: [Requirement(text) for text in texts] for name, texts in PROJECT["optional-dependencies"].items()
 }
-# Distributions whose modules have another name
+# Modules with the distribution that they belong to or, without saying so, import
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "jax.export": "flatbuffers",
     "mujoco.mjx": "mujoco-mjx",
     "mujoco_playground": "playground",
     "torch.utils.tensorboard": "tensorboard",
-    "warp": "warp-lang",
 }
 NEEDS = "Skipped: needs "  # how pytest tells a reason of `needs` and `require`
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from extras import require
+from extras import needs, require
 
 require("gymnasium")
 from brc_fast.envs import make
@@ -20,20 +20,20 @@ N, SHORT = 4, 6  # slots; steps of a short episode
 
 class Case(NamedTuple):
     task: str
-    needs: tuple[str, ...]
+    needs: pytest.MarkDecorator
     loses: bool  # whether an action of NaN makes the simulator lose its state, or its own clipping hides it
     processes: bool | None = None
 
 
 CASES = {
-    "mjx": Case("mjx/CartpoleSwingup", ("mjx",), True),
-    "gym": Case("gym/Pendulum-v1", (), True),
-    "gym terminating": Case("gym/InvertedPendulum-v5", ("gym",), False),
-    "dmc": Case("dmc/cartpole-swingup", ("dmc",), True, False),
-    "dmc processes": Case("dmc/cartpole-swingup", ("dmc",), True, True),
-    "envpool": Case("envpool/CartpoleSwingup-v1", ("envpool",), False),
-    "envpool own physics": Case("envpool/Pendulum-v1", ("envpool",), True),
-    "metaworld": Case("metaworld/reach-v3", ("envpool",), False),
+    "mjx": Case("mjx/CartpoleSwingup", needs("mjx"), True),
+    "gym": Case("gym/Pendulum-v1", needs("gymnasium"), True),
+    "gym terminating": Case("gym/InvertedPendulum-v5", needs("gym"), False),
+    "dmc": Case("dmc/cartpole-swingup", needs("dmc"), True, False),
+    "dmc processes": Case("dmc/cartpole-swingup", needs("dmc"), True, True),
+    "envpool": Case("envpool/CartpoleSwingup-v1", needs("envpool"), False),
+    "envpool own physics": Case("envpool/Pendulum-v1", needs("envpool"), True),
+    "metaworld": Case("metaworld/reach-v3", needs("envpool"), False),
 }
 
 
@@ -62,10 +62,12 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "disable")
 
 
-@pytest.fixture(params=CASES)
+def named(names):
+    return [pytest.param(name, marks=CASES[name].needs) for name in names]
+
+
+@pytest.fixture(params=named(CASES))
 def name(request):
-    case = CASES[request.param]
-    require(*case.needs)
     return request.param
 
 
@@ -156,13 +158,14 @@ def scaled(action, space):
     return space.low + share * (space.high - space.low)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("mjx", "dmc processes")])
+@pytest.mark.parametrize("name", named(name for name in CASES if name not in ("mjx", "dmc processes")))
 def test_a_thousand_steps_are_those_of_the_simulators_own_api(name):
     """Successors, rewards, both kinds of end and the starts after them. For MJX see test_envs.py."""
     case = CASES[name]
-    require(*case.needs)
     env = shared(name, None)
-    own = (OwnEnvPool if "envpool" in case.needs else OwnGymnasium)(case.task, env, 7)
+    own = (OwnEnvPool if case.task.startswith(("envpool/", "metaworld/")) else OwnGymnasium)(
+        case.task, env, 7
+    )
     observations, starts = own.observations, own.starts
     total, expected = np.zeros(N), np.zeros(N)
     ends = set()

@@ -444,6 +444,8 @@ def _explained(task: str) -> Iterator[None]:
                 f"{task} needs humanoid_bench, which is not on the package index: clone "
                 "https://github.com/carlosferrazza/humanoid-bench and run pip install -e . in it"
             ) from error
+        if error.name in ("imageio", "packaging"):  # Gymnasium's MuJoCo tasks import them
+            raise MissingExtraError(task, "gym") from error
         raise InputError(f"{task} needs a module that is not installed: {error}") from error
     except ImportError as error:
         raise InputError(f"{task} cannot be imported: {error}") from error
