@@ -16,7 +16,12 @@ EXTRAS = {
     "mjx": ("jax", "mujoco", "mujoco-mjx", "playground", "brax", "gymnasium"),
     "train": ("tyro", "tqdm", "matplotlib", "tensorboard"),
 }
-OPTIONAL = {"dmc": ("dm-control", "shimmy"), "envpool": ("envpool",), "video": ("imageio-ffmpeg",)}
+OPTIONAL = {
+    "gym": ("gymnasium", "mujoco", "imageio"),
+    "dmc": ("dm-control", "shimmy"),
+    "envpool": ("envpool",),
+    "video": ("imageio-ffmpeg",),
+}
 
 
 def report() -> tuple[str, bool]:

@@ -17,7 +17,7 @@ from brc_fast.envs.base import Step
 
 EVALUATION_SLOTS = 2
 sys.path.append(str(Path(__file__).parent))  # for replay_oracle, which several tests share
-from extras import NEEDS
+from extras import NEEDS, require
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -156,6 +156,7 @@ class ToyEnv:
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
     """Replaces the environments; the dictionary given to the test is the training environments' `poison`."""
+    require("train")
     poison: dict[int, str] = {}
 
     def make(tasks: Sequence[str], num_envs: int, seed: int = 0, **settings: Any) -> ToyEnv:

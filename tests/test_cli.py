@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from extras import require
 
+require("train")
 from brc_fast import cli
 
 CARTPOLE = "mjx/CartpoleSwingup"

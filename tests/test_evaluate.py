@@ -14,6 +14,7 @@ import torch
 from extras import require
 from torch import Tensor
 
+require("train")
 from brc_fast import BRC, cli, evaluate
 from brc_fast.checkpoint import RunFolder
 from brc_fast.config import ActorConfig, CriticConfig, TrainConfig

@@ -17,6 +17,8 @@ from extras import CORE, DISTRIBUTIONS, EXTRAS, PROJECT, ROOT, applies, declared
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from brc_fast import doctor
+
 HIDING = Path(__file__).resolve().parent / "hiding"
 
 # Files that need an extra, and all extras under which they run: each declares all that the file imports.
@@ -254,6 +256,12 @@ def test_an_extra_alone_is_enough_for_what_it_is_for(extra: str, tmp_path: Path)
     run(CASES[extra], declared(extra), tmp_path)
     if extra == "mjx":
         assert list(tmp_path.rglob("programs/*"))  # flatbuffers keeps what was traced
+
+
+@pytest.mark.parametrize("extra", doctor.EXTRAS | doctor.OPTIONAL)
+def test_doctor_looks_for_what_an_extra_brings(extra: str) -> None:
+    require(extra)
+    assert set((doctor.EXTRAS | doctor.OPTIONAL)[extra]) <= reached(declared(extra))
 
 
 @pytest.mark.slow
