@@ -24,23 +24,19 @@ CORE = [Requirement(text) for text in PROJECT["dependencies"]]
 EXTRAS = {
     name: [Requirement(text) for text in texts] for name, texts in PROJECT["optional-dependencies"].items()
 }
-# Modules with the distribution that they belong to or, without saying so, import
-DISTRIBUTIONS = {
-    "PIL": "pillow",
-    "jax.export": "flatbuffers",
-    "mujoco.mjx": "mujoco-mjx",
-    "mujoco_playground": "playground",
-    "torch.utils.tensorboard": "tensorboard",
-}
+# Distributions whose modules have another name, or lie in the package of another one
+DISTRIBUTIONS = {"PIL": "pillow", "mujoco.mjx": "mujoco-mjx", "mujoco_playground": "playground"}
+# What a module of another distribution imports without saying so
+UNDECLARED = {"jax.export": "flatbuffers", "torch.utils.tensorboard": "tensorboard"}
 NEEDS = "Skipped: needs "  # how pytest tells a reason of `needs` and `require`
 
 
 def distribution(module: str) -> str:
-    """Canonical name of the distribution that a module belongs to, by the longest name that is known."""
+    """Canonical name of the distribution that a module belongs to or needs; longer names are known first."""
     parts = module.split(".")
     names = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
-    known = (DISTRIBUTIONS[name] for name in names if name in DISTRIBUTIONS)
-    return canonicalize_name(next(known, parts[0]))
+    known = DISTRIBUTIONS | UNDECLARED
+    return canonicalize_name(next((known[name] for name in names if name in known), parts[0]))
 
 
 def applies(requirement: Requirement, extra: str = "") -> bool:

@@ -13,7 +13,18 @@ from importlib.metadata import distributions, packages_distributions, requires
 from pathlib import Path
 
 import pytest
-from extras import CORE, DISTRIBUTIONS, EXTRAS, PROJECT, ROOT, applies, declared, distribution, require
+from extras import (
+    CORE,
+    DISTRIBUTIONS,
+    EXTRAS,
+    PROJECT,
+    ROOT,
+    UNDECLARED,
+    applies,
+    declared,
+    distribution,
+    require,
+)
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -128,7 +139,7 @@ def test_the_tables_of_this_file_name_nothing_that_is_gone() -> None:
     for source, optional in IF_THERE.items():
         assert optional <= imported(source)
     everything = set().union(*map(imported, sources()))
-    assert BROUGHT_BY.keys() | set(map(canonicalize_name, DISTRIBUTIONS.values())) <= everything
+    assert BROUGHT_BY.keys() | {*DISTRIBUTIONS.values(), *UNDECLARED.values()} <= everything
     assert not NEVER_IMPORTED & everything
 
 
