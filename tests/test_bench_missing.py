@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from extras import require
 
 ROOT = Path(__file__).resolve().parent.parent
 # sys.modules[name] = None is what an absent module looks like to `import` and to `find_spec`
@@ -46,6 +47,7 @@ def measured(name: str, hidden: list[str], words: list[str], path: Path) -> dict
 
 
 def test_replay_buffers_that_are_missing_are_listed(tmp_path: Path) -> None:
+    require("gymnasium")  # else that is what Stable-Baselines3's lacks
     peers = {
         "cpprb": "cpprb",
         "stable_baselines3": "Stable-Baselines3",
