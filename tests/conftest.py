@@ -53,9 +53,13 @@ class Absent:
         self.path.write_text("".join(f"{name}\n" for name in self.names))
 
 
+# The files that take longest begin first, so that of several processes none ends with one of them alone.
+LONGEST = ("test_interpreted.py", "test_envs_programs.py", "test_bench_update.py", "test_envs.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest begins first, so that of several processes none ends with it alone."""
-    items.sort(key=lambda item: item.path.name != "test_interpreted.py")
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 class ToyEnv:
