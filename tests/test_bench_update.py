@@ -449,7 +449,7 @@ def test_what_compiles_for_long_is_built_when_the_others_are_there(
 
 
 def test_the_jax_peer_shares_mass_between_the_atoms_on_both_sides(bench: Any) -> None:
-    pytest.importorskip("optax", reason="the JAX peer needs optax; pip install the bench extra")
+    require("optax")
     from peers.jax_plain import jnp, projected
 
     places = jnp.array([[0.0, 1.25, 3.0, 3.0], [2.5, 2.5, 0.0, 1.0]])  # 3 is the last atom

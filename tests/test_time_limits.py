@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from extras import require
 
-pytest.importorskip("gymnasium", reason="needs the [gym] extra")
+require("gym")
 
 import gymnasium
 from gymnasium.spaces import Box
