@@ -176,6 +176,62 @@ def test_after_a_load_that_failed_half_way_a_save_is_whole(device: str, tmp_path
     pair.check()
 
 
+@pytest.mark.parametrize("upload", [2, 3, 4])
+def test_an_add_that_was_broken_off_is_no_source_of_torn_transitions(
+    device: str, tmp_path: Path, upload: int
+) -> None:
+    """A Ctrl-C between the index and the rows: every call is refused until a save is loaded."""
+    pair = Pair(device, FLOATS)
+    pair.add(20)
+    pair.device.save(tmp_path)
+    index, calls = pair.device._index, []
+
+    def broken(values: np.ndarray) -> torch.Tensor:
+        calls.append(0)
+        if len(calls) == upload:
+            raise KeyboardInterrupt
+        return index(values)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pair.device, "_index", broken)
+        with pytest.raises(KeyboardInterrupt):
+            _ = [pair.device.add(**pair.arguments()) for _ in range(9)]
+    for call in (
+        lambda: pair.device.sample(2),
+        lambda: pair.device.add(**pair.arguments()),
+        lambda: pair.device.save(tmp_path / "torn"),
+    ):
+        with pytest.raises(RuntimeError, match="broken off half-way: load what `save"):
+            call()
+    pair.device.load(tmp_path)
+    pair.host.load(tmp_path)
+    pair.check()
+
+
+def test_a_load_that_was_broken_off_among_the_rows_is_told_until_it_is_made_again(
+    device: str, tmp_path: Path
+) -> None:
+    pair = Pair(device, FLOATS)
+    pair.add(20)
+    pair.device.save(tmp_path)
+    made, calls = torch.from_numpy, []
+
+    def broken(array: np.ndarray) -> torch.Tensor:
+        calls.append(0)
+        if len(calls) > 1:  # the first are the successors kept aside
+            raise KeyboardInterrupt
+        return made(array)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "from_numpy", broken)
+        with pytest.raises(KeyboardInterrupt):
+            pair.device.load(tmp_path)
+    with pytest.raises(RuntimeError, match="broken off half-way"):
+        pair.device.sample(2)
+    pair.device.load(tmp_path)
+    pair.check()
+
+
 def test_arrays_of_any_layout_are_stored_as_by_the_host(
     device: str, recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -377,12 +377,16 @@ def test_a_buffer_on_a_device_never_mixes_transitions_either(tmp_path: Path) -> 
 
 def test_a_buffer_on_a_device_is_refused_in_a_forked_process_and_freed_when_it_is_dropped() -> None:
     buffer = DeviceReplayBuffer(10, 1, 1, device="cpu")
-    if (child := os.fork()) == 0:
-        try:
-            buffer.sample(1)
-        except BaseException as error:
-            os._exit(0 if isinstance(error, RuntimeError) and "forked" in str(error) else 1)
-        os._exit(2)
+    calls = {"sample": 1, "save": "none", "load": "none"}
+    with buffer._saving, buffer._turns.turn(tuple):  # as other threads may be at the fork
+        if (child := os.fork()) == 0:
+            refused = 0
+            for name, argument in calls.items():
+                try:
+                    getattr(buffer, name)(argument)
+                except BaseException as error:
+                    refused += isinstance(error, RuntimeError) and "forked" in str(error)
+            os._exit(len(calls) - refused)
     assert os.waitpid(child, 0)[1] == 0
     alive = weakref.ref(buffer)
     del buffer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -86,6 +87,7 @@ class DeviceReplayBuffer(Buffer):
         self._side = self._empty(FIRST_SLOTS, self._observation_bytes)
         self._weights: dict[tuple[float, ...], Tensor] = {}
         self._turns = Turns(self.device)
+        self._whole = True  # False while the rows are not where the index says
 
     @staticmethod
     def bytes_needed(
@@ -137,7 +139,7 @@ class DeviceReplayBuffer(Buffer):
         if m == 0:
             return
         finite = {"observations": seen, **values, "rewards": reward, "successors": led}
-        with self._turns.turn(self._memory):
+        with self._turn():
             heads = np.empty(m, np.int64)
             self._store.heads(ids, heads)
             told = [self._departs(heads, seen), *ends, *(_not_finite(value) for value in finite.values())]
@@ -148,6 +150,7 @@ class DeviceReplayBuffer(Buffer):
             places = np.empty((3, m), np.int64)
             row, moved, successor = places
             self._grow(self._store.side_size + 2 * m)
+            self._whole = False
             self._store.add(ids, flags[0].copy(), flags[1].copy(), flags[2].copy(), row, moved, successor)
             frames, side = self._view(0, frame), self._side_view()
             self._move(side, moved, moved >= 0, frames[self._index(row[moved >= 0])])
@@ -158,6 +161,7 @@ class DeviceReplayBuffer(Buffer):
             self._rewards()[rows] = reward[:, 0]
             self._move(frames, successor, successor >= 0, led)
             self._move(side, -1 - successor, successor < 0, led)
+            self._whole = True
 
     def sample(
         self,
@@ -187,7 +191,7 @@ class DeviceReplayBuffer(Buffer):
             reward_scale = reward_scale.to(self.device)
         if dtype not in (None, *self._gather.FLOATS):
             raise TypeError(f"dtype must be one of {self._gather.FLOATS}, got {dtype}")
-        with self._turns.turn(self._memory):
+        with self._turn():
             self._require_stored(batch_size)
             return self._gathered(request, num_batches, batch_size, reward_scale, dtype)
 
@@ -248,9 +252,10 @@ class DeviceReplayBuffer(Buffer):
 
     def save(self, folder: str | os.PathLike[str], *, previous: str | os.PathLike[str] | None = None) -> None:
         """As ReplayBuffer.save, in the same format. Holds a copy of the buffer in host memory meanwhile."""
+        self._turns.require_own_process()
         with self._saving:
             host = self._host()
-            with self._turns.turn(self._memory):
+            with self._turn():
                 for first in range(0, self._store.rows, COPY_ROWS):
                     part = self._rows[first : first + COPY_ROWS]
                     torch.from_numpy(host.rows(first, len(part))).copy_(part)
@@ -261,20 +266,34 @@ class DeviceReplayBuffer(Buffer):
 
     def load(self, folder: str | os.PathLike[str], *, previous: bool = False) -> None:
         """As ReplayBuffer.load, in the same format. Holds a copy of the buffer in host memory meanwhile."""
+        self._turns.require_own_process()
         with self._saving:
             host = self._host()
             saved = files.load(host, self.spec, Path(folder), previous)
+            self._saved = None
             slots = torch.from_numpy(host.get_slots(host.slots))  # those in use may be any of them
             with self._turns.turn(self._memory):
                 self._grow(len(slots))
+                self._whole = False
                 self._side[: len(slots), : self._observation_bytes] = slots.to(self.device)
                 for first in range(0, self._store.rows, COPY_ROWS):
                     part = self._rows[first : first + COPY_ROWS]
                     part.copy_(torch.from_numpy(host.rows(first, len(part))))
                 self._store.adopt(host)
+                self._whole = True
             self._saved = saved
 
     # ---- Memory
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._turns.turn(self._memory):
+            if not self._whole:
+                raise RuntimeError(
+                    "an add or a load of this buffer was broken off half-way: load what `save(folder)` has "
+                    "kept, or make another buffer"
+                )
+            yield
 
     def _memory(self) -> tuple[Tensor, ...]:
         """All on the device that outlives a call."""

@@ -31,18 +31,22 @@ class Turns:
             self._stream = torch.cuda.current_stream(device)
             self._over = self._stream.record_event()
 
-    @contextmanager
-    def turn(self, memory: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
-        """A block that works on what `memory` then returns.
-
-        Raises:
-            RuntimeError: in a forked process, in which the turn of another thread would never end.
-        """
+    def require_own_process(self) -> None:
+        """RuntimeError in a forked process, in which the turn of another thread would never end."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 f"this buffer works in the process that made it, {self._process}, and not in {os.getpid()}, "
                 "which was forked from it; make one here, and load what `save(folder)` has kept"
             )
+
+    @contextmanager
+    def turn(self, memory: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
+        """A block that works on what `memory` then returns.
+
+        Raises:
+            RuntimeError: in a forked process.
+        """
+        self.require_own_process()
         with self._lock:
             if self._stream is None:
                 yield
