@@ -7,6 +7,7 @@ Source: Nauman et al. 2025, "Bigger, Regularized, Categorical", arXiv:2505.23150
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
 import zlib
 from typing import Any, NamedTuple
@@ -19,13 +20,18 @@ from .batch import Batch, require_shape
 from .config import ActorConfig, CriticConfig, LearningConfig, Precision, TrainConfig
 from .finite import FirstBad
 from .flat import FlatNetworks
-from .graphs import OFF, Captured
+from .graphs import MOST_SIGNATURES, OFF, Captured
 from .networks import Actor, Critic, Temperature
 from .optimizer import FIXED, FlatAdamW
 from .passes import Passes, Sample
 from .precision import check_precision, low_dtype, products
 
 Metrics = dict[str, Tensor]
+SETTINGS = {
+    field.name: config.__name__
+    for config in (ActorConfig, CriticConfig, LearningConfig)
+    for field in dataclasses.fields(config)
+}
 METRICS = kernels.reference.METRICS
 CRITIC_NORM, ACTOR_NORM = (METRICS.index(f"{name}_gradient_norm") for name in ("critic", "actor"))
 
@@ -132,15 +138,23 @@ class BRC:
 
         def function(*inputs: Tensor) -> Tensor:
             mine = updates()
-            assert mine is not None
+            if mine is None:
+                raise RuntimeError("the agent of these updates is gone: hold it while they are made")
             return mine(*inputs)
 
         self.updates = Captured(function, device, [self.generator], enabled=graphs)
 
+        self._fixed = frozenset(vars(self)) - {*self._EXCHANGED, "updates"}
+
     def __setattr__(self, name: str, value: object) -> None:
         """What the agent was made with is fixed: a CUDA graph has it, and would not see another value."""
-        if name in vars(self) and name not in (*self._EXCHANGED, "updates") and not name.startswith("_"):
+        fixed = vars(self).get("_fixed", frozenset[str]())
+        if name in fixed and not name.startswith("_"):
             raise AttributeError(f"{name} {FIXED}: make another one and load this one's state_dict() into it")
+        if fixed and name in ("learning_rate", "tau"):
+            raise AttributeError(f"{name} is set on an optimizer: agent.critic_optimizer.{name} = {value}")
+        if fixed and name in SETTINGS:
+            raise AttributeError(f"{name} is a setting of {SETTINGS[name]}, which {FIXED}")
         super().__setattr__(name, value)
 
     @classmethod
@@ -313,6 +327,9 @@ class BRC:
         """The networks' passes over as many rows as the batch has."""
         rows = batch.rewards.shape[0]
         if rows not in self._passes:
+            if len(self._passes) == MOST_SIGNATURES:
+                self.updates.forget()  # graphs that use the memory of those
+                self._passes.clear()
             nets = self.actor, self.critic, self.actors, self.critics
             self._passes[rows] = Passes(*nets, rows, self.recompute)  # kept: a graph may use its memory
         return self._passes[rows]

@@ -5,7 +5,7 @@
     further calls   copy the inputs into the slots that the running replay does not read, and replay
 
 Capturing executes nothing, so every call is one execution of the function, exactly as without graphs. Each
-signature (shapes and dtypes of the inputs) has slots and graphs of its own; those of the newest few are kept.
+signature (shapes and dtypes of the inputs) has slots and graphs of its own; those of the last eight are kept.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
 from torch import Generator, Tensor
@@ -26,11 +26,20 @@ __all__ = ["OFF", "Captured"]
 Signature = tuple[tuple[torch.Size, torch.dtype], ...]
 OFF = "switched off"  # the reason for no graphs where nobody wants them
 TIMED = 64  # calls whose times may wait to be asked for
-MOST_SIGNATURES = 4  # each keeps the memory of two graphs
+MOST_SIGNATURES = 8  # each keeps the memory of two graphs
 
 
 def event(timed: bool = False) -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _recorded(over: torch.cuda.Event) -> Iterator[None]:
+    """Record the event at the end of a block, however that comes."""
+    try:
+        yield
+    finally:
+        over.record()
 
 
 class _Slots:
@@ -116,33 +125,35 @@ class Captured:
         self.stream.wait_stream(self._copies)
         self.stream.wait_stream(current)  # which may have changed what the function reads
         begin, end = event(timed=True), event(timed=True)
-        with torch.cuda.stream(self.stream):
-            for slot, x in pairs:
-                if x.is_cuda:
-                    slot.copy_(x)
-                    x.record_stream(self.stream)
-            slots.copied.record()
-            if program.calls and self.reason is None and slots.graph is None:
-                self._capture(slots)
-            begin.record()
-            if slots.graph is None:
-                out = self.function(*slots.inputs)
-            else:
-                slots.graph.replay()
-                assert slots.out is not None
-                out = slots.out.clone()
-            end.record()
-            slots.free.record()
+        try:
+            with torch.cuda.stream(self.stream), _recorded(slots.free):
+                for slot, x in pairs:
+                    if x.is_cuda:
+                        slot.copy_(x)
+                        x.record_stream(self.stream)
+                slots.copied.record()
+                if program.calls and self.reason is None and slots.graph is None:
+                    self._capture(slots)
+                begin.record()
+                if slots.graph is None:
+                    out = self.function(*slots.inputs)
+                else:
+                    slots.graph.replay()
+                    assert slots.out is not None
+                    out = slots.out.clone()
+                end.record()
+        finally:
+            current.wait_stream(self.stream)  # also for what a call that was broken off has queued
         program.calls += 1
         self._times.append((begin, end))
-        current.wait_stream(self.stream)
         out.record_stream(current)
         return out
 
     def __del__(self) -> None:
         """Memory that is freed with its owner is handed out at once: who gets it waits for the calls made."""
         with suppress(Exception):  # at the end of Python, or of an object that was never whole
-            self.join()
+            if not torch.cuda.is_current_stream_capturing():  # the cycle collector may come at any time
+                self.join()
 
     def event(self) -> torch.cuda.Event | None:
         """One for this device; None where there are no streams."""
@@ -208,7 +219,8 @@ class Captured:
             self.forget()
             if not isinstance(error, RuntimeError):
                 raise
-            self.reason = f"capturing failed: {str(error).splitlines()[0]}"
+            told = str(error).splitlines() or [type(error).__name__]
+            self.reason = f"capturing failed: {told[0]}"
             warnings.warn(f"updates run without a CUDA graph: {self.reason}", stacklevel=4)
         else:
             self.captures += 1

@@ -158,7 +158,6 @@ class Critic(nn.Module):
                 raise ValueError(f"{name} must be a positive integer, got {size!r}")
         self.config = config = CriticConfig() if config is None else config
         inputs = observation_size + action_size + (config.embedding_size if num_tasks > 1 else 0)
-        self.embedding_norm = config.embedding_norm
         self.body = BroNet(
             inputs,
             config.num_atoms,
@@ -174,6 +173,11 @@ class Critic(nn.Module):
             if not rows.is_meta:
                 rows.normal_(generator=generator).div_(math.sqrt(config.embedding_size))
             self.embedding = nn.Parameter(rows)
+
+    @property
+    def embedding_norm(self) -> str:
+        """How rows of the embedding are normalized; that of the config."""
+        return self.config.embedding_norm
 
     def _support(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
         v_max, atoms = self.config.v_max, self.config.num_atoms

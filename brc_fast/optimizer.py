@@ -49,17 +49,22 @@ class FlatAdamW:
         self.target = None if tau is None else networks.master[rows:].view(-1)
         self.target_low = None if tau is None or low is None else low[rows:].view(-1)
 
+        self._made = True
+
     @torch.no_grad()
     def __setattr__(self, name: str, value: object) -> None:
         mine = vars(self).get(name)
-        if isinstance(mine, Tensor):
+        if "_made" not in vars(self):
+            super().__setattr__(name, value)
+        elif isinstance(mine, Tensor) and (name != "tau" or self.target is not None):
             given = torch.as_tensor(value)
             require_shape(name, given, "that of before", tuple(mine.shape))
             mine.copy_(given)
-        elif name in vars(self):
+        elif name in vars(self) and name != "tau":
             raise AttributeError(f"{name} {FIXED}: make another agent with its LearningConfig")
         else:
-            super().__setattr__(name, value)
+            rates = "learning_rate" if self.target is None else "learning_rate and tau"
+            raise AttributeError(f"{name} cannot be set on this optimizer: {rates} can")
 
     def step(self, norm: Tensor | None = None) -> None:
         """One step against the gradient.

@@ -11,6 +11,9 @@ import torch
 from torch import Generator
 
 T = TypeVar("T")
+# Until then a generator counted its draws into a capture that had failed. Since then giving it another state
+# would only part it from the graphs of others.
+STUCK = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
 
 def capture(
@@ -27,7 +30,8 @@ def capture(
         the allocator is as it was, and the generators go on. But graphs made before keep the generators'
         old states: to replay one would draw what plain calls draw.
     """
-    graph, pool, begun = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), False
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    begun, failure = False, None
     _clear_workspaces()
     try:
         for generator in generators:
@@ -35,15 +39,25 @@ def capture(
         # other threads (prefetching, JAX) may use the GPU while this one captures
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             begun = True
-            return graph, function()
+            try:
+                return graph, function()
+            except BaseException as error:  # which the end of the capture may cover with one of its own
+                failure = error
+                raise
     except BaseException as error:
         del graph
-        failure: BaseException | None = error
-        while failure is not None:  # what the function had made so far must not live on in its frames
-            traceback.clear_frames(failure.__traceback__)
-            failure = failure.__context__
+        _clear_frames(failure, error)
         _abandon(pool, generators, begun)
-        raise
+        try:
+            raise failure or error from None
+        finally:
+            failure = None  # its frames hold this one
+
+
+def _clear_frames(*errors: BaseException | None) -> None:
+    """Let go of what lives on in the frames that errors came through: tensors that a function had made."""
+    for error in errors:
+        traceback.clear_frames(None if error is None else error.__traceback__)
 
 
 def _clear_workspaces() -> None:
@@ -63,8 +77,11 @@ def _abandon(pool: tuple[int, int], generators: Sequence[Generator], begun: bool
     index = torch.cuda.current_device()
     with suppress(RuntimeError):  # nothing is begun any more
         torch._C._cuda_endAllocateToPool(index, pool)
-    for generator in (*generators, torch.cuda.default_generators[index]):
+    if STUCK:  # every capture registers the default generator too
+        generators = (*generators, torch.cuda.default_generators[index])
+    for generator in generators:
         generator.graphsafe_set_state(generator.clone_state())
+    _clear_workspaces()  # that of the failed capture lies in its pool
     if begun and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         _release(index, pool)
 

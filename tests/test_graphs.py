@@ -243,6 +243,50 @@ def test_what_a_graph_would_not_see_cannot_be_set() -> None:
         learner.learning.discount = 0.5  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("learning_rate", r"set on an optimizer: agent\.critic_optimizer\.learning_rate = 0\.5"),
+        ("tau", r"set on an optimizer: agent\.critic_optimizer\.tau = 0\.5"),
+        ("discount", "a setting of LearningConfig"),
+        ("weight_decay", "a setting of LearningConfig"),
+        ("embedding_norm", "a setting of CriticConfig"),
+    ],
+)
+def test_a_setting_that_is_looked_for_in_the_wrong_place_is_told_its_own(name: str, told: str) -> None:
+    with pytest.raises(AttributeError, match=told):
+        setattr(agent(2), name, 0.5)
+
+
+def test_optimizers_and_critics_take_no_number_that_nobody_reads() -> None:
+    learner = agent(2)
+    for optimizer, rates in (
+        (learner.actor_optimizer, "learning_rate can"),
+        (learner.critic_optimizer, "tau can"),
+    ):
+        for name in ("lr", "beta1"):
+            with pytest.raises(AttributeError, match=f"{name} cannot be set on this optimizer: .*{rates}"):
+                setattr(optimizer, name, 0.5)
+    with pytest.raises(AttributeError, match="tau cannot be set"):  # which has no target
+        learner.actor_optimizer.tau = 0.5
+    with pytest.raises(AttributeError, match="embedding_norm"):
+        learner.critic.embedding_norm = "l1"  # type: ignore[misc]
+
+
+def test_an_agent_keeps_what_its_user_hangs_on_it() -> None:
+    learner = agent(1)
+    learner.episodes = 0  # type: ignore[attr-defined]
+    learner.episodes += 1  # type: ignore[attr-defined]
+    assert learner.episodes == 1  # type: ignore[attr-defined]
+
+
+def test_many_sizes_of_batches_keep_the_memory_of_a_few() -> None:
+    learner = agent(1)
+    for rows in range(1, 2 * graphs.MOST_SIGNATURES):
+        learner.update(next(batches(1, 1, rows=rows)))
+        assert len(learner._passes) <= graphs.MOST_SIGNATURES
+
+
 def test_an_agent_dies_with_its_last_reference() -> None:
     """And its buffers and graphs with it: the cycle collector may come when a GPU's memory is long full."""
     gc.collect()
@@ -369,6 +413,7 @@ class FakeGPU:
             "default_generators": [FakeGenerator()],
             "graph": graph,
             "graph_pool_handle": pool,
+            "is_current_stream_capturing": lambda: gpu.capturing is not None,
             "stream": on,
         }
         for name, fake in fakes.items():
@@ -470,6 +515,76 @@ def test_a_capture_that_is_interrupted_can_be_made_again(gpu: FakeGPU) -> None:
     assert captured.reason is None
     assert captured.captures == 3
     assert gpu.draws == list(range(6))
+
+
+def test_what_a_function_raised_is_told_although_the_end_of_its_capture_fails_too(
+    gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C stays one, and the reason is the first error, also one without words."""
+
+    @contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        gpu.capturing = True
+        try:
+            yield
+        finally:
+            gpu.capturing = None
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def function(x: Tensor) -> Tensor:
+        if gpu.capturing is not None:
+            raise error
+        return x
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    captured = Captured(function, "cuda")
+    captured([torch.zeros(2)])
+    for error in (KeyboardInterrupt(), MemoryError("full")):
+        with pytest.raises(type(error)):
+            captured([torch.zeros(2)])
+        captured([torch.zeros(2)])
+    assert captured.reason is None
+    error = NotImplementedError()
+    with pytest.warns(UserWarning, match="capturing failed: NotImplementedError"):
+        captured([torch.zeros(2)])
+
+
+def test_a_call_that_is_broken_off_leaves_the_order_of_streams(gpu: FakeGPU) -> None:
+    """What it has queued still runs: who saves the parameters has to wait for it, as has the next call."""
+    broken = True
+
+    def function(x: Tensor) -> Tensor:
+        if broken:
+            raise KeyboardInterrupt
+        return x
+
+    captured, mine = Captured(function, "cuda"), gpu.current
+    with pytest.raises(KeyboardInterrupt):
+        captured([torch.zeros(2)])
+    assert mine.waited == [captured.stream]
+    assert gpu.current is mine
+    slots = next(iter(captured._programs.values())).slots[0]
+    assert slots.free.recorded == [captured.stream]  # type: ignore[attr-defined]
+    broken = False
+    assert torch.equal(captured([torch.ones(2)]), torch.ones(2))
+
+
+def test_an_agent_that_dies_while_another_captures_leaves_that_capture_alone(gpu: FakeGPU) -> None:
+    """The cycle collector comes at any time, and a stream that captures must not wait for another."""
+    dying = [Captured(lambda x: x, "cuda")]
+
+    def function(x: Tensor) -> Tensor:
+        if gpu.capturing is not None:
+            seen = list(gpu.current.waited)
+            dying.clear()
+            assert gpu.current.waited == seen
+        return x
+
+    captured = Captured(function, "cuda")
+    for _ in range(2):
+        captured([torch.zeros(2)])
+    assert captured.captures == 1
+    assert not dying
 
 
 @pytest.mark.parametrize("left", ["unused", "used", "nothing"])
