@@ -220,7 +220,7 @@ def test_a_run_that_breaks_costs_neither_the_others_nor_the_learners(
     assert json.loads((kept / "gpu-train.json").read_text())["runs"] == found["runs"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_dry_run_covers_scaling_and_training(gpu: Any, kept: Path) -> None:
     from harness import read
 

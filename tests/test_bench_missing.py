@@ -61,7 +61,7 @@ def test_replay_buffers_that_are_missing_are_listed(tmp_path: Path) -> None:
     assert all(entry["value"] > 0 for entry in found["brc-fast"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("module", ["jax", "optax"])
 def test_a_missing_jax_learner_is_listed(module: str, tmp_path: Path) -> None:
     words = ["--device", "cpu", "--providers", "ours", "plain", "jax", "--width", "16", "--batch", "8"]

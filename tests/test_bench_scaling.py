@@ -55,7 +55,7 @@ def test_too_few_sizes_have_no_curve(bench: Any) -> None:
     assert bench.sentence(None) == "too few sizes for a curve"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_dry_run_stores_points_fits_and_a_picture(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -188,10 +188,13 @@ def test_several_tasks_cost_their_embedding(roofline: Any, small: Any) -> None:
     }
 
 
+SLOW_PEERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("compiled", "jax")]
+
+
 # ---------------------------------------------------------------- providers
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_row_holds_rates_ratios_and_floors_of_every_provider(bench: Any, tmp_path: Path) -> None:
     path = tmp_path / "update.json"
     run(bench, bench.PROVIDERS, updates=2, keep=lambda found: path.write_text(json.dumps(found)))
@@ -326,8 +329,8 @@ def test_jax_has_its_copy_before_torch_may_write_to_the_memory_again(
     assert copy.shape == (2, 3)
 
 
-@pytest.mark.parametrize("tasks", [1, 3])
-@pytest.mark.parametrize("name", ["critic", "plain", "compiled", pytest.param("jax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tasks", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
+@pytest.mark.parametrize("name", ["critic", "plain", *SLOW_PEERS])
 def test_a_peer_has_a_time_until_it_is_broken(
     name: str, tasks: int, bench: Any, providers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,7 +154,7 @@ print("stepped")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_25_tasks_step_side_by_side():
     """Without the compiler's optimizations, which take most of the minutes that 13 bodies need at first."""
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
