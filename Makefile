@@ -29,7 +29,7 @@ PYTEST := $(BIN)/pytest -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reo
 ## The tests; `make test ARGS=@build/absent.txt` then runs what was skipped for want of an extra, and
 ## `make test ARGS="-m exhaustive"` more cases of what the others show
 test: $(STAMP)
-	$(PYTEST) --absent build/absent.txt -m "not exhaustive" $(ARGS)
+	$(PYTEST) --absent=build/absent.txt -m "not exhaustive" $(ARGS)
 
 $(VENV)/.envs: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt "brc-fast[dmc,envpool]"
