@@ -137,6 +137,7 @@ def parse_train(words: Sequence[str]) -> tuple[TrainConfig, RunFolder | None]:
     if resume is not None:
         RunFolder(resume).require_plain()
         default = RunFolder(resume).config()
+        RunFolder(resume).require_foreign_code(default.tasks)
         if not RunFolder(resume).steps():
             raise InputError(f"{resume} holds no complete checkpoint: train it anew, with --overwrite")
     else:

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import importlib.util
 import json
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
@@ -94,6 +95,35 @@ class RunFolder:
                 require(checkpoint, FOLDER)
                 for entry in checkpoint.rglob("*"):
                     require(entry, REGULAR, FOLDER)
+
+    def require_foreign_code(self, tasks: Iterable[str]) -> None:
+        """InputError for a task `gym/MODULE:ID` whose module lies in the run's folder, before it is imported.
+
+        A run that somebody else made would bring its own code: where Python looks for modules in the current
+        folder, that of a run there is a package. Only the module's first name is looked up.
+        """
+        home = self.path.resolve()
+        for task in tasks:
+            backend, _, name = task.partition("/")
+            first, *others = name.rpartition(":")[0].split(".")
+            if backend != "gym" or not first:
+                continue
+            try:
+                found = importlib.util.find_spec(first)
+            except ValueError:  # of __main__, which is loaded
+                continue
+            if found is None:
+                continue
+            folders = [Path(folder) for folder in found.submodule_search_locations or ()]
+            places = folders + [folder.joinpath(*others) for folder in folders]
+            if found.has_location and found.origin is not None:
+                places.append(Path(found.origin))
+            for place in (place.absolute() for place in places):
+                if place.resolve().is_relative_to(home) or home in (up.resolve() for up in place.parents):
+                    raise InputError(
+                        f"{task} would run code out of the run's own folder, {place}: move the module to a "
+                        "place of your own if you trust it"
+                    )
 
     @contextmanager
     def claim(self) -> Iterator[None]:

@@ -209,6 +209,7 @@ def same_tasks(folders: list[RunFolder]) -> list[TrainConfig]:
             raise InputError(f"runs must differ, but {folder.path} is listed more than once")
         if not folder.steps():
             raise InputError(f"{folder.path} holds no complete checkpoint")
+        folder.require_foreign_code(config.tasks)
     return configs
 
 
@@ -228,6 +229,7 @@ def video(words: list[str]) -> int:
     folder = RunFolder(arguments.run)
     folder.require_plain()
     config = folder.config()
+    folder.require_foreign_code(config.tasks)
     tasks = envs.expand(config.tasks)
     task = tasks[0] if arguments.task is None else arguments.task
     if task not in tasks:

@@ -18,6 +18,7 @@ import pytest
 
 from brc_fast import cli
 from brc_fast.checkpoint import RunFolder, write_text
+from brc_fast.envs import resolve
 from brc_fast.errors import InputError
 from brc_fast.evaluate import restore
 
@@ -361,3 +362,65 @@ def test_a_plot_imports_nothing_that_a_run_names(
     monkeypatch.syspath_prepend(str(outside))
     assert cli.main(COMMANDS["plot"](run)) == 0
     assert "named_by_a_run" not in sys.modules
+
+
+EVIL = """
+import pathlib
+pathlib.Path({mark!r}).write_text("ran")
+import gymnasium
+gymnasium.register("X-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=5)
+"""
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate", "video"])
+@pytest.mark.parametrize(
+    ("start", "module"),
+    [("", "run.evil"), ("", "run.evil.deeper"), ("run", "evil"), ("..", "{folder}.run.evil"), ("", "linked")],
+)
+def test_a_run_does_not_bring_its_own_code(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    start: str,
+    module: str,
+) -> None:
+    """start: where the command is given, and Python looks for modules, from the folder that holds the run."""
+    mark = tmp_path / "mark"
+    (run / "evil.py").write_text(EVIL.format(mark=str(mark)))
+    if module == "linked":
+        (tmp_path / "linked.py").symlink_to(run / "evil.py")
+    task = f"gym/{module.format(folder=tmp_path.name)}:X-v0"
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "tasks": [task]}))
+    monkeypatch.chdir(tmp_path / start)
+    monkeypatch.syspath_prepend(str(tmp_path / start))
+    before = everything(run)
+    capsys.readouterr()
+    assert cli.main(COMMANDS[command](run)) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith(f"brc-fast: {task} would run code out of the run's own folder, ")
+    assert len(line.splitlines()) == 1
+    assert not mark.exists()
+    assert everything(run) == before
+
+
+def test_a_module_beside_the_run_is_imported_as_ever(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "tasks.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(run)
+    tasks = ["gym/mine.tasks:X-v0", "gym/sys:X-v0", "gym/X-v0", "gym/nowhere:X-v0", "gym/__main__:X-v0"]
+    RunFolder(run).require_foreign_code(tasks)
+    RunFolder(".").require_foreign_code(tasks)
+    (tmp_path / "mine" / "run").symlink_to(run)
+    RunFolder(tmp_path / "mine" / "run").require_foreign_code(tasks)
+
+
+@pytest.mark.parametrize("task", ["humanoidbench/run:evil", "dmc/run:evil", "envpool/run:evil"])
+def test_only_the_names_of_gym_tasks_name_modules(task: str) -> None:
+    with pytest.raises(InputError, match="unknown task"):
+        resolve(task)

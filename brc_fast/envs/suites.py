@@ -149,6 +149,8 @@ def resolve(task: str) -> tuple[str, str]:
         raise InputError(f"unknown suite {backend!r} in task {task!r}; known suites: {known}; {_HOW_TO_LIST}")
     plain = re.sub("-v2-goal-observable$", "-v3", name) if backend == "metaworld" else name
     known_here = plain in _KNOWN[backend] or _registered(plain) if backend in _KNOWN else bool(name)
+    if ":" in name and backend != "gym":  # would name a module to import
+        known_here = False
     if not known_here:
         raise InputError(f"unknown task {task!r}; {_nearest(task)}{_HOW_TO_LIST}")
     return backend, plain
