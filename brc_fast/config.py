@@ -13,6 +13,7 @@ from .errors import InputError
 
 Precision = Literal["fp32", "tf32", "bf16"]
 LARGEST = 2**20  # size of a network, or number of environments or updates; beyond, bytes would overflow
+LONGEST_EPISODE = 1_000_000  # environment steps; an evaluation waits for ten such episodes
 
 
 def _require(config: object, rule: str, holds: bool, name: str) -> None:
@@ -25,9 +26,9 @@ def _positive(config: object, *names: str) -> None:
         _require(config, "positive", getattr(config, name) > 0, name)
 
 
-def _limited(config: object, most: int, *names: str) -> None:
+def _limited(config: object, most: float, *names: str) -> None:
     for name in names:
-        _require(config, f"at most {most}", getattr(config, name) <= most, name)
+        _require(config, f"at most {most:g}" if isinstance(most, float) else f"at most {most}", getattr(config, name) <= most, name)
 
 
 def _finite(config: object, *names: str) -> None:
@@ -117,6 +118,9 @@ class EnvConfig:
         _require(self, "positive", self.episode_length is None or self.episode_length > 0, "episode_length")
         _require(self, "0 or more", self.restarts >= 0, "restarts")
         _require(self, "positive", self.step_seconds is None or self.step_seconds > 0, "step_seconds")
+        for name, most in (("episode_length", LONGEST_EPISODE), ("step_seconds", 1e6)):
+            if getattr(self, name) is not None:
+                _limited(self, most, name)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .agent import BRC
 from .checkpoint import RunFolder
 from .config import TrainConfig
-from .envs.base import VectorEnvironment, check_finite, require_time_limit, tasks_with_success
+from .envs.base import VectorEnvironment, check_finite, require_kept_limit, require_time_limit, tasks_with_success
 from .errors import InputError
 from .scores import Estimate, Values, aggregate, normalized
 
@@ -37,8 +37,8 @@ def evaluate(agent: BRC, env: VectorEnvironment, seed: int, episodes: int | None
     to finish, wherever they do, would mostly be short ones. Slot i plays the episodes i, i + S, i + 2 S, ...
     An episode that is lost to NaN or to a dead process is played again.
 
-    Raises InputError for sizes that differ from the agent's, for a task without a time limit, for numbers
-    that are not finite, and where a slot loses 10 episodes in a row.
+    Raises InputError for sizes that differ from the agent's, for a task without a time limit or that
+    does not keep it, for numbers that are not finite, and where a slot loses 10 episodes in a row.
     """
     sizes = [[side.observation_size, side.action_size] for side in (agent, env)]
     if sizes[0] != sizes[1]:
@@ -71,6 +71,8 @@ def evaluate(agent: BRC, env: VectorEnvironment, seed: int, episodes: int | None
 
         returns += np.where(dropped, 0.0, rewards)
         lengths += ~dropped
+        longest = int(np.where(running, lengths, 0.0).argmax())
+        require_kept_limit(env, longest, int(lengths[longest]))
         if env.successes is not None:
             successes[env.successes.numpy() & ~dropped] = 1.0
         finished = np.flatnonzero(ended & ~dropped & running)

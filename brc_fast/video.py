@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 
 from .agent import BRC
 from .disk import REGULAR, require
-from .envs.base import VectorEnvironment, require_time_limit
+from .envs.base import VectorEnvironment, require_kept_limit, require_time_limit
 from .errors import InputError, MissingExtraError
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,8 @@ def film(
 
     task_id: the agent's number of the task. Returns the number of frames and the episode's return. The last
     picture is of the state before the last action: after it the slot is already in its next episode.
-    InputError where the task has grown since it was learned, or its simulator is out of reach.
+    InputError where the task has grown since it was learned, does not keep its time limit, or its simulator is
+    out of reach.
     """
     sizes = [[side.observation_size, side.action_size] for side in (agent, env)]
     if any(given > learned for learned, given in zip(*sizes, strict=True)):
@@ -133,6 +134,7 @@ def film(
     ids = torch.tensor([task_id], device=agent.device)
     while not ended:
         states.append(source.read())
+        require_kept_limit(env, 0, len(states))
         seen = pad(observations.to(agent.device), (0, agent.observation_size - env.observation_size))
         actions = agent.act(seen, ids, deterministic=True)[:, : env.action_size]
         step = env.step_tensors(actions)

@@ -146,3 +146,54 @@ def test_a_limit_is_found_wherever_gymnasium_keeps_it() -> None:
     env.reset_tensors(0)
     ends = [bool(env.step_tensors(torch.zeros(1, 1)).truncated) for _ in range(6)]
     assert ends == [False, False, True] * 2
+
+
+class BoundlessVector(SyncVectorEnv):
+    """Takes a limit and does not keep it."""
+
+    def __init__(self, num_envs: int, **settings: Any) -> None:
+        super().__init__([Endless] * num_envs)
+
+
+def test_an_episode_beyond_the_limit_that_its_task_claims_ends_the_evaluation(tmp_path: Path) -> None:
+    def claimed() -> Any:
+        return VectorAdapter(BoundlessVector(1), "mine", max_episode_steps=5)
+
+    told = "mine does not keep its time limit: an episode of environment 0 has 6 steps, and max_episode_steps"
+    agent = BRC(2, 1, critic=CriticConfig(width=8), actor=ActorConfig(width=8))
+    with pytest.raises(InputError, match=f"{told} is 5"):
+        evaluate.evaluate(agent, claimed(), 0, 2)
+    env = claimed()
+    env.venv.envs[0].model, env.venv.envs[0].data = FakeModel(), FakeModel()
+    with pytest.raises(InputError, match=f"{told} is 5"):
+        video.film(agent, env, 0, 0, tmp_path / "x.gif", video.Settings())
+
+
+class FakeModel:
+    opt = type("Options", (), {"timestep": 0.1})
+    qpos = qvel = mocap_pos = mocap_quat = np.zeros(1)
+
+
+def test_of_several_tasks_the_longest_limit_holds() -> None:
+    env = MultiTaskEnv(
+        [envs.make("gym/Own-v0", 1), envs.make("gym/Wrapped-v0", 1)], ("gym/Own-v0", "gym/Wrapped-v0")
+    )
+    agent = BRC(2, 1, num_tasks=2, critic=CriticConfig(width=8), actor=ActorConfig(width=8))
+    assert evaluate.evaluate(agent, env, 0, 3).lengths.tolist() == [[5] * 3, [7] * 3]
+
+
+def test_a_limit_that_nobody_would_see_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    env = envs.make("gym/Own-v0", 1, episode_length=10**9)
+    with pytest.raises(InputError, match=r"has episodes of up to 1000000000 steps, and at most 1000000 are"):
+        require_time_limit(env)
+    require_time_limit(envs.make("gym/Own-v0", 1, episode_length=10**6))
+    run = tmp_path / "run"
+    assert cli.main(["train", "gym/Own-v0", "--run", str(run), *WORDS]) == 0
+    config = json.loads((run / "config.json").read_text())
+    for length in (10**6 + 1, 10**9, 10**30):
+        changed = {**config, "env": {**config["env"], "episode_length": length}}
+        (run / "config.json").write_text(json.dumps(changed))
+        for words in (["evaluate", str(run)], ["train", "--resume", str(run), "--steps", "60"]):
+            capsys.readouterr()
+            assert cli.main(words) == 2
+            assert f"episode_length must be at most 1000000, got {length}" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from brc_fast.config import LONGEST_EPISODE
 from brc_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -121,11 +122,25 @@ def tasks_with_success(env: VectorEnvironment) -> NDArray[np.bool_]:
 def require_time_limit(env: VectorEnvironment) -> None:
     """InputError that names the first task whose episodes might never end, so that nobody waits for one."""
     for group in getattr(env, "groups", [env]):
+        if group.max_episode_steps is not None and group.max_episode_steps > LONGEST_EPISODE:
+            raise InputError(
+                f"{group.task_names[0]} has episodes of up to {group.max_episode_steps} steps, and at most "
+                f"{LONGEST_EPISODE} are evaluated: train with a smaller --env.episode-length"
+            )
         if group.max_episode_steps is None:
             raise InputError(
                 f"{group.task_names[0]} has no time limit, and an evaluation ends with its episodes: train "
                 "with --env.episode-length (envs.make: episode_length), or register it with max_episode_steps"
             )
+
+
+def require_kept_limit(env: VectorEnvironment, slot: int, steps: int) -> None:
+    """InputError where the running episode of `slot` took more steps than the task said it would at most."""
+    if env.max_episode_steps is not None and steps > env.max_episode_steps:
+        raise InputError(
+            f"{env.task_names[env.task_ids[slot]]} does not keep its time limit: an episode of environment "
+            f"{slot} has {steps} steps, and max_episode_steps is {env.max_episode_steps}"
+        )
 
 
 class GymnasiumFace:
