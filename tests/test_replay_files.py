@@ -527,6 +527,38 @@ def test_a_file_with_another_name_elsewhere_is_replaced_here_only(tmp_path: Path
     feed.loaded(folder, previous=True)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.pop("content"),
+        lambda manifest: manifest["content"].update(kept="x"),
+        lambda manifest: manifest["content"].update(count=[1]),
+        lambda manifest: manifest["content"].update(count=[10**30] * 3),
+        lambda manifest: manifest["segments"][0].update(rows=None),
+        lambda manifest: manifest["segments"][0].pop("first"),
+        lambda manifest: manifest["segments"].pop(0),
+        lambda manifest: manifest["segments"].append(dict(manifest["segments"][0])),
+    ],
+)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_generation_that_was_changed_since_is_nothing_to_go_on_from(
+    tmp_path: Path, change: Callable[[Manifest], Any], loaded: bool
+) -> None:
+    feed = filled([5, 20], (0, 1, 0), steps=9)
+    feed.buffer.save(tmp_path / "a")
+    more(feed, 1)
+    feed.buffer.save(tmp_path / "a")
+    if loaded:
+        feed.buffer.load(tmp_path / "a")
+    kept = shutil.copytree(tmp_path / "a", tmp_path / "kept")
+    rewrite(tmp_path / "a", change)
+    more(feed, 1)
+    feed.buffer.save(tmp_path / "b", previous=tmp_path / "a")
+    feed.loaded(tmp_path / "b").check_content()
+    assert len(manifest_of(tmp_path / "b")["segments"]) == 1
+    assert len(manifest_of(kept)["segments"]) == 2
+
+
 def test_a_save_goes_on_from_a_folder_that_has_lost_a_segment_by_writing_all(tmp_path: Path) -> None:
     feed = filled()
     feed.buffer.save(tmp_path / "a")

@@ -24,7 +24,7 @@ class Buffer:
         self._streams = np.arange(self.num_streams, dtype=np.int64)
         self._requests = Requests(spec)
         self._saving = threading.Lock()
-        self._saved: str | None = None  # the generation on disk that this buffer goes on from
+        self._saved: str | None = None  # manifest of the generation on disk that it goes on from
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

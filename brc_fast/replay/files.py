@@ -46,7 +46,7 @@ def save(
     saved: str | None,
     previous: str | os.PathLike[str] | None,
 ) -> str:
-    """Write a generation and return its id; `saved` is the id of the one that the store goes on from."""
+    """Write a generation and return its manifest; `saved` is that of the one that the store goes on from."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = sorted(folder.iterdir())
     foreign = [entry.name for entry in entries if not OWN.fullmatch(entry.name)]
@@ -85,7 +85,7 @@ def save(
                 error.errno, f"the replay could not be saved: {error.strerror or error}; {kept}", str(folder)
             ) from error
         _sweep(folder)
-        return identity
+        return json.dumps(manifest)
 
 
 @contextmanager
@@ -103,13 +103,12 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def load(store: _core.ReplayStore, spec: Spec, folder: Path, previous: bool) -> str:
-    """Read a generation into the store and return its id."""
+    """Read a generation into the store and return its manifest."""
     file = folder / (PREVIOUS if previous else MANIFEST)
     if not file.exists():
         raise ValueError(f"{folder} holds no saved replay: {file.name} is missing")
     try:
         manifest = _read(file)
-        identity = str(manifest["id"])
         _require_spec(manifest["fields"], spec, folder)
         with ExitStack() as stack:
             segments = []
@@ -128,7 +127,7 @@ def load(store: _core.ReplayStore, spec: Spec, folder: Path, previous: bool) -> 
         raise
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{file} does not hold what it must: {error}") from error
-    return identity
+    return json.dumps(manifest)
 
 
 def _base(
@@ -137,7 +136,7 @@ def _base(
     """The generation that the store goes on from, its segments in `folder`; None if it is not to be had."""
     for source in (folder,) if previous is None else (folder, Path(previous)):
         manifest = _intact(source / MANIFEST)
-        if manifest is None or saved is None or manifest.get("id") != saved:
+        if manifest is None or json.dumps(manifest) != saved:  # equal: its content has been checked
             continue
         stored, kept = (sum(map(sum, rows)) for rows in _rows(manifest))
         files = [source / segment["file"] for segment in manifest["segments"]]
