@@ -120,9 +120,10 @@ def train(words: list[str]) -> int:
             if trainer.steps >= config.steps:
                 print(f"{folder.path} is at step {trainer.steps} already: --steps with more makes it longer")
                 return 0
-            folder.write_config(config)
         metrics = MetricsWriter(folder.metrics, trainer.steps if resumed else None)
         with contextlib.closing(metrics), Progress(config, trainer.steps) as progress:
+            if resumed is not None:
+                folder.write_config(config)  # what may refuse the run has been read
 
             def report(step: int, row: dict[str, float]) -> None:
                 progress.report(step, row)

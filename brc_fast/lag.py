@@ -43,5 +43,9 @@ class LaggedPolicy:
         return out if self.table is None else {**out, "embedding": self.table}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a `state_dict`; ValueError names the first entry that does not fit."""
         for name, mine in self.state_dict().items():
+            if state[name].shape != mine.shape:
+                wanted, got = list(mine.shape), list(state[name].shape)
+                raise ValueError(f"lagged policy {name} must have shape {wanted}, got {got}")
             mine.copy_(state[name])

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .checkpoint import write_text
+from .disk import opened
 from .envs.base import Step
+from .errors import InputError
 
 
 class EpisodeTracker:
@@ -69,8 +71,15 @@ class EpisodeTracker:
         return {name: getattr(self, f"_{name}").copy() for name in names}
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
-        for name in ("running", "succeeded", "sums", "counts"):
-            setattr(self, f"_{name}", state[name].copy())
+        """Go on from a `state_dict`; ValueError for one of other environments or tasks."""
+        for name, mine in self.state_dict().items():
+            given = state[name]
+            if (given.shape, given.dtype) != (mine.shape, mine.dtype):
+                raise ValueError(
+                    f"episodes {name} must be {mine.dtype}{list(mine.shape)}, "
+                    f"got {given.dtype}{list(given.shape)}"
+                )
+            setattr(self, f"_{name}", given.copy())
 
 
 class Stopwatch:
@@ -146,13 +155,33 @@ class MetricsWriter:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line cut off by a crash is left out."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    """Rows of a metrics.jsonl, each with an integer `step`; a last line cut off by a crash is left out.
+
+    InputError for a file that cannot be read, which names the line.
+    """
+    try:
+        with opened(path) as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        place, cut_off = f"{path} line {number}", number == len(lines)
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line.decode())
         except json.JSONDecodeError:
-            break
+            if cut_off:
+                break
+            raise InputError(f"{place} is not JSON: repair or delete it") from None
+        except UnicodeDecodeError as error:
+            if cut_off and rows:
+                break
+            raise InputError(f"{path} is not a text file: {error.reason}") from error
+        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+            raise InputError(f"{place} cannot be read ({error}): repair or delete it") from None
+        if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**63:
+            raise InputError(f"{place} is no row of metrics: repair or delete it")
+        rows.append(row)
     return rows
 
 

@@ -45,6 +45,7 @@ NEUTRAL = (
     *("env.processes", "env.restarts", "env.step_seconds"),
     *("report_every", "eval_every", "eval_envs", "checkpoint_every"),
 )
+LITERAL = {"parse_math": False}  # for names, which may hold any letters: no TeX
 SMALL = 12  # tasks; with more, their panels are small and the mean over tasks gets a large one
 
 
@@ -77,7 +78,7 @@ def curves(folder: RunFolder, metric: Literal["return", "success"] = "return") -
     """Evaluation curves of a run: task -> (environment steps per task, mean return or share of successes)."""
     prefix = f"eval/{metric}/"
     out: dict[str, Series] = {}
-    for number, row in enumerate(_rows(folder.metrics), 1):
+    for number, row in enumerate(read_rows(folder.metrics), 1):
         try:
             for name, value in row.items():
                 if name.startswith(prefix) and value is not None:
@@ -93,18 +94,6 @@ def curves(folder: RunFolder, metric: Literal["return", "success"] = "return") -
                 told = f"an evaluation of {task} at step {after} after one at step {before}"
                 raise InputError(f"{folder.metrics} has {told}: repair or delete it")
     return out
-
-
-def _rows(file: Path) -> list[Any]:
-    """Rows of metrics.jsonl, of which only the last line may be cut off."""
-    try:
-        rows = read_rows(file)
-        lines = len(file.read_text().splitlines()) if file.exists() else 0
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not a text file: {error.reason}") from error
-    if len(rows) < lines - 1:
-        raise InputError(f"{file} line {len(rows) + 1} is not JSON: repair or delete it")
-    return rows
 
 
 def evaluations(folder: RunFolder, metric: Metric) -> dict[str, Series]:
@@ -320,9 +309,10 @@ def draw(
         if behind and (found := line(behind, group)):
             style = {"color": GREY, "linewidth": 1.6 if large else 1.0, "zorder": 1.5}
             legend.setdefault(behind.entry(), _curve(panel, found, unit, style))
-        title = _title(group, family)
+        title = _drawable(_title(group, family))
         size, room = (10, 70 if len(panels) == 1 else 34) if large else (7.5, 24)  # letters at that size
-        panel.set_title(title, fontsize=size * min(1, room / len(title)), loc="left", pad=5 if large else 3)
+        size *= min(1, room / max(1, len(title)))
+        panel.set_title(title, fontsize=size, loc="left", pad=5 if large else 3, **LITERAL)
         _frame(panel, metric, last_step / unit, large)
     figure.supxlabel(f"environment steps per task ({unit_name})", fontsize=9)
     figure.supylabel(AXIS[metric], fontsize=9)
@@ -347,7 +337,10 @@ def _legend(figure: Any, entries: Mapping[str, Any], captions: Sequence[str]) ->
     rows = math.ceil(len(entries) / columns) + title.count("\n") + 1
     figure.set_figheight(figure.get_figheight() + 0.17 * rows)
     layout = {"loc": "outside upper left", "ncols": columns, "frameon": False, "alignment": "left"}
-    figure.legend(list(entries.values()), list(entries), title=title, fontsize=8, title_fontsize=8, **layout)
+    fonts = {"fontsize": 8, "title_fontsize": 8}
+    legend = figure.legend(list(entries.values()), list(map(_drawable, entries)), title=title, **fonts, **layout)
+    for text in legend.get_texts():
+        text.set(**LITERAL)
 
 
 def _title(group: Sequence[str], family: str) -> str:
@@ -355,6 +348,11 @@ def _title(group: Sequence[str], family: str) -> str:
     if len(group) == 1:
         return group[0].removeprefix(f"{family}/")
     return f"mean of {len(group)} {family} tasks" if family else f"mean of {len(group)} tasks"
+
+
+def _drawable(name: str) -> str:
+    """A name without what no font has: half a surrogate pair, as a folder's bytes that are no text become."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _panels(figure: Any, count: int, large_first: bool) -> list[Any]:
