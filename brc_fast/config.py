@@ -6,13 +6,15 @@ functions that return a configuration; there is nothing to subclass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, is_dataclass
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import InputError
 
 Precision = Literal["fp32", "tf32", "bf16"]
 LARGEST = 2**20  # size of a network, or number of environments or updates; beyond, bytes would overflow
+MOST_NETWORKS = 1_000  # of an ensemble, and blocks of a network: each is an object of its own
 LONGEST_EPISODE = 1_000_000  # environment steps; an evaluation waits for ten such episodes
 
 
@@ -28,7 +30,12 @@ def _positive(config: object, *names: str) -> None:
 
 def _limited(config: object, most: float, *names: str) -> None:
     for name in names:
-        _require(config, f"at most {most:g}" if isinstance(most, float) else f"at most {most}", getattr(config, name) <= most, name)
+        _require(
+            config,
+            f"at most {most:g}" if isinstance(most, float) else f"at most {most}",
+            getattr(config, name) <= most,
+            name,
+        )
 
 
 def _finite(config: object, *names: str) -> None:
@@ -52,7 +59,8 @@ class CriticConfig:
         _positive(self, "width", "members", "v_max", "embedding_size")
         _require(self, "0 or more", self.depth >= 0, "depth")
         _require(self, "at least 2", self.num_atoms >= 2, "num_atoms")
-        _limited(self, LARGEST, "width", "depth", "members", "num_atoms", "embedding_size")
+        _limited(self, LARGEST, "width", "num_atoms", "embedding_size")
+        _limited(self, MOST_NETWORKS, "depth", "members")
         _finite(self, "v_max")
 
 
@@ -66,7 +74,8 @@ class ActorConfig:
     def __post_init__(self) -> None:
         _positive(self, "width")
         _require(self, "0 or more", self.depth >= 0, "depth")
-        _limited(self, LARGEST, "width", "depth")
+        _limited(self, LARGEST, "width")
+        _limited(self, MOST_NETWORKS, "depth")
 
 
 @dataclass(frozen=True)
@@ -185,7 +194,9 @@ class TrainConfig:
         for name in ("batch_size", "threads", "eval_envs"):
             _require(self, "positive", getattr(self, name) is None or getattr(self, name) > 0, name)
         _require(self, "at most 1024", self.threads is None or self.threads <= 1024, "threads")
-        _limited(self, LARGEST, "num_envs", "updates_per_step")
+        _limited(self, LARGEST, "num_envs", "eval_episodes", "updates_per_step")
+        if self.eval_envs is not None:
+            _limited(self, LARGEST, "eval_envs")
         stored = self.replay_capacity * len(self.tasks)
         if self.tasks:  # the store indexes 2**29 rows, of which each environment may take two more
             _limited(self, 2**29 // len(self.tasks) - 2 * self.num_envs, "replay_capacity")
@@ -228,14 +239,28 @@ def preset(device: str) -> TrainConfig:
 
 def from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
     """Rebuild a configuration from `dataclasses.asdict`: what is missing, because an older version wrote it,
-    has its default; what is unknown is an InputError."""
-    nested = {"critic": CriticConfig, "actor": ActorConfig, "learning": LearningConfig, "env": EnvConfig}
-    known = {field.name for field in fields(kind)}
-    if unknown := sorted(set(values) - known):
+    has its default; what is unknown, or of another type, is an InputError."""
+    types = get_type_hints(kind)
+    if unknown := sorted(set(values) - set(types)):
         raise InputError(f"config.json was written by another version: it has {', '.join(unknown)}")
-    built = {
-        name: from_dict(nested[name], value) if name in nested else value for name, value in values.items()
-    }
-    if "tasks" in built:
-        built["tasks"] = tuple(built["tasks"])
-    return kind(**built)
+    return kind(**{name: _typed(name, types[name], value) for name, value in values.items()})
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """A setting out of JSON as its type has it; InputError where it does not fit."""
+    if is_dataclass(kind):
+        kind, known = dict, kind
+        if isinstance(value, dict):
+            return from_dict(known, value)
+    elif get_origin(kind) is tuple:
+        if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+            return tuple(value)
+    elif get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+    else:
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        if type(value) in kinds or (float in kinds and type(value) is int):
+            return value
+    told = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    raise InputError(f"{name} must be {told}, got {value!r:.60}")

@@ -15,8 +15,15 @@ from numpy.typing import NDArray
 from .agent import BRC
 from .checkpoint import RunFolder
 from .config import TrainConfig
-from .envs.base import VectorEnvironment, check_finite, require_kept_limit, require_time_limit, tasks_with_success
+from .envs.base import (
+    VectorEnvironment,
+    check_finite,
+    require_kept_limit,
+    require_time_limit,
+    tasks_with_success,
+)
 from .errors import InputError
+from .memory import plan_memory, require_memory
 from .scores import Estimate, Values, aggregate, normalized
 
 LOST_IN_A_ROW = 10
@@ -193,9 +200,12 @@ def restore(folder: RunFolder, device: str) -> tuple[int, BRC]:
         state = {name: torch.from_numpy(value) for name, value in parts["agent"].items()}
         embedding = state["critic/embedding"].shape[1] if "critic/embedding" in state else 0
         observation_size = state["actor/body.input.kernel"].shape[-2] - embedding
-        agent = BRC.from_config(
-            config, observation_size, state["actor/body.head.kernel"].shape[-1] // 2, device
-        )
+        sizes = observation_size, state["actor/body.head.kernel"].shape[-1] // 2
+        if not all(values.numel() for values in state.values()):  # else sizes are at most those of the file
+            raise ValueError("the agent has an array without numbers")
+        plan = plan_memory(dataclasses.replace(config, batch_size=1, updates_per_step=1), *sizes, device)
+        require_memory(plan, device)
+        agent = BRC.from_config(config, *sizes, device)
         agent.load_state_dict(state)
     return step, agent
 

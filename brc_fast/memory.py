@@ -56,7 +56,10 @@ def bytes_of(*tensors: Tensor | None) -> int:
 
 def plan_memory(config: TrainConfig, observation_size: int, action_size: int, device: str) -> MemoryPlan:
     """What the learner of a run will take of `device`; the learner is built without memory to find out."""
-    agent = BRC.from_config(config, observation_size, action_size, "meta")
+    try:
+        agent = BRC.from_config(config, observation_size, action_size, "meta")
+    except RuntimeError as error:  # torch counts bytes with 63 bits
+        raise InputError(f"the learner does not fit: {error}; lower --critic.width") from error
     state = bytes_of(agent.atoms)
     for networks, optimizer in (
         (agent.critics, agent.critic_optimizer),
