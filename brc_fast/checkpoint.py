@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from .config import TrainConfig, from_dict
-from .disk import FOLDER, REGULAR, replace_file, require, require_replaceable, sync
+from .disk import FOLDER, opened, replace_file, require, require_replaceable, require_shallow, sync
 from .errors import InputError
 
 FORMAT = 2
@@ -87,14 +87,13 @@ class RunFolder:
         for name in self.FILES:
             # a folder there: the evaluation is printed and the command tells why it is not kept
             unwritable = (FOLDER,) if name == "evaluation.json" else ()
-            require_replaceable(self.path / name, *unwritable, single=True)
+            require_replaceable(self.path / name, *unwritable)
         for name in self.FOLDERS:
             require(self.path / name, FOLDER)
         for checkpoint in self.checkpoints.glob("*"):
             if STEP.fullmatch(checkpoint.name) or checkpoint.name.startswith("partial-"):
                 require(checkpoint, FOLDER)
-                for entry in checkpoint.rglob("*"):
-                    require(entry, REGULAR, FOLDER)
+                require_shallow(checkpoint)
 
     def require_foreign_code(self, tasks: Iterable[str]) -> None:
         """InputError for a task `gym/MODULE:ID` whose module lies in the run's folder, before it is imported.
@@ -155,11 +154,14 @@ class RunFolder:
     def config(self) -> TrainConfig:
         """The settings of the run in this folder."""
         file = self.path / "config.json"
-        if not file.exists():
-            raise InputError(f"{self.path} holds no run: {file.name} is missing")
         try:
-            config = from_dict(TrainConfig, json.loads(file.read_text()))
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, RecursionError) as error:
+            with opened(file) as stream:
+                config = from_dict(TrainConfig, json.load(stream))
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{self.path} holds no run: {file.name} is missing") from None
+        except InputError:
+            raise
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{file} cannot be read: {error}") from error
         assert isinstance(config, TrainConfig)
         return config
@@ -194,7 +196,8 @@ class RunFolder:
                 }
                 save_file(contiguous, file)
                 sync(file)
-                files[file.name] = {"bytes": file.stat().st_size, "crc32": _checksum(file)}
+                size, checksum = _checksum(file)
+                files[file.name] = {"bytes": size, "crc32": checksum}
             newest = self.newest()
             replay.save(partial / REPLAY, previous=newest / REPLAY if newest else None)
             write_text(
@@ -221,7 +224,7 @@ class RunFolder:
         """Turn what refuses the newest checkpoint's contents into an InputError that names the folder."""
         try:
             yield
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, IndexError) as error:
             raise InputError(f"{self.newest()} does not fit this run: {error}") from error
 
     def load_replay(self, replay: Replay) -> None:
@@ -240,7 +243,8 @@ class RunFolder:
             raise InputError(f"{self.path} holds no complete checkpoint")
         folder = self.checkpoints / f"{steps[-1]:012d}"
         try:
-            manifest = json.loads((folder / "manifest.json").read_text())
+            with opened(folder / "manifest.json") as stream:
+                manifest = json.load(stream)
             version, step, files = int(manifest["format"]), int(manifest["step"]), dict(manifest["files"])
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise InputError(
@@ -257,18 +261,22 @@ class RunFolder:
         for name in names:
             file = folder / f"{name}.safetensors"
             wanted = files.get(file.name)
-            if wanted is None or not file.exists():
+            try:
+                size, checksum = _checksum(file)
+            except FileNotFoundError:
+                wanted = None
+            if wanted is None:
                 raise InputError(f"{file} is missing; {_remedy(folder, steps)}")
             if not isinstance(wanted, dict) or not wanted.keys() >= {"bytes", "crc32"}:
                 raise InputError(f"{file} has no size and checksum in its manifest; {_remedy(folder, steps)}")
-            if file.stat().st_size != wanted["bytes"]:
-                told = f"{file.stat().st_size} of {wanted['bytes']} bytes"
+            if size != wanted["bytes"]:
+                told = f"{size} of {wanted['bytes']} bytes"
                 raise InputError(f"{file} is truncated: {told}; {_remedy(folder, steps)}")
-            if _checksum(file) != wanted["crc32"]:
+            if checksum != wanted["crc32"]:
                 raise InputError(f"{file} is damaged: its checksum differs; {_remedy(folder, steps)}")
             try:
                 groups[name] = load_file(file)
-            except SafetensorError as error:
+            except (SafetensorError, TypeError, AttributeError, ValueError) as error:  # of numpy, for a dtype
                 raise InputError(f"{file} is damaged: {error}; {_remedy(folder, steps)}") from error
         return step, groups
 
@@ -295,9 +303,10 @@ def _remedy(folder: Path, steps: list[int]) -> str:
     return "there is no earlier checkpoint to go on from"
 
 
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
+def _checksum(path: Path) -> tuple[int, int]:
+    """Bytes of a file, and their CRC-32."""
+    size = value = 0
+    with opened(path) as file:
         while chunk := file.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value
+            size, value = size + len(chunk), zlib.crc32(chunk, value)
+    return size, value

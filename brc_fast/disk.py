@@ -15,31 +15,44 @@ REGULAR, FOLDER = "regular file", "folder"
 _KINDS = {stat.S_IFREG: REGULAR, stat.S_IFDIR: FOLDER, stat.S_IFLNK: "link", stat.S_IFIFO: "FIFO"}
 _KINDS |= {stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 COPY = "replace it by a copy or delete it"
+DEEPEST = 100  # folders in a folder; Python deletes some 900 at once
 
 
-def require(path: Path, *kinds: str, remedy: str = COPY, single: bool = False) -> None:
-    """InputError where there is something at `path` that is of none of the `kinds`; links are not followed.
-
-    single: a regular file must have no other name (hard link), which might lie anywhere.
-    """
+def require(path: Path, *kinds: str, remedy: str = COPY) -> None:
+    """InputError where there is something of none of the `kinds` at `path`; links are not followed."""
     try:
         status = path.lstat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the name
+    except (FileNotFoundError, NotADirectoryError):
         return
+    except ValueError as error:
+        raise InputError(f"{str(path)!a} cannot be the name of a file: {error}") from error
     found = _KINDS.get(stat.S_IFMT(status.st_mode), "special file")
     if found not in kinds:
         raise InputError(f"{path} must be a {' or a '.join(kinds)}, got a {found}; {remedy}")
-    if single and found == REGULAR and status.st_nlink > 1:
-        raise InputError(f"{path} must have one name, got a file with {status.st_nlink} hard links; {remedy}")
 
 
-def require_replaceable(path: Path, *kinds: str, remedy: str = COPY, single: bool = False) -> None:
+def require_shallow(folder: Path) -> None:
+    """InputError unless `folder` holds regular files and folders only, and is at most 100 folders deep."""
+    waiting = [(folder, 0)]
+    while waiting:
+        inner, depth = waiting.pop()
+        require(inner, FOLDER)
+        if depth > DEEPEST:
+            raise InputError(f"{folder} must be at most {DEEPEST} folders deep; delete what is deeper")
+        with os.scandir(inner) as entries:
+            for entry in entries:
+                require(Path(entry), REGULAR, FOLDER)
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append((Path(entry), depth + 1))
+
+
+def require_replaceable(path: Path, *kinds: str, remedy: str = COPY) -> None:
     """InputError where `replace_file(path)` would put a file in the place of something else.
 
     kinds: that pass besides regular files.
     """
     for each in (path, _partial(path)):
-        require(each, REGULAR, *kinds, remedy=remedy, single=single)
+        require(each, REGULAR, *kinds, remedy=remedy)
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -57,7 +70,8 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
+    long = len(os.fsencode(path.name)) > 240  # of 255 bytes, the most that file systems take
+    return path.with_name(f"{path.name[:50] if long else path.name}.partial")
 
 
 @contextmanager

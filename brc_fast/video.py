@@ -116,8 +116,8 @@ def film(
 
     task_id: the agent's number of the task. Returns the number of frames and the episode's return. The last
     picture is of the state before the last action: after it the slot is already in its next episode.
-    InputError where the task has grown since it was learned, does not keep its time limit, or its simulator is
-    out of reach.
+    InputError where the task has grown since it was learned or does not keep its time limit, or its simulator
+    is out of reach.
     """
     sizes = [[side.observation_size, side.action_size] for side in (agent, env)]
     if any(given > learned for learned, given in zip(*sizes, strict=True)):
@@ -236,7 +236,8 @@ def check_output(output: Path) -> Path:
 
 
 def _partial(output: Path) -> Path:
-    return output.with_name(f"partial-{output.name}")
+    long = len(os.fsencode(output.name)) > 240  # of 255 bytes, the most that file systems take
+    return output.with_name(f"partial-{output.name[-50:] if long else output.name}")
 
 
 def write(frames: Iterator[Frame], output: Path, fps: float) -> None:

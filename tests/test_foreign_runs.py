@@ -8,19 +8,23 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from brc_fast import cli
+from brc_fast import cli, video
 from brc_fast.checkpoint import RunFolder, write_text
 from brc_fast.envs import resolve
 from brc_fast.errors import InputError
 from brc_fast.evaluate import restore
+from brc_fast.plot import curves
 
 WORDS = [
     *("--num-envs", "2", "--steps", "40", "--random-steps", "20", "--batch-size", "16"),
@@ -154,9 +158,9 @@ REWRITTEN = ["config.json", "metrics.jsonl", "learning_curve.png", "evaluation.j
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("plant", [link, dangling, hard_link, fifo, a_socket, other_kind])
+@pytest.mark.parametrize("plant", [link, dangling, fifo, a_socket, other_kind])
 @pytest.mark.parametrize("name", [*REWRITTEN, *(f"{name}.partial" for name in REWRITTEN)])
-def test_a_file_that_is_rewritten_must_be_a_regular_file_of_the_run_alone(
+def test_a_file_that_is_rewritten_must_be_a_regular_file(
     run: Path, outside: Path, capsys: pytest.CaptureFixture[str], name: str, plant: Any, command: str
 ) -> None:
     if plant is other_kind and name.startswith("evaluation.json"):
@@ -226,6 +230,240 @@ def test_the_folder_itself_may_be_a_link_and_what_a_run_does_not_write_may_be_an
         assert cli.main(words(tmp_path / "shortcut")) == 0
     assert RunFolder(run).steps() == [40, 60]
     assert everything(outside) == before
+
+
+def test_a_copy_of_hard_links_is_gone_on_with_and_the_other_names_keep_their_bytes(
+    run: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "copy"
+    shutil.copytree(run, other, copy_function=os.link)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for command in ("evaluate", "plot", "resume"):
+        assert cli.main(COMMANDS[command](other)) == 0
+    assert RunFolder(other).steps() == [40, 60]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("inside", [NEWEST, f"{NEWEST}/replay", "checkpoints/partial-50"])
+def test_folders_nested_without_end_are_refused_in_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], inside: str
+) -> None:
+    top = run / inside
+    top.mkdir(exist_ok=True)
+    handle = os.open(top, os.O_RDONLY)
+    for _ in range(2000):
+        os.mkdir("a", dir_fd=handle)
+        deeper = os.open("a", os.O_RDONLY, dir_fd=handle)
+        os.close(handle)
+        handle = deeper
+    os.close(handle)
+    for command in COMMANDS.values():
+        capsys.readouterr()
+        assert cli.main(command(run)) == 2
+        line = capsys.readouterr().err.strip()
+        assert line.endswith("must be at most 100 folders deep; delete what is deeper")
+        assert len(line.splitlines()) == 1
+    subprocess.run(["rm", "-rf", str(top)], check=True)  # Python's own recurses
+
+
+@pytest.mark.parametrize("plant", [fifo, link])
+def test_in_python_too_nothing_waits_for_a_pipe_or_follows_a_link(
+    run: Path, outside: Path, plant: Any
+) -> None:
+    folder = RunFolder(run)
+    for name, read in (
+        (f"{NEWEST}/agent.safetensors", lambda: folder.load("agent")),
+        (f"{NEWEST}/manifest.json", lambda: folder.load("agent")),
+        ("metrics.jsonl", lambda: curves(folder)),
+        ("config.json", folder.config),
+    ):
+        plant(run / name, outside)
+        with pytest.raises(InputError, match=f"{Path(name).name} must be a regular file, got a "):
+            read()
+
+
+# ---- What lies
+
+
+def one_line(words: list[str], run: Path, capsys: pytest.CaptureFixture[str], told: str) -> None:
+    """The command is refused in one line that holds `told`, and the run is as it was."""
+    before = everything(run)
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    line = capsys.readouterr().err.strip()
+    assert told in line
+    assert len(line.splitlines()) == 1
+    assert everything(run) == before
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Any]], None], data: bytes = b"") -> None:
+    """Change the header of a safetensors file, append to its data, and have the manifest agree."""
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    raw = len(text).to_bytes(8, "little") + text + raw[8 + size :] + data
+    file.write_bytes(raw)
+    manifest = json.loads((file.parent / "manifest.json").read_text())
+    manifest["files"][file.name] = {"bytes": len(raw), "crc32": zlib.crc32(raw)}
+    (file.parent / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate"])
+@pytest.mark.parametrize("kind", ["BF16", "F8_E4M3", "F8_E5M2"])
+def test_a_kind_of_number_that_numpy_lacks_is_damage(
+    run: Path, capsys: pytest.CaptureFixture[str], command: str, kind: str
+) -> None:
+    def change(header: dict[str, Any]) -> None:
+        for name in header.keys() - {"__metadata__"}:
+            start, end = header[name]["data_offsets"]
+            header[name].update(dtype=kind, shape=[(end - start) // (2 if kind == "BF16" else 1)])
+
+    rewrite(run / NEWEST / "agent.safetensors", change)
+    one_line(COMMANDS[command](run), run, capsys, "agent.safetensors is damaged: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("critic/embedding", []),
+        ("critic/embedding", [0]),
+        ("critic/embedding", [0, 2**40]),
+        ("critic/embedding", [0, 2**62]),
+    ],
+)
+@pytest.mark.parametrize("command", ["resume", "evaluate"])
+def test_shapes_that_lie_are_refused_before_they_are_allocated(
+    run: Path, capsys: pytest.CaptureFixture[str], command: str, name: str, shape: list[int]
+) -> None:
+    file = run / NEWEST / "agent.safetensors"
+    end = max(each["data_offsets"][1] for key, each in header_of(file).items() if key != "__metadata__")
+    data = b"" if shape else bytes(4)
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + len(data)]}
+    rewrite(file, lambda header: header.update({name: entry}), data)
+    told = "agent.safetensors is damaged: " if 2**62 in shape else "does not fit this run: "
+    one_line(COMMANDS[command](run), run, capsys, told)
+
+
+def header_of(file: Path) -> dict[str, Any]:
+    raw = file.read_bytes()
+    header: dict[str, Any] = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return header
+
+
+def test_a_policy_larger_than_the_memory_is_refused_before_it_is_allocated(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings(run, "critic", width=2**20, depth=1000, members=1000)
+    one_line(COMMANDS["evaluate"](run), run, capsys, "the learner does not fit: ")
+
+
+@pytest.mark.parametrize("name", ["running", "succeeded", "sums", "counts"])
+def test_returns_of_other_environments_do_not_fit(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    file = run / NEWEST / "progress.safetensors"
+    arrays = load_file(file)
+    arrays[f"episodes/{name}"] = arrays[f"episodes/{name}"][:0].copy()
+    save_file(arrays, file)
+    rewrite(file, lambda header: None)
+    one_line(COMMANDS["resume"](run), run, capsys, f"does not fit this run: episodes {name} must be ")
+
+
+ROW = '{"step": 20, "eval/return/toy/One": 3.0, "eval/return_mean": 3.0}\n'
+
+
+@pytest.mark.parametrize("command", ["resume", "plot"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            '{"a": 1}',
+            "[1]",
+            "5",
+            "null",
+            '{"step": "x"}',
+            '{"step": null}',
+            '{"step": NaN}',
+            '{"step": true}',
+        ),
+        *('{"step": 1e400}', '{"step": -1}', '{"step": 9223372036854775808}', "nonsense", "\0"),
+        pytest.param("[" * 100_000 + "]" * 100_000, id="deep"),
+        pytest.param(f'{{"step": {"9" * 5000}}}', id="long"),
+    ],
+)
+def test_metrics_that_are_none_are_refused_before_anything_is_rewritten(
+    run: Path, capsys: pytest.CaptureFixture[str], command: str, line: str
+) -> None:
+    (run / "metrics.jsonl").write_text(f"{line}\n{ROW}")
+    one_line(COMMANDS[command](run), run, capsys, f"{run / 'metrics.jsonl'} line 1 ")
+
+
+def settings(run: Path, group: str = "", /, **changed: Any) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (config[group] if group else config).update(changed)
+    (run / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate", "plot"])
+@pytest.mark.parametrize(
+    ("group", "name", "value", "told"),
+    [
+        ("", "tasks", [1], "tasks must be tuple[str, ...], got [1]"),
+        ("", "tasks", "toy/One", "tasks must be "),
+        ("", "device", "foo", "device must be Literal['auto', 'cpu', 'cuda'], got 'foo'"),
+        ("", "device", [], "device must be "),
+        ("", "precision", "x", "precision must be "),
+        ("", "seed", 1.5, "seed must be int, got 1.5"),
+        ("", "seed", True, "seed must be int, got True"),
+        ("", "num_envs", "2", "num_envs must be int, got '2'"),
+        ("", "graphs", 5, "graphs must be bool, got 5"),
+        ("", "threads", 1.0, "threads must be int | None, got 1.0"),
+        ("", "run", 5, "run must be str | None, got 5"),
+        ("", "num_envs", 2**20 + 1, "num_envs must be at most 1048576"),
+        ("", "eval_envs", 10**9, "eval_envs must be at most 1048576"),
+        ("", "eval_episodes", 10**15, "eval_episodes must be at most 1048576"),
+        ("", "critic", [], "critic must be dict, got []"),
+        ("", "env", None, "env must be dict, got None"),
+        ("critic", "embedding_norm", "zz", "embedding_norm must be Literal['l2', 'l1'], got 'zz'"),
+        ("critic", "members", 1001, "members must be at most 1000"),
+        ("critic", "depth", 2**20, "depth must be at most 1000"),
+        ("actor", "depth", 1001, "depth must be at most 1000"),
+        ("learning", "beta1", "x", "beta1 must be float, got 'x'"),
+        ("env", "processes", 5, "processes must be bool | None, got 5"),
+        ("env", "step_seconds", 1e30, "step_seconds must be at most 1e+06"),
+    ],
+)
+def test_settings_of_another_type_or_size_are_refused(
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    group: str,
+    name: str,
+    value: Any,
+    told: str,
+) -> None:
+    settings(run, group, **{name: value})
+    one_line(COMMANDS[command](run), run, capsys, told)
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate", "plot"])
+def test_a_setting_of_thousands_of_digits_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    text = (run / "config.json").read_text()
+    (run / "config.json").write_text(text.replace('"seed": 0', f'"seed": {"9" * 5000}'))
+    one_line(COMMANDS[command](run), run, capsys, f"{run / 'config.json'} cannot be read: ")
+
+
+@pytest.mark.parametrize("task", [r"$\frac{$", "$x$", "_a", "%", "", "\ud800"])
+def test_names_of_tasks_are_drawn_as_they_are(run: Path, task: str) -> None:
+    row = {"step": 20, f"eval/return/{task}": 1.0, "eval/return/toy/One": 2.0, "eval/return_mean": 1.0}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    other = run.with_name(r"run $\frac{$")
+    shutil.copytree(run, other)
+    assert cli.main(["plot", str(run), str(other), "--group", "none", "--output", str(run / "x.svg")]) == 0
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "segment-" + 32 * "A" + ".bin", "manifest.json", ""])
@@ -341,6 +579,23 @@ def test_a_plot_replaces_regular_files_only(
     plant(output, outside)
     words = ["plot", str(run), "--output", str(output)]
     refused(words, output, capsys, run, outside, told="must be a regular file, got a ")
+
+
+@pytest.mark.parametrize("length", [241, 250, 255])
+def test_a_name_may_be_as_long_as_the_file_system_takes(run: Path, outside: Path, length: int) -> None:
+    numbers, curve = outside / ("x" * length), outside / ("x" * (length - 4) + ".svg")
+    assert cli.main(["evaluate", str(run), "--json", str(numbers)]) == 0
+    assert cli.main(["plot", str(run), "--output", str(curve)]) == 0
+    assert sorted(outside.iterdir()) == sorted([curve, numbers, outside / "precious"])
+    film = outside / ("x" * (length - 4) + ".gif")
+    pictures = iter([np.zeros((8, 8, 3), np.uint8)] * 2)
+    video.write(pictures, film, 10.0)
+    assert film.is_file()
+
+
+def test_a_zero_byte_in_a_name_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one_line(["evaluate", str(run), "--json", "a\0b"], run, capsys, "'a\\x00b' cannot be the name of a file")
+    one_line(["plot", "a\0b"], run, capsys, "cannot be the name of a file")
 
 
 def test_a_curve_with_another_name_elsewhere_is_replaced_here_only(run: Path, outside: Path) -> None:
