@@ -193,7 +193,8 @@ def published_runs(
 
 
 def line(experiment: Experiment, tasks: Sequence[str]) -> Line | None:
-    """Mean over `tasks` and runs, with the bootstrap interval of that mean; None where a task has no run.
+    """Mean over `tasks` and runs, with the bootstrap interval of that mean; None where a task has no run,
+    or at no step a run has them all.
 
     Runs are resampled among those of the same tasks, and interpolated between their evaluations.
     """
@@ -220,6 +221,8 @@ def line(experiment: Experiment, tasks: Sequence[str]) -> Line | None:
             resampled += (weights @ filled) / (weights @ known)
         complete &= known.all(0)
     drawn = np.isfinite(mean)
+    if not drawn.any():
+        return None
     low, high = np.nanquantile(resampled[:, drawn], ((1 - COVERAGE) / 2, (1 + COVERAGE) / 2), axis=0)
     return Line(steps[drawn], mean[drawn], low, high, complete[drawn])
 
@@ -338,7 +341,8 @@ def _legend(figure: Any, entries: Mapping[str, Any], captions: Sequence[str]) ->
     figure.set_figheight(figure.get_figheight() + 0.17 * rows)
     layout = {"loc": "outside upper left", "ncols": columns, "frameon": False, "alignment": "left"}
     fonts = {"fontsize": 8, "title_fontsize": 8}
-    legend = figure.legend(list(entries.values()), list(map(_drawable, entries)), title=title, **fonts, **layout)
+    names = list(map(_drawable, entries))
+    legend = figure.legend(list(entries.values()), names, title=title, **fonts, **layout)
     for text in legend.get_texts():
         text.set(**LITERAL)
 

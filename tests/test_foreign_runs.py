@@ -466,6 +466,12 @@ def test_names_of_tasks_are_drawn_as_they_are(run: Path, task: str) -> None:
     assert cli.main(["plot", str(run), str(other), "--group", "none", "--output", str(run / "x.svg")]) == 0
 
 
+def test_tasks_that_share_no_step_have_no_mean(run: Path) -> None:
+    rows = [{"step": 20, "eval/return/a": 1.0}, {"step": 40, "eval/return/b": 1.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["plot", str(run)]) == 0
+
+
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "segment-" + 32 * "A" + ".bin", "manifest.json", ""])
 def test_a_run_whose_replay_names_other_files_is_not_resumed(
     run: Path, outside: Path, capsys: pytest.CaptureFixture[str], name: str
