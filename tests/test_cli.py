@@ -36,7 +36,7 @@ CARTPOLE = "mjx/CartpoleSwingup"
         (["train", CARTPOLE, "--seed", "x"], "--seed"),
         (["train", CARTPOLE, "--seed", str(2**64)], "seed must be in [0, 2**64), got 1844674407370"),
         (["train", CARTPOLE, "--critic.width", str(10**10)], "width must be at most 1048576, got 1000"),
-        (["train", CARTPOLE, "--actor.depth", str(10**9)], "depth must be at most 1048576, got 1000000000"),
+        (["train", CARTPOLE, "--actor.depth", str(10**9)], "depth must be at most 1000, got 1000000000"),
         (["train", CARTPOLE, "--threads", "1000000"], "threads must be at most 1024, got 1000000"),
         (["train", CARTPOLE, "--critic.v-max", "inf"], "v_max must be finite in float32, got inf"),
         (["train", CARTPOLE, "--learning.learning-rate", "1e39"], "learning_rate must be finite in float32"),

@@ -257,13 +257,15 @@ def test_folders_nested_without_end_are_refused_in_one_line(
         os.close(handle)
         handle = deeper
     os.close(handle)
-    for command in COMMANDS.values():
-        capsys.readouterr()
-        assert cli.main(command(run)) == 2
-        line = capsys.readouterr().err.strip()
-        assert line.endswith("must be at most 100 folders deep; delete what is deeper")
-        assert len(line.splitlines()) == 1
-    subprocess.run(["rm", "-rf", str(top)], check=True)  # Python's own recurses
+    try:
+        for command in COMMANDS.values():
+            capsys.readouterr()
+            assert cli.main(command(run)) == 2
+            line = capsys.readouterr().err.strip()
+            assert line.endswith("must be at most 100 folders deep; delete what is deeper")
+            assert len(line.splitlines()) == 1
+    finally:
+        subprocess.run(["rm", "-rf", str(top)], check=True)  # Python's own recurses
 
 
 @pytest.mark.parametrize("plant", [fifo, link])
@@ -312,7 +314,7 @@ def rewrite(file: Path, change: Callable[[dict[str, Any]], None], data: bytes = 
 
 @pytest.mark.parametrize("command", ["resume", "evaluate"])
 @pytest.mark.parametrize("kind", ["BF16", "F8_E4M3", "F8_E5M2"])
-def test_a_kind_of_number_that_numpy_lacks_is_damage(
+def test_a_kind_of_number_that_numpy_lacks_is_refused(
     run: Path, capsys: pytest.CaptureFixture[str], command: str, kind: str
 ) -> None:
     def change(header: dict[str, Any]) -> None:
@@ -321,7 +323,8 @@ def test_a_kind_of_number_that_numpy_lacks_is_damage(
             header[name].update(dtype=kind, shape=[(end - start) // (2 if kind == "BF16" else 1)])
 
     rewrite(run / NEWEST / "agent.safetensors", change)
-    one_line(COMMANDS[command](run), run, capsys, "agent.safetensors is damaged: ")
+    # damaged; or with ml_dtypes imported, as JAX does, numpy has them and torch refuses them
+    one_line(COMMANDS[command](run), run, capsys, f"{run / NEWEST}")
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def load(store: _core.ReplayStore, spec: Spec, folder: Path, previous: bool) -> 
         raise ValueError(f"{folder} holds no saved replay: {file.name} is missing")
     try:
         manifest = _read(file)
+        if not isinstance(manifest["id"], str):
+            raise TypeError(f"id must be a text, got {manifest['id']!r}")
         _require_spec(manifest["fields"], spec, folder)
         with ExitStack() as stack:
             segments = []
