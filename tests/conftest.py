@@ -45,7 +45,8 @@ class Absent:
         self._add(report)
 
     def _add(self, report: pytest.TestReport | pytest.CollectReport) -> None:
-        if report.skipped and isinstance(report.longrepr, tuple) and report.longrepr[2].startswith(NEEDS):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        if report.skipped and reason.startswith(NEEDS) and "pip install" in reason:
             self.names[report.nodeid] = None
 
     def pytest_sessionfinish(self) -> None:

@@ -25,7 +25,7 @@ from brc_fast import BRC, ActorConfig, Batch, CriticConfig, kernels
 from brc_fast.kernels import _dispatch
 
 if not _dispatch.INTERPRETED:
-    pytest.skip("needs Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
+    pytest.skip("runs in Triton's interpreter alone (TRITON_INTERPRET=1)", allow_module_level=True)
 
 from grid_order import Fault, Program, watched
 
