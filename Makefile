@@ -59,7 +59,7 @@ sanitize: $(STAMP)
 ## Compile every kernel for GPUs that are not there, with the oldest Triton supported
 aot: $(STAMP)
 	$(BIN)/pip install -q --no-deps --upgrade --target build/oldest triton==3.6.0
-	PYTHONPATH=build/oldest $(BIN)/python -m brc_fast.kernels.aot $(ARGS)
+	PYTHONPATH=build/oldest $(BIN)/python -m brc_fast.kernels.tools.aot $(ARGS)
 
 ## The install without any extra: the agent, the replay and the kernels work alone
 bare:

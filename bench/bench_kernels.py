@@ -7,8 +7,8 @@ Providers: our kernels; the plain PyTorch twin; the twin through torch.compile; 
 the twin. Results and gradients of each must first agree with those of the twin: where they do not stand a
 reason and no time. What has results in 2 bytes, whose rounding hides small errors, must also agree in
 float32, in the most similar case of its op (all but the compiled twin, whose source is the twin's). Times are
-those of a CUDA graph's replay over rotated buffers (kernels/_timing.py). The floor of an op is the bytes that
-it must move over the bandwidth of a copy, measured here and now; where the buffers fit in the L2 cache
+those of a CUDA graph's replay over rotated buffers (kernels/tools/timing.py). The floor of an op is the bytes
+that it must move over the bandwidth of a copy, measured here and now; where the buffers fit in the L2 cache
 together, an op may beat it, and its row says L2.
 `--workload` takes the ops of an update at the sizes of these workloads (workload_cases.py), and no others.
 `--dry` runs the same code at tiny sizes on the CPU, the kernels only under TRITON_INTERPRET=1.
@@ -37,11 +37,11 @@ from workload_cases import cases_of
 from workloads import WORKLOADS, named
 
 from brc_fast.kernels import reference
-from brc_fast.kernels._cases import Case
-from brc_fast.kernels._dispatch import INTERPRETED
-from brc_fast.kernels._timing import PARAMETERS, batches_of, cold, rotated, seconds_per_call
-from brc_fast.kernels.aot import cases as all_cases
-from brc_fast.kernels.tune import disagreement, tensors
+from brc_fast.kernels.runtime.dispatch import INTERPRETED
+from brc_fast.kernels.tools.aot import cases as all_cases
+from brc_fast.kernels.tools.cases import Case
+from brc_fast.kernels.tools.timing import PARAMETERS, batches_of, cold, rotated, seconds_per_call
+from brc_fast.kernels.tools.tune import disagreement, tensors
 
 DRY_BATCHES, DRY_WIDTH = (4,), 16
 MANY = 65_536  # rows for an op that moves little even at the largest batch size

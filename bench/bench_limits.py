@@ -28,7 +28,7 @@ from harness import Better, Measurement, absent, interleave, quartiles, refusal,
 from native.row_gather import RowGather
 from torch import Tensor
 
-from brc_fast.kernels._timing import Timing, seconds_per_call
+from brc_fast.kernels.tools.timing import Timing, seconds_per_call
 from peers.replay_data import Workload
 
 MACHINE = "machine"  # the provider of every figure

@@ -3,7 +3,7 @@
     python bench/bench_train.py [--device cpu|cuda] [--task TASK | --workload NAME] [--threshold RETURN]
         [--budget SECONDS] [--save NAME] [--picture PNG]
 
-ours    brc_fast.train.Trainer, as `brc-fast train TASK` runs it
+ours    brc_fast.runs.trainer.Trainer, as `brc-fast train TASK` runs it
 plain   the same loop, environments, replay, settings, seeds and noise, but networks and update are those of
         peers/torch_plain.py
 
@@ -36,10 +36,10 @@ from update_providers import AFTER_A_STEP, FIRST, out_of_memory, release, tensor
 from workloads import WORKLOADS, Workload, named
 
 from brc_fast import BRC, Batch, CriticConfig, Noise
+from brc_fast.agents.policy import LaggedPolicy
 from brc_fast.config import LearningConfig, TrainConfig, cpu_preset, gpu_preset
 from brc_fast.envs import expand
-from brc_fast.lag import LaggedPolicy
-from brc_fast.train import Trainer
+from brc_fast.runs.trainer import Trainer
 from peers.plain_agent import PlainAgent
 from peers.torch_plain import METRICS
 

@@ -266,7 +266,7 @@ def train(part: Part) -> dict[str, Any]:
 
 def trained(name: str, words: str, seconds: float) -> dict[str, Any]:
     """Rates and evaluations of a run that is stopped after so many seconds; RuntimeError if it broke."""
-    from brc_fast.metrics import read_rows
+    from brc_fast.runs.metrics import read_rows
 
     folder = ROOT / "build" / f"gpu-{name}"
     command = [sys.executable, "-m", "brc_fast", "train", *words.split()]

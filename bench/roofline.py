@@ -17,7 +17,7 @@ FORWARD, FORWARD_NORMS = "forward: products", "forward: norms"
 BACKWARD, BACKWARD_NORMS = "backward: products", "backward: norms"
 OPTIMIZERS, OTHERS = "optimizers", "losses, inputs, noise"
 PARTS = (FORWARD, FORWARD_NORMS, BACKWARD, BACKWARD_NORMS, OPTIMIZERS, OTHERS)
-PAD = 8  # of the first kernel's rows and the head's columns (brc_fast.networks)
+PAD = 8  # of the first kernel's rows and the head's columns (brc_fast.nn.modules)
 
 
 class Sizes(NamedTuple):

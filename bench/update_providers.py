@@ -25,7 +25,7 @@ from workloads import Workload
 
 from brc_fast import BRC, ActorConfig, Batch, CriticConfig, Noise
 from brc_fast.config import Precision
-from brc_fast.precision import products
+from brc_fast.learner.precision import products
 from peers.torch_plain import METRICS, CompiledBRC, PlainBRC
 from peers.torch_swapped import SwappedBRC
 
@@ -330,7 +330,7 @@ def peers_precision(device: str) -> str:
 
 @contextmanager
 def tensor_cores(device: str) -> Iterator[None]:
-    """PyTorch's float32 products in TF32 on a GPU. Ours have a choice of their own (brc_fast.precision).
+    """PyTorch's float32 products in TF32 on a GPU; ours choose for themselves (brc_fast.learner.precision).
 
     Set for all of PyTorch: compilers of some versions refuse to work where only CUDA's own flag is set
     (pytorch issue 166387).

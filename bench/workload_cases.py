@@ -14,7 +14,7 @@ from torch import Tensor
 from workloads import Workload
 
 from brc_fast.kernels import adamw_, bronet, categorical, cross_entropy, norm, pack_inputs, policy
-from brc_fast.kernels._cases import Case
+from brc_fast.kernels.tools.cases import Case
 
 LOW = torch.bfloat16
 MEMBERS, ATOMS, ACTOR_WIDTH = 2, 101, 256

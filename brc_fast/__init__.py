@@ -5,12 +5,12 @@ Importing this package loads torch, but neither JAX nor Triton: `brc_fast.envs` 
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .agent import BRC, Noise
+from .agents.brc import BRC, Noise
+from .agents.normalizer import RewardNormalizer
 from .batch import Batch
 from .config import ActorConfig, CriticConfig, EnvConfig, LearningConfig, TrainConfig
 from .errors import InputError, MissingExtraError
-from .networks import BroNet, Critic
-from .normalizer import RewardNormalizer
+from .nn.modules import BroNet, Critic
 from .replay import DeviceReplayBuffer, Field, ReplayBuffer
 
 try:

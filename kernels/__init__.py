@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import reference
-from ._dispatch import use
 from .bronet import bronet
 from .bronet_plan import Arrays as Arrays
 from .bronet_plan import BroNetPlan as BroNetPlan
+from .runtime.dispatch import use
 
 if TYPE_CHECKING:
     from .categorical import (

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
-from ._ops import first_derivative
 from ._stacked import Arrays, Backward, Forward, Memory
 from .reference import EPS
+from .runtime import native
+from .runtime.library import first_derivative
 
 __all__ = [
     "BATCHED",
@@ -86,12 +86,12 @@ def backward_arguments(
 
 def norm_forward(*arguments: Any) -> None:
     """See `forward_arguments`."""
-    _native.compiled.bias_layer_norm_forward(*arguments)
+    native.compiled.bias_layer_norm_forward(*arguments)
 
 
 def norm_backward(*arguments: Any) -> None:
     """See `backward_arguments`."""
-    _native.compiled.bias_layer_norm_backward(*arguments)
+    native.compiled.bias_layer_norm_backward(*arguments)
 
 
 class Workspace:

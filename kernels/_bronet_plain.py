@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._compiled import twin
 from .reference import EPS
+from .runtime.twins import twin
 
 __all__ = ["BATCHED", "backward_arguments", "forward_arguments", "norm_backward", "norm_forward"]
 

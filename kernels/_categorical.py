@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._config import architecture, configuration, next_power_of_2
-from ._numerics import wide
-from ._triton import jit, tl, triton
+from .runtime.language import jit, tl, triton
+from .runtime.numerics import wide
+from .runtime.tables import architecture, configuration, next_power_of_2
 
 __all__ = [
     "V_MAX",

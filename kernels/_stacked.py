@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _native
-from ._dispatch import chosen, takes_kernels
+from .runtime import native
+from .runtime.dispatch import chosen, takes_kernels
 
 __all__ = ["Arrays", "Backward", "Forward", "Memory", "layers_of", "passes_for"]
 
@@ -41,7 +41,7 @@ def passes_for(x: Tensor, impl: str | None = None) -> ModuleType:
         from . import norm
 
         return norm
-    return _bronet_cpu if chosen(impl) == "auto" and _native.takes(x) else _bronet_plain
+    return _bronet_cpu if chosen(impl) == "auto" and native.takes(x) else _bronet_plain
 
 
 Slots = Sequence[Tensor] | Tensor  # one tensor per layer, or all as one

@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _bronet_cpu, _native, reference
-from ._cases import Case
+from . import _bronet_cpu, reference
 from ._checks import check_bronet_dtypes, check_bronet_shapes
-from ._compiled import twin
-from ._dispatch import chosen, takes_kernels
-from ._ops import Op
 from ._stacked import Arrays, Backward, Forward, Memory, layers_of
+from .runtime import native
+from .runtime.dispatch import chosen, takes_kernels
+from .runtime.library import Op
+from .runtime.twins import twin
+from .tools.cases import Case
 
 __all__ = ["bronet", "cases"]
 
@@ -262,9 +263,9 @@ def bronet(x: Tensor, *parameters: Tensor, impl: str | None = None) -> Tensor:
     check_bronet_shapes(x, parameters)
     if not takes_kernels(impl, x, *parameters):
         plain = chosen(impl) == "auto" and not torch.is_autocast_enabled("cpu")
-        if plain and _native.takes(x, *parameters):
+        if plain and native.takes(x, *parameters):
             return _bronet_cpu.bronet_on_cpu(x, parameters)
-        if plain and _compiled_plainly() and _native.serves(x, *parameters):
+        if plain and _compiled_plainly() and native.serves(x, *parameters):
             return _bronet_on_cpu(x, list(parameters), _wanted(x, parameters))[0]  # type: ignore[no-any-return]
         if not torch.is_autocast_enabled(x.device.type):
             check_bronet_dtypes(x, parameters)

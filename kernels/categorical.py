@@ -31,8 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, reference
-from ._cases import Case
+from . import reference
 from ._categorical import (
     V_MAX,
     _check_number,
@@ -57,14 +56,16 @@ from ._categorical import (
     _unit,
     _words,
 )
-from ._compiled import twin
-from ._config import configuration
-from ._dispatch import chosen, launch, observed, takes_kernels
-from ._numerics import scalar, wide
-from ._ops import Op
-from ._triton import jit, tl, triton
 from .cross_entropy import categorical_cross_entropy
 from .projection import _projection
+from .runtime import native
+from .runtime.dispatch import chosen, launch, observed, takes_kernels
+from .runtime.language import jit, tl, triton
+from .runtime.library import Op
+from .runtime.numerics import scalar, wide
+from .runtime.tables import configuration
+from .runtime.twins import twin
+from .tools.cases import Case
 
 __all__ = [
     "cases",
@@ -518,7 +519,7 @@ def categorical_bellman_loss_and_gradient(
         fixed = (*(x.detach() for x in inputs), *_split(temperature))
         pair: tuple[Tensor, Tensor] = _bellman_op(*fixed, float(v_max), *_split(scale), columns)
         return pair
-    if chosen(impl) == "auto" and _native.takes(*inputs) and not observed(*numbers):
+    if chosen(impl) == "auto" and native.takes(*inputs) and not observed(*numbers):
         return _compiled_bellman(inputs, float(temperature), float(v_max), float(scale), columns)
     temperature, scale = (x.reshape(()) if isinstance(x, Tensor) else x for x in (temperature, scale))
     with torch.no_grad():
@@ -536,8 +537,8 @@ def _compiled_bellman(
     rewards, discounts, log_probs = (v.contiguous() for v in vectors)
     losses = logits.new_empty(logits.shape[:-1])
     grads = logits.new_empty(*logits.shape[:-1], columns)
-    scratch = logits.new_empty(_native.compiled.categorical_bellman_scratch(logits.shape[-1]))
-    _native.compiled.categorical_bellman(  # type: ignore[call-arg]
+    scratch = logits.new_empty(native.compiled.categorical_bellman_scratch(logits.shape[-1]))
+    native.compiled.categorical_bellman(  # type: ignore[call-arg]
         len(x), len(y), *x.shape[1:], x.data_ptr(), *_strides(x), y.data_ptr(), *_strides(y),
         rewards.data_ptr(), discounts.data_ptr(), log_probs.data_ptr(), temperature, v_max, scale, columns,
         losses.data_ptr(), grads.data_ptr(), scratch.data_ptr(),

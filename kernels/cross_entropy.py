@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, reference
-from ._cases import Case
+from . import reference
 from ._categorical import (
     V_MAX,
     _check_logits,
@@ -51,11 +50,13 @@ from ._categorical import (
     _tile,
     _words,
 )
-from ._compiled import twin
-from ._dispatch import chosen, launch, observed, takes_kernels
-from ._numerics import scalar, wide
-from ._ops import Op, first_derivative
-from ._triton import jit, tl
+from .runtime import native
+from .runtime.dispatch import chosen, launch, observed, takes_kernels
+from .runtime.language import jit, tl
+from .runtime.library import Op, first_derivative
+from .runtime.numerics import scalar, wide
+from .runtime.twins import twin
+from .tools.cases import Case
 
 __all__ = [
     "cases",
@@ -559,7 +560,7 @@ def expected_value_and_gradient(
     if takes_kernels(impl, logits, atoms, *numbers):
         pair: tuple[Tensor, Tensor] = _expected_value_pair_op(logits, atoms, *_split(scale), columns)
         return pair
-    if chosen(impl) == "auto" and _native.takes(logits, atoms) and not observed(*numbers):
+    if chosen(impl) == "auto" and native.takes(logits, atoms) and not observed(*numbers):
         return _compiled_expected_values(logits, atoms, float(scale), columns)
     with torch.no_grad():
         return twin(reference.expected_value_and_gradient, impl)(logits, atoms, scale=scale, columns=columns)
@@ -570,7 +571,7 @@ def _compiled_expected_values(
 ) -> tuple[Tensor, Tensor]:
     x, atoms = _members(logits), atoms.contiguous()
     values, grads = _expected_value_pair_fake(logits, atoms, None, scale, columns)
-    _native.compiled.expected_value(  # type: ignore[call-arg]
+    native.compiled.expected_value(  # type: ignore[call-arg]
         *x.shape, x.data_ptr(), *_strides(x), atoms.data_ptr(), scale, columns,
         values.data_ptr(), grads.data_ptr(),
     )  # fmt: skip

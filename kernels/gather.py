@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._cases import Case
-from ._dispatch import launch, takes_kernels
-from ._ops import Op
-from ._triton import jit, tl, triton
 from .optimizer import InPlaceOp
+from .runtime.dispatch import launch, takes_kernels
+from .runtime.language import jit, tl, triton
+from .runtime.library import Op
+from .tools.cases import Case
 
 __all__ = ["cases", "gather_rows", "n_step_rewards"]
 

@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._cases import Case
-from ._config import configuration, next_power_of_2, processors
-from ._dispatch import DTYPES, launch, takes_kernels
-from ._numerics import wide
-from ._ops import Op
-from ._rows import member_rows, strided_rows
-from ._triton import jit, tl, triton
 from .optimizer import InPlaceOp, _check_place
+from .runtime.dispatch import DTYPES, launch, takes_kernels
+from .runtime.language import jit, tl, triton
+from .runtime.library import Op
+from .runtime.numerics import wide
+from .runtime.rows import member_rows, strided_rows
+from .runtime.tables import configuration, next_power_of_2, processors
+from .tools.cases import Case
 
 __all__ = ["cases", "normalized_embedding", "normalized_embedding_backward", "pack_inputs"]
 

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._cases import Case
-from ._compiled import twin
-from ._config import configuration, next_power_of_2, processors
-from ._dispatch import launch, takes_kernels
-from ._ops import Op
-from ._rows import rows_of
-from ._triton import jit, tl, triton
+from .runtime.dispatch import launch, takes_kernels
+from .runtime.language import jit, tl, triton
+from .runtime.library import Op
+from .runtime.rows import rows_of
+from .runtime.tables import configuration, next_power_of_2, processors
+from .runtime.twins import twin
+from .tools.cases import Case
 
 __all__ = ["backward_into", "bias_layer_norm", "forward_into", "partial_shape", "reduce_partials"]
 

@@ -35,14 +35,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, reference
-from ._cases import Case
-from ._compiled import twin
-from ._config import architecture, configuration, processors
-from ._dispatch import chosen, launch, observed, takes_kernels
-from ._numerics import scalar
-from ._ops import NAMESPACE
-from ._triton import jit, tl
+from . import reference
+from .runtime import native
+from .runtime.dispatch import chosen, launch, observed, takes_kernels
+from .runtime.language import jit, tl
+from .runtime.library import NAMESPACE
+from .runtime.numerics import scalar
+from .runtime.tables import architecture, configuration, processors
+from .runtime.twins import twin
+from .tools.cases import Case
 
 __all__ = ["adamw_", "cases", "ema_"]
 
@@ -506,7 +507,7 @@ def adamw_(
 def _compiled_serves(*buffers: Tensor, step: Tensor, betas: tuple[float, float]) -> bool:
     """Whether `_compiled` does what torch would. What only torch can tell or refuse is left to it."""
     return (
-        _native.takes(*buffers)
+        native.takes(*buffers)
         and not observed(step)
         and bool(step >= 0.0)
         and min(betas) >= 0.0
@@ -534,12 +535,12 @@ def _compiled(
     size = param.numel()
     scale = 1.0
     if max_norm is not None:
-        norm = math.sqrt(_native.compiled.sum_of_squares(size, grad.data_ptr()))
+        norm = math.sqrt(native.compiled.sum_of_squares(size, grad.data_ptr()))
         scale = float(max_norm) / (norm + 1e-6)
         scale = 1.0 if scale > 1.0 else scale  # NaN stays NaN
     step += 1
     count = step.item()
-    squares = _native.compiled.adamw(
+    squares = native.compiled.adamw(
         size,
         param.data_ptr(),
         grad.data_ptr(),

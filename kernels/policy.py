@@ -35,17 +35,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _native, reference
-from ._cases import Case
-from ._compiled import twin
-from ._config import configuration, next_power_of_2
-from ._dispatch import DTYPES, chosen, launch, observed, takes_kernels
-from ._numerics import wide
-from ._ops import Op, first_derivative
-from ._rows import member_rows, strided_rows
-from ._triton import jit, tl, triton
+from . import reference
 from .optimizer import WIDE, InPlaceOp, _check_place, _split
 from .reference import LOG_STD_MAX, LOG_STD_MIN
+from .runtime import native
+from .runtime.dispatch import DTYPES, chosen, launch, observed, takes_kernels
+from .runtime.language import jit, tl, triton
+from .runtime.library import Op, first_derivative
+from .runtime.numerics import wide
+from .runtime.rows import member_rows, strided_rows
+from .runtime.tables import configuration, next_power_of_2
+from .runtime.twins import twin
+from .tools.cases import Case
 
 __all__ = ["cases", "standard_normal", "tanh_gaussian", "tanh_gaussian_backward"]
 
@@ -513,7 +514,7 @@ def tanh_gaussian(
         if noise_out is not None:
             noise_out.copy_(noise)
     wanted = torch.is_grad_enabled() and (mean.requires_grad or raw_log_std.requires_grad)
-    if not wanted and _native.takes(mean, raw_log_std, noise):
+    if not wanted and native.takes(mean, raw_log_std, noise):
         return _compiled_tanh_gaussian(mean, raw_log_std, noise, out)
     pair: tuple[Tensor, Tensor] = _TanhGaussian.apply(mean, raw_log_std, noise.detach())  # type: ignore[no-untyped-call]
     return pair if out is None else (out.copy_(pair[0]), pair[1])
@@ -525,7 +526,7 @@ def _compiled_tanh_gaussian(
     x, raw, noise = strided_rows(mean), strided_rows(raw_log_std), noise.contiguous()
     actions, log_probs = _place(out, mean), mean.new_empty(mean.shape[:-1])
     rows = strided_rows(actions)
-    _native.compiled.tanh_gaussian(  # type: ignore[call-arg]
+    native.compiled.tanh_gaussian(  # type: ignore[call-arg]
         *x.shape, x.data_ptr(), raw.data_ptr(), x.stride(0), raw.stride(0), noise.data_ptr(),
         rows.data_ptr(), rows.stride(0), log_probs.data_ptr(),
     )  # fmt: skip
@@ -545,7 +546,7 @@ def _compiled_backward(
     outs = (None, None) if out is None else out
     first, second = (_place(place, mean) for place in outs)
     dmean, draw = strided_rows(first), strided_rows(second)
-    _native.compiled.tanh_gaussian_backward(  # type: ignore[call-arg]
+    native.compiled.tanh_gaussian_backward(  # type: ignore[call-arg]
         *x.shape, 0 if da is None else da.data_ptr(), 0 if da is None else da.stride(0), dlog_prob,
         x.data_ptr(), raw.data_ptr(), x.stride(0), raw.stride(0), noise.data_ptr(),
         dmean.data_ptr(), draw.data_ptr(), dmean.stride(0), draw.stride(0),
@@ -639,7 +640,7 @@ def tanh_gaussian_backward(
     given = [x for x in (mean, raw_log_std, noise, dactions) if x is not None]
     numbers = [] if rows is None else [rows]
     if not takes_kernels(impl, *given, *numbers):
-        compiled = chosen(impl) == "auto" and (rows is None or one) and _native.takes(*given)
+        compiled = chosen(impl) == "auto" and (rows is None or one) and native.takes(*given)
         watched = observed(*numbers, *([] if out is None else out))
         if compiled and not watched:
             fixed = fixed if rows is None else float(rows) * scale

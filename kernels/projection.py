@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, reference
-from ._cases import Case
+from . import reference
 from ._categorical import (
     V_MAX,
     _check_logits,
@@ -36,12 +35,14 @@ from ._categorical import (
     _result,
     _tile,
 )
-from ._compiled import twin
-from ._dispatch import chosen, launch, observed, takes_kernels
-from ._numerics import wide
-from ._ops import Op
-from ._rows import rows_of
-from ._triton import jit, tl
+from .runtime import native
+from .runtime.dispatch import chosen, launch, observed, takes_kernels
+from .runtime.language import jit, tl
+from .runtime.library import Op
+from .runtime.numerics import wide
+from .runtime.rows import rows_of
+from .runtime.twins import twin
+from .tools.cases import Case
 
 __all__ = [
     "cases",
@@ -191,12 +192,12 @@ def _projection(impl: str | None) -> reference.Projection:
 
 def _compiled_projection(probs: Tensor, positions: Tensor, v_max: float) -> Tensor:
     tensors = (probs, positions)
-    if any(x.requires_grad for x in tensors) or observed(*tensors) or not _native.takes(*tensors):
+    if any(x.requires_grad for x in tensors) or observed(*tensors) or not native.takes(*tensors):
         return reference.categorical_projection(probs, positions, v_max)
     probs, positions = probs.contiguous(), positions.contiguous()
     out = torch.empty_like(probs)
     *rows, atoms = probs.shape
-    _native.compiled.categorical_projection(
+    native.compiled.categorical_projection(
         math.prod(rows), atoms, probs.data_ptr(), positions.data_ptr(), v_max, out.data_ptr()
     )
     return out

@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, reference
-from ._cases import Case
-from ._compiled import twin
-from ._dispatch import DTYPES, chosen, launch, takes_kernels
-from ._triton import jit, tl
+from . import reference
 from .optimizer import FLOATS, WIDE, Given, InPlaceOp, _check_place, _log, _scales, _step, adamw_
 from .reference import METRICS, ScalarAdam
+from .runtime import native
+from .runtime.dispatch import DTYPES, chosen, launch, takes_kernels
+from .runtime.language import jit, tl
+from .runtime.twins import twin
+from .tools.cases import Case
 
 __all__ = ["cases", "update_summary_"]
 
@@ -210,7 +211,7 @@ def update_summary_(
         _update_summary_op(*given, gradient, step, since, *state, target_entropy, *betas, eps)
         return
     numbers = *given, gradient, step, since
-    if chosen(impl) == "auto" and _native.takes(*numbers) and all(x.is_contiguous() for x in given[1:4]):
+    if chosen(impl) == "auto" and native.takes(*numbers) and all(x.is_contiguous() for x in given[1:4]):
         _compiled_update_summary(*numbers, target_entropy)
         if adam is not None:
             _step_on_cpu(adam, gradient, alpha)
@@ -251,7 +252,7 @@ def _compiled_update_summary(
     sizes = (x.numel() for x in (log_probs, losses, q_values))
     read = (x.data_ptr() for x in (losses, log_probs, q_values))
     written = (x.data_ptr() for x in (alpha, step, metrics, gradient, since))
-    _native.compiled.update_summary(*sizes, *read, target_entropy, *written)  # type: ignore[call-arg]
+    native.compiled.update_summary(*sizes, *read, target_entropy, *written)  # type: ignore[call-arg]
     torch.autograd.graph.increment_version((metrics, gradient, since))
 
 

@@ -168,7 +168,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
         return ToyEnv(tasks, num_envs, {} if num_envs == EVALUATION_SLOTS else poison)
 
     monkeypatch.setattr("brc_fast.envs.make", make)
-    monkeypatch.setattr("brc_fast.arguments.expand", tuple)
+    monkeypatch.setattr("brc_fast.command.arguments.expand", tuple)
     return poison
 
 

@@ -27,7 +27,7 @@ from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 from triton.runtime import interpreter
 
-from brc_fast.kernels import _dispatch
+from brc_fast.kernels.runtime import dispatch
 
 Program = tuple[int, int, int]  # its place in the grid
 Order = Callable[[list[Program]], list[Program]]
@@ -46,7 +46,7 @@ class Fault(NamedTuple):
 class Accesses:
     """The loads and stores of one launch, in the order in which they were made."""
 
-    def __init__(self, launch: _dispatch.Launch) -> None:
+    def __init__(self, launch: dispatch.Launch) -> None:
         self.kernel = launch.kernel.__name__
         named = zip(launch.kernel.arg_names, launch.arguments, strict=False)
         self.tensors: dict[str, Tensor] = {name: x for name, x in named if isinstance(x, Tensor)}
@@ -134,16 +134,16 @@ def watched(order: Order = list) -> Iterator[Watch]:
     """Make the launches of the block with their programs in this order, and watch them."""
     watch = Watch([], [])
 
-    def make(launch: _dispatch.Launch) -> None:
+    def make(launch: dispatch.Launch) -> None:
         accesses = Accesses(launch)
         grid = (*launch.grid, 1, 1)[:3]
         with pytest.MonkeyPatch.context() as patch:
             _listen(patch, accesses, iter(order(list(np.ndindex(grid)))))
-            _dispatch.make(launch)
+            dispatch.make(launch)
         watch.launches.append(accesses.kernel)
         watch.faults.extend(accesses.faults())
 
-    with _dispatch.watching(make):
+    with dispatch.watching(make):
         yield watch
 
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-from brc_fast.kernels import _dispatch
+from brc_fast.kernels.runtime import dispatch
 
 # They wait for the device, or give results of a size that the device decides.
 FORBIDDEN = {
@@ -64,7 +64,7 @@ class Tape(TorchDispatchMode):
         self._inside = False  # of an op of ours, which is run again as a whole
 
     def __enter__(self) -> Tape:
-        self._watch = _dispatch.watching(self.launched)
+        self._watch = dispatch.watching(self.launched)
         self._watch.__enter__()
         self._calls = _Calls()
         self._calls.__enter__()
@@ -123,15 +123,15 @@ class Tape(TorchDispatchMode):
                 self.launches.append(name)
         return out
 
-    def launched(self, call: _dispatch.Launch) -> None:
+    def launched(self, call: dispatch.Launch) -> None:
         arguments = tuple(self.describe(x) for x in call.arguments)
         self.launches.append(call.kernel.__name__)
         self.seen.append((str(call.kernel), call.grid, arguments, call.constants, call.options))
         if not self._inside:
-            self.steps.append(lambda: _dispatch.make(call))
+            self.steps.append(lambda: dispatch.make(call))
         # the interpreter has operations of its own, and copies of its own
         with _disable_current_modes(), torch._C.DisableTorchFunction():
-            _dispatch.make(call)
+            dispatch.make(call)
 
     def replay(self) -> None:
         with torch.no_grad():

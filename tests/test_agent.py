@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from brc_fast import BRC, ActorConfig, Batch, CriticConfig, Noise
-from brc_fast.agent import METRICS
+from brc_fast.agents.brc import METRICS
 
 SMALL = {"critic": CriticConfig(width=32), "actor": ActorConfig(width=16)}
 

@@ -16,12 +16,13 @@ from extras import require
 
 require("triton")
 from brc_fast import kernels
-from brc_fast.kernels import _config, _dispatch, aot
-from brc_fast.kernels._triton import jit, tl
+from brc_fast.kernels.runtime import dispatch, tables
+from brc_fast.kernels.runtime.language import jit, tl
+from brc_fast.kernels.tools import aot
 
 NVIDIA = Path(aot.triton.__file__).parent / "backends" / "nvidia" / "bin"
 pytestmark = [
-    pytest.mark.skipif(_dispatch.INTERPRETED, reason="the interpreter takes the compiler's place"),
+    pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter takes the compiler's place"),
     pytest.mark.skipif(not (NVIDIA / "ptxas").exists(), reason="this triton ships no ptxas"),
 ]
 
@@ -68,8 +69,8 @@ def _crowded_kernel(x_ptr, out_ptr, N: tl.constexpr):  # type: ignore[no-untyped
 
 
 def compiled(kernel: Any, size: int, warps: int, *tensors: torch.Tensor) -> aot.Compiled:
-    with _config.assume("sm_90"), _dispatch.recording() as launches:
-        _dispatch.launch(kernel, (1,), *tensors, N=size, num_warps=warps)
+    with tables.assume("sm_90"), dispatch.recording() as launches:
+        dispatch.launch(kernel, (1,), *tensors, N=size, num_warps=warps)
     found = aot.inspect(aot.compile_launch(launches[0], "90"), "90")
     return aot.Compiled("", "", "90", {}, warps, dots=kernel.src.count("tl.dot("), **found)
 
@@ -96,7 +97,7 @@ def test_arguments_are_specialised_as_by_a_launch() -> None:
     a = torch.zeros(64)
     values = (a, a[1:], 1, 32, 33, 2**40, 0.5, True, None)
     fake: Any = type("Kernel", (), {"arg_names": list(kernel.__code__.co_varnames[:10])})
-    types, constants, hints = aot.specialised(_dispatch.Launch(fake, (1,), values, {"BLOCK": 8}, {}))
+    types, constants, hints = aot.specialised(dispatch.Launch(fake, (1,), values, {"BLOCK": 8}, {}))
     assert types["a_ptr"] == types["b_ptr"] == "*fp32"
     assert [types[n] for n in ("sixteen", "odd", "large", "x", "flag")] == ["i32", "i32", "i64", "fp32", "i1"]
     assert constants == {"BLOCK": 8, "one": 1, "nothing": None}
@@ -104,7 +105,7 @@ def test_arguments_are_specialised_as_by_a_launch() -> None:
 
 
 def run(*words: str, **switches: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "brc_fast.kernels.aot", *words]
+    line = [sys.executable, "-m", "brc_fast.kernels.tools.aot", *words]
     return subprocess.run(line, capture_output=True, text=True, env=os.environ | switches)
 
 

@@ -16,7 +16,7 @@ from extras import require
 from torch import Tensor
 
 from brc_fast.kernels import reference
-from brc_fast.kernels._cases import Case
+from brc_fast.kernels.tools.cases import Case
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -15,8 +15,9 @@ from kernel_harness import assert_close_to_truth
 from torch import Tensor
 
 from brc_fast import kernels
-from brc_fast.kernels import Arrays, BroNetPlan, _native, reference
+from brc_fast.kernels import Arrays, BroNetPlan, reference
 from brc_fast.kernels.bronet_plan import passes_for
+from brc_fast.kernels.runtime import native
 
 GUARD = 12345.0  # a number of every dtype here, or nearly: gaps must keep it
 GAP = 5
@@ -212,7 +213,7 @@ def taking(passes: str, request: pytest.FixtureRequest) -> tuple[str, AbstractCo
         return request.getfixturevalue("kernel_device"), kernels.use("triton")
     if passes == "plain":
         return "cpu", kernels.use("reference")
-    if _native.compiled is None:
+    if native.compiled is None:
         pytest.skip("the compiled passes are not built")
     return "cpu", nullcontext()
 

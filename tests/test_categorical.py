@@ -25,17 +25,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from brc_fast import kernels
-from brc_fast.kernels import (
-    _categorical,
-    _compiled,
-    _config,
-    _native,
-    categorical,
-    cross_entropy,
-    projection,
-    reference,
-)
-from brc_fast.kernels._dispatch import recording
+from brc_fast.kernels import _categorical, categorical, cross_entropy, projection, reference
+from brc_fast.kernels.runtime import native, tables, twins
+from brc_fast.kernels.runtime.dispatch import recording
 
 V_MAX = 10.0
 INF, NAN = math.inf, math.nan
@@ -156,7 +148,7 @@ def test_the_target_is_its_definition_for_every_discount(kernel_device: str, num
     for dtype in (torch.float32, torch.float64):
         tensors = on(kernel_device, dtype, next_logits, rewards, discounts, log_probs)
         atoms = support(num_atoms).to(tensors[0])
-        with _config.trial("categorical_target", {"BLOCK_B": 64, "num_warps": 4}):
+        with tables.trial("categorical_target", {"BLOCK_B": 64, "num_warps": 4}):
             out = kernels.categorical_target(*tensors, 0.1, atoms, V_MAX, impl="triton")
         assert out.dtype == dtype
         exact = bellman_target(*(x.to(dtype).double() for x in tensors), 0.1, V_MAX)
@@ -293,7 +285,7 @@ def test_the_rows_of_a_program_do_not_matter(kernel_device: str, block: int) -> 
     }
     for name, call in calls.items():
         usual = call()
-        with _config.trial(name, {"BLOCK_B": block, "num_warps": 2}):
+        with tables.trial(name, {"BLOCK_B": block, "num_warps": 2}):
             torch.testing.assert_close(call(), usual, rtol=1e-5, atol=1e-6)
 
 
@@ -879,7 +871,7 @@ def test_the_compiled_passes_serve_plain_float32_calls_alone(monkeypatch: pytest
             seen.append(name)
             return getattr(cpu, name)
 
-    monkeypatch.setattr(_native, "compiled", Watched())
+    monkeypatch.setattr(native, "compiled", Watched())
     logits, next_logits, rest = bellman_inputs(2, 10, 51)
     tensors = [logits, next_logits, *rest, support(51)]
 
@@ -987,8 +979,8 @@ def test_the_choice_compile_compiles_every_op_on_rows(monkeypatch: pytest.Monkey
         return function
 
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(_compiled, "_compiled", {})
-    monkeypatch.setattr(_compiled, "_trusted", set())
+    monkeypatch.setattr(twins, "_compiled", {})
+    monkeypatch.setattr(twins, "_trusted", set())
     logits, values = normal(3, 5).float(), normal(3).float()
     target = logits.softmax(-1)
     with kernels.use("compile"):

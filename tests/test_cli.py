@@ -13,7 +13,7 @@ import pytest
 from extras import require
 
 require("train")
-from brc_fast import cli
+from brc_fast.command import main as cli
 
 CARTPOLE = "mjx/CartpoleSwingup"
 
@@ -94,7 +94,7 @@ def test_the_line_names_no_class_and_ends_its_sentence_once(
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_the_line_is_the_rule_alone_whatever_stdout_can_show(encoding: str) -> None:
-    code = "import sys; from brc_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from brc_fast.command.main import main; sys.exit(main(sys.argv[1:]))"
     result = subprocess.run(
         [sys.executable, "-c", code, "train", CARTPOLE, "--steps", "1e6"],
         env={**os.environ, "PYTHONIOENCODING": encoding},
@@ -132,7 +132,7 @@ def test_a_stdout_that_breaks_is_one_line_and_a_closed_pipe_none(
 def test_a_name_that_stdout_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", stdout)
-    monkeypatch.setattr("brc_fast.cli.envs", lambda words: print(words[0]) or 0)
+    monkeypatch.setattr("brc_fast.command.main.envs", lambda words: print(words[0]) or 0)
     assert cli.main(["envs", "r\u00fcn"]) == 0
     assert stdout.buffer.getvalue() == b"r\\xfcn\n"
 
@@ -204,7 +204,7 @@ def test_a_missing_extra_is_named_with_its_pip_command(
     config = "import dataclasses, json; from brc_fast.config import cpu_preset; "
     config += "open('run/config.json', 'w').write(json.dumps(dataclasses.asdict(cpu_preset())))"
     blocked = f"import sys; sys.modules[{module!r}] = None; {config if words[0] == 'plot' else 'pass'}; "
-    code = blocked + f"from brc_fast.cli import main; sys.exit(main({words!r}))"
+    code = blocked + f"from brc_fast.command.main import main; sys.exit(main({words!r}))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert told in result.stderr
@@ -233,7 +233,9 @@ def test_doctor_tells_versions_devices_and_what_is_missing(
     told = capsys.readouterr().out
     for word in ("torch", "numpy", "replay store", "[mjx]", "[train]", "devices"):
         assert word in told
-    monkeypatch.setattr("brc_fast.doctor._version", lambda name: "missing" if name == "brax" else "1.0")
+    monkeypatch.setattr(
+        "brc_fast.command.doctor._version", lambda name: "missing" if name == "brax" else "1.0"
+    )
     assert cli.main(["doctor"]) == 1
     assert 'pip install "brc-fast[mjx]"' in capsys.readouterr().out
 
@@ -241,7 +243,7 @@ def test_doctor_tells_versions_devices_and_what_is_missing(
 def test_doctor_works_for_a_user_without_a_home() -> None:
     require("mjx")
     code = "import os, pwd; os.environ.pop('XDG_CACHE_HOME', 0), os.environ.pop('HOME', 0); "
-    code += "pwd.getpwuid = {}.__getitem__; from brc_fast import cli; cli.main(['doctor'])"
+    code += "pwd.getpwuid = {}.__getitem__; from brc_fast.command import main as cli; cli.main(['doctor'])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "jax " in result.stdout

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from brc_fast import kernels
-from brc_fast.kernels import _compiled
+from brc_fast.kernels.runtime import twins
 
 
 def test_a_compiled_twin_gives_the_twins_values_and_changes() -> None:
@@ -36,8 +36,8 @@ def test_an_op_that_the_compiler_changed_is_refused(monkeypatch: pytest.MonkeyPa
         kernels.use("compile"),
         pytest.raises(RuntimeError, match=r"changed double: tensor 0 .* off by 0\.001"),
     ):
-        _compiled.twin(double)(torch.ones(3))
-    assert torch.equal(_compiled.twin(double)(torch.ones(3)), torch.full((3,), 2.0))  # not asked for
+        twins.twin(double)(torch.ones(3))
+    assert torch.equal(twins.twin(double)(torch.ones(3)), torch.full((3,), 2.0))  # not asked for
 
 
 def test_a_change_of_an_argument_counts_as_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,4 +46,4 @@ def test_a_change_of_an_argument_counts_as_a_result(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: x.add_(1.5))
     with kernels.use("compile"), pytest.raises(RuntimeError, match="changed grow"):
-        _compiled.twin(grow)(torch.ones(3))
+        twins.twin(grow)(torch.ones(3))

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from brc_fast import kernels
-from brc_fast.kernels import _dispatch, reference
+from brc_fast.kernels import reference
+from brc_fast.kernels.runtime import dispatch
 
 X = torch.randn(3, 11)
 ATOMS = torch.linspace(-1, 1, 11)
 NEEDS_TRITON = needs("triton")
-PLAIN = pytest.mark.skipif(_dispatch.INTERPRETED, reason="the interpreter runs kernels on a CPU")
+PLAIN = pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter runs kernels on a CPU")
 
 
 def run(code: str, **switches: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +31,7 @@ def run(code: str, **switches: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_cpu_takes_the_twins_by_itself() -> None:
-    assert _dispatch.takes_kernels(None, X) is False
+    assert dispatch.takes_kernels(None, X) is False
     assert torch.equal(kernels.expected_value(X, ATOMS), reference.expected_value(X, ATOMS))
 
 
@@ -49,16 +50,16 @@ def test_an_argument_goes_before_the_block_and_a_block_ends_with_its_own() -> No
     with kernels.use("triton"):
         kernels.expected_value(X, ATOMS, impl="reference")
         with kernels.use("reference"):
-            assert _dispatch.takes_kernels(None, X) is False
+            assert dispatch.takes_kernels(None, X) is False
         with pytest.raises(TypeError, match=r"kernels take tensors of torch.float32.*, got torch.int32"):
-            _dispatch.takes_kernels(None, X.int())
-    assert _dispatch.chosen(None) == os.environ.get("BRC_FAST_KERNELS", "auto")
+            dispatch.takes_kernels(None, X.int())
+    assert dispatch.chosen(None) == os.environ.get("BRC_FAST_KERNELS", "auto")
 
 
 def test_a_block_that_raises_gives_the_choice_back() -> None:
     with pytest.raises(ZeroDivisionError), kernels.use("reference"):
         raise ZeroDivisionError
-    assert _dispatch.chosen(None) == os.environ.get("BRC_FAST_KERNELS", "auto")
+    assert dispatch.chosen(None) == os.environ.get("BRC_FAST_KERNELS", "auto")
 
 
 def test_an_unknown_choice_is_refused_with_those_that_exist() -> None:
@@ -77,7 +78,7 @@ def test_the_environment_variable_chooses_and_is_checked() -> None:
         in wrong.stderr
     )
     assert run("kernels.expected_value(x, z)", BRC_FAST_KERNELS="reference").returncode == 0
-    if _dispatch.INSTALLED:
+    if dispatch.INSTALLED:
         refused = run("kernels.expected_value(x, z)", BRC_FAST_KERNELS="triton")
         assert "RuntimeError: kernels were asked for, but a tensor is on cpu" in refused.stderr
 
@@ -85,8 +86,8 @@ def test_the_environment_variable_chooses_and_is_checked() -> None:
 @NEEDS_TRITON
 def test_the_interpreter_runs_only_when_kernels_are_asked_for() -> None:
     code = (
-        "from unittest.mock import patch; from brc_fast.kernels import _dispatch, cross_entropy; "
-        "spy = patch.object(cross_entropy, 'launch', wraps=_dispatch.launch).start(); "
+        "from unittest.mock import patch; from brc_fast.kernels import dispatch, cross_entropy; "
+        "spy = patch.object(cross_entropy, 'launch', wraps=dispatch.launch).start(); "
         "kernels.expected_value(x, z); print(spy.call_count)"
     )
     assert run(code, TRITON_INTERPRET="1").stdout.strip() == "0"
@@ -114,11 +115,11 @@ def test_without_triton_everything_but_an_explicit_choice_works() -> None:
 
 @NEEDS_TRITON
 def test_recorded_launches_are_not_made() -> None:
-    with _dispatch.recording() as launches:
+    with dispatch.recording() as launches:
         kernels.expected_value(X, ATOMS, impl="triton")
     assert len(launches) == 1
     assert any(argument is not None for argument in launches[0].arguments)
-    assert _dispatch.takes_kernels(None, X) is False
+    assert dispatch.takes_kernels(None, X) is False
 
 
 @pytest.mark.parametrize(

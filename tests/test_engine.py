@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from brc_fast import BRC, ActorConfig, Batch, CriticConfig, LearningConfig, Noise, cli, envs, kernels
-from brc_fast.agent import METRICS
-from brc_fast.checkpoint import RunFolder
+from brc_fast import BRC, ActorConfig, Batch, CriticConfig, LearningConfig, Noise, envs, kernels
+from brc_fast.agents.brc import METRICS
+from brc_fast.command import main as cli
 from brc_fast.config import TrainConfig
-from brc_fast.precision import check_precision, products
+from brc_fast.learner.precision import check_precision, products
 from brc_fast.replay import ReplayBuffer
-from brc_fast.resume import load, save
-from brc_fast.train import Trainer
+from brc_fast.runs.checkpoint import RunFolder
+from brc_fast.runs.resume import load, save
+from brc_fast.runs.trainer import Trainer
 
 CRITIC = CriticConfig(width=24, depth=2, num_atoms=21, embedding_size=4)
 ACTOR = ActorConfig(width=15, depth=1)

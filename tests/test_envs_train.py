@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from extras import needs
 
-from brc_fast import cli
+from brc_fast.command import main as cli
 
 pytestmark = pytest.mark.slow
 
@@ -70,8 +70,8 @@ def test_a_thousand_steps_are_learned_from_saved_and_resumed(
     assert cli.main(["train", "--resume", str(run), "--steps", "1200"]) == 0
     assert rows(run)[-1]["step"] == 1200
     assert (run / "learning_curve.png").exists()
-    from brc_fast.checkpoint import RunFolder
-    from brc_fast.evaluate import restore
+    from brc_fast.runs.checkpoint import RunFolder
+    from brc_fast.runs.evaluate import restore
 
     _, agent = restore(RunFolder(run), "cpu")
     assert (agent.observation_size, agent.action_size) == sizes

@@ -15,13 +15,15 @@ from extras import require
 from torch import Tensor
 
 require("train")
-from brc_fast import BRC, cli, evaluate
-from brc_fast.checkpoint import RunFolder
+from brc_fast import BRC
+from brc_fast.command import main as cli
 from brc_fast.config import ActorConfig, CriticConfig, TrainConfig
 from brc_fast.envs.base import Step
 from brc_fast.errors import InputError
 from brc_fast.published import normalization
-from brc_fast.scores import aggregate, interquartile_mean, normalized
+from brc_fast.runs import evaluate
+from brc_fast.runs.checkpoint import RunFolder
+from brc_fast.runs.scores import aggregate, interquartile_mean, normalized
 
 
 class Scripted:

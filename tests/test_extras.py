@@ -28,14 +28,14 @@ from extras import (
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from brc_fast import doctor
+from brc_fast.command import doctor
 
 HIDING = Path(__file__).resolve().parent / "hiding"
 
 # Files that need an extra, and all extras under which they run: each declares all that the file imports.
 RUNS_UNDER = {
-    "brc_fast/arguments.py": ("train",),
-    "brc_fast/cli.py": ("train",),
+    "brc_fast/command/arguments.py": ("train",),
+    "brc_fast/command/main.py": ("train",),
     "brc_fast/envs/_jax.py": ("mjx",),
     "brc_fast/envs/_playground.py": ("mjx",),
     "brc_fast/envs/_programs.py": ("mjx",),
@@ -45,17 +45,17 @@ RUNS_UNDER = {
     "brc_fast/envs/mjx.py": ("mjx",),
     "brc_fast/envs/multitask.py": ("mjx", "gym", "dmc", "envpool", "train"),
     "brc_fast/envs/vector.py": ("mjx", "gym", "dmc", "envpool", "train"),
-    "brc_fast/metrics.py": ("train",),
-    "brc_fast/plot.py": ("train",),
-    "brc_fast/progress.py": ("train",),
-    "brc_fast/video.py": ("video",),
+    "brc_fast/runs/metrics.py": ("train",),
+    "brc_fast/runs/plot.py": ("train",),
+    "brc_fast/command/progress.py": ("train",),
+    "brc_fast/runs/video.py": ("video",),
 }
 # Where it is there: torch brings Triton for a GPU, and an environment on MJX has brought Playground.
 IF_THERE = {
-    "brc_fast/doctor.py": {"jax"},
-    "brc_fast/video.py": {"triton", "playground"},
-    "kernels/_triton.py": {"triton"},
-    "kernels/aot.py": {"triton"},
+    "brc_fast/command/doctor.py": {"jax"},
+    "brc_fast/runs/video.py": {"triton", "playground"},
+    "kernels/runtime/language.py": {"triton"},
+    "kernels/tools/aot.py": {"triton"},
 }
 # Imported, but declared by another distribution, which pip follows.
 BROUGHT_BY = {"ml-dtypes": "jax", "packaging": "pytest", "pytest": "pytest-benchmark"}
@@ -196,7 +196,7 @@ for task in {tasks}:
 """
 TRAINING = """
 import pathlib
-from brc_fast import cli
+from brc_fast.command import main as cli
 sizes = ["--critic.width", "16", "--critic.num-atoms", "11", "--actor.width", "16", "--batch-size", "32"]
 length = ["--steps", "300", "--random-steps", "100", "--eval-every", "200", "--eval-episodes", "1"]
 words = ["gym/Pendulum-v1", "--run", "run", "--device", "cpu", "--replay-capacity", "1000", "--num-envs", "1"]

@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from brc_fast import BRC, ActorConfig, Batch, CriticConfig, LearningConfig, Noise, kernels
-from brc_fast.flat import FlatNetworks
-from brc_fast.networks import Actor, Critic, Temperature
+from brc_fast.learner.flat import FlatNetworks
+from brc_fast.nn.modules import Actor, Critic, Temperature
 
 # No size is a multiple of anything, so that there is padding everywhere.
 CRITIC = CriticConfig(width=19, depth=2, num_atoms=11, embedding_size=3)
@@ -188,8 +188,8 @@ def test_a_checkpoint_does_not_depend_on_the_padding(monkeypatch: pytest.MonkeyP
     one = agent(tasks)
     one.update(batches(5, tasks))
     state = {name: value.clone() for name, value in one.state_dict().items()}
-    monkeypatch.setattr("brc_fast.flat.ALIGNMENT", 256)
-    monkeypatch.setattr("brc_fast.networks.PAD", 32)
+    monkeypatch.setattr("brc_fast.learner.flat.ALIGNMENT", 256)
+    monkeypatch.setattr("brc_fast.nn.modules.PAD", 32)
     two = agent(tasks, seed=8)
     assert two.critics.grad.shape[1] > one.critics.grad.shape[1]
     two.load_state_dict(state)

@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from brc_fast import cli, video
-from brc_fast.checkpoint import RunFolder, write_text
+from brc_fast.command import main as cli
 from brc_fast.envs import resolve
 from brc_fast.errors import InputError
-from brc_fast.evaluate import restore
-from brc_fast.plot import curves
+from brc_fast.runs import video
+from brc_fast.runs.checkpoint import RunFolder, write_text
+from brc_fast.runs.evaluate import restore
+from brc_fast.runs.plot import curves
 
 WORDS = [
     *("--num-envs", "2", "--steps", "40", "--random-steps", "20", "--batch-size", "16"),

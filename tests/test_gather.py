@@ -18,7 +18,8 @@ from extras import require
 from torch import Tensor
 
 from brc_fast import kernels
-from brc_fast.kernels import _config, _dispatch, gather, reference
+from brc_fast.kernels import gather, reference
+from brc_fast.kernels.runtime import dispatch, tables
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 EVERY_DTYPE = pytest.mark.parametrize("dtype", gather.DTYPES, ids=str)
@@ -318,11 +319,11 @@ def test_a_graph_replays_the_gathers_with_new_indices(device: str) -> None:
 def compiled(call: Callable[[], object]) -> Any:
     """What the one kernel that `call` launches becomes on an H200, without one."""
     require("triton")
-    if _dispatch.INTERPRETED:
+    if dispatch.INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 puts the interpreter in the compiler's place")
-    from brc_fast.kernels import aot
+    from brc_fast.kernels.tools import aot
 
-    with kernels.use("triton"), _config.assume("sm_90"), _dispatch.recording() as launches:
+    with kernels.use("triton"), tables.assume("sm_90"), dispatch.recording() as launches:
         call()
     (launch,) = launches
     code = aot.compile_launch(launch, "90")

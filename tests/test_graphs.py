@@ -15,10 +15,11 @@ import torch
 from tape import Tape
 from torch import Tensor
 
-from brc_fast import BRC, ActorConfig, Batch, CriticConfig, graphs, kernels
-from brc_fast.agent import METRICS
-from brc_fast.graphs import Captured
-from brc_fast.lag import LaggedPolicy
+from brc_fast import BRC, ActorConfig, Batch, CriticConfig, kernels
+from brc_fast.agents.brc import METRICS
+from brc_fast.agents.policy import LaggedPolicy
+from brc_fast.learner import graphs
+from brc_fast.learner.graphs import Captured
 
 SIZES = {"critic": CriticConfig(width=24, num_atoms=21, embedding_size=4), "actor": ActorConfig(width=16)}
 

@@ -22,17 +22,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from brc_fast import BRC, ActorConfig, Batch, CriticConfig, kernels
-from brc_fast.kernels import _dispatch
+from brc_fast.kernels.runtime import dispatch
 
-if not _dispatch.INTERPRETED:
+if not dispatch.INTERPRETED:
     pytest.skip("runs in Triton's interpreter alone (TRITON_INTERPRET=1)", allow_module_level=True)
 
 from grid_order import Fault, Program, watched
 
-from brc_fast.kernels import _config, aot
-from brc_fast.kernels._cases import Case
-from brc_fast.kernels._config import assume
-from brc_fast.kernels._triton import jit, tl
+from brc_fast.kernels.runtime import tables
+from brc_fast.kernels.runtime.language import jit, tl
+from brc_fast.kernels.runtime.tables import assume
+from brc_fast.kernels.tools import aot
+from brc_fast.kernels.tools.cases import Case
 
 ALONE = {"_finish_kernel", "_summary_kernel"}  # of one program, however much there is to do
 LARGE = 2 << 20  # bytes that rows may add to a case: beyond, the interpreter takes minutes
@@ -80,7 +81,7 @@ class Sized(NamedTuple):
         return {name for name, grid in zip(self.kernels, self.grids, strict=True) if grid[0] > 1}
 
 
-def kind(launch: _dispatch.Launch) -> tuple[Any, ...]:
+def kind(launch: dispatch.Launch) -> tuple[Any, ...]:
     """What a kernel's branches go by: arguments that are not there, flags, and which size exceeds which."""
     sizes = [x for name, x in launch.constants.items() if type(x) is int and not name.startswith("BLOCK")]
     flags = [x for x in launch.constants.values() if type(x) is not int]
@@ -91,7 +92,7 @@ def kind(launch: _dispatch.Launch) -> tuple[Any, ...]:
 def sized(case: Case, rows: int) -> Sized:
     with assume("sm_90"):
         call = case.prepare(torch.device("cpu"), rows, "triton")
-        with _dispatch.recording() as launches:
+        with dispatch.recording() as launches:
             call()
     names = [launch.kernel.__name__ for launch in launches]
     return Sized(case, rows, names, [launch.grid for launch in launches], set(map(kind, launches)))
@@ -147,7 +148,7 @@ def test_nor_do_programs_that_walk_over_more_than_a_block(
     """On a GPU of two multiprocessors, which has fewer programs than there are blocks."""
     rows = 40 if "*batch" in case.label else 256
     grids = sized(case, rows).grids
-    monkeypatch.setitem(_config.PROCESSORS, "sm_90", 2)
+    monkeypatch.setitem(tables.PROCESSORS, "sm_90", 2)
     few = sized(case, rows)
     assert few.grids < grids
     assert few.divided()
@@ -286,7 +287,7 @@ def _atomic_kernel(x_ptr):  # type: ignore[no-untyped-def]
 
 def faults(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> list[Fault]:
     with watched() as watch:
-        _dispatch.launch(kernel, grid, *arguments, **constants)
+        dispatch.launch(kernel, grid, *arguments, **constants)
     assert watch.launches == [kernel.__name__]
     return watch.faults
 
@@ -310,7 +311,7 @@ def test_programs_run_in_the_order_asked_for(kernel_device: str) -> None:
     last = []
     for order in (list, backwards, shuffled):
         with watched(order):
-            _dispatch.launch(_last_wins_kernel, (2, 3), out)
+            dispatch.launch(_last_wins_kernel, (2, 3), out)
         last.append(out.item())
     assert last == [5, 0, shuffled(list(range(6)))[-1]]  # type: ignore[arg-type]
 
@@ -331,7 +332,7 @@ def test_an_element_that_two_programs_touch_and_one_stores_is_a_race(kernel_devi
 def test_a_result_that_another_order_changes_is_told(kernel_device: str) -> None:
     def run() -> object:
         x = torch.ones(9)
-        _dispatch.launch(_neighbour_kernel, (8,), x)
+        dispatch.launch(_neighbour_kernel, (8,), x)
         return x
 
     with pytest.raises(AssertionError, match="race"):

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from brc_fast import kernels
 from brc_fast.kernels import inputs, reference
-from brc_fast.kernels._config import trial
-from brc_fast.kernels._dispatch import Launch, recording
+from brc_fast.kernels.runtime.dispatch import Launch, recording
+from brc_fast.kernels.runtime.tables import trial
 
 pack_inputs = partial(inputs.pack_inputs, impl="triton")
 normalized_embedding = partial(inputs.normalized_embedding, impl="triton")

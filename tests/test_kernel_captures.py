@@ -12,7 +12,7 @@ from torch import Tensor
 from brc_fast import kernels
 
 require("triton")
-from brc_fast.kernels import aot
+from brc_fast.kernels.tools import aot
 
 OPS = sorted({case.op for case in aot.cases() if not case.op.endswith("_")})  # those change their arguments
 CPU = "a CPU has no CUDA graphs"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from brc_fast import kernels
-from brc_fast.kernels import _native, reference
+from brc_fast.kernels import reference
+from brc_fast.kernels.runtime import native
 
 V_MAX = 10.0
 
@@ -49,7 +50,7 @@ def run_bronet(op, x: Tensor, parameters: list[Tensor], seed: Tensor, dtype: tor
 def test_the_fused_bronet_equals_its_float64_twin_in_value_and_in_every_gradient(
     members: int, batch: int, inputs: int, width: int, depth: int, outputs: int, shared: bool
 ) -> None:
-    assert _native.compiled is not None, "the compiled kernels are missing from this installation"
+    assert native.compiled is not None, "the compiled kernels are missing from this installation"
     torch.manual_seed(0)
     x, parameters = bronet_inputs(members, batch, inputs, width, depth, outputs, shared)
     seed = torch.randn(members, batch, outputs)

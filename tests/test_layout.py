@@ -12,39 +12,31 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "brc_fast"
 
-# What each layer may import of the package. A module of one line may import those of the lines above it.
-LAYERS = [
-    {"errors"},
-    {"config", "batch", "published", "disk"},
+# What a module may import of the package: its own folder, and what the lines above it name.
+LAYERS = (
     {"kernels", "_core"},
-    {"networks", "graphs", "precision", "finite"},
-    {"flat"},
-    {"optimizer", "passes"},
-    {"agent", "replay", "normalizer", "envs", "checkpoint", "interrupt"},
-    {"metrics", "lag", "memory", "scores"},
-    {"evaluate", "plot", "resume"},
-    {"train", "video"},
-    {"arguments", "progress", "doctor", "output"},
-    {"cli"},
+    {"errors", "config", "batch", "published", "disk"},
+    {"learner", "nn", "replay", "envs"},
+    {"agents"},
+    {"runs"},
+    {"command"},
     {"__main__"},
-]
+)
 
 
 def imported(path: Path) -> set[str]:
-    """Names of brc_fast's own modules that a file imports, at any depth."""
-    inside = path.parent != PACKAGE
+    """Names of brc_fast's own folders and modules that a file imports, at any depth."""
+    here = path.relative_to(ROOT).with_suffix("").parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        full: list[str] = []
         if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level == 2 or (node.level == 1 and not inside):
-                found |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
-            elif module.split(".")[0] == "brc_fast" and node.level == 0:
-                rest = module.split(".")[1:]
-                found |= {rest[0]} if rest else {alias.name for alias in node.names}
+            base = list(here[: len(here) - node.level + 1]) if node.level else []
+            base += (node.module or "").split(".") if node.module else []
+            full = [".".join([*base, alias.name]) for alias in node.names]
         elif isinstance(node, ast.Import):
-            parts = (alias.name.split(".") for alias in node.names)
-            found |= {name[1] for name in parts if name[0] == "brc_fast" and len(name) > 1}
+            full = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in full if name.startswith("brc_fast.")}
     return found - {"__version__"}
 
 
@@ -54,7 +46,7 @@ def modules() -> list[Path]:
 
 def package_of(path: Path) -> str:
     """The module that a file is, or the folder that it is a part of."""
-    return path.stem if path.parent == PACKAGE else path.parent.name
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def test_imports_go_downwards_only() -> None:
@@ -62,18 +54,18 @@ def test_imports_go_downwards_only() -> None:
     for path in modules():
         name = package_of(path)
         for other in imported(path) - {name}:
-            assert layer[other] < layer[name], f"{path.name} imports {other}, which is not below it"
+            below = layer[other] < layer[name] or (layer[other] == layer[name] == 1)
+            assert below, f"{path.relative_to(PACKAGE)} imports {other}, which is not below it"
 
 
 def test_only_replay_imports_the_compiled_store_and_config_imports_nothing_but_errors() -> None:
     users = {package_of(path) for path in modules() if "_core" in imported(path)}
     assert users == {"replay"}
-    assert imported(PACKAGE / "config.py") == {"errors"}
-    assert not imported(PACKAGE / "agent.py") & {"envs", "replay"}
+    assert imported(PACKAGE / "config.py") <= {"errors"}
 
 
 def test_kernels_know_torch_and_themselves_alone() -> None:
-    for path in sorted((ROOT / "kernels").glob("*.py")):
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
             if isinstance(node, ast.Import):
@@ -83,10 +75,6 @@ def test_kernels_know_torch_and_themselves_alone() -> None:
             for name in names:
                 allowed = {"torch", "triton"} | set(sys.stdlib_module_names)
                 assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
-
-
-def test_the_training_loop_stays_short() -> None:
-    assert len((PACKAGE / "train.py").read_text().splitlines()) <= 150
 
 
 def run(code: str) -> str:
@@ -109,11 +97,11 @@ def test_importing_the_package_takes_under_a_fifth_of_a_second_beyond_torch() ->
 def test_the_package_is_typed_and_has_its_compiled_parts() -> None:
     import brc_fast
     from brc_fast import _core
-    from brc_fast.kernels import _native
+    from brc_fast.kernels.runtime import native
 
     assert (Path(brc_fast.__file__).parent / "py.typed").exists()
     assert _core.__name__ == "brc_fast._core"
-    assert _native.compiled is not None
+    assert native.compiled is not None
 
 
 @pytest.mark.parametrize("name", ["BRC", "ReplayBuffer", "RewardNormalizer", "Batch", "TrainConfig"])

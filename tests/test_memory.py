@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from brc_fast import BRC, Batch, cli, memory
+from brc_fast import BRC, Batch
+from brc_fast.agents import memory
+from brc_fast.agents.memory import MemoryPlan, available, bytes_of, plan_memory, require_memory
+from brc_fast.command import main as cli
 from brc_fast.config import ActorConfig, CriticConfig, TrainConfig
 from brc_fast.errors import InputError
-from brc_fast.memory import MemoryPlan, available, bytes_of, plan_memory, require_memory
 
 GB = 10**9
 
@@ -177,15 +179,15 @@ def watch(monkeypatch: pytest.MonkeyPatch, built: list[str]) -> None:
         make(self, *sizes, **options)
 
     monkeypatch.setattr(BRC, "__init__", noted)
-    from brc_fast import train
+    from brc_fast.runs import trainer
 
-    replay = train.ReplayBuffer
+    replay = trainer.ReplayBuffer
 
     def noted_replay(*arguments: Any, **options: Any) -> Any:
         built.append("replay")
         return replay(*arguments, **options)
 
-    monkeypatch.setattr(train, "ReplayBuffer", noted_replay)
+    monkeypatch.setattr(trainer, "ReplayBuffer", noted_replay)
 
 
 WORDS = [

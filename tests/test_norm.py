@@ -12,8 +12,9 @@ import torch
 from kernel_harness import assert_close_to_truth, assert_follows_twin, layouts, outputs_and_gradients
 from torch import Tensor
 
-from brc_fast.kernels import _config, _dispatch, norm, reference
+from brc_fast.kernels import norm, reference
 from brc_fast.kernels.norm import bias_layer_norm
+from brc_fast.kernels.runtime import dispatch, tables
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
@@ -53,7 +54,7 @@ def by_kernels(relu: bool) -> Callable[..., Tensor]:
 def narrow_blocks() -> Iterator[None]:
     with ExitStack() as stack:
         for kernel, config in NARROW.items():
-            stack.enter_context(_config.trial(kernel, config))
+            stack.enter_context(tables.trial(kernel, config))
         yield
 
 
@@ -154,7 +155,7 @@ def test_a_residual_of_another_dtype_is_refused() -> None:
 
 def test_kernels_that_were_asked_for_do_not_silently_become_the_twin() -> None:
     (x, bias, weight, shift, _), _ = arguments((2, 3, 8), (2, 8), FLOAT32)
-    if _dispatch.INTERPRETED or x.is_cuda:
+    if dispatch.INTERPRETED or x.is_cuda:
         pytest.skip("kernels run here")
     with pytest.raises(RuntimeError, match="kernels were asked for, but"):
         bias_layer_norm(x, bias, weight, shift, impl="triton")
@@ -428,7 +429,7 @@ def test_an_empty_input_gives_an_empty_output_and_zero_gradients(
 ) -> None:
     inputs, seed = arguments(shape, of_parameters, FLOAT32)
     inputs = [t.to(kernel_device) for t in inputs]
-    with _dispatch.recording() as launches:
+    with dispatch.recording() as launches:
         out, dx, *grads, dresidual = outputs_and_gradients(
             by_kernels(True), inputs, [seed.to(kernel_device)], range(5)
         )
@@ -453,10 +454,10 @@ def test_no_launch_serves_a_gradient_that_nobody_wants(
     inputs, seed = arguments((2, 5, 16), (2, 16), FLOAT32)
     inputs, seed = [t.to(kernel_device) for t in inputs], seed.to(kernel_device)
     names = ("forward", *kernels)
-    with _dispatch.recording() as launches:
+    with dispatch.recording() as launches:
         outputs_and_gradients(by_kernels(True), inputs, [seed], wanted)
     assert [launch.kernel.__name__ for launch in launches] == [f"_norm_{name}_kernel" for name in names]
-    with narrow_blocks(), _dispatch.recording() as launches:
+    with narrow_blocks(), dispatch.recording() as launches:
         wide, seed = torch.randn(2, 5, 33, device=kernel_device), torch.randn(2, 5, 33, device=kernel_device)
         vectors = [torch.randn(2, 33, device=kernel_device) for _ in range(3)]
         outputs_and_gradients(by_kernels(True), [wide, *vectors, wide], [seed], wanted)
@@ -565,7 +566,7 @@ def test_partial_sums_of_any_number_are_added_in_one_launch_for_all_layers(kerne
         spread = torch.randn(layers, programs + 1, 3, networks, width, device=kernel_device)
         partials = spread[:, 1:]  # layers that are not next to each other, nor those of out
         out = torch.empty(layers, 2, 3, networks, width, device=kernel_device, dtype=FLOAT64)[:, 1]
-        with _dispatch.recording() as launches:
+        with dispatch.recording() as launches:
             norm.reduce_partials(partials, out)
         assert len(launches) == 1
         norm.reduce_partials(partials, out)
@@ -586,7 +587,7 @@ def test_the_same_launch_sums_the_rows_of_outputs(
     held = torch.full((N, K + 6), float("nan"), device=kernel_device, dtype=dtype)  # of a flat buffer
     sums, out = held[:, 2 : 2 + K], torch.empty(2, 3, N, 5, device=kernel_device, dtype=dtype)
     alone = torch.empty_like(out)
-    with _dispatch.recording() as launches:
+    with dispatch.recording() as launches:
         norm.reduce_partials(partials, out, rows, sums)
     assert len(launches) == 1
     norm.reduce_partials(partials, out, rows, sums)
@@ -615,7 +616,7 @@ def test_the_sums_are_written_into_buffers_of_any_strides(kernel_device: str, dt
         shape = [*(size + 1 for size in sizes), H + 5]
         held = torch.full(shape, float("nan"), device=kernel_device, dtype=dtype)
         out = held[1:, 1:, 1:, 2 : 2 + H].permute(*inverse, 3)
-        with _dispatch.recording() as launches:
+        with dispatch.recording() as launches:
             norm.reduce_partials(partials, out)
         assert len(launches) == 1
         norm.reduce_partials(partials, out)
@@ -628,7 +629,7 @@ def test_the_rows_of_a_network_are_shared_without_one_left_out(kernel_device: st
     for arch, N, B, H, frozen in itertools.product(
         ("sm_90", "gfx942"), (1, 2, 5), (1, 63, 1000, 4096), (1, 100, 512, 4096, 4097, 16384), (False, True)
     ):
-        with _config.assume(arch):
+        with tables.assume(arch):
             walk = norm._walk(N, B, H, BFLOAT16, torch.device(kernel_device), frozen)
         told = f"{arch} N={N} B={B} H={H} frozen={frozen}"
         assert walk.programs * walk.rows_each >= B, told

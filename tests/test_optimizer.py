@@ -16,8 +16,10 @@ from extras import needs
 from kernel_harness import INTERPRETED, assert_close_to_truth, guarded
 from torch import Tensor
 
-from brc_fast.kernels import _dispatch, _native, aot, optimizer, reference
-from brc_fast.kernels._config import assume, trial
+from brc_fast.kernels import optimizer, reference
+from brc_fast.kernels.runtime import dispatch, native
+from brc_fast.kernels.runtime.tables import assume, trial
+from brc_fast.kernels.tools import aot
 
 NEEDS_TRITON = needs("triton")
 PLAIN = pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in for the compiler")
@@ -205,7 +207,7 @@ def test_the_norm_is_that_of_the_gradient_as_it_came(
 def test_many_partial_sums_are_all_added(kernel_device: str) -> None:
     partial = torch.rand(5000, device=kernel_device)  # more than are added at a time
     norm, step = torch.zeros((), device=kernel_device), torch.zeros((), dtype=F64, device=kernel_device)
-    _dispatch.launch(optimizer._finish_kernel, (1,), step, norm, guarded(partial), 5000, BLOCK_N=4096)
+    dispatch.launch(optimizer._finish_kernel, (1,), step, norm, guarded(partial), 5000, BLOCK_N=4096)
     torch.testing.assert_close(norm.double(), partial.double().sum().sqrt(), rtol=1e-6, atol=0)
     assert step == 1
 
@@ -506,7 +508,7 @@ def test_the_last_block_of_billions_is_where_it_belongs(
         assert (x[-2 * block : -block] == 0).all()
     assert norm == math.sqrt(block)
     partial = torch.zeros(programs)
-    _dispatch.launch(optimizer._squares_kernel, (1,), grad, step, partial, size, BLOCK_P=block)
+    dispatch.launch(optimizer._squares_kernel, (1,), grad, step, partial, size, BLOCK_P=block)
     assert partial[-1] == block
 
 
@@ -537,7 +539,7 @@ def test_offsets_have_64_bits_and_loads_16_bytes_for_billions_of_parameters() ->
     like = torch.empty(size, device="meta")
     grad = torch.empty(size, dtype=BF16, device="meta")
     step = torch.empty((), device="meta")
-    with assume("sm_90"), _dispatch.recording() as launches:
+    with assume("sm_90"), dispatch.recording() as launches:
         optimizer.adamw_(like, grad, like, like, step, **RULE, target=like, low=grad, max_norm=1.0)
         optimizer.ema_(like, like, 0.5)
     assert [launch.kernel.fn.__name__ for launch in launches] == [
@@ -573,7 +575,7 @@ def test_offsets_have_64_bits_and_loads_16_bytes_for_billions_of_parameters() ->
 )
 def test_a_step_takes_two_launches_at_most(size: int, extra: dict[str, Any], names: list[str]) -> None:
     x = torch.zeros(size)
-    with assume("sm_90"), _dispatch.recording() as launches:
+    with assume("sm_90"), dispatch.recording() as launches:
         optimizer.adamw_(x, x, x, x, torch.zeros(()), **RULE, **extra)
     assert [launch.kernel.fn.__name__.strip("_").removesuffix("_kernel") for launch in launches] == names
 
@@ -599,7 +601,7 @@ def test_a_step_on_a_cpu_without_the_compiled_pass_has_the_bits_of_torchs_fused_
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if dtype == F32:
-        monkeypatch.setattr(_native, "compiled", None)
+        monkeypatch.setattr(native, "compiled", None)
     state, grad = buffers(1000, dtype, "cpu"), torch.randn(1000, dtype=dtype)
     mine, theirs = ([state[name].clone() for name in MADE[:4]] for _ in range(2))
     optimizer.adamw_(mine[0], grad, *mine[1:], **RULE)
@@ -632,8 +634,8 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             calls.append(name)
             return getattr(compiled, name)  # type: ignore[no-any-return]
 
-    compiled = _native.compiled
-    monkeypatch.setattr(_native, "compiled", Recorder())
+    compiled = native.compiled
+    monkeypatch.setattr(native, "compiled", Recorder())
     return calls
 
 

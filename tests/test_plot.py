@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from extras import require
 
-from brc_fast import CriticConfig, InputError, TrainConfig, cli, published
-from brc_fast.checkpoint import RunFolder
-from brc_fast.plot import (
+from brc_fast import CriticConfig, InputError, TrainConfig, published
+from brc_fast.command import main as cli
+from brc_fast.runs.checkpoint import RunFolder
+from brc_fast.runs.plot import (
     COLOURS,
     GREY,
     Experiment,

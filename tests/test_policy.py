@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from brc_fast import kernels
-from brc_fast.kernels import _native, policy, reference
-from brc_fast.kernels._dispatch import recording
-from brc_fast.kernels._triton import jit, tl
+from brc_fast.kernels import policy, reference
+from brc_fast.kernels.runtime import native
+from brc_fast.kernels.runtime.dispatch import recording
+from brc_fast.kernels.runtime.language import jit, tl
 
 tanh_gaussian = partial(policy.tanh_gaussian, impl="triton")
 tanh_gaussian_backward = partial(policy.tanh_gaussian_backward, impl="triton")
@@ -737,7 +738,7 @@ def test_the_compiled_passes_serve_plain_float32_calls_that_want_no_gradient(
             seen.append(name)
             return getattr(cpu, name)
 
-    monkeypatch.setattr(_native, "compiled", Watched())
+    monkeypatch.setattr(native, "compiled", Watched())
     torch.manual_seed(0)
     head, noise, wide = torch.randn(2, 5, 8), torch.randn(2, 4, 5).mT, torch.randn(2, 5, 9)
     mean, raw = head.chunk(2, -1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from brc_fast import BRC, ActorConfig, Batch, CriticConfig, LearningConfig, Noise, kernels
-from brc_fast.normalizer import RewardNormalizer
+from brc_fast.agents.normalizer import RewardNormalizer
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(os.environ.get("BRC_FAST_SHARED", ROOT.parent / "shared")) / "golden"

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from brc_fast import Batch, DeviceReplayBuffer, ReplayBuffer, replay
 from brc_fast.batch import sent
-from brc_fast.graphs import Captured
+from brc_fast.learner.graphs import Captured
 from brc_fast.replay.turns import Turns
 
 STREAMS = 4

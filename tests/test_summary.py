@@ -14,8 +14,8 @@ from torch import Tensor
 
 from brc_fast import kernels
 from brc_fast.kernels import reference, summary
-from brc_fast.kernels._dispatch import recording
 from brc_fast.kernels.reference import METRICS, ScalarAdam
+from brc_fast.kernels.runtime.dispatch import recording
 
 update_summary_ = partial(summary.update_summary_, impl="triton")
 F64 = torch.float64

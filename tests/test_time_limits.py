@@ -18,11 +18,13 @@ import gymnasium
 from gymnasium.spaces import Box
 from gymnasium.vector import SyncVectorEnv
 
-from brc_fast import BRC, ActorConfig, CriticConfig, cli, envs, evaluate, video
+from brc_fast import BRC, ActorConfig, CriticConfig, envs
+from brc_fast.command import main as cli
 from brc_fast.envs.base import require_time_limit
 from brc_fast.envs.multitask import MultiTaskEnv
 from brc_fast.envs.vector import VectorAdapter
 from brc_fast.errors import InputError
+from brc_fast.runs import evaluate, video
 
 WORDS = [
     *("--num-envs", "2", "--steps", "40", "--random-steps", "20", "--batch-size", "16"),

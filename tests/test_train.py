@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from extras import require
 
-from brc_fast import checkpoint, cli, envs
-from brc_fast.checkpoint import RunFolder
+from brc_fast import envs
+from brc_fast.command import main as cli
 from brc_fast.config import TrainConfig, from_dict
 from brc_fast.errors import InputError
-from brc_fast.metrics import read_rows
 from brc_fast.replay import ReplayBuffer
-from brc_fast.train import Trainer
+from brc_fast.runs import checkpoint
+from brc_fast.runs.checkpoint import RunFolder
+from brc_fast.runs.metrics import read_rows
+from brc_fast.runs.trainer import Trainer
 
 TINY = [
     "--num-envs",
@@ -269,7 +271,7 @@ def test_two_processes_never_train_into_one_folder(
         RunFolder(tmp_path / "new").create(TrainConfig(seed=7))
         return Trainer(*arguments)
 
-    monkeypatch.setattr("brc_fast.train.Trainer", begun_meanwhile)
+    monkeypatch.setattr("brc_fast.runs.trainer.Trainer", begun_meanwhile)
     assert train(tmp_path / "new") == 2
     assert f"{tmp_path / 'new'} already holds a run" in capsys.readouterr().err
     assert RunFolder(tmp_path / "new").config().seed == 7
@@ -279,7 +281,7 @@ def test_a_run_without_a_checkpoint_is_refused_before_anything_is_made(
     toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     RunFolder(tmp_path).create(TrainConfig(tasks=("toy/One",)))
-    monkeypatch.setattr("brc_fast.train.Trainer", None)
+    monkeypatch.setattr("brc_fast.runs.trainer.Trainer", None)
     assert cli.main(["train", "--resume", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert told == f"brc-fast: {tmp_path} holds no complete checkpoint: train it anew, with --overwrite\n"

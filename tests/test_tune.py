@@ -17,8 +17,9 @@ import pytest
 import torch
 from extras import require
 
-from brc_fast.kernels import _config, _timing, tune
-from brc_fast.kernels._cases import Case
+from brc_fast.kernels.runtime import tables
+from brc_fast.kernels.tools import timing, tune
+from brc_fast.kernels.tools.cases import Case
 
 CPU = torch.device("cpu")
 Call = Callable[[], object]
@@ -38,7 +39,7 @@ class Bench:
             x = torch.randn(batch, 8, device=device)
 
             def call() -> object:
-                config = _config.configuration("scale_kernel", size, x.dtype, device, BASE)
+                config = tables.configuration("scale_kernel", size, x.dtype, device, BASE)
                 self.asked.append(config)
                 self.batch = batch
                 trouble = self.break_on(config)
@@ -84,12 +85,12 @@ def test_the_fastest_is_found_over_several_steps_and_read_back(
     assert record["cases"] == ["scale H=64 float32 B=4"]
     assert {"date", "gpu", "torch", "triton"} <= record.keys()
 
-    monkeypatch.setattr(_config, "TABLES", tmp_path)
-    _config._table.cache_clear()
-    with _config.assume("sm_90"):
-        assert _config.configuration("scale_kernel", 50, torch.float32, CPU, BASE)["BLOCK_B"] == 64
-        assert _config.configuration("scale_kernel", 50, torch.bfloat16, CPU, BASE)["BLOCK_B"] == 16
-    _config._table.cache_clear()
+    monkeypatch.setattr(tables, "TABLES", tmp_path)
+    tables._table.cache_clear()
+    with tables.assume("sm_90"):
+        assert tables.configuration("scale_kernel", 50, torch.float32, CPU, BASE)["BLOCK_B"] == 64
+        assert tables.configuration("scale_kernel", 50, torch.bfloat16, CPU, BASE)["BLOCK_B"] == 16
+    tables._table.cache_clear()
 
 
 def test_a_gain_of_three_percent_is_none(tmp_path: Path) -> None:
@@ -212,7 +213,15 @@ def test_a_dry_run_tries_two_candidates_of_one_case(
 
 def test_a_real_kernel_is_tuned_in_the_interpreter(tmp_path: Path) -> None:
     require("triton")
-    words = ["-m", "brc_fast.kernels.tune", "--dry", "--ops", "adamw_", "--out", str(tmp_path / "t.json")]
+    words = [
+        "-m",
+        "brc_fast.kernels.tools.tune",
+        "--dry",
+        "--ops",
+        "adamw_",
+        "--out",
+        str(tmp_path / "t.json"),
+    ]
     done = subprocess.run(
         [sys.executable, *words],
         cwd=tmp_path,  # not the checkout, which would hide an installed package
@@ -256,12 +265,12 @@ def test_tensors_are_found_in_whatever_holds_them() -> None:
 
 
 def test_sets_are_larger_than_the_cache_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_timing, "_cache", lambda device: 50 * 2**20)
+    monkeypatch.setattr(timing, "_cache", lambda device: 50 * 2**20)
     case = Bench().case()
     sizes = {2**34: (2, True), 2**25: (7, True), 2**24: (13, True), 2**22: (16, False), 0: (16, False)}
     for moved, (sets, cold) in sizes.items():
-        calls = _timing.rotated(case._replace(bytes=lambda batch, moved=moved: moved), CPU, 1, "triton")
-        assert (len(calls), _timing.cold(moved, CPU)) == (sets, cold)
+        calls = timing.rotated(case._replace(bytes=lambda batch, moved=moved: moved), CPU, 1, "triton")
+        assert (len(calls), timing.cold(moved, CPU)) == (sets, cold)
 
 
 def test_batches_are_halved_until_they_move_a_gigabyte_at_most() -> None:
@@ -272,21 +281,21 @@ def test_batches_are_halved_until_they_move_a_gigabyte_at_most() -> None:
         (lambda batch: 2**23 * batch, [128]),
         (lambda batch: 2**40 * batch, [1]),
     ):
-        assert _timing.batches_of(case._replace(bytes=moved)) == expected
-    assert _timing.batches_of(case._replace(op="adamw_", bytes=lambda batch: 2**40))[0] == 132_813
+        assert timing.batches_of(case._replace(bytes=moved)) == expected
+    assert timing.batches_of(case._replace(op="adamw_", bytes=lambda batch: 2**40))[0] == 132_813
 
 
 def test_sets_have_inputs_of_their_own_that_do_not_depend_on_the_implementation() -> None:
     case = Bench().case()
-    mine = [tune.tensors(call())[0] for call in _timing.rotated(case, CPU, 4, "triton")]
-    theirs = [tune.tensors(call())[0] for call in _timing.rotated(case, CPU, 4, "reference")]
+    mine = [tune.tensors(call())[0] for call in timing.rotated(case, CPU, 4, "triton")]
+    theirs = [tune.tensors(call())[0] for call in timing.rotated(case, CPU, 4, "reference")]
     assert len(mine) == 2
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert not torch.equal(mine[0], mine[1])
 
 
 def test_calls_on_the_host_are_timed_by_the_clock() -> None:
-    found = _timing.seconds_per_call([lambda: time.sleep(0.002), lambda: time.sleep(0.004)], CPU, 0.0)
+    found = timing.seconds_per_call([lambda: time.sleep(0.002), lambda: time.sleep(0.004)], CPU, 0.0)
     assert found.samples == 3
     assert 0.003 <= found.low <= found.median <= found.high < 1.0
 
@@ -354,7 +363,7 @@ class FakeGPU:
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
         stream = SimpleNamespace(wait_stream=lambda other: None)
-        monkeypatch.setattr(_timing, "_stream", lambda device: stream)
+        monkeypatch.setattr(timing, "_stream", lambda device: stream)
 
     def call(self, seconds: float) -> Call:
         def work() -> torch.Tensor:
@@ -377,7 +386,7 @@ def test_a_graph_is_captured_long_enough_and_counted_exactly(
 ) -> None:
     gpu = FakeGPU(monkeypatch)
     calls = [gpu.call(seconds * share) for share in (0.5, 1.5, 1.0, 1.0)]
-    found = _timing.seconds_per_call(calls, torch.device("cuda"), 0.0)
+    found = timing.seconds_per_call(calls, torch.device("cuda"), 0.0)
     assert found.median == pytest.approx(seconds, rel=1e-6)
     assert gpu.captures == captures
     assert gpu.warm == 8
@@ -392,7 +401,7 @@ def test_a_call_that_waits_for_the_device_is_refused_before_capture(monkeypatch:
             raise RuntimeError("called a synchronizing CUDA operation")
 
     with pytest.raises(RuntimeError, match="synchronizing"):
-        _timing.seconds_per_call([waits, waits], torch.device("cuda"), 0.0)
+        timing.seconds_per_call([waits, waits], torch.device("cuda"), 0.0)
     assert gpu.captures == []
     assert gpu.modes[-1] == 0
 
@@ -408,6 +417,6 @@ def test_a_capture_that_fails_leaves_no_pool_open(monkeypatch: pytest.MonkeyPatc
             raise RuntimeError("operation not permitted when stream is capturing")
 
     with pytest.raises(RuntimeError, match="not permitted"):
-        _timing.seconds_per_call([fails, fails], torch.device("cuda"), 0.0)
+        timing.seconds_per_call([fails, fails], torch.device("cuda"), 0.0)
     assert ended == [(0, "pool")]
     assert gpu.current is None

@@ -17,8 +17,10 @@ import torch
 from extras import require
 from test_evaluate import Scripted, make_run
 
-from brc_fast import cli, envs, video
+from brc_fast import envs
+from brc_fast.command import main as cli
 from brc_fast.errors import InputError, MissingExtraError
+from brc_fast.runs import video
 
 require("PIL")
 from PIL import Image

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brc_fast import BRC, Batch, Noise
-from brc_fast.graphs import Captured
+from brc_fast.learner.graphs import Captured
 
 METRICS = ("critic_loss", "actor_loss", "entropy")
 

@@ -1,0 +1,1 @@
+"""Agents: what is learned, and how."""

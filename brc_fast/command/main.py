@@ -1,0 +1,302 @@
+"""The `brc-fast` command. Bad input ends in one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import torch
+
+from brc_fast import __version__
+from brc_fast.config import TrainConfig
+from brc_fast.disk import require_replaceable
+from brc_fast.errors import InputError, MissingExtraError, WorkerError
+from brc_fast.runs.checkpoint import RunFolder, write_text
+from brc_fast.runs.interrupt import interrupts_kept
+
+from .output import Output
+
+USAGE = f"""brc-fast {__version__}: BRC value learning, made fast
+
+  brc-fast train TASK...          train one agent on one or several tasks (--help lists every setting)
+  brc-fast train --resume RUN     go on from the newest checkpoint of a run
+  brc-fast evaluate RUN...        returns, successes and scores of one or several runs' policies
+  brc-fast video RUN              an episode of a run's policy as GIF or MP4
+  brc-fast plot RUN...            learning curves as PNG or SVG
+  brc-fast envs [SUITE]           names of tasks and suites
+  brc-fast doctor                 versions, devices, what is missing and how to get it
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    output: Any = Output(sys.stdout)
+    errors: Any = Output(sys.stderr)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), interrupts_kept():
+        try:
+            code = command(words)
+        finally:
+            output.flush()
+            if output.broken():
+                print(f"brc-fast: stdout cannot be written: {output.error.strerror}", file=sys.stderr)
+            errors.flush()
+    return code or 2 * output.broken()
+
+
+def command(words: list[str]) -> int:
+    """Run one command, with errors that a user can mend as one line; returns the exit code."""
+    commands = {
+        "train": train,
+        "evaluate": evaluate,
+        "plot": plot,
+        "envs": envs,
+        "doctor": doctor,
+        "video": video,
+    }
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        if words[0] not in commands:
+            raise InputError(f"unknown command {words[0]!r}: one of {', '.join(commands)}")
+        return commands[words[0]](words[1:])
+    except (InputError, MissingExtraError, WorkerError, OSError, MemoryError, FloatingPointError) as error:
+        print(f"brc-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        saved = "; nothing was saved after the newest checkpoint" if words[0] == "train" else ""
+        print(f"brc-fast: interrupted{saved}", file=sys.stderr)
+        return 130
+
+
+def default_run(config: TrainConfig) -> str:
+    """runs/mjx-CartpoleSwingup-seed0; further tasks are counted, not listed."""
+    more = f"+{len(config.tasks) - 1}" if len(config.tasks) > 1 else ""
+    return f"runs/{config.tasks[0].replace('/', '-')}{more}-seed{config.seed}"
+
+
+def train(words: list[str]) -> int:
+    """Train, or go on training, into a run folder."""
+    try:
+        import matplotlib  # noqa: F401  (drawn at the first evaluation: too late to find it missing)
+
+        from .arguments import parse_train, resolve_device
+        from .progress import Progress
+    except ImportError as error:
+        raise MissingExtraError("brc-fast train", "train") from error
+    config, resumed = parse_train(words)
+    if not config.tasks:
+        raise InputError("name at least one task, such as mjx/CartpoleSwingup; all names: brc-fast envs")
+    device = resolve_device(config.device)
+    folder = resumed or RunFolder(config.run or default_run(config))
+    if resumed is None:
+        folder.refuse_existing(config.overwrite)
+    if device == "cpu":
+        torch.set_num_threads(config.threads or 1)
+
+    from brc_fast.published import score_unit
+    from brc_fast.runs.metrics import MetricsWriter
+    from brc_fast.runs.plot import Metric
+    from brc_fast.runs.plot import plot as draw
+    from brc_fast.runs.resume import load
+    from brc_fast.runs.trainer import Trainer
+
+    trainer = Trainer(config, device, print)
+    successes = all(score_unit(task) == "success" for task in config.tasks)
+    with contextlib.closing(trainer.env), contextlib.closing(trainer.eval_env), folder.claim():
+        if resumed is None:
+            folder.refuse_existing(config.overwrite)  # again: another run may have begun there meanwhile
+            folder.create(config)
+        else:
+            load(trainer, folder)
+            if trainer.steps >= config.steps:
+                print(f"{folder.path} is at step {trainer.steps} already: --steps with more makes it longer")
+                return 0
+        metrics = MetricsWriter(folder.metrics, trainer.steps if resumed else None)
+        with contextlib.closing(metrics), Progress(config, trainer.steps) as progress:
+            if resumed is not None:
+                folder.write_config(config)  # what may refuse the run has been read
+
+            def report(step: int, row: dict[str, float]) -> None:
+                progress.report(step, row)
+                if "eval/return_mean" in row:
+                    metric: Metric = "success" if successes else "return"
+                    draw([folder], folder.path / "learning_curve.png", metric=metric)
+
+            trainer.run(folder, metrics, report)
+    if trainer.steps < config.steps:
+        print(
+            f"stopped at step {trainer.steps}; go on with: brc-fast train --resume {quote(str(folder.path))}"
+        )
+        return 130
+    print(f"{folder.path}: {progress.best()}; curve in {folder.path / 'learning_curve.png'}")
+    return 0
+
+
+def evaluate(words: list[str]) -> int:
+    """Print returns, successes and scores of runs, and keep each run's in its evaluation.json."""
+    try:
+        from .arguments import EvaluateArguments, parse, resolve_device
+    except ImportError as error:
+        raise MissingExtraError("brc-fast evaluate", "train") from error
+    arguments = parse(EvaluateArguments, words, "evaluate")
+    count, seed = arguments.episodes, arguments.seed
+    slots = min(count, 10 if arguments.num_envs is None else arguments.num_envs)
+    for name, value, least in (("episodes", count, 1), ("num_envs", slots, 1), ("seed", seed, 0)):
+        if value < least:
+            raise InputError(f"{name} must be {'positive' if least else '0 or more'}, got {value}")
+    if arguments.json is not None:
+        output = Path(arguments.json)
+        if output.is_dir():
+            raise InputError(f"json must name a file, got the folder {output}")
+        if not output.absolute().parent.is_dir():
+            raise InputError(f"json: there is no folder to write {output} to")
+        require_replaceable(output, remedy="name another file with --json")
+    folders = [RunFolder(run) for run in arguments.runs]
+    configs = same_tasks(folders)
+
+    from brc_fast import envs
+    from brc_fast.runs.evaluate import Evaluation, env_settings, restore
+    from brc_fast.runs.evaluate import evaluate as run_episodes
+
+    device, runs, records, code = resolve_device("auto"), [], {}, 0
+    for folder, config in zip(folders, configs, strict=True):
+        settings = env_settings(config)
+        scaled = settings.get("episode_length") is None
+        step, agent = restore(folder, device)
+        with contextlib.closing(envs.make(config.tasks, slots, seed, **settings)) as env:
+            run = Evaluation(env.task_names, run_episodes(agent, env, seed, count), scaled=scaled)
+        result: dict[str, object] = {"step": step, "seed": seed, "episodes": count, **run.record()}
+        try:
+            write_text(folder.path / "evaluation.json", json.dumps(result, indent=2) + "\n")
+        except OSError as error:  # somebody else's run
+            told = f"{folder.path / 'evaluation.json'} cannot be written: {error.strerror}"
+            print(f"brc-fast: {told}", file=sys.stderr)
+            code = 2
+        print(f"{folder.path}, step {step}, {count} episodes per task")
+        runs.append(run)
+        records[str(folder.path)] = result
+    together = Evaluation.over_runs(runs)
+    print((together if len(runs) > 1 else runs[0]).table())
+    if arguments.json is not None:
+        everything = {"runs": records, "together": together.record()}
+        write_text(Path(arguments.json), json.dumps(everything, indent=2) + "\n")
+    return code
+
+
+def same_tasks(folders: list[RunFolder]) -> list[TrainConfig]:
+    """The settings of runs that are to be taken together."""
+    if not folders:
+        raise InputError("name at least one run folder")
+    for folder in folders:
+        folder.require_plain()
+    configs = [folder.config() for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        if config.tasks != configs[0].tasks:
+            raise InputError(
+                "runs that are evaluated together must have the same tasks in the same order: "
+                f"{folders[0].path} has {', '.join(configs[0].tasks)}, "
+                f"{folder.path} has {', '.join(config.tasks)}"
+            )
+        if [other.path.resolve() for other in folders].count(folder.path.resolve()) > 1:
+            raise InputError(f"runs must differ, but {folder.path} is listed more than once")
+        if not folder.steps():
+            raise InputError(f"{folder.path} holds no complete checkpoint")
+        folder.require_foreign_code(config.tasks)
+    return configs
+
+
+def video(words: list[str]) -> int:
+    """Film one episode of a run's policy."""
+    try:
+        from .arguments import VideoArguments, parse, resolve_device
+    except ImportError as error:
+        raise MissingExtraError("brc-fast video", "train") from error
+    from brc_fast import envs
+    from brc_fast.runs import video as filming
+
+    arguments = parse(VideoArguments, words, "video")
+    if arguments.seed < 0:
+        raise InputError(f"seed must be 0 or more, got {arguments.seed}")
+    settings = filming.Settings.parse(arguments.size, arguments.fps, arguments.camera)
+    folder = RunFolder(arguments.run)
+    folder.require_plain()
+    config = folder.config()
+    folder.require_foreign_code(config.tasks)
+    tasks = envs.expand(config.tasks)
+    task = tasks[0] if arguments.task is None else arguments.task
+    if task not in tasks:
+        raise InputError(f"{folder.path} did not learn {task}; its tasks: {', '.join(tasks)}")
+    default = folder.path / f"video-{task.replace('/', '-').replace(':', '-')}{filming.suffix()}"
+    output = filming.check_output(Path(arguments.output) if arguments.output else default)
+    filming.require_renderer()
+
+    from brc_fast.runs.evaluate import env_settings, restore
+
+    step, agent = restore(folder, resolve_device("auto"))
+    shared = ("episode_length", "impl", "randomize") if task.startswith("mjx/") else ("episode_length",)
+    taken = {name: value for name, value in env_settings(config).items() if name in shared}
+    with contextlib.closing(envs.make(task, 1, arguments.seed, **taken)) as env:
+        frames, result = filming.film(agent, env, tasks.index(task), arguments.seed, output, settings)
+    print(f"{output}: {task} at step {step}, {frames} frames, return {result:.1f}")
+    return 0
+
+
+def plot(words: list[str]) -> int:
+    """Draw learning curves."""
+    try:
+        from .arguments import PlotArguments, parse
+    except ImportError as error:
+        raise MissingExtraError("brc-fast plot", "train") from error
+    from brc_fast.runs.plot import plot as draw
+
+    arguments = parse(PlotArguments, words, "plot")
+    folders = [RunFolder(run) for run in arguments.runs]
+    for folder in folders:
+        folder.require_plain()
+    one = folders[0].path / "learning_curve.png" if len(folders) == 1 else Path("learning_curves.png")
+    output = Path(arguments.output) if arguments.output else one
+    draw(folders, output, metric=arguments.metric, group=arguments.group, reference=arguments.reference)
+    print(output)
+    return 0
+
+
+def envs(words: list[str]) -> int:
+    """Print what names there are, or the tasks of a suite."""
+    from brc_fast.envs import list_tasks
+    from brc_fast.envs.suites import BACKENDS, SUITES, UNAVAILABLE
+
+    if len(words) > 1:
+        raise InputError(f"brc-fast envs takes at most one suite, got {' '.join(words)}")
+    if words:
+        print("\n".join(list_tasks(words[0])))
+        return 0
+    print("tasks")
+    for backend, meaning in BACKENDS.items():
+        print(f"  {backend + '/...':<24}{meaning}")
+    print("suites (brc-fast envs SUITE lists the tasks)")
+    for suite, tasks in SUITES.items():
+        print(f"  {suite:<24}{len(tasks)} tasks")
+    for suite in UNAVAILABLE:
+        print(f"  {suite:<24}not available: brc-fast envs {suite} says why")
+    return 0
+
+
+def doctor(words: list[str]) -> int:
+    """Print what is installed; exit code 1 when something is missing."""
+    if words:
+        raise InputError(f"brc-fast doctor takes no arguments, got {' '.join(words)}")
+    from .doctor import report
+
+    text, fine = report()
+    print(text)
+    return 0 if fine else 1

@@ -1,0 +1,1 @@
+"""What every learner needs: flat parameters, optimizer, CUDA graphs, precision, memory."""

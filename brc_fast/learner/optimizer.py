@@ -1,0 +1,111 @@
+"""AdamW over the flat buffers of one module's networks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from brc_fast import kernels
+from brc_fast.batch import require_shape
+
+from .flat import FlatNetworks
+
+FIXED = "is part of the compiled update, and fixed once the agent is made"
+
+
+class FlatAdamW:
+    """AdamW for the first module of `networks` (Adam without weight decay); the second follows as its target.
+
+    Args:
+        learning_rate, tau: kept as 0-d tensors on the device. tau: share of the new parameters in the second
+            module, the target, after a step; None where there is none.
+
+    An attribute that is a tensor, as learning_rate and tau are, is written in place when it is set, where
+    replays of a CUDA graph read it too. The other numbers are part of the graph.
+
+    Raises:
+        AttributeError where one of those is set; ValueError for a tensor of another shape.
+    """
+
+    def __init__(
+        self,
+        networks: FlatNetworks,
+        *,
+        learning_rate: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        tau: float | None = None,
+    ) -> None:
+        self.networks, self.betas, self.eps, self.weight_decay = networks, betas, eps, weight_decay
+        rows, low = networks.members, networks.low
+        online = networks.master[:rows]
+        self.flat, self.grad = online.view(-1), networks.grad.view(-1)
+        self.exp_avg = torch.zeros_like(self.flat)
+        self.exp_avg_sq = torch.zeros_like(self.flat)
+        self.step_count = torch.zeros((), device=self.flat.device)
+        self.learning_rate = self.flat.new_full((), learning_rate)
+        self.low = None if low is None else low[:rows].view(-1)
+        self.tau = self.flat.new_full((), tau or 0.0)
+        self.target = None if tau is None else networks.master[rows:].view(-1)
+        self.target_low = None if tau is None or low is None else low[rows:].view(-1)
+
+        self._made = True
+
+    @torch.no_grad()
+    def __setattr__(self, name: str, value: object) -> None:
+        mine = vars(self).get(name)
+        if "_made" not in vars(self):
+            super().__setattr__(name, value)
+        elif isinstance(mine, Tensor) and (name != "tau" or self.target is not None):
+            given = torch.as_tensor(value)
+            require_shape(name, given, "that of before", tuple(mine.shape))
+            mine.copy_(given)
+        elif name in vars(self) and name != "tau":
+            raise AttributeError(f"{name} {FIXED}: make another agent with its LearningConfig")
+        else:
+            rates = "learning_rate" if self.target is None else "learning_rate and tau"
+            raise AttributeError(f"{name} cannot be set on this optimizer: {rates} can")
+
+    def step(self, norm: Tensor | None = None) -> None:
+        """One step against the gradient.
+
+        The target, where there is one, and the low-precision copies follow in the same pass over memory.
+
+        Args:
+            norm: 0-d, receives the gradient's.
+        """
+        kernels.adamw_(
+            self.flat,
+            self.grad,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.step_count,
+            learning_rate=self.learning_rate,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            target=self.target,
+            tau=self.tau,
+            low=self.low,
+            target_low=self.target_low,
+            gradient_norm=norm,
+        )
+
+    def scalar(self) -> kernels.reference.ScalarAdam:
+        """Of a single parameter, for the kernel that makes its step itself; without weight decay."""
+        param, exp_avg, exp_avg_sq = (x[:1] for x in (self.flat, self.exp_avg, self.exp_avg_sq))
+        rule = self.learning_rate, self.betas, self.eps
+        return kernels.reference.ScalarAdam(param, exp_avg, exp_avg_sq, self.step_count, *rule)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Moments without padding, parameter by parameter, [P'] each, and the steps made."""
+        rows, compact = self.networks.grad.shape, self.networks.compact
+        moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {name: compact(m.view(rows)) for name, m in moments.items()} | {"step": self.step_count}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        rows = self.networks.grad.shape
+        self.networks.expand(state["exp_avg"], self.exp_avg.view(rows))
+        self.networks.expand(state["exp_avg_sq"], self.exp_avg_sq.view(rows))
+        self.step_count.copy_(state["step"])

@@ -1,0 +1,1 @@
+"""Networks, their inputs and the losses of critics."""

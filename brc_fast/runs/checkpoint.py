@@ -1,0 +1,312 @@
+"""Run folders and checkpoints: safetensors for arrays, JSON for the rest, never pickle.
+
+    RUN/config.json                  the settings, written once
+    RUN/metrics.jsonl                a row per report and per evaluation, each with `step`
+    RUN/learning_curve.png
+    RUN/checkpoints/000000400000/    named by environment steps per task
+        agent.safetensors  environments.safetensors  progress.safetensors
+        replay/                      the replay buffer's own files (brc_fast.replay.files)
+        manifest.json                format, step, and size and checksum of every other file; written last
+
+A checkpoint is written under another name and renamed when it is complete, so a save that fails or is
+killed leaves the previous one as it was. The newest two are kept. Of the replay only the transitions that are
+new since the previous checkpoint are written; the rest are links to its files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import importlib.util
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from shlex import quote
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from brc_fast.config import TrainConfig, from_dict
+from brc_fast.disk import FOLDER, opened, replace_file, require, require_replaceable, require_shallow, sync
+from brc_fast.errors import InputError
+
+FORMAT = 2
+KEPT = 2
+REPLAY = "replay"
+STEP = re.compile(r"(0\d{11}|[1-9]\d{11,17})", re.ASCII)  # a checkpoint's name
+Arrays = dict[str, NDArray[Any]]
+
+
+class Replay(Protocol):
+    """What keeps its own files; see ReplayBuffer.save and load."""
+
+    def save(self, folder: Path, *, previous: Path | None = None) -> None: ...
+    def load(self, folder: Path) -> None: ...
+
+
+class RunFolder:
+    """One run on disk. Making the object touches nothing."""
+
+    FILES = ("config.json", "metrics.jsonl", "learning_curve.png", "evaluation.json")
+    FOLDERS = ("checkpoints", "tensorboard")
+    OWN = FILES + FOLDERS
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+
+    def refuse_existing(self, overwrite: bool) -> None:
+        """InputError if the folder holds a run and may not be overwritten, or cannot be one."""
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the run's folder must have a name in UTF-8, got {str(self.path)!a}") from error
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file: name another folder with --run")
+        if not overwrite and any(os.path.lexists(self.path / name) for name in self.OWN):
+            raise InputError(
+                f"{self.path} already holds a run: go on with --resume {quote(str(self.path))}, "
+                "replace it with --overwrite, or name another folder with --run"
+            )
+
+    def require_plain(self) -> None:
+        """InputError for a link, pipe or device where the run has files of its own, before one is opened.
+
+        Whoever goes on with a run that somebody else made calls this first. The folder itself may be a link,
+        and what a run does not write may be anything.
+        """
+        for name in self.FILES:
+            # a folder there: the evaluation is printed and the command tells why it is not kept
+            unwritable = (FOLDER,) if name == "evaluation.json" else ()
+            require_replaceable(self.path / name, *unwritable)
+        for name in self.FOLDERS:
+            require(self.path / name, FOLDER)
+        for checkpoint in self.checkpoints.glob("*"):
+            if STEP.fullmatch(checkpoint.name) or checkpoint.name.startswith("partial-"):
+                require(checkpoint, FOLDER)
+                require_shallow(checkpoint)
+
+    def require_foreign_code(self, tasks: Iterable[str]) -> None:
+        """InputError for a task `gym/MODULE:ID` whose module lies in the run's folder, before it is imported.
+
+        A run that somebody else made would bring its own code: where Python looks for modules in the current
+        folder, that of a run there is a package. Only the module's first name is looked up.
+        """
+        home = self.path.resolve()
+        for task in tasks:
+            backend, _, name = task.partition("/")
+            first, *others = name.rpartition(":")[0].split(".")
+            if backend != "gym" or not first:
+                continue
+            try:
+                found = importlib.util.find_spec(first)
+            except ValueError:  # of __main__, which is loaded
+                continue
+            if found is None:
+                continue
+            folders = [Path(folder) for folder in found.submodule_search_locations or ()]
+            places = folders + [folder.joinpath(*others) for folder in folders]
+            if found.has_location and found.origin is not None:
+                places.append(Path(found.origin))
+            for place in (place.absolute() for place in places):
+                if place.resolve().is_relative_to(home) or home in (up.resolve() for up in place.parents):
+                    raise InputError(
+                        f"{task} would run code out of the run's own folder, {place}: move the module to a "
+                        "place of your own if you trust it"
+                    )
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Make the folder and keep it to this process; InputError where another one trains into it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another process trains into {self.path}: name another folder") from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+        finally:
+            os.close(handle)
+
+    def create(self, config: TrainConfig) -> None:
+        """Make the folder, clear it of an earlier run (of nothing else), and write config.json."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in (*self.OWN, *(f"{name}.partial" for name in self.FILES)):
+            old = self.path / name
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
+        self.write_config(config)
+
+    def write_config(self, config: TrainConfig) -> None:
+        write_text(self.path / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+    def config(self) -> TrainConfig:
+        """The settings of the run in this folder."""
+        file = self.path / "config.json"
+        try:
+            with opened(file) as stream:
+                config = from_dict(TrainConfig, json.load(stream))
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{self.path} holds no run: {file.name} is missing") from None
+        except InputError:
+            raise
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"{file} cannot be read: {error}") from error
+        assert isinstance(config, TrainConfig)
+        return config
+
+    def steps(self) -> list[int]:
+        """Environment steps per task of the complete checkpoints, oldest first."""
+        if not self.checkpoints.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.checkpoints.iterdir() if STEP.fullmatch(entry.name))
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        steps = self.steps()
+        return self.checkpoints / f"{steps[-1]:012d}" if steps else None
+
+    def save(self, step: int, parts: Mapping[str, Mapping[str, NDArray[Any]]], replay: Replay) -> Path:
+        """Write the checkpoint of `step`: named groups of arrays, and a replay.
+
+        OSError leaves the others as they were.
+        """
+        final = self.checkpoints / f"{step:012d}"
+        partial = self.checkpoints / f"partial-{step}"
+        for stale in self.checkpoints.glob("partial-*"):  # of a process that was killed while saving
+            shutil.rmtree(stale)
+        partial.mkdir(parents=True)
+        try:
+            files = {}
+            for name, arrays in parts.items():
+                file = partial / f"{name}.safetensors"
+                contiguous = {
+                    key: np.ascontiguousarray(value).reshape(value.shape) for key, value in arrays.items()
+                }
+                save_file(contiguous, file)
+                sync(file)
+                size, checksum = _checksum(file)
+                files[file.name] = {"bytes": size, "crc32": checksum}
+            newest = self.newest()
+            replay.save(partial / REPLAY, previous=newest / REPLAY if newest else None)
+            write_text(
+                partial / "manifest.json",
+                json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2) + "\n",
+            )
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = (
+                f"checkpoint {self.steps()[-1]} is still there" if self.steps() else "there is no earlier one"
+            )
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {final}: {error}; {kept}"
+            ) from error
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        sync(self.checkpoints)
+        for old in self.steps()[:-KEPT]:
+            shutil.rmtree(self.checkpoints / f"{old:012d}")
+        return final
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Turn what refuses the newest checkpoint's contents into an InputError that names the folder."""
+        try:
+            yield
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise InputError(f"{self.newest()} does not fit this run: {error}") from error
+
+    def load_replay(self, replay: Replay) -> None:
+        """The newest checkpoint's replay; InputError with its name and what to do where it is damaged."""
+        newest = self.newest()
+        assert newest is not None
+        try:
+            replay.load(newest / REPLAY)
+        except ValueError as error:
+            raise InputError(f"{error}; {_remedy(newest, self.steps())}") from error
+
+    def load(self, *names: str) -> tuple[int, dict[str, Arrays]]:
+        """The newest checkpoint's step and the named groups of arrays, checked against its manifest."""
+        steps = self.steps()
+        if not steps:
+            raise InputError(f"{self.path} holds no complete checkpoint")
+        folder = self.checkpoints / f"{steps[-1]:012d}"
+        try:
+            with opened(folder / "manifest.json") as stream:
+                manifest = json.load(stream)
+            version, step, files = int(manifest["format"]), int(manifest["step"]), dict(manifest["files"])
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+            raise InputError(
+                f"{folder / 'manifest.json'} is damaged ({error}); {_remedy(folder, steps)}"
+            ) from error
+        if version != FORMAT:
+            raise InputError(
+                f"{folder} has format {version}, this version of brc-fast reads format {FORMAT}: "
+                + ("upgrade brc-fast" if version > FORMAT else "use the version that wrote it")
+            )
+        if step != steps[-1]:
+            raise InputError(f"{folder} holds a checkpoint of step {step}; {_remedy(folder, steps)}")
+        groups = {}
+        for name in names:
+            file = folder / f"{name}.safetensors"
+            wanted = files.get(file.name)
+            try:
+                size, checksum = _checksum(file)
+            except FileNotFoundError:
+                wanted = None
+            if wanted is None:
+                raise InputError(f"{file} is missing; {_remedy(folder, steps)}")
+            if not isinstance(wanted, dict) or not wanted.keys() >= {"bytes", "crc32"}:
+                raise InputError(f"{file} has no size and checksum in its manifest; {_remedy(folder, steps)}")
+            if size != wanted["bytes"]:
+                told = f"{size} of {wanted['bytes']} bytes"
+                raise InputError(f"{file} is truncated: {told}; {_remedy(folder, steps)}")
+            if checksum != wanted["crc32"]:
+                raise InputError(f"{file} is damaged: its checksum differs; {_remedy(folder, steps)}")
+            try:
+                groups[name] = load_file(file)
+            except (SafetensorError, TypeError, AttributeError, ValueError) as error:  # of numpy, for a dtype
+                raise InputError(f"{file} is damaged: {error}; {_remedy(folder, steps)}") from error
+        return step, groups
+
+
+def prefixed(**groups: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Several groups of arrays as one, under `group/name`."""
+    return {f"{group}/{name}": value for group, arrays in groups.items() for name, value in arrays.items()}
+
+
+def grouped(arrays: Mapping[str, NDArray[Any]], group: str) -> Arrays:
+    """One group of `prefixed`."""
+    prefix = f"{group}/"
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step."""
+    replace_file(path, text.encode())
+
+
+def _remedy(folder: Path, steps: list[int]) -> str:
+    if len(steps) > 1:
+        return f"delete {folder} to go on from the checkpoint of step {steps[-2]}"
+    return "there is no earlier checkpoint to go on from"
+
+
+def _checksum(path: Path) -> tuple[int, int]:
+    """Bytes of a file, and their CRC-32."""
+    size = value = 0
+    with opened(path) as file:
+        while chunk := file.read(1 << 22):
+            size, value = size + len(chunk), zlib.crc32(chunk, value)
+    return size, value

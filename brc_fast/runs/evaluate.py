@@ -1,0 +1,216 @@
+"""Evaluation: the policy's mean action, exactly n episodes per task."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from brc_fast.agents.brc import BRC
+from brc_fast.agents.memory import plan_memory, require_memory
+from brc_fast.config import TrainConfig
+from brc_fast.envs.base import (
+    VectorEnvironment,
+    check_finite,
+    require_kept_limit,
+    require_time_limit,
+    tasks_with_success,
+)
+from brc_fast.errors import InputError
+
+from .checkpoint import RunFolder
+from .scores import Estimate, Values, aggregate, normalized
+
+LOST_IN_A_ROW = 10
+
+
+class Episodes(NamedTuple):
+    """n episodes of each of T tasks."""
+
+    returns: NDArray[np.float64]  # [T, n] undiscounted
+    lengths: NDArray[np.float64]  # [T, n] steps
+    successes: NDArray[np.float64]  # [T, n] 1 if any step was a success, else 0; NaN for a task without such
+
+
+def evaluate(agent: BRC, env: VectorEnvironment, seed: int, episodes: int | None = None) -> Episodes:
+    """Play exactly `episodes` per task, by default one per slot.
+
+    How many each of a task's S slots plays is fixed before the first step, and all of them count: the first n
+    to finish, wherever they do, would mostly be short ones. Slot i plays the episodes i, i + S, i + 2 S, ...
+    An episode that is lost to NaN or to a dead process is played again.
+
+    Raises InputError for sizes that differ from the agent's, for a task without a time limit or that
+    does not keep it, for numbers that are not finite, and where a slot loses 10 episodes in a row.
+    """
+    sizes = [[side.observation_size, side.action_size] for side in (agent, env)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"observation_size and action_size must be the agent's, {sizes[0]}, got environments with "
+            f"{sizes[1]}: make those it was trained on"
+        )
+    require_time_limit(env)
+    tasks = len(env.task_names)
+    slots = env.num_envs // tasks
+    count = slots if episodes is None else episodes
+    task, slot = env.task_ids, np.arange(env.num_envs) % slots
+    quota = count // slots + (slot < count % slots)
+    result = Episodes(*np.zeros((3, tasks, count)))
+    returns, lengths, successes = np.zeros((3, env.num_envs))  # of the episodes that are running
+    played, lost = np.zeros((2, env.num_envs), np.int64)
+
+    observations = env.reset_tensors(seed)
+    task_ids = torch.as_tensor(task, device=agent.device)
+    number = 0
+    while (played < quota).any():
+        actions = agent.act(observations.to(agent.device), task_ids, deterministic=True)
+        step = env.step_tensors(actions)
+        number += 1
+        check_finite(step, env, number)
+        observations = step.observations
+        ends = (step.terminated | step.truncated).float()
+        rewards, ended, dropped = torch.stack((step.rewards, ends, step.dropped.float())).cpu().numpy()
+        ended, dropped, running = ended > 0, dropped > 0, played < quota
+
+        returns += np.where(dropped, 0.0, rewards)
+        lengths += ~dropped
+        longest = int(np.where(running, lengths, 0.0).argmax())
+        require_kept_limit(env, longest, int(lengths[longest]))
+        if env.successes is not None:
+            successes[env.successes.numpy() & ~dropped] = 1.0
+        finished = np.flatnonzero(ended & ~dropped & running)
+        place = task[finished], slot[finished] + slots * played[finished]
+        for kept, current in zip(result, (returns, lengths, successes), strict=True):
+            kept[place] = current[finished]
+            current[ended] = 0.0
+        played[finished] += 1
+        lost[finished] = 0
+        lost += ended & dropped & running
+        if lost.max() >= LOST_IN_A_ROW:
+            _give_up(env, int(lost.argmax()))
+    result.successes[~tasks_with_success(env)] = np.nan
+    return result
+
+
+def _give_up(env: VectorEnvironment, slot: int) -> None:
+    raise InputError(
+        f"{env.task_names[env.task_ids[slot]]} cannot be evaluated: environment {slot} lost {LOST_IN_A_ROW} "
+        "episodes in a row to NaN or to a process that died; see the warnings above, or lower episode_length"
+    )
+
+
+def summary(task_names: tuple[str, ...], episodes: Episodes) -> dict[str, float]:
+    """Metrics of an evaluation: `eval/return/<task>` and `eval/length/<task>`, the means over its episodes,
+    and where the task tells it `eval/success/<task>`, the share of episodes with a step that was a success;
+    `eval/return_mean` and `eval/success_mean` are over the tasks."""
+    returns, lengths, successes = (values.mean(1) for values in episodes)
+    row = {f"eval/return/{name}": float(mean) for name, mean in zip(task_names, returns, strict=True)}
+    row |= {f"eval/length/{name}": float(mean) for name, mean in zip(task_names, lengths, strict=True)}
+    row["eval/return_mean"] = float(returns.mean())
+    told = ~np.isnan(successes)
+    if told.any():
+        names = np.array(task_names)[told]
+        row |= {f"eval/success/{name}": float(x) for name, x in zip(names, successes[told], strict=True)}
+        row["eval/success_mean"] = float(successes[told].mean())
+    return row
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Episodes of one run, or with `over_runs` the means of several, together with their scores."""
+
+    task_names: tuple[str, ...]
+    samples: Episodes
+    sample: Literal["episode", "run"] = "episode"
+    scaled: bool = True  # False where episodes have not the length that the suite gives them: no scores
+
+    @classmethod
+    def over_runs(cls, runs: Sequence[Evaluation]) -> Evaluation:
+        """One sample per run: its mean over episodes. All must have the same tasks."""
+        fields = zip(*(run.samples for run in runs), strict=True)
+        means = Episodes(*(np.stack([values.mean(1) for values in field], axis=1) for field in fields))
+        return cls(runs[0].task_names, means, "run", all(run.scaled for run in runs))
+
+    @cached_property
+    def scores(self) -> dict[str, Values]:
+        """Normalised scores [n] of the tasks that have a scale; see `brc_fast.runs.scores.normalized`."""
+        rows = zip(self.task_names, self.samples.returns, self.samples.successes, strict=True)
+        found = {name: normalized(name, returns, successes) for name, returns, successes in rows}
+        return {name: scores for name, scores in found.items() if scores is not None and self.scaled}
+
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """Aggregates of all scores; none without scores."""
+        return aggregate(np.stack(list(self.scores.values()))) if self.scores else {}
+
+    def record(self) -> dict[str, Any]:
+        """What evaluation.json keeps: the summary, every number that it is made of, and the aggregates as
+        [value, low, high]; low and high are null where there is one sample per task."""
+        returns, lengths, successes = (
+            dict(zip(self.task_names, values.tolist(), strict=True)) for values in self.samples
+        )
+        told = {name: values for name, values in successes.items() if not np.isnan(values).any()}
+        return {
+            **summary(self.task_names, self.samples),
+            "returns": returns,
+            "lengths": lengths,
+            "successes": told,
+            "scores": {name: values.tolist() for name, values in self.scores.items()},
+            "aggregate": {
+                name: [None if np.isnan(x) else x for x in estimate]
+                for name, estimate in self.estimates.items()
+            },
+        }
+
+    def table(self) -> str:
+        """Means over the samples, a line per task, and the aggregates of the scores."""
+        width = max(len(name) for name in self.task_names)
+        lines = [f"  {'task':<{width}}  {'return':>20}  success  score   length"]
+        for name, returns, lengths, successes in zip(self.task_names, *self.samples, strict=True):
+            spread = f"{returns.mean():.1f} +- {returns.std():.1f}"
+            success = "-" if np.isnan(successes).any() else f"{successes.mean():.3f}"
+            score = f"{self.scores[name].mean():.3f}" if name in self.scores else "-"
+            lines.append(f"  {name:<{width}}  {spread:>20}  {success:>7}  {score:>5}  {lengths.mean():7.1f}")
+        count = self.samples.returns.shape[1]
+        if count > 1:
+            lines.append(f"  [+-: standard deviation of {count} {self.sample}s per task]")
+        if self.scores:
+            told = ", ".join(f"{name} {estimate}" for name, estimate in self.estimates.items())
+            lines.append(f"  score over {len(self.scores)} of {len(self.task_names)} tasks: {told}")
+            if count > 1:
+                lines.append(f"  [bounds of 95%: stratified bootstrap of {count} {self.sample}s per task]")
+        elif not self.scaled:
+            lines.append(
+                "  no scores: they presume the suites' own episode lengths, and episode_length is set"
+            )
+        return "\n".join(lines)
+
+
+def restore(folder: RunFolder, device: str) -> tuple[int, BRC]:
+    """The agent of a run's newest checkpoint and the step that it was written at."""
+    folder.require_plain()
+    step, parts = folder.load("agent")
+    # acting takes float32 products whatever learning took, on any device
+    config = dataclasses.replace(folder.config(), precision="fp32")
+    with folder.fitting():
+        state = {name: torch.from_numpy(value) for name, value in parts["agent"].items()}
+        embedding = state["critic/embedding"].shape[1] if "critic/embedding" in state else 0
+        observation_size = state["actor/body.input.kernel"].shape[-2] - embedding
+        sizes = observation_size, state["actor/body.head.kernel"].shape[-1] // 2
+        if not all(values.numel() for values in state.values()):  # else sizes are at most those of the file
+            raise ValueError("the agent has an array without numbers")
+        plan = plan_memory(dataclasses.replace(config, batch_size=1, updates_per_step=1), *sizes, device)
+        require_memory(plan, device)
+        agent = BRC.from_config(config, *sizes, device)
+        agent.load_state_dict(state)
+    return step, agent
+
+
+def env_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings of the run's environments, as `envs.make` takes them."""
+    return dataclasses.asdict(config.env)

@@ -1,0 +1,151 @@
+"""The training loop: act, step, record, store, sample, normalize, update."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brc_fast import envs
+from brc_fast.agents.brc import BRC
+from brc_fast.agents.memory import plan_memory, require_memory
+from brc_fast.agents.normalizer import RewardNormalizer
+from brc_fast.agents.policy import LaggedPolicy
+from brc_fast.config import TrainConfig
+from brc_fast.envs.base import Step, check_finite, require_time_limit, tasks_with_success
+from brc_fast.replay import ReplayBuffer
+
+from .checkpoint import RunFolder
+from .evaluate import evaluate, summary
+from .interrupt import StopRequest
+from .metrics import EpisodeTracker, MetricsWriter, Stopwatch
+from .resume import learner_first, require_finite, save
+
+Report = Callable[[int, dict[str, float]], None]
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Everything a run holds between two environment steps.
+
+    One turn of the loop steps the whole vector, num_envs environment steps per task; `steps` counts those.
+    """
+
+    def __init__(self, config: TrainConfig, device: str, say: Callable[[str], object] = log.info) -> None:
+        self.config = config
+        made = partial(envs.make, config.tasks, seed=config.seed, **vars(config.env))
+        self.env, self.eval_env = map(made, (config.num_envs, config.eval_envs or config.eval_episodes))
+        require_time_limit(self.env)
+        self.names, ids = self.env.task_names, self.env.task_ids
+        sizes = (self.env.observation_size, self.env.action_size)
+        memory = plan_memory(config, *sizes, device)
+        say(f"learner on {device}, {config.precision}: {memory}")
+        require_memory(memory, device)
+        self.agent = BRC.from_config(config, *sizes, device)
+        self.lagged = LaggedPolicy(self.agent) if config.policy_lag >= config.updates_per_step else None
+        self.replay = ReplayBuffer(config.replay_capacity, *sizes, task_ids=ids, seed=config.seed)
+        self.batch_size = config.transitions_per_update
+        size = self.batch_size, config.updates_per_step
+        sampled = iter(partial(self.replay.sample, *size), None)
+        self.batches = self.replay.prefetch(*size) if device == "cuda" else sampled
+        self.normalizer = RewardNormalizer.from_config(config, ids, self.agent.target_entropy)
+        self.episodes = EpisodeTracker(self.names, ids)
+        self.task_ids = torch.as_tensor(ids, device=device)
+        self.steps, self.updates, self.watch = 0, 0, Stopwatch()
+        self.losses: dict[str, Tensor] = {}
+        self.entropies: Tensor | None = None  # [T], kept only with return_entropy="measured"
+        if self.normalizer.entropy == "measured":
+            self.entropies = torch.full((len(self.names),), self.agent.target_entropy / 2.0, device=device)
+        self.observations: Tensor | None = None
+
+    def collect(self) -> None:
+        """Act in every environment and store what came of it."""
+        if self.observations is None:
+            self.observations = self.env.reset_tensors(self.config.seed)
+        seen = self.observations.to(self.agent.device)
+        random = self.steps < self.config.random_steps
+        policy = self.lagged or self.agent
+        self.watch.start()
+        actions = self.agent.random_actions(len(seen)) if random else policy.act(seen, self.task_ids)
+        self.watch.lap("act")
+        step = self.env.step_tensors(actions)
+        self.steps += self.config.num_envs
+        check_finite(step, self.env, self.steps)
+        self.watch.lap("environment", self.env.num_envs)
+        bootstraps = self.normalizer.bootstrap == "critic" and bool(step.truncated.any())
+        values = self.unscaled_values(step.successors) if bootstraps else None
+        step = Step(*(field.cpu() for field in step))
+        kept = (~step.dropped).nonzero().squeeze(-1)
+        seen, actions, rows = seen.cpu()[kept], actions.cpu()[kept], Step(*(field[kept] for field in step))
+        ends = (rows.terminated, rows.truncated)
+        self.replay.add(seen, actions, rows.rewards, *ends, rows.successors, streams=kept)
+        rewards, terminated, truncated, dropped = (field.numpy() for field in step[2:])
+        self.normalizer.update(rewards, terminated, truncated, values, dropped)
+        self.episodes.record(step, self.env.successes)
+        self.observations = step.observations
+        self.watch.lap("store")
+
+    def learn(self) -> None:
+        """U updates, each on its own batch; with a lagging policy they go on while the environments step."""
+        batches = next(self.batches)
+        self.watch.lap("sample")
+        with self.agent.updates.queue():
+            if self.lagged:
+                self.lagged.refresh()
+            if self.entropies is not None:
+                self.entropies = self.agent.entropy_per_task(batches.update(0).to(self.agent.device))
+            scale = self.normalizer.scale(self.agent.alpha, self.entropies)
+            self.losses = self.agent.update(batches, reward_scale=scale)
+        if not self.lagged:
+            self.agent.updates.join()
+        self.updates += self.config.updates_per_step
+        self.watch.add("update", self.agent.updates.seconds(), self.config.updates_per_step)
+
+    def unscaled_values(self, observations: Tensor) -> NDArray[np.float32]:
+        """The critic's return to go [N], in units of reward; zero while a task's scale is unknown."""
+        self.agent.updates.join()
+        scale = self.normalizer.scale(self.agent.alpha, self.entropies)
+        values = self.agent.value(observations.to(self.agent.device), self.task_ids)
+        return (values * scale.where(scale.isfinite(), 0.0)[self.task_ids]).cpu().numpy()
+
+    def evaluate(self) -> dict[str, float]:
+        """Returns of the current policy; the start states depend on the seed and the step alone."""
+        seed = int(np.random.SeedSequence([self.config.seed, self.steps]).generate_state(1)[0])
+        return summary(self.names, evaluate(self.agent, self.eval_env, seed, self.config.eval_episodes))
+
+    def row(self) -> dict[str, Tensor | float]:
+        """Returns since the last row, scales, and the newest update's losses."""
+        scale, told = self.normalizer.scale(self.agent.alpha, self.entropies), tasks_with_success(self.env)
+        out: dict[str, Tensor | float] = {"train/updates": self.updates, **self.episodes.row(told)}
+        for task, (name, dropped) in enumerate(zip(self.names, self.env.nan_count, strict=True)):
+            out |= {f"train/reward_scale/{name}": scale[task], f"train/dropped/{name}": int(dropped)}
+        return out | {f"train/{name}": value for name, value in self.losses.items()}
+
+    def run(self, folder: RunFolder, metrics: MetricsWriter, report: Report) -> None:
+        """Train to the configured length; after Ctrl-C or SIGTERM, save and return early."""
+        config = self.config
+        pauses = config.report_every, config.eval_every, config.checkpoint_every
+        with StopRequest() as stop:
+            while self.steps < config.steps and not stop:
+                with learner_first(self, folder):
+                    self.collect()
+                if self.steps >= config.random_steps and len(self.replay) >= self.batch_size:
+                    self.learn()
+                done = self.steps >= config.steps
+                if done or stop or any(map(self.due, pauses)):
+                    require_finite(self, folder)
+                if done or self.due(config.report_every):
+                    report(self.steps, metrics.write(self.steps, {**self.row(), **self.watch.read()}))
+                if done or self.due(config.eval_every):
+                    report(self.steps, metrics.write(self.steps, {**self.evaluate()}))
+                if done or stop or self.due(config.checkpoint_every):
+                    save(self, folder)
+
+    def due(self, every: int) -> bool:
+        """Whether the newest step of the vector reached a multiple of `every` environment steps."""
+        return self.steps // every > (self.steps - self.config.num_envs) // every

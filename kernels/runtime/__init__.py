@@ -1,0 +1,1 @@
+"""How ops are chosen, registered and launched."""

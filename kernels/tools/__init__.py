@@ -1,0 +1,1 @@
+"""What measures and checks kernels; nothing here is imported when they run."""
