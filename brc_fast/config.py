@@ -6,7 +6,9 @@ functions that return a configuration; there is nothing to subclass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import SequenceMatcher
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -15,6 +17,9 @@ from .errors import InputError
 Precision = Literal["fp32", "tf32", "bf16"]
 LARGEST = 2**20  # size of a network, or number of environments or updates; beyond, bytes would overflow
 MOST_NETWORKS = 1_000  # of an ensemble, and blocks of a network: each is an object of its own
+BODIES = ["bronet", "simba", "mlp"]  # names of bodies; nn.bodies has the networks
+LOSSES = ["categorical", "mse"]  # of critics' losses: nn.losses
+CONDITIONINGS = ["embedding", "heads", "one_hot", "none"]  # of ways to tell tasks apart: nn.conditioning
 LONGEST_EPISODE = 1_000_000  # environment steps; an evaluation waits for ten such episodes
 
 
@@ -43,19 +48,45 @@ def _finite(config: object, *names: str) -> None:
         _require(config, "finite in float32", abs(getattr(config, name)) < 3.4e38, name)
 
 
+def require_known(name: str, value: str, known: Iterable[str]) -> None:
+    """InputError, with what there is, nearest first, for a name that is not known."""
+    if value not in known:
+        nearest = sorted(known, key=lambda each: -SequenceMatcher(None, str(value), each).ratio())
+        raise InputError(f"{name} must be one of {', '.join(nearest)}, got {value!r}")
+
+
+def _only_with(config: object, option: str, value: str, *names: str) -> None:
+    """InputError for a setting, other than by default, that another setting leaves without a meaning."""
+    for field in fields(config):  # type: ignore[arg-type]
+        if field.name in names and getattr(config, field.name) != field.default:
+            now = getattr(config, option)
+            raise InputError(f"{field.name} is a setting of {option} {value} alone, and {option} is {now}")
+
+
 @dataclass(frozen=True)
 class CriticConfig:
-    """Ensemble of BroNets that predict the return's distribution."""
+    """Ensemble of networks that predict the return, or its distribution."""
 
     width: int = 4096  # H, units per layer. BRC: 4096 on one GPU
-    depth: int = 2  # residual blocks. BRC
+    depth: int = 2  # residual blocks, or layers of an mlp. BRC
     members: int = 2  # E, networks with their own weights. BRC
     num_atoms: int = 101  # K, atoms of the return distribution. BRC
     v_max: float = 10.0  # the support is [-v_max, v_max], in units of the scaled return. BRC
     embedding_size: int = 32  # D, task embedding, only with several tasks. BRC
     embedding_norm: Literal["l2", "l1"] = "l2"  # l2: BRC's code; l1: reported of its paper
+    body: str = "bronet"  # bronet, simba or mlp. BRC: bronet
+    loss: str = "categorical"  # categorical or mse, which has no distribution. BRC: categorical
+    reduction: Literal["mean", "min"] = "mean"  # of the members' values, in targets and for the actor. BRC
+    conditioning: str = "embedding"  # of tasks: embedding, heads, one_hot or none. BRC: embedding
 
     def __post_init__(self) -> None:
+        for name, known in (("body", BODIES), ("loss", LOSSES), ("conditioning", CONDITIONINGS)):
+            require_known(name, getattr(self, name), known)
+        require_known("reduction", self.reduction, ("mean", "min"))
+        if self.loss == "mse":
+            _only_with(self, "loss", "categorical", "num_atoms")
+        if self.conditioning != "embedding":
+            _only_with(self, "conditioning", "embedding", "embedding_size", "embedding_norm")
         _positive(self, "width", "members", "v_max", "embedding_size")
         _require(self, "0 or more", self.depth >= 0, "depth")
         _require(self, "at least 2", self.num_atoms >= 2, "num_atoms")
@@ -66,12 +97,14 @@ class CriticConfig:
 
 @dataclass(frozen=True)
 class ActorConfig:
-    """BroNet with a tanh-Gaussian head."""
+    """Network with a tanh-Gaussian head."""
 
     width: int = 256  # units per layer. BRC: 256
-    depth: int = 1  # residual blocks. BRC
+    depth: int = 1  # residual blocks, or layers of an mlp. BRC
+    body: str = "bronet"  # bronet, simba or mlp. BRC: bronet
 
     def __post_init__(self) -> None:
+        require_known("body", self.body, BODIES)
         _positive(self, "width")
         _require(self, "0 or more", self.depth >= 0, "depth")
         _limited(self, LARGEST, "width")
@@ -150,6 +183,8 @@ class TrainConfig:
     """Of matrix products: fp32, tf32 (CUDA) or bf16. BRC: JAX's default, which is tf32 on a GPU."""
     graphs: bool = True
     """On CUDA, replay all updates of a step as one CUDA graph."""
+    reward_scale: bool = True
+    """Divide each task's rewards by its scale, which keeps returns within the critic's support. BRC."""
     recompute: bool = False
     """Make the critics' activations again in the backward pass instead of keeping them."""
     policy_lag: int = 0
@@ -188,6 +223,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _positive(self, "num_envs", "steps", "updates_per_step", "replay_capacity", "eval_every")
         _positive(self, "eval_episodes", "report_every", "checkpoint_every")
+        if self.critic.loss == "mse" and not self.reward_scale:
+            _only_with(self.critic, "loss", "categorical", "v_max")
+        if self.critic.conditioning == "heads" and len(self.tasks) == 1:
+            raise InputError("conditioning heads needs several tasks, got one: with one task use embedding")
         _require(self, "0 or more", self.random_steps >= 0, "random_steps")
         _require(self, "in [0, 2**64)", 0 <= self.seed < 2**64, "seed")
         _require(self, "0 or more", self.policy_lag >= 0, "policy_lag")

@@ -21,20 +21,20 @@ float* at(Address address) {
   return reinterpret_cast<float*>(address);
 }
 
-void forward(std::int64_t networks, std::int64_t batch, std::int64_t width, std::int64_t parameter_stride,
-             Address x, Address bias, Address weight, Address shift, Address residual, bool relu, float eps,
-             Address y, Address mean, Address rstd) {
-  brc::bias_layer_norm_forward({networks, batch, width}, parameter_stride, at(x), at(bias), at(weight),
-                               at(shift), at(residual), relu, eps, at(y), at(mean), at(rstd));
+void forward(std::int64_t networks, std::int64_t batch, std::int64_t width, std::int64_t bias_stride,
+             std::int64_t parameter_stride, Address x, Address bias, Address weight, Address shift,
+             Address residual, bool relu, float eps, Address y, Address mean, Address rstd) {
+  brc::bias_layer_norm_forward({networks, batch, width}, bias_stride, parameter_stride, at(x), at(bias),
+                               at(weight), at(shift), at(residual), relu, eps, at(y), at(mean), at(rstd));
 }
 
-void backward(std::int64_t networks, std::int64_t batch, std::int64_t width, std::int64_t parameter_stride,
-              std::int64_t grad_stride, Address dy, Address x, Address bias, Address weight, Address shift,
-              bool relu, Address mean, Address rstd, Address dx, Address dbias, Address dweight,
-              Address dshift) {
-  brc::bias_layer_norm_backward({networks, batch, width}, parameter_stride, grad_stride, at(dy), at(x),
-                                at(bias), at(weight), at(shift), relu, at(mean), at(rstd), at(dx), at(dbias),
-                                at(dweight), at(dshift));
+void backward(std::int64_t networks, std::int64_t batch, std::int64_t width, std::int64_t bias_stride,
+              std::int64_t parameter_stride, std::int64_t dbias_stride, std::int64_t grad_stride, Address dy,
+              Address x, Address bias, Address weight, Address shift, bool relu, Address mean, Address rstd,
+              Address dx, Address dbias, Address dweight, Address dshift) {
+  brc::bias_layer_norm_backward({networks, batch, width}, bias_stride, parameter_stride, dbias_stride,
+                                grad_stride, at(dy), at(x), at(bias), at(weight), at(shift), relu, at(mean),
+                                at(rstd), at(dx), at(dbias), at(dweight), at(dshift));
 }
 
 void projection(std::int64_t rows, std::int64_t atoms, Address probs, Address positions, float v_max,

@@ -108,12 +108,13 @@ BRC_INLINE std::int64_t forward_blocks(std::int64_t row, std::int64_t end, std::
 }
 
 template <End END>
-BRC_INLINE void forward(NormShape shape, std::int64_t parameter_stride, const float* x, Parameters all,
-                        const float* residual, float eps, float* y, float* mean, float* rstd) {
+BRC_INLINE void forward(NormShape shape, std::int64_t bias_stride, std::int64_t parameter_stride,
+                        const float* x, Parameters all, const float* residual, float eps, float* y,
+                        float* mean, float* rstd) {
   const std::int64_t width = shape.width;
   for (std::int64_t network = 0; network < shape.networks; ++network) {
     const std::int64_t offset = network * parameter_stride;
-    const Parameters own = {all.bias + offset, all.weight + offset, all.shift + offset};
+    const Parameters own = {all.bias + network * bias_stride, all.weight + offset, all.shift + offset};
     const std::int64_t end = (network + 1) * shape.batch;
     std::int64_t row = network * shape.batch;
     if (width <= NARROW) row = forward_blocks<4, END>(row, end, width, own, x, residual, eps, y, mean, rstd);
@@ -195,18 +196,19 @@ BRC_INLINE std::int64_t backward_blocks(std::int64_t row, std::int64_t end, std:
 }
 
 template <bool RELU, bool WANTED>
-BRC_INLINE void backward(NormShape shape, std::int64_t parameter_stride, std::int64_t grad_stride,
-                         const float* dy, const float* x, Parameters all, const float* mean,
-                         const float* rstd, float* dx, float* dbias, float* dweight, float* dshift) {
+BRC_INLINE void backward(NormShape shape, std::int64_t bias_stride, std::int64_t parameter_stride,
+                         std::int64_t dbias_stride, std::int64_t grad_stride, const float* dy, const float* x,
+                         Parameters all, const float* mean, const float* rstd, float* dx, float* dbias,
+                         float* dweight, float* dshift) {
   const std::int64_t width = shape.width;
   for (std::int64_t network = 0; network < shape.networks; ++network) {
     const std::int64_t offset = network * parameter_stride;
-    const Parameters own = {all.bias + offset, all.weight + offset, all.shift + offset};
+    const Parameters own = {all.bias + network * bias_stride, all.weight + offset, all.shift + offset};
     float* db = nullptr;
     float* dw = nullptr;
     float* ds = nullptr;
     if constexpr (WANTED) {
-      db = dbias + network * grad_stride;
+      db = dbias + network * dbias_stride;
       dw = dweight + network * grad_stride;
       ds = dshift + network * grad_stride;
       for (float* sums : {db, dw, ds}) std::fill_n(sums, width, 0.0f);
@@ -224,39 +226,40 @@ BRC_INLINE void backward(NormShape shape, std::int64_t parameter_stride, std::in
 }  // namespace
 
 BRC_VECTOR_CLONES
-void bias_layer_norm_forward(NormShape shape, std::int64_t parameter_stride, const float* x,
-                             const float* bias, const float* weight, const float* shift,
+void bias_layer_norm_forward(NormShape shape, std::int64_t bias_stride, std::int64_t parameter_stride,
+                             const float* x, const float* bias, const float* weight, const float* shift,
                              const float* residual, bool relu, float eps, float* y, float* mean,
                              float* rstd) {
   const Parameters parameters = {bias, weight, shift};
   if (relu) {
-    forward<End::relu>(shape, parameter_stride, x, parameters, nullptr, eps, y, mean, rstd);
+    forward<End::relu>(shape, bias_stride, parameter_stride, x, parameters, nullptr, eps, y, mean, rstd);
   } else if (residual != nullptr) {
-    forward<End::residual>(shape, parameter_stride, x, parameters, residual, eps, y, mean, rstd);
+    forward<End::residual>(shape, bias_stride, parameter_stride, x, parameters, residual, eps, y, mean, rstd);
   } else {
-    forward<End::plain>(shape, parameter_stride, x, parameters, nullptr, eps, y, mean, rstd);
+    forward<End::plain>(shape, bias_stride, parameter_stride, x, parameters, nullptr, eps, y, mean, rstd);
   }
 }
 
 BRC_VECTOR_CLONES
-void bias_layer_norm_backward(NormShape shape, std::int64_t parameter_stride, std::int64_t grad_stride,
-                              const float* dy, const float* x, const float* bias, const float* weight,
-                              const float* shift, bool relu, const float* mean, const float* rstd, float* dx,
-                              float* dbias, float* dweight, float* dshift) {
+void bias_layer_norm_backward(NormShape shape, std::int64_t bias_stride, std::int64_t parameter_stride,
+                              std::int64_t dbias_stride, std::int64_t grad_stride, const float* dy,
+                              const float* x, const float* bias, const float* weight, const float* shift,
+                              bool relu, const float* mean, const float* rstd, float* dx, float* dbias,
+                              float* dweight, float* dshift) {
   const Parameters parameters = {bias, weight, shift};
   const bool wanted = dbias != nullptr;
   if (relu && wanted) {
-    backward<true, true>(shape, parameter_stride, grad_stride, dy, x, parameters, mean, rstd, dx, dbias,
-                         dweight, dshift);
+    backward<true, true>(shape, bias_stride, parameter_stride, dbias_stride, grad_stride, dy, x, parameters,
+                         mean, rstd, dx, dbias, dweight, dshift);
   } else if (relu) {
-    backward<true, false>(shape, parameter_stride, grad_stride, dy, x, parameters, mean, rstd, dx, dbias,
-                          dweight, dshift);
+    backward<true, false>(shape, bias_stride, parameter_stride, dbias_stride, grad_stride, dy, x, parameters,
+                          mean, rstd, dx, dbias, dweight, dshift);
   } else if (wanted) {
-    backward<false, true>(shape, parameter_stride, grad_stride, dy, x, parameters, mean, rstd, dx, dbias,
-                          dweight, dshift);
+    backward<false, true>(shape, bias_stride, parameter_stride, dbias_stride, grad_stride, dy, x, parameters,
+                          mean, rstd, dx, dbias, dweight, dshift);
   } else {
-    backward<false, false>(shape, parameter_stride, grad_stride, dy, x, parameters, mean, rstd, dx, dbias,
-                           dweight, dshift);
+    backward<false, false>(shape, bias_stride, parameter_stride, dbias_stride, grad_stride, dy, x, parameters,
+                           mean, rstd, dx, dbias, dweight, dshift);
   }
 }
 

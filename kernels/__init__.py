@@ -10,10 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import reference
-from .bronet import bronet
-from .bronet_plan import Arrays as Arrays
-from .bronet_plan import BroNetPlan as BroNetPlan
+from .network import bronet, bronet_stages, network
 from .runtime.dispatch import use
+from .stages import Pass, Plan, Stage
 
 if TYPE_CHECKING:
     from .categorical import (
@@ -50,9 +49,13 @@ FAMILIES = (
     "gather",
 )
 __all__ = [
+    "Pass",
+    "Plan",
+    "Stage",
     "adamw_",
     "bias_layer_norm",
     "bronet",
+    "bronet_stages",
     "categorical_bellman_loss",
     "categorical_bellman_loss_and_gradient",
     "categorical_cross_entropy",
@@ -65,6 +68,7 @@ __all__ = [
     "hl_gauss",
     "hl_gauss_cross_entropy",
     "n_step_rewards",
+    "network",
     "normalized_embedding",
     "normalized_embedding_backward",
     "pack_inputs",

@@ -22,22 +22,32 @@ Twin:    reference.bias_layer_norm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .passes_plain import Call, Pass
+from .passes_plain import Norm as PlainNorm
 from .runtime.dispatch import launch, takes_kernels
 from .runtime.language import jit, tl, triton
 from .runtime.library import Op
-from .runtime.rows import rows_of
+from .runtime.rows import rows_of, spaced
 from .runtime.tables import configuration, next_power_of_2, processors
 from .runtime.twins import twin
 from .tools.cases import Case
 
-__all__ = ["backward_into", "bias_layer_norm", "forward_into", "partial_shape", "reduce_partials"]
+__all__ = [
+    "PASSES",
+    "backward_into",
+    "bias_layer_norm",
+    "forward_into",
+    "partial_shape",
+    "reduce_partials",
+]
 
 
 @jit
@@ -441,51 +451,70 @@ def reduce_partials(
     launch(_norm_reduce_kernel, grid, partials, out, rows, sums, *strides, S, W, N, H, L, B, K, **config)
 
 
-BATCHED = True  # for _stacked: square layers' gradients are one product, sums over rows one launch at the end
-
-
-def partials(layers: int, networks: int, rows: int, width: int, like: Tensor) -> Tensor:
-    """Partial sums of all layers, for `norm_backward`."""
+def partials(stages: int, networks: int, rows: int, width: int, like: Tensor) -> Tensor:
+    """Partial sums of several stages: [L, S, 3, N, H]."""
     shape = partial_shape(networks, rows, width, like.dtype, like.device)
-    return like.new_empty(layers, *shape, dtype=_computed(like.dtype))
+    return like.new_empty(stages, *shape, dtype=_computed(like.dtype))
 
 
-def forward_arguments(*tensors: Any) -> tuple[Any, ...]:
-    """Of `norm_forward`: the same."""
-    return tensors
-
-
-backward_arguments = forward_arguments
-
-
-def norm_forward(
-    x: Tensor,
-    bias: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    relu: bool,
-    y: Tensor,
-    stats: Tensor,
+def reduce(
+    pieces: Tensor, vectors: Sequence[Sequence[Tensor]], rows: Tensor | None, sums: Tensor | None
 ) -> None:
-    """`forward_into` with the eps of a BroNet."""
-    forward_into(x, bias, weight, shift, residual, relu, reference.EPS, y, stats)
+    """`reduce_partials` into the vectors of each stage, bias (or none), weight and shift [N, H]: one launch
+    where these lie at equal distances."""
+    layers = [spaced(each) for each in vectors]
+    whole = None if None in layers else spaced([x for x in layers if x is not None])
+    if whole is not None and whole.shape[1] == 3:
+        reduce_partials(pieces, whole, rows, sums)
+        return
+    out = torch.empty(len(pieces), *pieces.shape[2:], dtype=vectors[0][0].dtype, device=pieces.device)
+    reduce_partials(pieces, out, rows, sums)
+    for total, into in zip(out, vectors, strict=True):
+        for place, x in zip(into, total[-len(into) :], strict=True):
+            place.copy_(x)
 
 
-def norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    bias: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    relu: bool,
-    stats: Tensor,
-    dx: Tensor,
-    partial: Tensor | None,
-    into: Tensor | None,
-) -> None:
-    """`backward_into`; `reduce_partials` fills `into` later."""
-    backward_into(dy, x, bias, weight, shift, relu, stats, dx, partial)
+class Norm(PlainNorm):
+    """See passes_plain.Norm; gradients of the vectors are left as `partials`."""
+
+    partial_sums = True
+
+    def _vectors(self, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        bias, weight, shift = self.split(vectors)
+        if bias is None:
+            bias = weight.new_zeros(weight.shape[1]).expand_as(weight)
+        return bias, weight, shift
+
+    def forward(
+        self,
+        product: Tensor,
+        vectors: Sequence[Tensor],
+        added: Tensor | None,
+        relu: bool,
+        out: Tensor,
+        stats: Tensor | None,
+    ) -> Call:
+        assert stats is not None
+        vectors = self._vectors(vectors)
+        return partial(forward_into, product, *vectors, added, relu, reference.EPS, out, stats)
+
+    def backward(
+        self,
+        dout: Tensor,
+        product: Tensor,
+        vectors: Sequence[Tensor],
+        relu: bool,
+        out: Tensor,
+        stats: Tensor | None,
+        dproduct: Tensor,
+        into: Sequence[Tensor] | None,
+        pieces: Tensor | None,
+    ) -> Call:
+        assert stats is not None
+        return partial(backward_into, dout, product, *self._vectors(vectors), relu, stats, dproduct, pieces)
+
+
+PASSES: dict[str, Pass] = {"norm": Norm(), "layer_norm": Norm(bias=False)}
 
 
 def _stacked(x: Tensor, parameter: Tensor) -> Tensor:

@@ -7,12 +7,15 @@ A leading [E] axis on parameters means stacked networks; without it the same cod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from .stages import Stage
 
 Projection = Callable[[Tensor, Tensor, float], Tensor]
 EPS = 1e-6  # of every LayerNorm
@@ -92,6 +95,36 @@ def bronet(x: Tensor, *parameters: Tensor) -> Tensor:
         kernel, bias, weight, shift = second
         x = bias_layer_norm(torch.matmul(hidden, kernel), bias, weight, shift, residual=x)
     return torch.baddbmm(head_bias.to(x.dtype).unsqueeze(1), x, head_kernel)
+
+
+def network(x: Tensor, stages: Sequence[Stage], parameters: Mapping[str, Tensor]) -> Tensor:
+    """N stacked networks of these stages (kernels.stages), each a product, its pass and what is added.
+
+    Args:
+        x: [B, I], shared by all networks, or [N, B, I].
+        parameters: by name, kernels [N, inputs, outputs] and vectors [N, outputs].
+    Returns:
+        [N, B, K].
+    """
+    values = [x]
+    for name, _, reads, after, relu, adds, product in stages:
+        given = {
+            vector: parameters.get(f"{name}.{vector}") for vector in ("bias", "norm_weight", "norm_bias")
+        }
+        y = torch.matmul(values[reads], parameters[f"{name}.kernel"]) if product else values[reads]
+        bias, weight, shift = given.values()
+        if after == "bias":
+            assert bias is not None
+            y = y + bias.to(y.dtype).unsqueeze(1)
+            y = y.relu() if relu else y
+        else:
+            assert weight is not None
+            assert shift is not None
+            bias = torch.zeros_like(weight) if bias is None else bias
+            y = y.expand(len(weight), *y.shape[-2:])
+            y = bias_layer_norm(y, bias, weight, shift, relu=relu)
+        values.append(y if adds is None else values[adds] + y)
+    return values[-1]
 
 
 def categorical_projection(probs: Tensor, positions: Tensor, v_max: float) -> Tensor:

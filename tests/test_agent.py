@@ -54,7 +54,7 @@ def test_every_parameter_of_every_network_moves_in_one_update() -> None:
 def test_each_update_changes_its_own_network_and_the_critics_its_target() -> None:
     agent = BRC(5, 2, 3, **SMALL)
     batch = batches(1, 32, 5, 2, 3).update(0)
-    samples = agent.passes(batch).samples(batch, torch.randn(2, 32, 2))
+    samples = agent.plans(batch).samples(batch, torch.randn(2, 32, 2))
     flats = {
         "critic": agent.critic_optimizer.flat,
         "target": agent.critic_optimizer.target,
@@ -197,7 +197,7 @@ def test_the_entropy_per_task_is_the_mean_over_that_tasks_rows() -> None:
     entropies = agent.entropy_per_task(batch)
     assert entropies.shape == (3,)
     assert entropies[2] == 0.0
-    *_, sample = agent.passes(batch).samples(batch, torch.randn(2, 4000, 2))
+    *_, sample = agent.plans(batch).samples(batch, torch.randn(2, 4000, 2))
     rows = batch.task_ids.bincount(minlength=3) / 4000
     assert (entropies * rows).sum().item() == pytest.approx(-sample.log_probs.mean().item(), rel=0.05)
 
@@ -208,7 +208,7 @@ def test_injected_noise_decides_the_update() -> None:
     noise = Noise(torch.randn(1, 16, 2), torch.randn(1, 16, 2))
     torch.randn(7)
     one.update(data, noise)
-    two._normal(torch.Size([3]))  # the agent's own generator plays no part
+    two.normal(3)  # the agent's own generator plays no part
     two.update(data, noise)
     assert torch.equal(one.actor_optimizer.flat, two.actor_optimizer.flat)
 

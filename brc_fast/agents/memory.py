@@ -83,8 +83,8 @@ def plan_memory(config: TrainConfig, observation_size: int, action_size: int, de
         field(observation_size),
         field(dtype=torch.int64),
     )
-    passes = agent.passes(batches.update(0))
-    kept = sum(plan.bytes(device) for plan in (passes.actor, passes.critics, passes.critic))
+    plans = agent.plans(batches.update(0))
+    kept = sum(plan.bytes(device) for plan in plans.all())
     cuda = torch.device(device).type == "cuda"
     return MemoryPlan(
         parameters, state, kept, (2 if cuda else 1) * bytes_of(*batches), LIBRARIES if cuda else 0

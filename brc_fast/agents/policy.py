@@ -1,13 +1,85 @@
-"""Acting with a policy that lags behind the learner, so that both may run at once."""
+"""Acting, with the newest policy or with one that lags behind the learner, so that both may run at once."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from .brc import BRC
+from brc_fast import kernels
+from brc_fast.batch import Batch
+from brc_fast.nn.modules import Actor, Critic
+
+if TYPE_CHECKING:
+    from .brc import BRC
+
+
+class Acting:
+    """What an agent with a tanh-Gaussian policy and a critic gives to whoever steps environments."""
+
+    actor: Actor
+    critic: Critic
+    action_size: int
+    num_tasks: int
+    device: str
+    dtype: torch.dtype
+    generator: Generator
+
+    normal: Callable[..., Tensor]
+
+    def policy(
+        self,
+        observations: Tensor,
+        task_ids: Tensor | None = None,
+        lagged: tuple[Actor, Tensor | None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and raw log-std [B, A]; the online critic's embedding is read, and gets no gradient."""
+        table = None if self.critic.table is None else self.critic.table.detach()
+        actor, table = (self.actor, table) if lagged is None else lagged
+        x = kernels.pack_inputs(observations, None, table, task_ids, self.critic.embedding_norm)
+        return actor(x, task_ids)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def act(
+        self,
+        observations: Tensor,
+        task_ids: Tensor | None = None,
+        deterministic: bool = False,
+        lagged: tuple[Actor, Tensor | None] | None = None,
+    ) -> Tensor:
+        """Actions [N, A] in [-1, 1] for observations [N, O]: a sample, or the mean's tanh.
+
+        Args:
+            task_ids: [N] int64, in [0, T), on the agent's device like observations; needed with T > 1.
+            lagged: the actor and embedding to act with in place of the newest (LaggedPolicy).
+        """
+        mean, raw_log_std = self.policy(observations, task_ids, lagged)
+        if deterministic:
+            return mean.tanh()
+        return kernels.tanh_gaussian(mean, raw_log_std, self.normal(*mean.shape))[0]
+
+    def random_actions(self, number: int) -> Tensor:
+        """Uniform actions [number, A] in [-1, 1]."""
+        shape = (number, self.action_size)
+        return torch.rand(shape, generator=self.generator, device=self.device, dtype=self.dtype) * 2.0 - 1.0
+
+    @torch.no_grad()
+    def value(self, observations: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        """Q of the mean action, averaged over members, in units of the scaled return: [N, O] -> [N]."""
+        actions = self.act(observations, task_ids, deterministic=True)
+        return self.critic.values(observations, actions, task_ids).mean(0)
+
+    @torch.no_grad()
+    def entropy_per_task(self, batch: Batch) -> Tensor:
+        """Mean of -log pi over a batch's rows of each task, [T]; zero for a task without rows."""
+        mean, raw_log_std = self.policy(batch.observations, batch.task_ids)
+        log_probs = kernels.tanh_gaussian(mean, raw_log_std, self.normal(*mean.shape))[1]
+        total = torch.zeros(self.num_tasks, device=mean.device, dtype=mean.dtype)
+        rows = total.clone().index_add_(0, batch.task_ids, torch.ones_like(log_probs))
+        return total.index_add_(0, batch.task_ids, -log_probs) / rows.clamp_min(1)
 
 
 class LaggedPolicy:
@@ -16,7 +88,7 @@ class LaggedPolicy:
     def __init__(self, agent: BRC) -> None:
         self.agent = agent
         self.actor = copy.deepcopy(agent.actor).requires_grad_(False)
-        table = agent.critic.embedding
+        table = agent.critic.table
         self.table = None if table is None else table.detach().clone()
         self._taken = agent.updates.event()
 
@@ -26,8 +98,9 @@ class LaggedPolicy:
         for mine, newest in zip(self.actor.parameters(), self.agent.actor.parameters(), strict=True):
             mine.copy_(newest)
         if self.table is not None:
-            assert self.agent.critic.embedding is not None
-            self.table.copy_(self.agent.critic.embedding)
+            newest = self.agent.critic.table
+            assert newest is not None
+            self.table.copy_(newest)
         if self._taken is not None:
             self._taken.record(torch.cuda.current_stream(self.agent.device))
 

@@ -7,26 +7,15 @@ network's gradient is one piece of memory. Modules keep their names and shapes: 
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from brc_fast import kernels
+from .layout import BODY, Layout
 
-ALIGNMENT = 64  # elements between the starts of arrays: 128 bytes in bfloat16
 GONE = "{} is no parameter of its module any more, but it is trained: put it back, or make a new agent"
-
-
-class Body(Protocol):
-    """A module of stacked networks whose passes take `kernels.Arrays`; BroNet is the first."""
-
-    def flat_shapes(self) -> dict[str, tuple[int, ...]]: ...
-    def named(self, arrays: kernels.Arrays) -> dict[str, Tensor]: ...
-    def padding(self, arrays: kernels.Arrays) -> list[Tensor]: ...
 
 
 class _Refresh:
@@ -49,9 +38,9 @@ class FlatNetworks:
     """E networks of one module, and as many of each copy of it, in buffers [C * E, P].
 
     Args:
-        modules: the module that learns, then its copies (a target). Each has its stacked networks in `body`;
-            what else it owns, which all its networks share, lies in the row of the first. They must have
-            their device and dtype: moving them later would leave the buffers behind.
+        modules: the module that learns, then its copies (a target). Each has its stacked networks in `body`
+            (nn.modules.Body); what else it owns, which all its networks share, lies in the row of the first.
+            They must have their device and dtype: moving them later would leave the buffers behind.
         low: the dtype of copies for matrix products and of gradients; None for that of the parameters.
 
     Attributes:
@@ -61,26 +50,22 @@ class FlatNetworks:
 
     def __init__(self, modules: Sequence[nn.Module], low: torch.dtype | None = None) -> None:
         online = modules[0]
-        self.body: Body | None = getattr(online, "body", None)
         parameters = dict(online.named_parameters())
         like = next(iter(parameters.values())).detach()
-        self.members = 1 if self.body is None else parameters["body.head.bias"].shape[0]
+        body = getattr(online, "body", None)
+        stages, inputs, self.members = (
+            ((), 0, 1) if body is None else (body.stages, body.inputs, body.members)
+        )
         self._names = list(parameters)
-        self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
-        size = 0
-        shared = {name: tuple(p.shape) for name, p in parameters.items() if not name.startswith("body.")}
-        stacked = {} if self.body is None else self.body.flat_shapes()
-        for name, shape in (stacked | shared).items():
-            self._places[name] = size, shape
-            size += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
-        self._shared = list(shared)
-        self.master = like.new_zeros(len(modules) * self.members, size)
+        shared = {name: tuple(p.shape) for name, p in parameters.items() if not name.startswith(BODY)}
+        self.layout = Layout(stages, inputs, shared)
+        self.master = like.new_zeros(len(modules) * self.members, self.layout.size)
         self._modules = tuple(modules)
         self._find()
         self._take_over()
         self._seen, self._address = self._marks(), self.master.data_ptr()
         self.low = None if low is None else self.master.to(low)
-        self.grad = self.master.new_zeros(self.members, size, dtype=low)
+        self.grad = self.master.new_zeros(self.members, self.layout.size, dtype=low)
         for module in modules:
             module.register_load_state_dict_post_hook(_Refresh(self))  # type: ignore[no-untyped-call]
 
@@ -180,45 +165,26 @@ class FlatNetworks:
         """Renew the low-precision copies after parameters were set from outside, and the padding, to which
         a gradient that is not finite spreads."""
         self._take_over()
-        for view in () if self.body is None else self.body.padding(self.arrays(self.master)):
+        for view in self.layout.padding(self.master):
             view.zero_()
         if self.low is not None:
             self.low.copy_(self.master)
 
-    def part(self, rows: Tensor, name: str) -> Tensor:
-        """Array `name` of each row: [N, *shape]."""
-        offset, shape = self._places[name]
-        return rows[:, offset : offset + math.prod(shape)].view(len(rows), *shape)
-
-    def arrays(self, rows: Tensor) -> kernels.Arrays:
-        """What rows [N, P] hold of the body."""
-        first, square, vectors, head, bias = (self.part(rows, name) for name in kernels.Arrays._fields)
-        return kernels.Arrays(first, square.transpose(0, 1), vectors.permute(1, 2, 0, 3), head, bias)
-
     def named(self, rows: Tensor) -> dict[str, Tensor]:
-        """What rows [E, P] of one module hold, by the names and in the shapes of its parameters."""
-        views = {name: self.part(rows, name)[0] for name in self._shared}
-        if self.body is not None:
-            views |= {f"body.{name}": view for name, view in self.body.named(self.arrays(rows)).items()}
+        """What rows [E, P] of one module hold, in the order of its parameters."""
+        views = self.layout.views(rows)
         return {name: views[name] for name in self._names}
 
-    def ordered(self, modules: int) -> list[Tensor]:
-        """Parameters for passes over the networks of the first modules, as `kernels.bronet` takes them:
-        kernels and the head from the low-precision copy where there is one, vectors from the master."""
-        rows = self.master[: modules * self.members]
-        arrays = self.arrays(rows)
+    def body(self, modules: int) -> dict[str, Tensor]:
+        """Parameters for a `kernels.Plan` over the networks of the first modules: what products take from the
+        low-precision copy where there is one, the rest from the master."""
+        rows = slice(modules * self.members)
+        out = self.layout.body(self.master[rows])
         if self.low is not None:
-            arrays = self.arrays(self.low[: modules * self.members])._replace(vectors=arrays.vectors)
-        return arrays.ordered()
+            low = self.layout.body(self.low[rows])
+            out |= {name: low[name] for name in self.layout.multiplied}
+        return out
 
-    def compact(self, rows: Tensor) -> Tensor:
-        """Rows [E, P] without padding, parameter by parameter: [P']."""
-        return torch.cat([view.reshape(-1) for view in self.named(rows).values()])
-
-    def expand(self, compact: Tensor, rows: Tensor) -> None:
-        """The inverse of `compact`, into rows [E, P]."""
-        rows.zero_()
-        start = 0
-        for view in self.named(rows).values():
-            view.copy_(compact[start : start + view.numel()].view_as(view))
-            start += view.numel()
+    def gradients(self) -> dict[str, Tensor]:
+        """Those of the first module's body, for a `kernels.Plan`."""
+        return self.layout.body(self.grad)

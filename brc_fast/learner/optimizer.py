@@ -99,13 +99,24 @@ class FlatAdamW:
         return kernels.reference.ScalarAdam(param, exp_avg, exp_avg_sq, self.step_count, *rule)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments without padding, parameter by parameter, [P'] each, and the steps made."""
-        rows, compact = self.networks.grad.shape, self.networks.compact
-        moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return {name: compact(m.view(rows)) for name, m in moments.items()} | {"step": self.step_count}
+        """Moments by the parameters' names, `exp_avg/NAME` and `exp_avg_sq/NAME`, and the steps made."""
+        state = {"step": self.step_count}
+        for moment, views in self._moments().items():
+            state |= {f"{moment}/{name}": view for name, view in views.items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        rows = self.networks.grad.shape
-        self.networks.expand(state["exp_avg"], self.exp_avg.view(rows))
-        self.networks.expand(state["exp_avg_sq"], self.exp_avg_sq.view(rows))
+        for moment, views in self._moments().items():
+            for name, view in views.items():
+                view.copy_(state[f"{moment}/{name}"])
+        for moment in (self.exp_avg, self.exp_avg_sq):
+            for view in self.networks.layout.padding(moment.view(self.networks.grad.shape)):
+                view.zero_()
         self.step_count.copy_(state["step"])
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        rows, named = self.networks.grad.shape, self.networks.named
+        return {
+            "exp_avg": named(self.exp_avg.view(rows)),
+            "exp_avg_sq": named(self.exp_avg_sq.view(rows)),
+        }

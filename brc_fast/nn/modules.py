@@ -1,13 +1,14 @@
-"""BroNet, the critic ensemble, the tanh-Gaussian policy and the task embedding.
+"""Stacked networks, the critic ensemble, the tanh-Gaussian policy and its temperature.
 
 Parameters of stacked networks carry a leading axis [E]; a kernel is [E, in, out]. Equations live with the
-ops in `brc_fast.kernels`; here they are only put together.
+ops in `brc_fast.kernels` and in nn.bodies and nn.losses; here they are only put together.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from numbers import Integral
 from typing import Any, Self
 
@@ -16,14 +17,11 @@ from torch import Generator, Tensor, nn
 
 from brc_fast import kernels
 from brc_fast.config import ActorConfig, CriticConfig
+from brc_fast.kernels.stages import Stages, check_stages, shapes_of
 
-PAD = 8  # elements: rows of 16 bytes in bfloat16, which the fast matrix products want
+from . import bodies, conditioning, losses
+
 GAIN = math.sqrt(2.0)  # of every orthogonal kernel but the log-std head's, which the authors start at 1
-
-
-def padded(size: int) -> int:
-    """The next multiple of PAD."""
-    return -(-size // PAD) * PAD
 
 
 def _orthogonal(shape: tuple[int, ...], gain: float, generator: Generator | None) -> Tensor:
@@ -34,27 +32,76 @@ def _orthogonal(shape: tuple[int, ...], gain: float, generator: Generator | None
     return kernel
 
 
-class NormedLinear(nn.Module):
-    """Parameters of one layer `LayerNorm(x W + b)`: kernel [E, I, H] and three vectors [E, H]."""
+class Layer(nn.Module):
+    """Parameters of one stage: kernel [E, I, H], and vectors [E, H], of which `norm_weight` starts at 1."""
 
-    def __init__(self, members: int, inputs: int, width: int, generator: Generator | None) -> None:
+    def __init__(self, kernel: Tensor | None, vectors: dict[str, tuple[int, int]]) -> None:
         super().__init__()
-        self.kernel = nn.Parameter(_orthogonal((members, inputs, width), GAIN, generator))
-        self.bias = nn.Parameter(torch.zeros(members, width))
-        self.norm_weight = nn.Parameter(torch.ones(members, width))
-        self.norm_bias = nn.Parameter(torch.zeros(members, width))
+        if kernel is not None:
+            self.kernel = nn.Parameter(kernel)
+        for name, shape in vectors.items():
+            start = torch.ones if name == "norm_weight" else torch.zeros
+            self.register_parameter(name, nn.Parameter(start(shape)))
 
 
-class Head(nn.Module):
-    """Parameters of the linear head: kernel [E, H, outputs] and bias [E, outputs]."""
+class Body(nn.Module):
+    """E stacked networks of any stages, one `Layer` for each, under its name.
 
-    def __init__(self, kernel: Tensor) -> None:
+    Shapes: [B, I], shared by all networks, or [E, B, I] -> [E, B, outputs].
+
+    Args:
+        stages: see kernels.Stage. inputs: I. members: E.
+        head: the first kernel of the head, [E, H, outputs]; orthogonal, as all others, when not given.
+        generator: draws the first weights; without it torch's own does (torch.manual_seed).
+    Raises:
+        ValueError for stages that are no network.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        inputs: int,
+        *,
+        members: int = 2,
+        head: Tensor | None = None,
+        generator: Generator | None = None,
+    ) -> None:
         super().__init__()
-        self.kernel = nn.Parameter(kernel)
-        self.bias = nn.Parameter(torch.zeros(kernel.shape[0], kernel.shape[-1]))
+        check_stages(tuple(stages))
+        self.stages, self.inputs, self.members = tuple(stages), inputs, members
+        shapes, last = shapes_of(self.stages, inputs), self.stages[-1].name
+        if head is None:
+            head = _orthogonal((members, *shapes[f"{last}.kernel"]), GAIN, generator)
+        for stage in self.stages:
+            own = {n.rpartition(".")[2]: s for n, s in shapes.items() if n.rpartition(".")[0] == stage.name}
+            shape = own.pop("kernel", None)
+            kernel = head if stage.name == last else None
+            if kernel is None and shape is not None:
+                kernel = _orthogonal((members, *shape), GAIN, generator)
+            layer = Layer(kernel, {name: (members, *size) for name, size in own.items()})
+            self._place(stage.name.split("."), layer)
+
+    def _place(self, path: list[str], layer: Layer) -> None:
+        """As the submodule of this name; where names are numbers, in a list."""
+        parent: nn.Module = self
+        for name, below in pairwise(path):
+            if name not in parent._modules:
+                parent.add_module(name, nn.ModuleList() if below == "0" else nn.Module())
+            child = parent._modules[name]
+            assert child is not None
+            parent = child
+        parent.add_module(path[-1], layer)
+
+    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
+        """`frozen` parameters get no gradient; the input still does."""
+        # looked up at each call: torch.func and a load may put others in place
+        parameters = dict(self.named_parameters())
+        if frozen:
+            parameters = {name: p.detach() for name, p in parameters.items()}
+        return kernels.network(x, self.stages, parameters)
 
 
-class BroNet(nn.Module):
+class BroNet(Body):
     """E stacked residual LayerNorm networks with a linear head.
 
         x = relu(LN(x W0 + b0));   `depth` times:  x = x + LN(relu(LN(x W1 + b1)) W2 + b2);   head
@@ -68,8 +115,6 @@ class BroNet(nn.Module):
     Source: Nauman et al. 2024, arXiv:2405.16158.
     """
 
-    plan = kernels.BroNetPlan  # its passes without autograd, for a learner
-
     def __init__(
         self,
         inputs: int,
@@ -80,49 +125,10 @@ class BroNet(nn.Module):
         members: int = 2,
         generator: Generator | None = None,
     ) -> None:
-        super().__init__()
-        if isinstance(head, int):
-            head = _orthogonal((members, width, head), GAIN, generator)
-        self.input = NormedLinear(members, inputs, width, generator)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(NormedLinear(members, width, width, generator) for _ in range(2))
-            for _ in range(depth)
-        )
-        self.head = Head(head)
-
-    def flat_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What one network takes in a flat buffer, by name of `kernels.Arrays`; rows of products are padded
-        to PAD elements: of the first kernel as many rows as its input has, of the head as many columns."""
-        _, inputs, width = self.input.kernel.shape
-        layers, outputs = 1 + 2 * len(self.blocks), padded(self.head.kernel.shape[-1])
-        return {
-            "first": (padded(inputs), width),
-            "square": (layers - 1, width, width),
-            "vectors": (layers, 3, width),
-            "head": (width, outputs),
-            "bias": (outputs,),
-        }
-
-    def padding(self, arrays: kernels.Arrays) -> list[Tensor]:
-        """The views of `arrays` that belong to no parameter, and are zero."""
-        inputs, outputs = self.input.kernel.shape[1], self.head.kernel.shape[-1]
-        return [arrays.first[:, inputs:], arrays.head[..., outputs:], arrays.bias[:, outputs:]]
-
-    def named(self, arrays: kernels.Arrays) -> dict[str, Tensor]:
-        """The views of `arrays` that are this module's parameters, in the order of `named_parameters`."""
-        inputs, outputs = self.input.kernel.shape[1], self.head.kernel.shape[-1]
-        first, *rest = arrays.ordered()
-        values = [first[:, :inputs], *rest[:-2], rest[-2][..., :outputs], rest[-1][..., :outputs]]
-        return dict(zip((name for name, _ in self.named_parameters()), values, strict=True))
-
-    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """`frozen` parameters get no gradient; the input still does."""
-        parameters: list[Tensor] = []  # looked up at each call: torch.func and a load may put others in place
-        layers = (layer for block in self.blocks for layer in block)  # type: ignore[attr-defined]
-        for layer in (self.input, *layers):
-            parameters += (layer.kernel, layer.bias, layer.norm_weight, layer.norm_bias)
-        parameters += (self.head.kernel, self.head.bias)
-        return kernels.bronet(x, *([p.detach() for p in parameters] if frozen else parameters))
+        outputs = head if isinstance(head, int) else head.shape[-1]
+        kernel = None if isinstance(head, int) else head
+        stages = bodies.bronet(width, depth, outputs)
+        super().__init__(stages, inputs, members=members, head=kernel, generator=generator)
 
 
 class Critic(nn.Module):
@@ -133,14 +139,17 @@ class Critic(nn.Module):
 
     Args:
         observation_size: O. action_size: A. num_tasks: T.
-        config: sizes, and v_max: scale rewards so that returns lie within [-v_max, v_max], the support.
+        config: sizes, the body, the loss (with "mse" K = 1, the value itself), how tasks are told apart, and
+            v_max: scale rewards so that returns lie within [-v_max, v_max], the support.
         generator: draws the first weights; without it torch's own does (torch.manual_seed).
     Attributes:
-        atoms: [K], evenly spaced over the support.
+        atoms: [K], evenly spaced over the support; None with "mse".
+        embedding: [T, D], trained, of conditioning "embedding" with several tasks; else None.
     Source: Nauman et al. 2025, arXiv:2505.23150.
     """
 
-    atoms: Tensor
+    atoms: Tensor | None
+    task_columns: Tensor | None
 
     def __init__(
         self,
@@ -157,37 +166,35 @@ class Critic(nn.Module):
             if not isinstance(size, Integral) or size < 1:
                 raise ValueError(f"{name} must be a positive integer, got {size!r}")
         self.config = config = CriticConfig() if config is None else config
-        inputs = observation_size + action_size + (config.embedding_size if num_tasks > 1 else 0)
-        self.body = BroNet(
-            inputs,
-            config.num_atoms,
-            width=config.width,
-            depth=config.depth,
-            members=config.members,
-            generator=generator,
-        )
-        self.register_buffer("atoms", self._support(), persistent=False)
-        self.embedding = None
-        if num_tasks > 1:
-            rows = torch.empty(num_tasks, config.embedding_size)
-            if not rows.is_meta:
-                rows.normal_(generator=generator).div_(math.sqrt(config.embedding_size))
-            self.embedding = nn.Parameter(rows)
+        self.loss, self.conditioning = losses.make(config), conditioning.make(config, num_tasks)
+        heads, outputs, members = self.conditioning.heads, self.loss.outputs, config.members
+        inputs = observation_size + action_size + self.conditioning.columns
+        stages = bodies.make(config.body, config.width, config.depth, heads * outputs)
+        reads = shapes_of(stages, inputs)[f"{stages[-1].name}.kernel"][0]
+        each = [_orthogonal((members, reads, outputs), GAIN, generator) for _ in range(heads)]
+        self.body = Body(stages, inputs, members=members, head=torch.cat(each, -1), generator=generator)
+        self.register_buffer("atoms", self.loss.support(None, None), persistent=False)
+        table = self.conditioning.table(generator)
+        self.embedding = nn.Parameter(table) if table is not None and self.conditioning.trained else None
+        fixed = None if self.conditioning.trained else table
+        self.register_buffer("task_columns", fixed, persistent=False)
+
+    @property
+    def table(self) -> Tensor | None:
+        """What goes into the inputs for each task, [T, columns], where anything does."""
+        return self.task_columns if self.embedding is None else self.embedding
 
     @property
     def embedding_norm(self) -> str:
         """How rows of the embedding are normalized; that of the config."""
         return self.config.embedding_norm
 
-    def _support(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        v_max, atoms = self.config.v_max, self.config.num_atoms
-        return torch.linspace(-v_max, v_max, atoms, device=device, dtype=dtype)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Of `to`, `double` and their like. Atoms are evenly spaced in any dtype, in float32 or more."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        dtype = torch.promote_types(self.atoms.dtype, torch.float32)
-        self.atoms = self._support(self.atoms.device, dtype)
+        if self.atoms is not None:
+            dtype = torch.promote_types(self.atoms.dtype, torch.float32)
+            self.atoms = self.loss.support(self.atoms.device, dtype)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -199,20 +206,20 @@ class Critic(nn.Module):
     def forward(
         self, observations: Tensor, actions: Tensor, task_ids: Tensor | None = None, frozen: bool = False
     ) -> Tensor:
-        """Logits [E, B, K] of observations [B, O], actions [B, A], task_ids [B]; see `BroNet.forward`."""
+        """Logits [E, B, K] of observations [B, O], actions [B, A], task_ids [B]; see `Body.forward`."""
         for (name, size), x in zip(self.sizes.items(), (observations, actions), strict=True):
             if x.shape[-1:] != (size,):
                 raise ValueError(f"{name} must have shape [B, {size}], got {list(x.shape)}")
-        table = self.embedding.detach() if frozen and self.embedding is not None else self.embedding
+        table = self.table.detach() if frozen and self.table is not None else self.table
         x = kernels.pack_inputs(observations, actions, table, task_ids, self.embedding_norm)
-        return self.body(x, frozen)  # type: ignore[no-any-return]
+        return self.conditioning.choose(self.body(x, frozen), task_ids, self.loss.outputs)
 
     def values(
         self, observations: Tensor, actions: Tensor, task_ids: Tensor | None = None, frozen: bool = False
     ) -> Tensor:
         """Q [E, B], the mean of each member's distribution, in units of the scaled return. `frozen`, for the
         loss of an actor: gradients reach the actions and no parameter."""
-        return kernels.expected_value(self(observations, actions, task_ids, frozen), self.atoms)
+        return self.loss.values(self(observations, actions, task_ids, frozen), self.atoms)
 
     def bellman_loss(
         self,
@@ -232,7 +239,8 @@ class Critic(nn.Module):
 
             y = r + discount (Z'(s', a') - temperature log pi(a'|s')),   cross-entropy of its projection
 
-        Z' is the mean of the target's members, which get no gradient. `.mean(-1).sum()` is the loss of BRC.
+        Z' is the mean of the target's members, which get no gradient; with the loss "mse" it is their value,
+        and the loss the squared error. `.mean(-1).sum()` is the loss of BRC.
 
         Args:
             target: a critic of the same sizes, as copy.deepcopy gives it; see `soft_update_`.
@@ -247,10 +255,13 @@ class Critic(nn.Module):
             ValueError for shapes, or a target's support, that do not fit; TypeError for a number in the place
             of a tensor.
         """
-        rows, own = observations.shape[0], (self.config.num_atoms, self.config.v_max)
-        if isinstance(target, Critic) and own != (other := (target.config.num_atoms, target.config.v_max)):
-            told = "the (num_atoms, v_max) of this critic"
-            raise ValueError(f"target must have {told}, {own}, got {other}")
+        rows = observations.shape[0]
+        if isinstance(target, Critic):
+            names = ("loss", "num_atoms", "v_max")
+            own, other = (tuple(getattr(c.config, name) for name in names) for c in (self, target))
+            if own != other:
+                told = "the (loss, num_atoms, v_max) of this critic"
+                raise ValueError(f"target must have {told}, {own}, got {other}")
         for name, x in (("rewards", rewards), ("discounts", discounts)):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a tensor [B], got {type(x).__name__}")
@@ -262,8 +273,8 @@ class Critic(nn.Module):
         with torch.no_grad():
             next_logits = target(next_observations, next_actions, task_ids)
         logits = self(observations, actions, task_ids)
-        rest = next_log_probs, temperature, self.atoms, self.config.v_max
-        return kernels.categorical_bellman_loss(logits, next_logits, rewards, discounts, *rest)
+        given = rewards, discounts, next_log_probs, temperature
+        return self.loss.bellman(logits, next_logits, *given, self.atoms)
 
     @torch.no_grad()
     def soft_update_(self, online: Critic, tau: float) -> None:
@@ -280,31 +291,35 @@ class Temperature(nn.Module):
 
 
 class Actor(nn.Module):
-    """Tanh-Gaussian policy over [observation, task embedding]; the embedding is the online critic's.
+    """Tanh-Gaussian policy over [observation, task columns]; these are the online critic's.
 
     Args:
-        observation_size: O. action_size: A. embedding_size: D, 0 with one task.
-        config: width and depth of its BroNet. generator: draws the first weights.
+        observation_size: O. action_size: A.
+        config: body, width and depth. generator: draws the first weights.
+        tasks: how it tells tasks apart: as its critic does.
     """
 
     def __init__(
         self,
         observation_size: int,
         action_size: int,
-        embedding_size: int,
         config: ActorConfig,
-        generator: Generator,
+        tasks: conditioning.Conditioning,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__()
-        mean = _orthogonal((1, config.width, action_size), GAIN, generator)
-        log_std = _orthogonal((1, config.width, action_size), 1.0, generator)
-        head = torch.cat([mean, log_std], -1)  # [1, H, 2 A]: mean, then raw log-std
-        inputs = observation_size + embedding_size
-        self.body = BroNet(
-            inputs, head, width=config.width, depth=config.depth, members=1, generator=generator
-        )
+        self.conditioning, self.outputs = tasks, 2 * action_size
+        inputs = observation_size + tasks.columns
+        stages = bodies.make(config.body, config.width, config.depth, tasks.heads * self.outputs)
+        reads = shapes_of(stages, inputs)[f"{stages[-1].name}.kernel"][0]
+        each = []
+        for _ in range(tasks.heads):  # [1, H, 2 A]: mean, then raw log-std
+            each.append(_orthogonal((1, reads, action_size), GAIN, generator))
+            each.append(_orthogonal((1, reads, action_size), 1.0, generator))
+        self.body = Body(stages, inputs, members=1, head=torch.cat(each, -1), generator=generator)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and raw log-std, [B, A] each, of packed inputs [B, O + D]."""
-        mean, raw_log_std = self.body(x).squeeze(0).chunk(2, -1)
+    def forward(self, x: Tensor, task_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and raw log-std, [B, A] each, of packed inputs [B, O + columns]."""
+        out = self.conditioning.choose(self.body(x), task_ids, self.outputs)
+        mean, raw_log_std = out.squeeze(0).chunk(2, -1)
         return mean, raw_log_std

@@ -84,9 +84,9 @@ void check(const Case& c) {
   Floats dy = normal(size);
   const Floats bias = normal(last), weight = normal(last), shift = normal(last);
   Floats y(x.size()), mean(index(rows)), rstd(mean);
-  brc::bias_layer_norm_forward(c.shape, c.parameter_stride, x.data(), bias.data(), weight.data(),
-                               shift.data(), c.residual ? residual.data() : nullptr, c.relu, 1e-6f, y.data(),
-                               mean.data(), rstd.data());
+  brc::bias_layer_norm_forward(c.shape, c.parameter_stride, c.parameter_stride, x.data(), bias.data(),
+                               weight.data(), shift.data(), c.residual ? residual.data() : nullptr, c.relu,
+                               1e-6f, y.data(), mean.data(), rstd.data());
   const Truth exact = truth(c, x, dy, residual, bias, weight, shift);
   // Two numbers that nearly agree have a variance of few bits.
   const double tolerance = width == 2 ? 1e-3 : 3e-5;
@@ -97,10 +97,10 @@ void check(const Case& c) {
   Floats dx(x.size());
   Floats dbias = guards(networks * c.grad_stride), dweight(dbias), dshift(dbias);
   const auto backward = [&](const Floats& given, Floats& out, bool wanted) {
-    brc::bias_layer_norm_backward(c.shape, c.parameter_stride, c.grad_stride, given.data(), x.data(),
-                                  bias.data(), weight.data(), shift.data(), c.relu, mean.data(), rstd.data(),
-                                  out.data(), wanted ? dbias.data() : nullptr,
-                                  wanted ? dweight.data() : nullptr, wanted ? dshift.data() : nullptr);
+    brc::bias_layer_norm_backward(
+        c.shape, c.parameter_stride, c.parameter_stride, c.grad_stride, c.grad_stride, given.data(), x.data(),
+        bias.data(), weight.data(), shift.data(), c.relu, mean.data(), rstd.data(), out.data(),
+        wanted ? dbias.data() : nullptr, wanted ? dweight.data() : nullptr, wanted ? dshift.data() : nullptr);
   };
   backward(dy, dx, true);
   expect_all(dx, exact.dx, tolerance, "gradient", width);
@@ -135,18 +135,46 @@ void check_nan(std::int64_t width) {
     Floats mean(index(batch)), rstd(mean);
     const Floats& x = run == 0 ? clean : spoilt;
     y[run] = dx[run] = Floats(x.size());
-    brc::bias_layer_norm_forward({1, batch, width}, width, x.data(), parameters.data(), parameters.data(),
-                                 parameters.data(), nullptr, true, 1e-6f, y[run].data(), mean.data(),
-                                 rstd.data());
-    brc::bias_layer_norm_backward({1, batch, width}, width, width, dy.data(), x.data(), parameters.data(),
-                                  parameters.data(), parameters.data(), true, mean.data(), rstd.data(),
-                                  dx[run].data(), nullptr, nullptr, nullptr);
+    brc::bias_layer_norm_forward({1, batch, width}, width, width, x.data(), parameters.data(),
+                                 parameters.data(), parameters.data(), nullptr, true, 1e-6f, y[run].data(),
+                                 mean.data(), rstd.data());
+    brc::bias_layer_norm_backward({1, batch, width}, width, width, width, width, dy.data(), x.data(),
+                                  parameters.data(), parameters.data(), parameters.data(), true, mean.data(),
+                                  rstd.data(), dx[run].data(), nullptr, nullptr, nullptr);
   }
   for (std::int64_t at = 0; at < batch * width; ++at) {
     const bool hit = at / width == 2;
     expect(hit ? std::isnan(y[1][index(at)]) : y[0][index(at)] == y[1][index(at)], "NaN forward", width);
     expect(hit ? std::isnan(dx[1][index(at)]) : dx[0][index(at)] == dx[1][index(at)], "NaN backward", width);
   }
+}
+
+// Networks that share one bias compute as if each had a copy of it.
+void check_shared_bias(std::int64_t width) {
+  const std::int64_t networks = 3, batch = 5, count = networks * batch * width;
+  const Floats x = normal(count), dy = normal(count), bias = normal(width),
+               vectors = normal(networks * width);
+  Floats copies;
+  for (std::int64_t n = 0; n < networks; ++n) copies.insert(copies.end(), bias.begin(), bias.end());
+  Floats y[2], dx[2], dbias[2], dweight[2];
+  for (const int run : {0, 1}) {
+    const Floats& given = run == 0 ? copies : bias;
+    const std::int64_t stride = run == 0 ? width : 0;
+    Floats mean(index(networks * batch)), rstd(mean), dshift(index(networks * width));
+    y[run] = dx[run] = Floats(index(count));
+    dbias[run] = guards(run == 0 ? networks * width : width);
+    dweight[run] = dshift;
+    brc::bias_layer_norm_forward({networks, batch, width}, stride, width, x.data(), given.data(),
+                                 vectors.data(), vectors.data(), nullptr, false, 1e-6f, y[run].data(),
+                                 mean.data(), rstd.data());
+    brc::bias_layer_norm_backward({networks, batch, width}, stride, width, stride, width, dy.data(), x.data(),
+                                  given.data(), vectors.data(), vectors.data(), false, mean.data(),
+                                  rstd.data(), dx[run].data(), dbias[run].data(), dweight[run].data(),
+                                  dshift.data());
+  }
+  expect(y[0] == y[1] && dx[0] == dx[1] && dweight[0] == dweight[1], "shared bias", width);
+  expect(std::equal(dbias[1].begin(), dbias[1].begin() + width, dbias[0].end() - width),
+         "gradient of a shared bias", width);
 }
 
 }  // namespace
@@ -159,6 +187,7 @@ int main() {
       check({{1, 1, width}, relu, residual, width, width + 3});
     }
     check_nan(width);
+    check_shared_bias(width);
   }
   std::puts("layer norm: all checks passed");
 }

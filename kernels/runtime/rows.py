@@ -1,10 +1,13 @@
-"""The one place where tensors of any rank and layout become the rows that kernels read."""
+"""Where tensors of any rank and layout become the rows that kernels read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 from torch import Tensor
 
-__all__ = ["member_rows", "rows_of", "strided_rows"]
+__all__ = ["member_rows", "rows_of", "spaced", "strided_rows"]
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -29,3 +32,22 @@ def member_rows(x: Tensor, rank: int) -> tuple[int, int, Tensor]:
         x = x.contiguous()
         rows = strided_rows(x[0])
     return len(x), x.stride(0), rows
+
+
+def spaced(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Tensors of one shape as one, where they lie at equal distances in one piece of memory."""
+    first, offsets = tensors[0], [x.storage_offset() for x in tensors]
+    storage = first.untyped_storage().data_ptr()
+    alike = all(
+        x.shape == first.shape
+        and x.stride() == first.stride()
+        and x.dtype == first.dtype
+        and x.untyped_storage().data_ptr() == storage
+        for x in tensors
+    )
+    steps = {b - a for a, b in pairwise(offsets)}
+    if not alike or len(steps) > 1 or min(steps, default=1) < 1:
+        return None
+    return first.as_strided(
+        (len(tensors), *first.shape), (*steps, *first.stride()) if steps else (0, *first.stride())
+    )

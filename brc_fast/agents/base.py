@@ -1,0 +1,204 @@
+"""What every agent has beside its updates: state, what was done to its parameters by hand, metrics.
+
+An agent makes its networks and optimizers, names them in `parts`, and calls `_ready` at the end of its
+`__init__`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+import zlib
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Generator, Tensor, nn
+
+from brc_fast.config import ActorConfig, CriticConfig, LearningConfig, Precision
+from brc_fast.learner.finite import FirstBad
+from brc_fast.learner.flat import FlatNetworks
+from brc_fast.learner.graphs import OFF, Captured
+from brc_fast.learner.optimizer import FIXED, FlatAdamW
+from brc_fast.learner.precision import products
+
+Metrics = dict[str, Tensor]
+SETTINGS = {
+    field.name: config.__name__
+    for config in (ActorConfig, CriticConfig, LearningConfig)
+    for field in dataclasses.fields(config)
+}
+
+
+class Agent:
+    """An agent whose U updates of a call are one program: on CUDA a graph.
+
+    Once made, its settings are fixed; learning rates and tau are tensors of its optimizers, and may be set at
+    any time: `agent.actor_optimizer.learning_rate = 1e-4`.
+
+    Attributes:
+        METRICS: names of what an update measures. FOLLOWED: attributes that are looked at in every update.
+    """
+
+    METRICS: ClassVar[tuple[str, ...]]
+    FOLLOWED: ClassVar[tuple[str, ...]] = ()
+
+    device: str
+    dtype: torch.dtype
+    precision: Precision
+    learning: LearningConfig
+    generator: Generator
+    updates: Captured
+    first_bad: FirstBad
+
+    def parts(self) -> dict[str, nn.Module | FlatAdamW]:
+        """Networks and optimizers by name: what state is kept of, and what is trained."""
+        raise NotImplementedError
+
+    def _updates(self, *inputs: Tensor) -> Tensor:
+        """The updates of one call, from tensors alone; metrics in the order of METRICS. It keeps to what a
+        CUDA graph can hold."""
+        raise NotImplementedError
+
+    def _forget_plans(self) -> None:
+        """Parameters have moved: what holds addresses of theirs is to be made anew."""
+        raise NotImplementedError
+
+    def _ready(self, graphs: bool) -> None:
+        self.first_bad = FirstBad(self.METRICS, torch.empty(0, device=self.device, dtype=self.dtype))
+        self._trained = {name: part for name, part in self.parts().items() if isinstance(part, nn.Module)}
+        updates = weakref.WeakMethod(self._updates)  # so that the agent dies with its last reference
+
+        def function(*inputs: Tensor) -> Tensor:
+            mine = updates()
+            if mine is None:
+                raise RuntimeError("the agent of these updates is gone: hold it while they are made")
+            return mine(*inputs)
+
+        self.updates = Captured(function, self.device, [self.generator], enabled=graphs)
+        self._fixed = frozenset(vars(self)) - {*self.FOLLOWED, "updates"}
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """What the agent was made with is fixed: a CUDA graph has it, and would not see another value."""
+        fixed = vars(self).get("_fixed", frozenset[str]())
+        if name in fixed and not name.startswith("_"):
+            raise AttributeError(f"{name} {FIXED}: make another one and load this one's state_dict() into it")
+        if fixed and name in ("learning_rate", "tau"):
+            raise AttributeError(f"{name} is set on an optimizer: agent.critic_optimizer.{name} = {value}")
+        if fixed and name in SETTINGS:
+            raise AttributeError(f"{name} is a setting of {SETTINGS[name]}, which {FIXED}")
+        super().__setattr__(name, value)
+
+    def _optimizer(
+        self, networks: FlatNetworks, beta1: float, weight_decay: float, tau: float | None = None
+    ) -> FlatAdamW:
+        return FlatAdamW(
+            networks,
+            learning_rate=self.learning.learning_rate,
+            betas=(beta1, self.learning.beta2),
+            eps=self.learning.eps,
+            weight_decay=weight_decay,
+            tau=tau,
+        )
+
+    def _run(self, inputs: Sequence[Tensor], noise: Sequence[Tensor] | None) -> Metrics:
+        """The updates of one call: with noise that is given, without a CUDA graph."""
+        # memory that is kept must not be of inference mode: nothing outside of that could write it
+        with torch.inference_mode(False), torch.no_grad(), products(self.precision, self.device):
+            self._follow()
+            if noise is None:
+                values = self.updates(list(inputs))
+            else:
+                self.updates.join()
+                values = self._updates(*(x.to(self.device) for x in (*inputs, *noise)))
+        return dict(zip(self.METRICS, values.unbind(), strict=True))
+
+    def _follow(self) -> None:
+        """Take in what was done by hand since the last update; see `FlatNetworks.follow`."""
+        for name, trained in self._trained.items():
+            now = getattr(self, name)
+            if now is trained:
+                continue
+            # compiled or wrapped, a module has the same parameters
+            if [id(p) for p in now.parameters()] != [id(p) for p in trained.parameters()]:
+                raise RuntimeError(f"{name} is not the module that is trained: load its parameters into that")
+        for optimizer in self._optimizers().values():
+            if optimizer.networks.touched():
+                self.updates.join()  # before what it may still read is changed
+                if optimizer.networks.follow():
+                    self.updates.forget()
+                    self._forget_plans()
+
+    def check_finite(self) -> None:
+        """FloatingPointError if a loss or a gradient is not finite: which, and since which update.
+
+        This waits for the GPU; every update is looked at all the same.
+        """
+        self.first_bad.require_finite()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that changes, by name: parameters, targets, moments, step counts, noise."""
+        state: dict[str, Tensor] = {"generator": self.generator.get_state()}
+        for name, part in self.parts().items():
+            state |= {f"{name}/{key}": value for key, value in part.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state_dict`; ValueError names the first entry that does not fit.
+
+        From another kind of device comes a generator's state of another size: that seeds the noise anew.
+        """
+        mine = self.state_dict()
+        for key in sorted(mine.keys() | state.keys()):
+            if key not in state or key not in mine:
+                raise ValueError(f"agent state {'lacks' if key in mine else 'has an unknown entry'} {key}")
+            if key != "generator" and mine[key].shape != state[key].shape:
+                raise ValueError(
+                    f"agent state {key} must have shape {list(mine[key].shape)}, got {list(state[key].shape)}"
+                )
+        self.first_bad.clear()
+        drawn = state["generator"].cpu()
+        if drawn.shape == mine["generator"].shape:
+            self.generator.set_state(drawn)
+        else:
+            self.generator.manual_seed(zlib.crc32(drawn.numpy().tobytes()))
+        for name, part in self.parts().items():
+            prefix = f"{name}/"
+            part.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
+
+    def _optimizers(self) -> dict[str, FlatAdamW]:
+        return {name: part for name, part in self.parts().items() if isinstance(part, FlatAdamW)}
+
+    def _settings(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What to call the class with for an agent like this one."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copied or unpickled agent has buffers of its own, and goes on from the same state."""
+        sizes, settings = self._settings()
+        settings["graphs"] = self.updates.reason != OFF
+        state = {name: value.clone() for name, value in self.state_dict().items()}
+        rates = {name: (part.learning_rate, part.tau) for name, part in self._optimizers().items()}
+        return self._restored, (sizes, settings, state, rates)
+
+    @classmethod
+    def _restored(
+        cls,
+        sizes: tuple[Any, ...],
+        settings: dict[str, Any],
+        state: dict[str, Tensor],
+        rates: dict[str, tuple[Tensor, Tensor]],
+    ) -> Self:
+        """The inverse of `__reduce__`."""
+        agent = cls(*sizes, **settings)
+        agent.load_state_dict(state)
+        for name, optimizer in agent._optimizers().items():
+            optimizer.learning_rate.copy_(rates[name][0])
+            optimizer.tau.copy_(rates[name][1])
+        return agent
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normals of the agent's own generator."""
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=self.dtype)

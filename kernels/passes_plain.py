@@ -1,0 +1,254 @@
+"""What runs between the products of stacked networks, in PyTorch: any dtype, any device, seen by whatever
+watches. `PASSES` names every pass there is; passes_cpu.py and norm.py have faster ones of the same names.
+
+Formulas: norm.py. Numbers: computed in float32, in float64 for float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .reference import EPS
+from .runtime.twins import twin
+
+__all__ = ["PASSES", "Bias", "Call", "Norm", "Pass"]
+
+Call = Callable[[], object]
+
+
+class Pass:
+    """What turns a product [N, B, H] into the value of its stage, and its gradient back.
+
+    A method is given tensors that stay, and returns what is called at every pass over them. Vectors [N, H]
+    may be any distance apart, the same for all of a stage; everything else is contiguous.
+
+    Attributes:
+        vectors: names of its parameters [N, H].
+        in_place: the product is made where the value will be, and the backward pass does not read it.
+        keeps_stats: two numbers of each row are kept for the backward pass.
+        partial_sums: sums over rows are left in pieces, which `reduce` of the module adds up at the end.
+    """
+
+    vectors: tuple[str, ...] = ()
+    in_place = False
+    keeps_stats = False
+    partial_sums = False
+
+    def product(self, x: Tensor, kernel: Tensor, vectors: Sequence[Tensor], out: Tensor) -> Call:
+        """x [N, B, I] times kernel [N, I, H]."""
+        return partial(torch.bmm, x, kernel, out=out)
+
+    def forward(
+        self,
+        product: Tensor,
+        vectors: Sequence[Tensor],
+        added: Tensor | None,
+        relu: bool,
+        out: Tensor,
+        stats: Tensor | None,
+    ) -> Call | None:
+        """From the product, or the value that the stage reads, to its value `out`; `added` is added last.
+        None where nothing is left to do."""
+        raise NotImplementedError
+
+    def writes(self, relu: bool) -> bool:
+        """Whether the gradient of the product differs from that of the value."""
+        return True
+
+    def backward(
+        self,
+        dout: Tensor,
+        product: Tensor,
+        vectors: Sequence[Tensor],
+        relu: bool,
+        out: Tensor,
+        stats: Tensor | None,
+        dproduct: Tensor,
+        into: Sequence[Tensor] | None,
+        pieces: Tensor | None,
+    ) -> Call | None:
+        """From the gradient of the value to that of the product, which may be the same tensor, and of the
+        vectors, `into` or `pieces`."""
+        raise NotImplementedError
+
+
+class Norm(Pass):
+    """LayerNorm of the product plus a bias, or without a bias; see norm.py."""
+
+    keeps_stats = True
+
+    def __init__(self, bias: bool = True) -> None:
+        self.vectors = ("bias", "norm_weight", "norm_bias") if bias else ("norm_weight", "norm_bias")
+
+    def split(self, vectors: Sequence[Tensor]) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Bias, if there is one, weight and shift."""
+        *bias, weight, shift = vectors
+        return bias[0] if bias else None, weight, shift
+
+    def forward(
+        self,
+        product: Tensor,
+        vectors: Sequence[Tensor],
+        added: Tensor | None,
+        relu: bool,
+        out: Tensor,
+        stats: Tensor | None,
+    ) -> Call:
+        assert stats is not None
+        return partial(_norm_forward, product, *self.split(vectors), added, relu, out, stats)
+
+    def backward(
+        self,
+        dout: Tensor,
+        product: Tensor,
+        vectors: Sequence[Tensor],
+        relu: bool,
+        out: Tensor,
+        stats: Tensor | None,
+        dproduct: Tensor,
+        into: Sequence[Tensor] | None,
+        pieces: Tensor | None,
+    ) -> Call:
+        assert stats is not None
+        return partial(_norm_backward, dout, product, *self.split(vectors), relu, stats, dproduct, into)
+
+
+class Bias(Pass):
+    """The product plus a bias."""
+
+    vectors = ("bias",)
+    in_place = True
+
+    def product(self, x: Tensor, kernel: Tensor, vectors: Sequence[Tensor], out: Tensor) -> Call:
+        return partial(_affine, x, kernel, vectors[0].unsqueeze(1), out)
+
+    def forward(
+        self,
+        product: Tensor,
+        vectors: Sequence[Tensor],
+        added: Tensor | None,
+        relu: bool,
+        out: Tensor,
+        stats: Tensor | None,
+    ) -> Call | None:
+        if added is not None:
+            return partial(out.add_, added)
+        return out.relu_ if relu else None
+
+    def writes(self, relu: bool) -> bool:
+        return relu
+
+    def backward(
+        self,
+        dout: Tensor,
+        product: Tensor,
+        vectors: Sequence[Tensor],
+        relu: bool,
+        out: Tensor,
+        stats: Tensor | None,
+        dproduct: Tensor,
+        into: Sequence[Tensor] | None,
+        pieces: Tensor | None,
+    ) -> Call | None:
+        if into is None and not relu:
+            return None
+        return partial(_bias_backward, dout, out if relu else None, dproduct, into[0] if into else None)
+
+
+PASSES: dict[str, Pass] = {"norm": Norm(), "layer_norm": Norm(bias=False), "bias": Bias()}
+
+
+def _affine(x: Tensor, kernel: Tensor, bias: Tensor, out: Tensor) -> None:
+    bias = bias if bias.dtype == x.dtype else bias.to(x.dtype)
+    if len(x) == 1:  # one kernel on CUDA: baddbmm copies the bias first
+        torch.addmm(bias[0, 0], x[0], kernel[0], out=out[0])
+    else:
+        torch.baddbmm(bias, x, kernel, out=out)
+
+
+def _bias_backward(dout: Tensor, out: Tensor | None, dproduct: Tensor, into: Tensor | None) -> None:
+    if out is not None:
+        torch.ops.aten.threshold_backward.grad_input(dout, out, 0.0, grad_input=dproduct)
+    if into is not None:
+        torch.sum(dproduct, 1, dtype=into.dtype, out=into)
+
+
+def _norm_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    y: Tensor,
+    stats: Tensor,
+) -> None:
+    out, mean, rstd = twin(_forward)(x, bias, weight, shift, residual, relu, stats.dtype)
+    y.copy_(out)
+    stats[0].copy_(mean)
+    stats[1].copy_(rstd)
+
+
+def _norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    relu: bool,
+    stats: Tensor,
+    dx: Tensor,
+    into: Sequence[Tensor] | None,
+) -> None:
+    mean, rstd = stats.unbind()
+    dh, sums = twin(_backward)(dy, x, bias, weight, shift, relu, mean, rstd, into is not None)
+    dx.copy_(dh)
+    if into is not None:
+        for place, total in zip(into, sums[-len(into) :], strict=True):
+            place.copy_(total)
+
+
+def _forward(
+    x: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight, shift = (vector.to(dtype).unsqueeze(1) for vector in (weight, shift))
+    h = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype).unsqueeze(1)
+    normed, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], None, None, EPS)
+    out = torch.addcmul(shift, normed, weight)
+    if relu:
+        out = out.relu()
+    out = out if residual is None else out + residual
+    return out.to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    relu: bool,
+    mean: Tensor,
+    rstd: Tensor,
+    wants_sums: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    weight, shift = (vector.to(mean.dtype).unsqueeze(1) for vector in (weight, shift))
+    mean, rstd = mean.unsqueeze(-1), rstd.unsqueeze(-1)
+    h = x.to(mean.dtype) if bias is None else x.to(mean.dtype) + bias.to(mean.dtype).unsqueeze(1)
+    n = (h - mean) * rstd
+    g = dy.to(mean.dtype)
+    if relu:
+        g = g.masked_fill(torch.addcmul(shift, n, weight) <= 0.0, 0.0)
+    scaled = g * weight
+    dh = rstd * (scaled - scaled.mean(-1, keepdim=True) - n * (scaled * n).mean(-1, keepdim=True))
+    return dh.to(x.dtype), (dh.sum(1), (g * n).sum(1), g.sum(1)) if wants_sums else ()
