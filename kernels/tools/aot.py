@@ -61,7 +61,7 @@ def cases(ops: Iterable[str] | None = None) -> Iterator[Case]:
     """Every case of every family, or those of these ops."""
     wanted = None if ops is None else set(ops)
     for family in (*FAMILIES, "bronet"):
-        for case in importlib.import_module(f".{family}", __package__).cases():
+        for case in importlib.import_module(f"..{family}", __package__).cases():
             if wanted is None or case.op in wanted:
                 yield case
 

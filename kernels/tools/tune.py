@@ -315,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     listed: dict[str, Sequence[Config]] = {}
     for family in FAMILIES:
-        listed |= getattr(importlib.import_module(f".{family}", __package__), "CANDIDATES", {})
+        listed |= getattr(importlib.import_module(f"..{family}", __package__), "CANDIDATES", {})
     device = torch.device("cuda", torch.cuda.current_device())
     out = given.out or tables.TABLES / f"{tables.architecture(device)}.json"
     wins = tune(wanted, device, seconds=given.seconds, out=out, listed=listed)
