@@ -17,7 +17,6 @@ from .runtime.numerics import wide
 from .runtime.tables import architecture, configuration, next_power_of_2
 
 __all__ = [
-    "V_MAX",
     "_check_logits",
     "_check_number",
     "_check_positive",
@@ -33,7 +32,6 @@ __all__ = [
     "_members",
     "_number",
     "_place",
-    "_random_logits",
     "_result",
     "_softmax",
     "_split",
@@ -215,12 +213,3 @@ def _check_number(name: str, number: Tensor | float) -> None:
 def _split(number: Tensor | float) -> tuple[Tensor | None, float]:
     """A number as an op of torch.library takes it: a tensor, or else a float."""
     return (number.detach(), 0.0) if isinstance(number, Tensor) else (None, float(number))
-
-
-V_MAX = 10.0
-
-
-def _random_logits(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, padded: bool) -> Tensor:
-    """Rows of the next multiple of 8 elements where padded."""
-    wide = (*shape[:-1], -(-shape[-1] // 8) * 8 if padded else shape[-1])
-    return torch.randn(wide, device=device).to(dtype)[..., : shape[-1]]

@@ -16,7 +16,6 @@ On a CPU it is compiled for float32 (csrc/categorical.hpp).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from . import reference
 from ._categorical import (
-    V_MAX,
     _check_logits,
     _check_positive,
     _check_shape,
@@ -42,10 +40,8 @@ from .runtime.library import Op
 from .runtime.numerics import wide
 from .runtime.rows import rows_of
 from .runtime.twins import twin
-from .tools.cases import Case
 
 __all__ = [
-    "cases",
     "categorical_projection",
 ]
 
@@ -201,24 +197,3 @@ def _compiled_projection(probs: Tensor, positions: Tensor, v_max: float) -> Tens
         math.prod(rows), atoms, probs.data_ptr(), positions.data_ptr(), v_max, out.data_ptr()
     )
     return out
-
-
-def _projection_case(K: int) -> Case:
-    def prepare(device: torch.device, batch: int, impl: str) -> Callable[[], object]:
-        probs = torch.randn(batch, K, device=device).softmax(-1).requires_grad_()
-        positions = (5.0 * torch.randn(batch, K, device=device)).requires_grad_()
-        seed = torch.randn(batch, K, device=device)
-
-        def call() -> object:
-            out = categorical_projection(probs, positions, V_MAX, impl=impl)
-            return out, *torch.autograd.grad(out, (probs, positions), seed)
-
-        return call
-
-    kernels = ("categorical_projection", "categorical_projection_backward")
-    return Case("categorical_projection", f"K={K} float32", prepare, lambda batch: batch * K * 32, kernels)
-
-
-def cases() -> Iterator[Case]:
-    """BRC's number of atoms."""
-    yield _projection_case(101)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ from brc_fast import kernels
 from brc_fast.kernels.runtime import dispatch, tables
 from brc_fast.kernels.runtime.language import jit, tl
 from brc_fast.kernels.tools import aot
+from brc_fast.kernels.tools.cases import FAMILIES
 
 NVIDIA = Path(aot.triton.__file__).parent / "backends" / "nvidia" / "bin"
 pytestmark = [
@@ -27,10 +27,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("family", [*kernels.FAMILIES, "bronet"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_kernels_of_a_family_fit_an_h200(family: str) -> None:
-    cases = importlib.import_module(f"brc_fast.kernels.{family}").cases()
-    rows = list(aot.compile_all("90", cases))
+    rows = list(aot.compile_all("90", FAMILIES[family]()))
     assert rows
     wrong = {f"{row.kernel} in {row.case}": aot.complaints(row) for row in rows if aot.complaints(row)}
     assert not wrong

@@ -32,8 +32,7 @@ from grid_order import Fault, Program, watched
 from brc_fast.kernels.runtime import tables
 from brc_fast.kernels.runtime.language import jit, tl
 from brc_fast.kernels.runtime.tables import assume
-from brc_fast.kernels.tools import aot
-from brc_fast.kernels.tools.cases import Case
+from brc_fast.kernels.tools.cases import Case, cases
 
 ALONE = {"_finish_kernel", "_summary_kernel"}  # of one program, however much there is to do
 LARGE = 2 << 20  # bytes that rows may add to a case: beyond, the interpreter takes minutes
@@ -110,7 +109,7 @@ def assert_case_is_free(chosen: Sized) -> None:
 def every_case() -> Iterator[Any]:
     """Each case with the fewest rows that divide most launches, marked gpu where a kind of launch is new."""
     seen: set[tuple[Any, ...]] = set()
-    for case in aot.cases():
+    for case in cases():
         fits = [n for n in (2, 4, 8, 16, 32, 64, 128, 256) if case.bytes(n) - case.bytes(0) <= LARGE]
         chosen = max((sized(case, rows) for rows in fits), key=lambda x: sum(grid[0] > 1 for grid in x.grids))
         marks = [pytest.mark.gpu] if chosen.kinds - seen else []
@@ -132,7 +131,7 @@ def test_programs_of_a_launch_share_nothing_that_one_of_them_writes(
 
 @pytest.mark.gpu
 def test_the_default_cases_launch_every_kernel_with_several_programs() -> None:
-    files = [path.stem for path in Path(aot.__file__).parent.glob("*.py") if path.stem != "__init__"]
+    files = [path.stem for path in Path(kernels.__file__).parent.glob("*.py") if path.stem != "__init__"]
     modules = [vars(importlib.import_module(f"brc_fast.kernels.{name}")) for name in files]
     there = {name for module in modules for name in module if name.endswith("_kernel")}
     default = [p.values[0] for p in CASES if pytest.mark.gpu in p.marks]

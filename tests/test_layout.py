@@ -77,6 +77,16 @@ def test_kernels_know_torch_and_themselves_alone() -> None:
                 assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
 
 
+def test_what_runs_never_imports_what_measures_it() -> None:
+    tools = ROOT / "kernels" / "tools"
+    for path in [*modules(), *(ROOT / "kernels").rglob("*.py")]:
+        if tools not in path.parents:
+            for node in ast.walk(ast.parse(path.read_text())):
+                base = (getattr(node, "module", None) or "").split(".")
+                names = {alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)}
+                assert "tools" not in {*base, *(part for name in names for part in name.split("."))}, path
+
+
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 

@@ -2,17 +2,16 @@
 
     python -m brc_fast.kernels.tools.aot [--arch 80 90 100 120 gfx942] [--ops NAME ...] [--json FILE]
 
-Every case that an op describes beside itself is run with its launches recorded instead of made, under the
-configurations of the architecture asked for; each distinct launch is then compiled as it would be on that
-GPU: the same constants, the same alignment hints. The table shows registers and spills as ptxas counts them,
-shared memory, matrix instructions (wgmma) and loads of 16 bytes. On AMD the registers and spills are those
-of the compiler's own notes. Not under TRITON_INTERPRET=1.
+Every case of `cases` is run with its launches recorded instead of made, under the configurations of the
+architecture asked for; each distinct launch is then compiled as it would be on that GPU: the same constants,
+the same alignment hints. The table shows registers and spills as ptxas counts them, shared memory, matrix
+instructions (wgmma) and loads of 16 bytes. On AMD the registers and spills are those of the compiler's own
+notes. Not under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import re
 import subprocess
@@ -25,11 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import FAMILIES
 from ..runtime.dispatch import INTERPRETED, Launch, recording
 from ..runtime.language import triton
 from ..runtime.tables import assume
-from .cases import Case
+from .cases import Case, cases
 
 SHARED_MEMORY = {"80": 166912, "86": 101376, "89": 101376, "90": 232448, "100": 232448, "120": 101376}
 SHARED_MEMORY |= {"gfx942": 65536}
@@ -55,15 +53,6 @@ class Compiled(NamedTuple):
     wgmma: int
     wide_loads: int  # loads of 16 bytes
     dots: int  # matrix products in the kernel's source
-
-
-def cases(ops: Iterable[str] | None = None) -> Iterator[Case]:
-    """Every case of every family, or those of these ops."""
-    wanted = None if ops is None else set(ops)
-    for family in (*FAMILIES, "bronet"):
-        for case in importlib.import_module(f"..{family}", __package__).cases():
-            if wanted is None or case.op in wanted:
-                yield case
 
 
 def recorded(case: Case, arch: str, batch: int = 64) -> list[Launch]:

@@ -6,8 +6,8 @@ For every kernel that a case names, the warps and block sizes of its configurati
 at a time, and again from the best of these while that gains; a family may list what to try instead:
 CANDIDATES = {kernel: [configuration, ..]}. A candidate must give the results of the present configuration to
 rounding. What wins by more than 3%, on the geometric mean over the cases and batch sizes, without losing as
-much in any of them, goes to tables/<architecture>.json (`_config`), into what is there already. Times are
-those of a graph's replay (`_timing`). Nothing of this happens when an op is used.
+much in any of them, goes to tables/<architecture>.json (runtime/tables.py), into what is there already. Times
+are those of a graph's replay (timing.py). Nothing of this happens when an op is used.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from .. import FAMILIES
 from ..runtime import tables
 from ..runtime.dispatch import INTERPRETED, recording
 from ..runtime.language import triton
-from .aot import cases
-from .cases import Case
+from .cases import Case, cases
 from .timing import batches_of, rotated, seconds_per_call
 
 __all__ = ["disagreement", "main", "tensors", "tune"]
@@ -254,7 +253,7 @@ def tune(
     """Tune what these cases use and store what wins in `out`; how many entries of a table it was.
 
     Args:
-        seconds: after which nothing new is begun. batches: instead of `_timing.batches_of`.
+        seconds: after which nothing new is begun. batches: instead of `timing.batches_of`.
         listed: what to try instead of neighbours, by kernel. clock: seconds per call of some calls.
         limit: try this many candidates of the first kernel only.
     """
@@ -315,7 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     listed: dict[str, Sequence[Config]] = {}
     for family in FAMILIES:
-        listed |= getattr(importlib.import_module(f"..{family}", __package__), "CANDIDATES", {})
+        listed |= getattr(importlib.import_module(f"...{family}", __name__), "CANDIDATES", {})
     device = torch.device("cuda", torch.cuda.current_device())
     out = given.out or tables.TABLES / f"{tables.architecture(device)}.json"
     wins = tune(wanted, device, seconds=given.seconds, out=out, listed=listed)

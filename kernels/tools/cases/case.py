@@ -1,4 +1,4 @@
-"""Workloads of the ops, described once beside each: what is compiled ahead of time, tuned and timed."""
+"""What a workload of an op is."""
 
 from __future__ import annotations
 
