@@ -273,17 +273,6 @@ class InPlaceOp:
                 torch.autograd.graph.increment_version(arguments[index])
 
 
-CANDIDATES = {
-    kernel: [
-        {"BLOCK_P": block, "num_warps": warps, "PROGRAMS": programs}
-        for block in (512, 1024, 2048, 4096)
-        for warps in (4, 8)
-        for programs in (8, 16, 32, 64)
-    ]
-    for kernel in ("adamw", "squares", "ema")
-}
-
-
 def _programs(kernel: str, x: Tensor, loads: int, most: int) -> tuple[int, dict[str, Any]]:
     """How many programs, and their configuration, whose PROGRAMS is their largest number per multiprocessor.
 

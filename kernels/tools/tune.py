@@ -3,17 +3,16 @@
     python -m brc_fast.kernels.tools.tune [--ops NAME ...] [--seconds S] [--out FILE] [--dry]
 
 For every kernel that a case names, the warps and block sizes of its configuration are halved and doubled, one
-at a time, and again from the best of these while that gains; a family may list what to try instead:
-CANDIDATES = {kernel: [configuration, ..]}. A candidate must give the results of the present configuration to
-rounding. What wins by more than 3%, on the geometric mean over the cases and batch sizes, without losing as
-much in any of them, goes to tables/<architecture>.json (runtime/tables.py), into what is there already. Times
-are those of a graph's replay (timing.py). Nothing of this happens when an op is used.
+at a time, and again from the best of these while that gains; where CANDIDATES lists some for a kernel, those
+are tried instead. A candidate must give the results of the present configuration to rounding. What wins by
+more than 3%, on the geometric mean over the cases and batch sizes, without losing as much in any of them,
+goes to tables/<architecture>.json (runtime/tables.py), into what is there already. Times are those of a
+graph's replay (timing.py). Nothing of this happens when an op is used.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import sys
@@ -26,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import FAMILIES
 from ..runtime import tables
 from ..runtime.dispatch import INTERPRETED, recording
 from ..runtime.language import triton
@@ -40,6 +38,15 @@ Clock = Callable[[Sequence[Callable[[], object]], torch.device], float]
 
 GAIN = 1.03
 WARPS = {"cuda": 16, "hip": 8}
+CANDIDATES: dict[str, Sequence[Config]] = {
+    kernel: [
+        {"BLOCK_P": block, "num_warps": warps, "PROGRAMS": programs}
+        for block in (512, 1024, 2048, 4096)
+        for warps in (4, 8)
+        for programs in (8, 16, 32, 64)
+    ]
+    for kernel in ("adamw", "squares", "ema")
+}
 # The largest relative errors in norm between two ways to compute one thing in this dtype: of the whole and of
 # the median row. Where a value decides (ReLU at 0), its rounding may turn a few gradients around.
 SAME_KERNEL = {
@@ -312,12 +319,9 @@ def main(arguments: list[str] | None = None) -> int:
         case = min(wanted, key=lambda case: "float32" not in case.label)
         tune([case], torch.device("cpu"), seconds=given.seconds, batches=(2,), out=given.out, limit=2)
         return 0
-    listed: dict[str, Sequence[Config]] = {}
-    for family in FAMILIES:
-        listed |= getattr(importlib.import_module(f"...{family}", __name__), "CANDIDATES", {})
     device = torch.device("cuda", torch.cuda.current_device())
     out = given.out or tables.TABLES / f"{tables.architecture(device)}.json"
-    wins = tune(wanted, device, seconds=given.seconds, out=out, listed=listed)
+    wins = tune(wanted, device, seconds=given.seconds, out=out, listed=CANDIDATES)
     print(f"{wins} entries of {out}")
     return 0
 
