@@ -209,7 +209,7 @@ FILMING = """
 import pathlib
 import mujoco
 import numpy as np
-from brc_fast import video
+from brc_fast.runs import video
 for name in ("a.gif", "a.mp4"):
     video.write((np.full((16, 16, 3), level, np.uint8) for level in (0, 99)), pathlib.Path(name), 10)
 """
