@@ -46,11 +46,13 @@ lint: $(STAMP)
 	cp -R brc_fast build/types/ && cp -R kernels build/types/brc_fast/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p brc_fast
 
-## C++ tests under address and undefined-behaviour sanitizers, those with threads under a thread sanitizer
+## C++ tests under address and undefined-behaviour sanitizers, those with threads under a thread sanitizer; with
+## -O1, for at -O3 a sanitizer's code takes the compiler minutes (kernels keep the options that they are shipped with)
 sanitize: $(STAMP)
 	export PATH="$(CURDIR)/$(BIN):$$PATH"; set -e; \
 	for build in "sanitize address,undefined" "sanitize-thread thread"; do set -- $$build; \
 	  cmake -S . -B build/$$1 -DBRC_FAST_BUILD_TESTS=ON -DBRC_FAST_SANITIZE=$$2 \
+	    -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 \
 	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)"; \
 	  cmake --build build/$$1 --parallel 2 --target brc_fast_tests; \
 	  ctest --test-dir build/$$1 --output-on-failure; \
