@@ -22,7 +22,6 @@ from brc_fast.config import TrainConfig
 from brc_fast.learner.precision import check_precision, products
 from brc_fast.replay import ReplayBuffer
 from brc_fast.runs.checkpoint import RunFolder
-from brc_fast.runs.resume import load, save
 from brc_fast.runs.trainer import Trainer
 
 CRITIC = CriticConfig(width=24, depth=2, num_atoms=21, embedding_size=4)
@@ -673,15 +672,15 @@ def test_a_resumed_run_with_a_lag_goes_on_bit_for_bit(
 
     turns(trainers[0], 160)
     turns(trainers[1], 92)
-    save(trainers[1], halves)
-    load(trainers[2], halves)
+    trainers[1].save(halves)
+    trainers[2].load(halves)
     assert trainers[2].lagged is not None
     kept, newest = trainers[2].lagged.state_dict(), trainers[2].agent.actor.state_dict()
     assert "embedding" in kept
     assert any(not torch.equal(kept[name], value) for name, value in newest.items())
     turns(trainers[2], 160)
-    save(trainers[0], whole)
-    save(trainers[2], halves)
+    trainers[0].save(whole)
+    trainers[2].save(halves)
     names = ("agent", "environments", "progress", "lagged_policy")
     (step, parts), (other_step, other) = whole.load(*names), halves.load(*names)
     assert step == other_step == 160

@@ -107,7 +107,6 @@ def train(words: list[str]) -> int:
     from brc_fast.runs.metrics import MetricsWriter
     from brc_fast.runs.plot import Metric
     from brc_fast.runs.plot import plot as draw
-    from brc_fast.runs.resume import load
     from brc_fast.runs.trainer import Trainer
 
     trainer = Trainer(config, device, print)
@@ -117,7 +116,7 @@ def train(words: list[str]) -> int:
             folder.refuse_existing(config.overwrite)  # again: another run may have begun there meanwhile
             folder.create(config)
         else:
-            load(trainer, folder)
+            trainer.load(folder)
             if trainer.steps >= config.steps:
                 print(f"{folder.path} is at step {trainer.steps} already: --steps with more makes it longer")
                 return 0

@@ -1,9 +1,10 @@
-"""The training loop: act, step, record, store, sample, normalize, update."""
+"""The training loop: act, step, record, store, sample, normalize, update; and what of it is kept on disk."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -20,11 +21,10 @@ from brc_fast.config import TrainConfig
 from brc_fast.envs.base import Step, check_finite, require_time_limit, tasks_with_success
 from brc_fast.replay import ReplayBuffer
 
-from .checkpoint import RunFolder
+from .checkpoint import Arrays, RunFolder, grouped, prefixed
 from .evaluate import evaluate, summary
 from .interrupt import StopRequest
 from .metrics import EpisodeTracker, MetricsWriter, Stopwatch
-from .resume import learner_first, require_finite, save
 
 Report = Callable[[int, dict[str, float]], None]
 log = logging.getLogger(__name__)
@@ -132,20 +132,78 @@ class Trainer:
         pauses = config.report_every, config.eval_every, config.checkpoint_every
         with StopRequest() as stop:
             while self.steps < config.steps and not stop:
-                with learner_first(self, folder):
+                with self.learner_first(folder):
                     self.collect()
                 if self.steps >= config.random_steps and len(self.replay) >= self.batch_size:
                     self.learn()
                 done = self.steps >= config.steps
                 if done or stop or any(map(self.due, pauses)):
-                    require_finite(self, folder)
+                    self.require_finite(folder)
                 if done or self.due(config.report_every):
                     report(self.steps, metrics.write(self.steps, {**self.row(), **self.watch.read()}))
                 if done or self.due(config.eval_every):
                     report(self.steps, metrics.write(self.steps, {**self.evaluate()}))
                 if done or stop or self.due(config.checkpoint_every):
-                    save(self, folder)
+                    self.save(folder)
 
     def due(self, every: int) -> bool:
         """Whether the newest step of the vector reached a multiple of `every` environment steps."""
         return self.steps // every > (self.steps - self.config.num_envs) // every
+
+    def save(self, folder: RunFolder) -> None:
+        """Write a checkpoint from which `load` goes on as if nothing had happened."""
+        progress = prefixed(normalizer=self.normalizer.state_dict(), episodes=self.episodes.state_dict())
+        progress["updates"] = np.array(self.updates)
+        if self.entropies is not None:
+            progress["entropies"] = self.entropies.cpu().numpy()
+        agent = as_arrays(self.agent.state_dict())
+        parts = {"agent": agent, "environments": self.env.state_dict(), "progress": progress}
+        if self.lagged is not None:
+            parts["lagged_policy"] = as_arrays(self.lagged.state_dict())
+        folder.save(self.steps, parts, self.replay)
+
+    def load(self, folder: RunFolder) -> None:
+        """Go on from a folder's newest checkpoint; InputError if it does not fit this run."""
+        lagged = ("lagged_policy",) if self.lagged is not None else ()
+        self.steps, parts = folder.load("agent", "environments", "progress", *lagged)
+        with folder.fitting():
+            self.agent.load_state_dict(as_tensors(parts["agent"]))
+            if self.lagged is not None:
+                self.lagged.load_state_dict(as_tensors(parts["lagged_policy"]))
+            progress = parts["progress"]
+            self.normalizer.load_state_dict(grouped(progress, "normalizer"))
+            self.episodes.load_state_dict(grouped(progress, "episodes"))
+            self.updates = int(progress["updates"])
+            if self.entropies is not None:
+                self.entropies = torch.from_numpy(progress["entropies"]).to(self.agent.device)
+            self.observations = self.env.load_state_dict(parts["environments"])
+        folder.load_replay(self.replay)  # last: what fits the rest and not this is damaged
+        self.episodes.forget(~self.env.continues)
+        self.normalizer.forget(~self.env.continues)
+
+    def require_finite(self, folder: RunFolder) -> None:
+        """FloatingPointError: what stopped being finite, since when, and which checkpoint is good."""
+        self.agent.updates.join()
+        try:
+            self.agent.check_finite()
+        except FloatingPointError as error:
+            kept = folder.steps()
+            told = f"the checkpoint of step {kept[-1]} is good" if kept else "there is no checkpoint yet"
+            raise FloatingPointError(f"{error}, at or before step {self.steps}; {told}") from error
+
+    @contextmanager
+    def learner_first(self, folder: RunFolder) -> Iterator[None]:
+        """Ask whether the learner broke before environments or replay are blamed for what it gave them."""
+        try:
+            yield
+        except ValueError:
+            self.require_finite(folder)
+            raise
+
+
+def as_arrays(state: dict[str, Tensor]) -> Arrays:
+    return {name: value.cpu().numpy() for name, value in state.items()}
+
+
+def as_tensors(arrays: Arrays) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}
