@@ -9,45 +9,41 @@ reason and no time. What has results in 2 bytes, whose rounding hides small erro
 float32, in the most similar case of its op (all but the compiled twin, whose source is the twin's). Times are
 those of a CUDA graph's replay over rotated buffers (kernels/tools/timing.py). The floor of an op is the bytes
 that it must move over the bandwidth of a copy, measured here and now; where the buffers fit in the L2 cache
-together, an op may beat it, and its row says L2.
-`--workload` takes the ops of an update at the sizes of these workloads (workload_cases.py), and no others.
+together, an op may beat it, and its case says L2.
+`--workload` takes the ops of an update at the sizes of these workloads, and no others.
 `--dry` runs the same code at tiny sizes on the CPU, the kernels only under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import math
 import re
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from bench_limits import KINDS, chain, copied, copies, multiplying
-from harness import Measurement, absent, equality, interleave, measured, write
+from bench_limits import machine
+from harness import TIME_UP, Clock, Differs, Parser, Results, Unavailable
+from roofline import Net
 from torch import Tensor
-from workload_cases import cases_of
-from workloads import WORKLOADS, named
+from workloads import WORKLOADS, Workload, named
 
+from brc_fast import kernels
 from brc_fast.kernels import reference
 from brc_fast.kernels.runtime.dispatch import INTERPRETED
 from brc_fast.kernels.tools.aot import cases as all_cases
 from brc_fast.kernels.tools.cases import Case
-from brc_fast.kernels.tools.timing import PARAMETERS, batches_of, cold, rotated, seconds_per_call
+from brc_fast.kernels.tools.timing import Timing, batches_of, cold, rotated, seconds_per_call
 from brc_fast.kernels.tools.tune import disagreement, tensors
+from peers.updates import Subject
 
-DRY_BATCHES, DRY_WIDTH = (4,), 16
-MANY = 65_536  # rows for an op that moves little even at the largest batch size
-LITTLE = 2**25  # bytes
-# As kernels.tune.SAME_KERNEL, for the twin: in 2 bytes it rounds between operations, and a kernel does not.
-# Sound kernels differ by up to 4e-3 then, by 6e-3 in the interpreter, which cuts where a GPU rounds, and
+DRY_BATCH, DRY_WIDTH, EACH = 4, 16, 0.05
+# As kernels.tools.tune.SAME_KERNEL, for the twin: in 2 bytes it rounds between operations, and a kernel does
+# not. Sound kernels differ by up to 4e-3 then, by 6e-3 in the interpreter, which cuts where a GPU rounds, and
 # single numbers by a unit in the last place, 2**-7.
 TWIN = {
     torch.float64: (1e-9, 1e-10),
@@ -58,110 +54,23 @@ TWIN = {
 # Layers pass on what was rounded, and ReLUs turn around: by up to 6e-2 in the interpreter.
 DEEP = TWIN | dict.fromkeys((torch.float16, torch.bfloat16), (0.1, 0.05))
 FEW = 256  # rows of a comparison in float32
-OWN, PEERS = ("kernels", "eager"), ("compile", "liger")
-PROVIDERS = OWN + PEERS
+PROVIDERS = ("kernels", "eager", "compile", "liger")
 # The ops that Liger has something for, and why it does not do the same work.
 LIGER: dict[str, str | None] = {"bias_layer_norm": None} | dict.fromkeys(
     ("categorical_cross_entropy", "two_hot_cross_entropy", "hl_gauss_cross_entropy"),
     "Liger's cross-entropy takes the index of a class, the target here is a distribution over the atoms",
 )
-LEAD = 2  # cases of every op that are measured before the others
+LOW = torch.bfloat16
 
-
-class Target(NamedTuple):
-    """What this project asks of an op on an H200 at the large batch."""
-
-    share: float  # of the bandwidth of a copy
-    over_compile: float | None = None  # times as fast as torch.compile
-    bytes_per_parameter: float | None = None
-
-
-TARGETS = {
-    "bias_layer_norm": Target(0.80, over_compile=1.2),
-    "categorical_bellman_loss": Target(0.80, over_compile=5.0),
-    "categorical_bellman_loss_and_gradient": Target(0.80, over_compile=5.0),
-    "categorical_cross_entropy": Target(0.80),
-    "categorical_target": Target(0.80),
-    "expected_value": Target(0.80),
-    "pack_inputs": Target(0.80),
-    "adamw_": Target(0.85, bytes_per_parameter=40),
-}
-
-
-def target_of(case: Case, moved: int) -> Target | None:
-    """Targets hold where there is work for the whole GPU: from H = 512, and not in float64."""
-    width = re.search(r"\bH=(\d+)", case.label)
-    small = moved < 2**20 or (width is not None and int(width[1]) < 512)
-    return None if small or "float64" in case.label else TARGETS.get(case.op)
-
-
-class Unavailable(Exception):
-    """A provider has no time here; the message says why."""
+Call = Callable[[], object]
 
 
 # ---------------------------------------------------------------- providers
 
 
 @contextmanager
-def instead(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Put other functions in the place of the twins of these names."""
-    before = {name: getattr(reference, name) for name in functions}
-    try:
-        for name, function in functions.items():
-            setattr(reference, name, function)
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(reference, name, function)
-
-
-def twins_of(call: Callable[[], object]) -> list[str]:
-    """The twins that a call enters, without those that they call themselves."""
-    found: list[str] = []
-    depth = 0
-
-    def watched(name: str, twin: Callable[..., Any]) -> Callable[..., Any]:
-        def function(*arguments: Any, **named: Any) -> Any:
-            nonlocal depth
-            if depth == 0 and name not in found:
-                found.append(name)
-            depth += 1
-            try:
-                return twin(*arguments, **named)
-            finally:
-                depth -= 1
-
-        return function
-
-    public = inspect.getmembers(reference, inspect.isfunction)
-    with instead(
-        {name: watched(name, twin) for name, twin in public if twin.__module__ == reference.__name__}
-    ):
-        call()
-    if not found:
-        raise Unavailable("the op does not call its twin through kernels.reference")
-    return found
-
-
-def compiled(call: Callable[[], object], backend: str) -> AbstractContextManager[None]:
-    """The twins that this call enters, each through torch.compile, forward and backward."""
-    import torch._inductor.config as inductor
-
-    # Wrong LayerNorm gradients where it is on: pytorch issue 193061.
-    if hasattr(inductor.triton, "mix_order_reduction"):
-        inductor.triton.mix_order_reduction = False
-    torch.compiler.reset()
-    functions = {name: getattr(reference, name) for name in twins_of(call)}
-    return instead(
-        {
-            name: torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
-            for name, function in functions.items()
-        }
-    )
-
-
-def liger() -> AbstractContextManager[None]:
-    """Liger's LayerNorm, once per network, with bias, ReLU and residual in PyTorch."""
+def liger() -> Iterator[None]:
+    """Liger's LayerNorm in the place of the twin: once per network, with bias, ReLU and residual in PyTorch."""
     try:
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
     except ImportError as error:
@@ -170,15 +79,9 @@ def liger() -> AbstractContextManager[None]:
         raise Unavailable(f'liger_kernel {told}; pip install "brc-fast[bench]"') from None
 
     def bias_layer_norm(
-        x: Tensor,
-        bias: Tensor,
-        weight: Tensor,
-        shift: Tensor,
-        *,
-        residual: Tensor | None = None,
-        relu: bool = False,
-        eps: float = reference.EPS,
-    ) -> Tensor:
+        x: Tensor, bias: Tensor, weight: Tensor, shift: Tensor, *, residual: Tensor | None = None,
+        relu: bool = False, eps: float = reference.EPS,
+    ) -> Tensor:  # fmt: skip
         networks, width = math.prod(weight.shape[:-1]), weight.shape[-1]
         bias, weight, shift = (v.reshape(networks, width) for v in (bias, weight, shift))
         h = x.reshape(networks, -1, width) + bias.unsqueeze(1).to(x.dtype)
@@ -187,33 +90,30 @@ def liger() -> AbstractContextManager[None]:
         y = y.relu() if relu else y
         return (y if residual is None else residual + y).to(x.dtype)
 
-    return instead({"bias_layer_norm": bias_layer_norm})
+    before, reference.bias_layer_norm = reference.bias_layer_norm, bias_layer_norm
+    try:
+        yield
+    finally:
+        reference.bias_layer_norm = before
 
 
-def provider(
-    name: str, case: Case, device: torch.device, batch: int, backend: str
-) -> tuple[str, AbstractContextManager[None]]:
+def provider(name: str, op: str, device: torch.device) -> tuple[str, AbstractContextManager[None]]:
     """The `impl` to prepare a case with, and the block to do so in; Unavailable where it cannot run here."""
-    if name == "kernels":
-        if device.type != "cuda" and not INTERPRETED:
-            raise Unavailable("not on this device")
-        return "triton", nullcontext()
-    if name == "compile":
-        return "reference", compiled(rotated(case, device, batch, "reference", sets=1)[0], backend)
-    if name == "liger":
-        if (other := LIGER[case.op]) is not None:
-            raise Unavailable(other)
-        block = liger()
-        if device.type != "cuda":
-            raise Unavailable("not on this device")
-        return "reference", block
-    return "reference", nullcontext()
+    there = device.type == "cuda" or (name == "kernels" and INTERPRETED)
+    if name == "liger" and (reason := LIGER[op]) is not None:
+        raise Unavailable(reason)
+    if name in ("kernels", "liger") and not there:
+        if name == "liger":
+            liger().__enter__()  # tells what is not installed
+        raise Unavailable("not on this device")
+    impl = {"kernels": "triton", "compile": "compile"}.get(name, "reference")
+    return impl, liger() if name == "liger" else nullcontext()
 
 
 # ---------------------------------------------------------------- whether it is right
 
 
-def results(call: Callable[[], object]) -> list[Tensor]:
+def results(call: Call) -> list[Tensor]:
     return [x.detach().clone() for x in tensors(call())]
 
 
@@ -223,10 +123,8 @@ def rounded(found: Sequence[Tensor]) -> bool:
 
 
 def allowed(name: str, op: str, expected: Sequence[Tensor]) -> Mapping[torch.dtype, tuple[float, float]]:
-    """What results of each dtype may differ by.
-
-    Of a provider or an op that rounds between operations, all of them by what the least precise one may.
-    """
+    """What results of each dtype may differ by: of a provider or an op that rounds between operations, all of
+    them by what the least precise one may."""
     if name == "kernels" and op != "bronet":
         return TWIN
     limits = DEEP if op == "bronet" else TWIN
@@ -236,26 +134,25 @@ def allowed(name: str, op: str, expected: Sequence[Tensor]) -> Mapping[torch.dty
 
 @contextmanager
 def agreeing(
-    case: Case, device: torch.device, batch: int, name: str, backend: str, sets: int | None = None
-) -> Iterator[list[Callable[[], object]]]:
-    """The calls of a provider, to be made in the block; Unavailable where they cannot be or are wrong."""
-    impl, block = provider(name, case, device, batch, backend)
-    expected = None
+    case: Case, device: torch.device, batch: int, name: str, sets: int | None = None
+) -> Iterator[list[Call]]:
+    """The calls of a provider, to be made in the block.
+
+    Raises:
+        Differs: they are wrong. Unavailable: they cannot be made.
+    """
+    impl, block = provider(name, case.op, device)
+    wrong, right = None, list[Tensor]()
     if name != "eager":
-        expected = results(rotated(case, device, batch, "reference", sets=1)[0])
-        if name != "compile" and rounded(expected):
-            other = in_float32(case, device)
-            wrong = other and wrong_in_float32(other, device, min(batch, FEW), name, backend)
-            if other is not None and wrong is not None:
-                raise Unavailable(f"in float32 ({other.label}) {wrong}")
+        right = results(rotated(case, device, batch, "reference", sets=1)[0])
+        if name != "compile" and rounded(right) and (other := in_float32(case, device)) is not None:
+            if wrong := wrong_in_float32(other, device, min(batch, FEW), name):
+                raise Differs(f"in float32 ({other.label}) {wrong}")
     with block:
         calls = rotated(case, device, batch, impl, sets)
-        found = results(calls[0])
-        if expected is not None:
-            wrong = disagreement(found, expected, allowed(name, case.op, expected))
-            if wrong is not None:
-                raise Unavailable(f"differs from the twin: {wrong}")
-        del found, expected
+        if right and (wrong := disagreement(results(calls[0]), right, allowed(name, case.op, right))):
+            raise Differs(f"differs from the twin: {wrong}")
+        del right
         yield calls
 
 
@@ -269,320 +166,220 @@ def precise(op: str, device: torch.device) -> tuple[Case, ...]:
 def in_float32(case: Case, device: torch.device) -> Case | None:
     """The case of the same op that is most like this one and has no results in 2 bytes, or None."""
     words = set(re.sub(r"\bb?float16\b", "float32", case.label).split())
-    return min(
-        precise(case.op, device), key=lambda other: len(words ^ set(other.label.split())), default=None
-    )
+    return min(precise(case.op, device), key=lambda other: len(words ^ {*other.label.split()}), default=None)
 
 
 @cache
-def wrong_in_float32(case: Case, device: torch.device, batch: int, name: str, backend: str) -> str | None:
+def wrong_in_float32(case: Case, device: torch.device, batch: int, name: str) -> str | None:
     """Why a provider is wrong in a case of `precise`, which many others share; None where it is right."""
     try:
-        with agreeing(case, device, batch, name, backend, sets=1):
+        with agreeing(case, device, batch, name, sets=1):
             return None
     except Unavailable as reason:
         return str(reason)
 
 
-def measure(
-    case: Case, device: torch.device, batch: int, name: str, *, seconds: float, backend: str
-) -> dict[str, Any]:
-    """The time of a provider, or the reason why there is none: {"seconds", ..} or {"missing"}.
-
-    RuntimeError where an error has spoilt the device for good.
-    """
-    try:
-        with agreeing(case, device, batch, name, backend) as calls:
-            timing = seconds_per_call(calls, device, seconds)
-            single = launched(calls, device, seconds / 5)
-    except Unavailable as reason:
-        return {"missing": str(reason)}
-    except Exception as error:  # of one provider: the others go on
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return {"missing": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    return {
-        "seconds": timing.median,
-        "quartiles": [timing.low, timing.high],
-        "samples": timing.samples,
-        "seconds_outside_of_a_graph": single,
-    }
+# ---------------------------------------------------------------- cases
 
 
-def launched(calls: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> float:
-    """Seconds per call, made from Python one after the other."""
-    times = interleave({"": lambda: [call() for call in calls]}, seconds=seconds, calls=1, device=device.type)
-    return statistics.median(times[""]) / len(calls)
+def spread(cases: Sequence[Case]) -> list[Case]:
+    """Every op in turn, and of each op cases from all over its list first."""
 
-
-# ---------------------------------------------------------------- the machine
-
-
-def machine(device: torch.device, seconds: float, dry: bool) -> dict[str, float]:
-    """Bandwidth of a copy, read plus written; the time of one more dependent tiny kernel in a graph."""
-    copy = seconds_per_call(copies(device, dry), device, seconds)
-    tiny = chain(device, 2 if dry else 100, seconds)
-    moved = 2 * 4 * copied(device, dry)
-    return {"copy_bytes_per_second": moved / copy.median, "seconds_per_tiny_kernel": tiny.median}
-
-
-def products(device: torch.device, seconds: float, dry: bool, deadline: float) -> list[dict[str, Any]]:
-    """TFLOP/s of the critic's batched products: the input layer, plain and padded, and the square layers."""
-    rows = []
-    members, batch = (2, 8) if dry else (2, 1024)
-    for width in (16,) if dry else (512, 1024, 4096):
-        for inputs in (123, 128, width):
-            for kind in KINDS:
-                if time.perf_counter() > deadline:
-                    return rows
-                with multiplying(kind) as dtype:
-                    calls = []
-                    for _ in range(2 if dry else 8):
-                        x = torch.randn(members, batch, inputs, device=device).to(dtype)
-                        w = torch.randn(members, inputs, width, device=device).to(dtype)
-                        out = torch.empty(members, batch, width, device=device, dtype=dtype)
-                        calls.append(lambda x=x, w=w, out=out: torch.bmm(x, w, out=out))
-                    timing = seconds_per_call(calls, device, seconds)
-                work = 2.0 * members * batch * inputs * width
-                rate = work / timing.median / 1e12
-                shape = {"E": members, "B": batch, "K": inputs, "H": width, "kind": kind}
-                rows.append({**shape, "seconds": timing.median, "tflops": rate})
-                print(
-                    f"  bmm E={members} B={batch} K={inputs:<5} H={width:<5} {kind:<9}"
-                    f"{timing.median * 1e6:9.1f} us {rate:7.1f} TFLOP/s",
-                    flush=True,
-                )
-    return rows
-
-
-# ---------------------------------------------------------------- rows
-
-
-class Row:
-    """A case at a batch size, and what was found for it."""
-
-    def __init__(
-        self, case: Case, batch: int, device: torch.device, bandwidth: float, rank: int, *, large: bool
-    ) -> None:
-        self.case, self.batch, self.rank = case, batch, rank
-        self.bytes = case.bytes(batch)
-        self.floor = self.bytes / bandwidth
-        self.cold = cold(self.bytes, device)
-        self.target = target_of(case, self.bytes) if large else None
-        self.providers: dict[str, dict[str, Any]] = {}
-
-    def seconds(self, name: str) -> float | None:
-        return self.providers.get(name, {}).get("seconds")
-
-    def speedup(self, name: str) -> float | None:
-        """How many times as fast as this provider the kernels are."""
-        ours, theirs = self.seconds("kernels"), self.seconds(name)
-        return None if ours is None or theirs is None else theirs / ours
-
-    def stored(self) -> dict[str, Any]:
-        shares = {name: self.floor / took for name in PROVIDERS if (took := self.seconds(name)) is not None}
-        speedups = {name: ratio for name in PROVIDERS[1:] if (ratio := self.speedup(name)) is not None}
-        return {
-            "op": self.case.op,
-            "case": self.case.label,
-            "batch": self.batch,
-            "bytes": self.bytes,
-            "floor_seconds": self.floor,
-            "larger_than_cache": self.cold,
-            "providers": self.providers,
-            "share_of_copy": shares,
-            "kernels_speedup_over": speedups,
-            "target": None if self.target is None else self.target._asdict(),
-        }
-
-    def measurements(self) -> Iterator[Measurement]:
-        """Microseconds of every provider; a wrong one has its reason instead."""
-        case, floor = f"{self.case.op} {self.case.label} B={self.batch}", self.floor * 1e6
-        for name, told in self.providers.items():
-            if "missing" in told:
-                yield absent(case, name, told["missing"], "us", "less", floor)
-                continue
-            low, high = (1e6 * value for value in told["quartiles"])
-            found = measured(case, name, [1e6 * told["seconds"]], "us", "less", floor)
-            yield {**found, "low": low, "high": high, "rounds": told["samples"]}
-
-    def __str__(self) -> str:
-        """A line of the table, and one for each provider without a time."""
-        words = [f"{f'{self.case.op} {self.case.label}':<72} {self.batch:>6}{self.floor * 1e6:>10.1f}"]
-        reasons = []
-        for name in PROVIDERS:
-            took = self.seconds(name)
-            words.append(f"{'-':>17}" if took is None else f"{took * 1e6:10.1f} ({self.floor / took:4.0%})")
-            if "missing" in self.providers.get(name, {}):
-                reasons.append(f"    {name}: {self.providers[name]['missing']}")
-        ratio = self.speedup("compile")
-        words.append(f"{'-':>8}" if ratio is None else f"{ratio:8.2f}")
-        words.append("  " if self.cold else "L2")
-        if self.target is not None:
-            words.append(f">= {self.target.share:.0%}")
-            if self.target.over_compile is not None:
-                words.append(f"and {self.target.over_compile:g} x")
-            if self.target.bytes_per_parameter is not None:
-                each = self.bytes / (PARAMETERS * self.batch)
-                words.append(f"and {each:.0f} <= {self.target.bytes_per_parameter:.0f} B per parameter")
-        return "\n".join([" ".join(words).rstrip(), *reasons])
-
-
-HEAD = " ".join(
-    [f"{'op and case':<72} {'batch':>6}{'floor us':>10}"]
-    + [f"{name + ' us (share)':>17}" for name in PROVIDERS]
-    + ["/compile", "  ", "target"]
-)
-
-
-def spread(cases: Sequence[Case]) -> list[tuple[int, Case]]:
-    """Every op in turn, and of each op cases from all over its list first; with the place within the op."""
-
-    def reversed_bits(place: int) -> int:
+    def rank(place: int) -> int:
         return int(f"{place:032b}"[::-1], 2)
 
     per_op: dict[str, list[Case]] = {}
     for case in cases:
         per_op.setdefault(case.op, []).append(case)
-    ranked = []
-    for own in per_op.values():
-        order = sorted(range(len(own)), key=reversed_bits)
-        ranked += [(rank, own[place]) for rank, place in enumerate(order)]
-    return sorted(ranked, key=lambda pair: pair[0])
+    ranked = [
+        (order, own[place])
+        for own in per_op.values()
+        for order, place in enumerate(sorted(range(len(own)), key=rank))
+    ]
+    return [case for _, case in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def of_update(workload: Workload) -> Iterator[Case]:
+    """The ops of an update at the sizes of a workload, products in bfloat16; to be run at its batch size."""
+    sizes = Subject(workload).sizes
+    (actor, critic), members, atoms = sizes.nets, sizes.critic.members, sizes.critic.num_atoms
+
+    def case(
+        op: str, label: str, prepare: Callable[[torch.device, int, str], Call], row: int, fixed: int = 0
+    ) -> Case:
+        return Case(op, f"{workload.name}: {label}", prepare, lambda batch: row * batch + fixed)
+
+    def pack(device: torch.device, batch: int, impl: str) -> Call:
+        seen = torch.randn(batch, sizes.observation, device=device)
+        actions, table, ids = torch.randn(batch, sizes.action, device=device), None, None
+        if sizes.embedding:
+            table = torch.randn(sizes.tasks, sizes.embedding, device=device)
+            ids = torch.randint(sizes.tasks, (batch,), device=device)
+        width = critic.inputs
+        return lambda: kernels.pack_inputs(seen, actions, table, ids, "l2", width=width, dtype=LOW, impl=impl)
+
+    def value(device: torch.device, batch: int, impl: str) -> Call:
+        logits = torch.randn(members, batch, critic.outputs, device=device).to(LOW)[..., :atoms]
+        support = torch.linspace(-10.0, 10.0, atoms, device=device)
+        return lambda: kernels.expected_value_and_gradient(logits, support, impl=impl)
+
+    def norm(device: torch.device, batch: int, impl: str) -> Call:
+        x, seed = torch.randn(2, members, batch, critic.width, device=device).to(LOW)
+        leaves = [x.requires_grad_(), *torch.randn(3, members, critic.width, device=device).unbind()]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+
+        def call() -> object:
+            out = kernels.bias_layer_norm(*leaves, relu=True, impl=impl)
+            return out, *torch.autograd.grad(out, leaves, seed)
+
+        return call
+
+    def adamw(device: torch.device, batch: int, impl: str) -> Call:
+        number = sizes.parameters
+        parameter, target, first, second = torch.randn(4, number, device=device).abs()
+        low, target_low = torch.empty(2, number, device=device, dtype=LOW)
+        state = [parameter, parameter.to(LOW), first, second, torch.zeros((), device=device)]
+        options: dict[str, Any] = {"target": target, "low": low, "target_low": target_low, "impl": impl}
+        rule: dict[str, Any] = {
+            "learning_rate": 3e-4,
+            "betas": (0.9, 0.999),
+            "eps": 1e-8,
+            "weight_decay": 1e-4,
+        }
+
+        def call() -> object:
+            kernels.adamw_(*state, **rule, **options)
+            return [*state, target, low, target_low]
+
+        return call
+
+    size = LOW.itemsize
+    inputs = f"O={sizes.observation} A={sizes.action} D={sizes.embedding} T={sizes.tasks}"
+    packed = 4 * (sizes.observation + sizes.action) + size * critic.inputs + (8 if sizes.embedding else 0)
+    yield case("pack_inputs", f"{inputs} W={critic.inputs}", pack, packed)
+    hidden = members * critic.width * size
+    yield case("bias_layer_norm", f"E={members} H={critic.width} bfloat16 relu", norm, 5 * hidden)
+    yield case(
+        "expected_value_and_gradient",
+        f"E={members} K={atoms}",
+        value,
+        2 * members * atoms * size + 4 * members,
+    )
+    yield bodies(workload, actor, 1)
+    yield bodies(workload, critic, members)
+    moved = sizes.parameters * (8 * 4 + 3 * size)
+    yield case("adamw_", f"P={sizes.parameters} target, copies", adamw, 0, moved)
+
+
+def bodies(workload: Workload, net: Net, networks: int) -> Case:
+    """Networks forward and backward: kernels twice and their gradients; inputs, activations and gradients."""
+    inputs = [net.inputs] + [net.width] * (net.layers - 1)
+
+    def prepare(device: torch.device, batch: int, impl: str) -> Call:
+        leaves = list[Tensor]()
+        for size in inputs:
+            kernel = torch.randn(networks, size, net.width, device=device) / size**0.5
+            leaves += [kernel.to(LOW), *torch.rand(3, networks, net.width, device=device)]
+        head = torch.randn(networks, net.width, net.outputs, device=device) / net.width**0.5
+        leaves += [head.to(LOW), torch.zeros(networks, net.outputs, device=device)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        x = torch.randn(batch, net.inputs, device=device).to(LOW)
+        seed = torch.randn(networks, batch, net.outputs, device=device).to(LOW)
+
+        def call() -> object:
+            out = kernels.bronet(x, *leaves, impl=impl)
+            return out, *torch.autograd.grad(out, leaves, seed)
+
+        return call
+
+    per_row = net.inputs + 6 * net.width * net.layers + 2 * net.outputs
+    label = f"{workload.name}: N={networks} I={net.inputs} H={net.width} depth={net.depth} K={net.outputs}"
+    held = networks * LOW.itemsize
+    return Case("bronet", label, prepare, lambda batch: held * (3 * net.parameters + per_row * batch))
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def measure(
+    found: Results, case: Case, device: torch.device, batch: int, names: Sequence[str], each: float
+) -> None:
+    """One case; RuntimeError where an error has spoilt the device for good."""
+    times, missing = dict[str, Timing](), dict[str, BaseException]()
+    for name in names:
+        try:
+            with agreeing(case, device, batch, name) as calls:
+                times[name] = seconds_per_call(calls, device, each)
+        except Exception as error:  # of one provider: the others go on
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            # Of a peer it costs no more than its own time.
+            missing[name] = (
+                error if name == "kernels" or not isinstance(error, Differs) else Unavailable(str(error))
+            )
+    seconds = case.bytes(batch) / found.found["limits"]["bandwidth"]
+    place = f"{case.op} {case.label} B={batch}" + ("" if cold(case.bytes(batch), device) else " L2")
+    found.case(place, times, "us", ours="kernels", missing=missing, floor=dict.fromkeys(names, seconds))
 
 
 def run(
-    device: torch.device,
-    seconds: float,
-    *,
-    dry: bool = False,
-    ops: Sequence[str] | None = None,
-    cases: Sequence[Case] | None = None,
-    batches: Callable[[Case], Sequence[int]] = batches_of,
-    keep: Callable[[dict[str, Any]], object] = lambda found: None,
-) -> dict[str, Any]:
-    """Everything above, what matters most first, until the time is up.
-
-    Targets, and many rows of what moves little, belong to the usual `batches`. What was not reached is
-    counted. Where an error spoils the device, "aborted" says so beside what there is. `keep` is called with
-    what there is after each pass over the cases.
-    """
-    for known in (precise, wrong_in_float32):
-        known.cache_clear()
-    deadline = time.perf_counter() + seconds
-    each = 0.0 if dry else 0.05
-    backend = "aot_eager" if dry else "inductor"
-    given = all_cases(ops) if cases is None else cases
-    wanted = spread([case for case in given if "float64" not in case.label])  # that one serves tests
-    speed = machine(device, each, dry)
-    bandwidth = speed["copy_bytes_per_second"]
-    print(
-        f"  copy {bandwidth / 1e12:.2f} TB/s read and written, "
-        f"one more tiny kernel in a graph {speed['seconds_per_tiny_kernel'] * 1e6:.2f} us",
-        flush=True,
-    )
-    matrices = products(device, each, dry, time.perf_counter() + seconds / 6)
-    usual = batches is batches_of
-    real: list[Row] = []
-    many: list[Row] = []
-    small: list[Row] = []
-    for rank, case in wanted:
-        batch, *smaller = DRY_BATCHES if dry else batches(case)
-        real.append(Row(case, batch, device, bandwidth, rank, large=usual))
-        if usual and not dry and 2**10 < case.bytes(batch) < LITTLE:
-            many.append(Row(case, MANY, device, bandwidth, rank, large=True))
-        small += [Row(case, size, device, bandwidth, rank, large=False) for size in smaller]
-    lead = [row for row in real if row.rank < LEAD]
-    rest = [row for row in real if row.rank >= LEAD]
-    aimed = [row for row in lead if row.target is not None and row.target.over_compile is not None]
-    others = [row for row in real if row not in aimed]
-    passes = [
-        (lead, OWN),
-        (aimed, PEERS),
-        (rest, OWN),
-        (many, OWN),
-        (others, PEERS),
-        (small, OWN),
-    ]
-    missed, aborted = 0, None
-
-    def found() -> dict[str, Any]:
-        done = [row for part in (real, many, small) for row in part if row.providers]
-        return {
-            "machine": speed,
-            "products": matrices,
-            "rows": [row.stored() for row in done],
-            "measurements": [entry for row in done for entry in row.measurements()],
-            "equality": equality([]),  # a provider that differs has a reason in the place of its time
-            "not_reached": missed,
-            "aborted": aborted,
-        }
-
-    for part, names in passes:
-        if not part:
-            continue
-        print(HEAD, flush=True)
-        for row in part:
-            for name in names:
-                if name == "liger" and row.case.op not in LIGER:
-                    continue
-                if dry and name != "eager" and row.rank > 0:
-                    continue  # the interpreter and the compiler take seconds each
-                if aborted is not None or time.perf_counter() > deadline:
-                    missed += 1
-                    continue
-                try:
-                    row.providers[name] = measure(
-                        row.case, device, row.batch, name, seconds=each, backend=backend
-                    )
-                except RuntimeError as error:
-                    aborted = f"{row.case.op} {row.case.label}, {name}: {error}"
-                    print(f"  aborted: {aborted}", flush=True)
-            if any(name in row.providers for name in names):
-                print(row, flush=True)
-        keep(found())
-    if missed:
-        print(f"  {missed} measurements were not made: time was up", flush=True)
-    return found()
+    found: Results, cases: Mapping[Case, Sequence[int]], device: torch.device, seconds: float, dry: bool
+) -> int:
+    """Every case at its first batch size, then at the others, until the time is up; the exit code."""
+    precise.cache_clear()
+    wrong_in_float32.cache_clear()
+    clock, found.found["limits"] = Clock(seconds), machine(device.type, dry=dry)._asdict()
+    order = spread([case for case in cases if "float64" not in case.label])  # that one serves tests
+    rows = [(case, batch) for case in order for batch in cases[case][:1]]
+    rows += [(case, batch) for case in order for batch in cases[case][1:]]
+    seen = set[str]()
+    for place, (case, batch) in enumerate(rows):
+        names = [name for name in PROVIDERS if name != "liger" or case.op in LIGER]
+        if dry:  # the interpreter and the compiler take seconds each
+            names = [n for n in names if n == "eager" or (n != "compile" and case.op not in seen)]
+        seen.add(case.op)
+        if clock.left == 0.0:
+            found.found["not_reached"] = [f"{c.op} {c.label} B={b}" for c, b in rows[place:]]
+            print(f"{len(rows) - place} cases were not reached: {TIME_UP}")
+            break
+        try:
+            measure(found, case, device, batch, names, 0.0 if dry else EACH)
+        except RuntimeError as error:
+            found.found |= {"status": "failed", "reason": f"{case.op} {case.label}: {error}"}
+            print(f"aborted: {found.found['reason']}", file=sys.stderr)
+            return found.end() or 1
+    return found.end()
 
 
-def workload_sizes(names: Sequence[str], dry: bool) -> dict[Case, int]:
-    """The cases of these workloads with their batch sizes; critics are narrow in a dry run."""
-    found = [named(name) for name in names]
-    narrow = [workload._replace(width=DRY_WIDTH) for workload in found] if dry else found
-    return {case: workload.batch for workload in narrow for case in cases_of(workload)}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds in all (default 600)")
+def main(words: Sequence[str] | None = None) -> int:
+    parser = Parser(__doc__)
     parser.add_argument("--ops", nargs="+", help="only these ops")
-    parser.add_argument("--workload", nargs="+", metavar="NAME", help=f"among {', '.join(WORKLOADS)}")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument(
+        "--workload", nargs="+", metavar="NAME", default=[], help=f"among {', '.join(WORKLOADS)}"
+    )
+    parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, on the CPU")
-    given = parser.parse_args(arguments)
+    parser.budget(600.0)
+    given = parser.parse_args(words)
     if not given.dry and not torch.cuda.is_available():
-        print("bench_kernels: torch sees no CUDA device; --dry runs on the CPU", file=sys.stderr)
-        return 2
+        parser.error("torch sees no CUDA device; --dry runs on the CPU")
     try:
-        sizes = workload_sizes(given.workload or (), given.dry)
+        workloads = [named(name) for name in given.workload]
     except ValueError as error:
-        print(f"bench_kernels: {error}", file=sys.stderr)
-        return 2
-    known = sorted({case.op for case in sizes or all_cases()})
-    for name in given.ops or ():
-        if name not in known:
-            print(f"bench_kernels: unknown op {name}; there are {', '.join(known)}", file=sys.stderr)
-            return 2
-    device = torch.device("cpu" if given.dry else "cuda")
-    if sizes:
-        cases = [case for case in sizes if not given.ops or case.op in given.ops]
-        found = run(device, given.budget, dry=given.dry, cases=cases, batches=lambda case: [sizes[case]])
-    else:
-        found = run(device, given.budget, dry=given.dry, ops=given.ops)
-    if given.json is not None:
-        write(given.json.stem, {"benchmark": "kernels", "dry": given.dry, **found}, given.json.parent)
-    return 0 if found["aborted"] is None else 1
+        parser.error(f"{error}")
+    narrow = {"width": DRY_WIDTH} if given.dry else {}
+    sizes = {case: [w.batch] for w in workloads for case in of_update(w._replace(**narrow))}
+    cases = sizes or {case: batches_of(case) for case in all_cases()}
+    known = sorted({case.op for case in cases})
+    if unknown := [name for name in given.ops or () if name not in known]:
+        parser.error(f"unknown op {unknown[0]}; there are {', '.join(known)}")
+    asked = {
+        case: [DRY_BATCH] if given.dry else own
+        for case, own in cases.items()
+        if case.op in (given.ops or known)
+    }
+    found = Results("kernels", given.json or given.save, dry=given.dry)
+    return run(found, asked, torch.device("cpu" if given.dry else "cuda"), given.budget, given.dry)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What this machine can do at all, for every other figure to stand beside.
 
-    python bench/bench_limits.py [--device cpu|cuda] [--budget SECONDS] [--save NAME]
+    python bench/bench_limits.py [--device cpu|cuda] [--budget SECONDS] [--save NAME] [--dry]
 
 copy        bytes read and written per second, between buffers that no cache holds
 product     operations per second of square matrix products by torch.mm: in float32 on a CPU; in bfloat16,
@@ -15,64 +15,52 @@ On a CPU everything runs in one thread unless --threads says otherwise. What has
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from harness import Better, Measurement, absent, interleave, quartiles, refusal, write
+from harness import (
+    RESULTS,
+    ROOT,
+    Clock,
+    Measurement,
+    Parser,
+    Results,
+    Seconds,
+    Unreadable,
+    header,
+    interleave,
+    read,
+    threads,
+    wait,
+)
 from native.row_gather import RowGather
-from torch import Tensor
+from roofline import Machine
 
-from brc_fast.kernels.tools.timing import Timing, seconds_per_call
+from brc_fast.kernels.tools.timing import seconds_per_call
 from peers.replay_data import Workload
 
 MACHINE = "machine"  # the provider of every figure
 ROW_BYTES = Workload(67, 24, 1, 1, 1).row_bytes
 KINDS = {"bfloat16": "highest", "tf32": "high", "float32": "highest"}  # and torch's float32 precision
 SQUARES = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 4096, 8192)}
+FILES = {"cpu": "limits-cpu.json", "cuda": "gpu-limits.json"}  # as `make bench` and `make gpu` name them
+SAME = {"cpu": ("cpu", "cores", "torch_threads"), "cuda": ("gpu",)}  # what tells one machine from another
+EACH = 0.2  # seconds of a limit that is measured for a floor
 
 Calls = Sequence[Callable[[], object]]
 
 
 class Limit(NamedTuple):
-    """One figure: `scale` over the seconds of a call where the unit is a rate, else times these seconds."""
+    """One figure: `scale` units of work by a call."""
 
     case: str
     unit: str
     scale: float
-    timed: Callable[[float], Timing]  # seconds per call, measured for about so many seconds
-
-    @property
-    def better(self) -> Better:
-        return "more" if self.unit.endswith("/s") else "less"
-
-    def value(self, seconds: float) -> float:
-        return self.scale / seconds if self.better == "more" else self.scale * seconds
-
-
-# ---------------------------------------------------------------- what is timed
-
-
-def copied(device: torch.device, dry: bool) -> int:
-    """Elements of the buffers of `copies`: 256 MB each, on a GPU a gigabyte."""
-    return 2**18 if dry else 2**28 if device.type == "cuda" else 2**26
-
-
-def copies(device: torch.device, dry: bool) -> Calls:
-    """Copies between two pairs of buffers in turn, each larger than a cache."""
-    pairs = [torch.randn(2, copied(device, dry), device=device) for _ in range(2)]
-    return [partial(pair[0].copy_, pair[1]) for pair in pairs]
-
-
-def dependent(device: torch.device, count: int) -> Calls:
-    """Tiny operations, each on the result of the one before."""
-    number = torch.zeros(1, device=device)
-    return [partial(number.add_, 1.0)] * count
+    timed: Callable[[float], Seconds]  # measured for about so many seconds
 
 
 @contextmanager
@@ -86,128 +74,133 @@ def multiplying(kind: str) -> Iterator[torch.dtype]:
         torch.set_float32_matmul_precision(before)
 
 
-def product(device: torch.device, kind: str, size: int, seconds: float) -> Timing:
-    """Square matrices of this size, four of each in turn."""
-    with multiplying(kind) as dtype:
-        sets = [torch.randn(3, size, size, device=device).to(dtype) for _ in range(4)]
-        calls = [partial(torch.mm, left, right, out=out) for left, right, out in sets]
-        return seconds_per_call(calls, device, seconds)
-
-
-def chain(device: torch.device, count: int, seconds: float) -> Timing:
-    """Each waits for the one before; on a GPU all in one graph."""
-    return seconds_per_call(dependent(device, count), device, seconds)
-
-
-def launch(device: torch.device, count: int, seconds: float) -> Timing:
-    """Called one after the other from Python, without waiting in between."""
-    calls = dependent(device, count)
-    times = interleave({"": lambda: [call() for call in calls]}, seconds=seconds, calls=1, device=device.type)
-    low, median, high = quartiles([took / count for took in times[""]])
-    return Timing(median, low, high, len(times[""]))
-
-
-def gather(device: torch.device, rows: int, count: int, seconds: float) -> Timing:
-    """`count` random rows of `rows`, copied to one output."""
-    if device.type == "cpu":
-        native = RowGather(rows, ROW_BYTES, count)
-        native.check(count)
-        return seconds_per_call([partial(native.gather, count)] * 16, device, seconds)
-    stored = torch.randn(rows, ROW_BYTES // 4, device=device)
-    out = torch.empty(count, stored.shape[1], device=device)
-    drawn = torch.randint(rows, (16, count), device=device)
-    return seconds_per_call([partial(selected, stored, index, out) for index in drawn], device, seconds)
-
-
-def selected(stored: Tensor, index: Tensor, out: Tensor) -> Tensor:
-    return torch.index_select(stored, 0, index, out=out)
+def rotating(device: torch.device, make: Callable[[], Calls], seconds: float) -> Seconds:
+    """The calls in turn, on a GPU in one graph. What they need is made when they are timed."""
+    return seconds_per_call(make(), device, seconds)
 
 
 def limits(device: torch.device, dry: bool) -> Iterator[Limit]:
-    """Every limit of this device; what needs memory takes it when it is timed."""
+    """Every limit of this device."""
     cuda = device.type == "cuda"
+    elements = 2**18 if dry else 2**28 if cuda else 2**26  # of buffers: 256 MB each, on a GPU a gigabyte
     rows, count, launches = (2_000, 64, 20) if dry else (1_000_000, 8192 if cuda else 1024, 1000)
 
-    def copy(seconds: float) -> Timing:
-        return seconds_per_call(copies(device, dry), device, seconds)
+    def copies() -> Calls:
+        pairs = [torch.randn(2, elements, device=device) for _ in range(2)]
+        return [partial(pair[0].copy_, pair[1]) for pair in pairs]
 
-    yield Limit("copy", "GB/s", 2 * 4 * copied(device, dry) / 1e9, copy)
+    def product(kind: str, size: int, seconds: float) -> Seconds:
+        with multiplying(kind) as dtype:
+            sets = [torch.randn(3, size, size, device=device).to(dtype) for _ in range(4)]
+            calls = [partial(torch.mm, left, right, out=out) for left, right, out in sets]
+            return rotating(device, lambda: calls, seconds)
+
+    def dependent(number: int) -> Calls:
+        one = torch.zeros(1, device=device)
+        return [partial(one.add_, 1.0)] * number
+
+    def launched(seconds: float) -> Seconds:
+        calls = dependent(launches)
+        finish = partial(wait, device.type)
+        times = interleave({"": lambda: [call() for call in calls]}, seconds, finish=lambda _: finish())
+        return [took / launches for took in times[""]]
+
+    def gathers() -> Calls:
+        if not cuda:
+            native = RowGather(rows, ROW_BYTES, count)
+            native.check(count)
+            return [partial(native.gather, count)] * 16
+        stored = torch.randn(rows, ROW_BYTES // 4, device=device)
+        out = torch.empty(count, stored.shape[1], device=device)
+        drawn = torch.randint(rows, (16, count), device=device)
+        return [lambda index=index: torch.index_select(stored, 0, index, out=out) for index in drawn]
+
+    yield Limit("copy", "GB/s", 2 * 4 * elements / 1e9, partial(rotating, device, copies))
     for size in (32,) if dry else SQUARES[device.type]:
         for kind in KINDS if cuda or dry else ("float32",):
-            work = partial(product, device, kind, size)
-            yield Limit(f"product {kind} {size}", "GFLOP/s", 2 * size**3 / 1e9, work)
-    yield Limit("launch", "us", 1e6, partial(launch, device, launches))
+            yield Limit(f"product {kind} {size}", "GFLOP/s", 2 * size**3 / 1e9, partial(product, kind, size))
+    yield Limit("launch", "us", 1, launched)
     if cuda or dry:
-        yield Limit("launch in a CUDA graph", "us", 1e6, partial(chain, device, 2 if dry else 100))
-    yield Limit("row gather", "ns per row", 1e9 / count, partial(gather, device, rows, count))
+        chain = partial(dependent, 2 if dry else 100)
+        yield Limit("launch in a CUDA graph", "us", 1, partial(rotating, device, chain))
+    yield Limit("row gather", "ns per row", count, partial(rotating, device, gathers))
 
 
-# ---------------------------------------------------------------- all of them
-
-
-def measurement(limit: Limit, seconds: float) -> Measurement:
-    """The figure, or the reason why there is none."""
-    try:
-        timing = limit.timed(seconds)
-    except Exception as error:  # of one limit: the others go on
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return absent(limit.case, MACHINE, told, limit.unit, limit.better)
-    low, high = sorted((limit.value(timing.low), limit.value(timing.high)))
-    return {
-        "case": limit.case,
-        "provider": MACHINE,
-        "value": limit.value(timing.median),
-        "unit": limit.unit,
-        "better": limit.better,
-        "low": low,
-        "high": high,
-        "rounds": timing.samples,
-        "floor": None,
-    }
-
-
-def run(device: str, seconds: float, dry: bool = False) -> dict[str, Any]:
-    """Every limit, in equal shares of the time that is left."""
-    end = time.perf_counter() + seconds
-    found: list[Measurement] = []
-    listed = list(limits(torch.device(device), dry))
+def measure(found: Results, listed: Sequence[Limit], seconds: float) -> None:
+    """Every limit, in equal shares of the time that is left; of one that fails the reason."""
+    clock = Clock(seconds)
     for place, limit in enumerate(listed):
-        left = max(0.0, end - time.perf_counter()) / (len(listed) - place)
-        found.append(measurement(limit, 0.0 if dry else left))
-        print(f"  {line(found[-1])}", flush=True)
-        if device == "cuda":
+        times, missing = dict[str, Seconds](), dict[str, BaseException]()
+        try:
+            times[MACHINE] = limit.timed(clock.share(len(listed) - place))
+        except Exception as error:  # of one limit: the others go on
+            missing[MACHINE] = error
+        found.case(limit.case, times, limit.unit, limit.scale, missing=missing)
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return {"device": device, "row_bytes": ROW_BYTES, "measurements": found}
 
 
-def line(told: Measurement) -> str:
-    value, spread = "-", told.get("missing", "")
-    if told["value"] is not None:
-        value, spread = f"{told['value']:.4g}", f"({told['low']:.4g} to {told['high']:.4g})"
-    return f"{told['case']:<26}{value:>12} {told['unit']:<12}{spread}"
+# ---------------------------------------------------------------- what floors are made of
+
+
+def machine(
+    device: str, *, dry: bool = False, folders: Sequence[Any] = (ROOT / "build/bench", RESULTS)
+) -> Machine:
+    """The limits of this machine: of the newest file that holds them, else measured now. `source` says which."""
+    files = [] if dry else [found for folder in folders if (found := _stored(device, folder / FILES[device]))]
+    if files:
+        newest = max(files, key=lambda found: str(found["date"]))
+        return made(device, newest["measurements"], f"{FILES[device]} of {newest['date'][:16]}")
+    now, listed = Results("limits"), list(limits(torch.device(device), dry))
+    now.quiet = True
+    wanted = [one for one in listed if one.case.startswith(("copy", "product"))]
+    measure(now, wanted, 0.0 if dry else EACH * len(wanted))
+    return made(device, now.entries, "measured in this run")
+
+
+def _stored(device: str, path: Any) -> dict[str, Any] | None:
+    """A result of this benchmark, where it was measured on this machine and has what a floor needs."""
+    try:
+        found = read(path)
+    except Unreadable:
+        return None
+    here, cases = header(), [entry["case"] for entry in found["measurements"] if entry["value"] is not None]
+    whole = "copy" in cases and any(case.startswith("product float32") for case in cases)
+    return found if whole and all(found.get(key) == here[key] for key in SAME[device]) else None
+
+
+def made(device: str, entries: Sequence[Measurement | Mapping[str, Any]], source: str) -> Machine:
+    """The best rate of each kind of product; one that was not measured counts as the next more exact one.
+
+    Raises:
+        RuntimeError: the copy or the product in float32 has no figure, with its reason.
+    """
+    best: dict[str, float] = {}
+    for entry in entries:
+        kind = " ".join(entry["case"].split()[:2])
+        if entry["value"] is not None:
+            best[kind] = max(best.get(kind, 0.0), 1e9 * entry["value"])
+        elif kind in ("copy", "product float32"):
+            raise RuntimeError(f"no floor without the limit {entry['case']}: {entry['missing']}")
+    single = best["product float32"]
+    tf32 = best.get("product tf32", single)
+    name = torch.cuda.get_device_name() if device == "cuda" else header()["cpu"]
+    return Machine(name, best.get("product bfloat16", tf32), tf32, best["copy"], single, source)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch on a CPU")
-    parser.add_argument("--budget", type=float, default=30.0, help="seconds in all")
-    parser.add_argument("--save", help="name of a file under bench/results")
-    arguments = parser.parse_args(words)
-    if (wrong := refusal(arguments)) is not None:
-        print(f"bench_limits: {wrong}", file=sys.stderr)
-        return 2
-    there = torch.cuda.is_available()
-    device = arguments.device or ("cuda" if there else "cpu")
-    if device == "cuda" and not there:
-        print("bench_limits: torch sees no CUDA device", file=sys.stderr)
-        return 2
+    parser = Parser(__doc__)
+    parser.device()
+    parser.budget(30.0)
+    parser.add_argument("--threads", type=threads, default=1, help="threads of torch on a CPU")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes")
+    given = parser.parse_args(words)
+    device = parser.device_of(given)
     if device == "cpu":
-        torch.set_num_threads(arguments.threads)
-    found = run(device, arguments.budget)
-    if arguments.save:
-        print(write(arguments.save, {"benchmark": "limits", **found}))
-    return 0
+        torch.set_num_threads(given.threads)
+    found = Results("limits", given.save, device=device, row_bytes=ROW_BYTES)
+    measure(found, list(limits(torch.device(device), given.dry)), given.budget)
+    return found.end()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How the cost of an update grows with width, batch size and tasks, and that of a step with environments.
 
     python bench/bench_scaling.py [--device cpu|cuda] [--axes width batch tasks environments] [--dry]
-        [--budget SECONDS] [--save NAME] [--picture FILE.png]
+        [--budget SECONDS] [--save NAME]
 
 One axis after the other, the sizes of an axis in one process, interleaved. What the time is too short for is
 left out evenly between the ends of an axis, but never what a fit of updates needs. Updates must agree with
@@ -15,24 +15,21 @@ task has no embedding, so the line of the tasks begins at two.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import roofline
 import torch
-from fitting import Fit, fit
-from harness import Measurement, absent, equality, interleave, measured, quartiles, refusal, wait, write
-from machines import machine
-from roofline import Machine
-from update_providers import DIFFERS, Products, Provider, Subject, expected, loaded, release, tensor_cores
-from update_timing import LONGEST, MOST, ROUND, Pair, ready, timed, told
+from bench_limits import machine
+from bench_update import FLOOR, LONGEST
+from harness import TIME_UP, Clock, Parser, Results, Unavailable, interleave, one_core, quartiles, wait
 from workloads import named
+
+from peers.updates import CARTPOLE, Provider, Subject, checked, expected, floor, release, tensor_cores
 
 Sizes = Mapping[str, Sequence[int]]
 
@@ -52,193 +49,151 @@ SIZES: dict[str, Sizes] = {  # of environments what matters most first: each is 
     },
 }
 DRY: Sizes = {"width": (8, 16, 24, 32), "batch": (4, 8, 16), "tasks": (1, 2, 3, 4), "environments": (1, 2, 3)}
-AXES = tuple(DRY)
-KEPT = {"cpu": (128, 128), "cuda": (1024, 1024)}  # width and batch size along the other axes
+KEPT = {"cpu": 128, "cuda": 1024}  # width and batch size along the other axes
 WEIGHTS = {"environments": 3}  # shares of the time; the others have 1
 OURS = {"cpu": "ours", "cuda": "ours-bf16"}
 TASK = "mjx/CartpoleSwingup"
-TIME_UP = "time was up"
+POWERS = [step / 50 for step in range(25, 151)]  # 0.5 to 3
 
 
-class Axis:
-    """What was found along one axis: times in seconds, round by round, and floors, or reasons, by size."""
-
-    def __init__(self, name: str, provider: str, kept: Mapping[str, int | str]) -> None:
-        self.name, self.provider, self.kept = name, provider, kept
-        self.what = "step" if name == "environments" else "update"
-        self.times: dict[int, list[float]] = {}
-        self.floors: dict[int, float] = {}
-        self.missing: dict[int, str] = {}
-
-    @property
-    def needs(self) -> int:
-        """Sizes that a fit takes."""
-        return 4 if self.name == "width" else 3
-
-    def on_curve(self, sizes: Iterable[int]) -> list[int]:
-        """Those that the curve goes through."""
-        return sorted(x for x in sizes if self.name != "tasks" or x > 1)
-
-    @property
-    def curve(self) -> Fit | None:
-        xs = self.on_curve(self.times)
-        medians = [quartiles(self.times[x])[1] for x in xs]
-        return fit(xs, medians, None if self.name == "width" else 1.0)
-
-    @property
-    def no_curve(self) -> str | None:
-        """Why there is no curve."""
-        if self.curve is not None:
-            return None
-        told = f"{sentence(None)}: {len(self.on_curve(self.times))} of at least {self.needs} have a time"
-        return told + ("; raise --budget" if TIME_UP in self.missing.values() else "")
-
-    def measurements(self) -> list[Measurement]:
-        out = []
-        for x in sorted(self.times | self.missing):
-            told = f"{self.what}, {self.name} {x}", self.provider
-            if x in self.times:
-                floor = self.floors[x] * 1e6 if x in self.floors else None
-                out.append(measured(*told, [t * 1e6 for t in self.times[x]], "us", "less", floor))
-            else:
-                out.append(absent(*told, self.missing[x], "us", "less"))
-        return out
-
-    def row(self) -> dict[str, Any]:
-        curve, sizes = self.curve, sorted(self.times)
-        low, middle, high = (
-            zip(*(quartiles(self.times[x]) for x in sizes), strict=True) if sizes else [()] * 3
-        )
-        return {
-            "axis": self.name,
-            "what": self.what,
-            "provider": self.provider,
-            "kept": dict(self.kept),
-            "x": sizes,
-            "seconds": middle,
-            "low": low,
-            "high": high,
-            "floor": [self.floors.get(x) for x in sizes],
-            "missing": self.missing,
-            "fit": None if curve is None else curve._asdict(),
-            "no_fit": self.no_curve,
-        }
-
-    def lines(self) -> list[str]:
-        """The table of one axis."""
-        kept = ", ".join(f"{name} {size}" for name, size in self.kept.items())
-        out = [f"{self.what} against {self.name}; {kept}"]
-        for x in sorted(self.times | self.missing):
-            if x in self.missing:
-                out.append(f"{x:8d}{'-':>12}  {self.missing[x]}")
-                continue
-            low, middle, high = (1e6 * t for t in quartiles(self.times[x]))
-            words = f"{x:8d}{middle:12.0f} us ({low:.0f} to {high:.0f})"
-            out.append(words + (f", floor {1e6 * self.floors[x]:.0f}" if x in self.floors else ""))
-        return [*out, "  " + (self.no_curve or sentence(self.curve))]
+# ---------------------------------------------------------------- the curve
 
 
-def sentence(curve: Fit | None) -> str:
-    if curve is None:
-        return "too few sizes for a curve"
-    power = "" if curve.power == 1.0 else f"^{curve.power:.2f}"
-    growth = f" + {1e6 * curve.rate:.3g} us * x{power}" if curve.rate > 0.0 else ""
-    return (
-        f"{1e6 * curve.fixed:.3g} us{growth}, "
-        f"off by {100 * curve.residual:.1f} % (root mean square of {curve.points} sizes)"
-    )
+def fit(xs: Sequence[float], values: Sequence[float], power: float | None = None) -> dict[str, float] | None:
+    """The curve of least relative error, without negative cost; None where there are too few points.
+
+    Args:
+        power: of x, where it is known; else the best of POWERS, which takes a point more.
+    Returns:
+        fixed, rate and power; residual, the root mean square of the relative errors at so many points.
+    """
+    if len(xs) < (3 if power is not None else 4):
+        return None
+    best, y, found = float("inf"), np.asarray(values), dict[str, float]()
+    for each in POWERS if power is None else [power]:
+        columns = np.stack([1.0 / y, np.asarray(xs) ** each / y], 1)
+        for kept in ([0, 1], [0], [1]):  # least squares; alone where the other one would be negative
+            part, *_ = np.linalg.lstsq(columns[:, kept], np.ones(len(y)), rcond=None)
+            cost = np.zeros(2)
+            cost[kept] = part
+            residual = float(np.sqrt(np.mean((columns @ cost - 1.0) ** 2)))
+            if (part >= 0.0).all() and residual < best:
+                best = residual
+                found = {"fixed": float(cost[0]), "rate": float(cost[1]), "power": each}
+    return {**found, "residual": best, "points": len(y)}
 
 
-# ---------------------------------------------------------------- what is timed
+def sentence(curve: Mapping[str, float]) -> str:
+    power = "" if curve["power"] == 1.0 else f"^{curve['power']:.2f}"
+    growth = f" + {1e6 * curve['rate']:.3g} us * x{power}" if curve["rate"] > 0.0 else ""
+    return f"{1e6 * curve['fixed']:.3g} us{growth}, off by {100 * curve['residual']:.1f} % (root mean square)"
 
 
-def subject(device: str, sizes: Mapping[str, int]) -> Subject:
-    """U is as in bench_update.py."""
-    workload = BASE._replace(width=sizes["width"], batch=sizes["batch"], tasks=sizes["tasks"])
-    count = 2 if device == "cuda" else 1
-    return Subject(workload.width, workload.batch, count, device, workload=workload)
+# ---------------------------------------------------------------- one axis
 
 
 def spread(sizes: Sequence[int]) -> list[int]:
     """Both ends first, then always the middle of the widest gap."""
     places = [0, len(sizes) - 1][: len(sizes)]
     while len(places) < len(sizes):
-        taken = sorted(places)
-        low, high = max(itertools.pairwise(taken), key=lambda gap: gap[1] - gap[0])
+        low, high = max(itertools.pairwise(sorted(places)), key=lambda gap: gap[1] - gap[0])
         places.append((low + high) // 2)
     return [sizes[place] for place in places]
 
 
-def updates(
-    axis: Axis, subjects: Mapping[int, Subject], seconds: float, roof: Machine | None, dry: bool
+def on_curve(axis: str, sizes: Iterable[int]) -> list[int]:
+    return sorted(x for x in sizes if axis != "tasks" or x > 1)
+
+
+def axis_of(
+    found: Results,
+    axis: str,
+    sizes: Sequence[int],
+    clock: Clock,
+    make: Callable[[int], Mapping[str, Provider | Callable[[], object]]],
+    kept: Mapping[str, Any],
+    provider: str = "ours",
+    roof: roofline.Machine | None = None,
+    at: Callable[[int], Subject] | None = None,
 ) -> None:
-    """Ours at every size, and on a CPU its products, together; at as many as a fit needs in any case."""
-    end = time.perf_counter() + seconds
-    kept = min(seconds / 2, LONGEST[next(iter(subjects.values())).device])  # for timing
-    pairs: dict[int, Pair] = {}
-    providers: dict[str, Provider] = {}
-    for x in spread(list(subjects)):
-        subject = subjects[x]
-        if len(axis.on_curve(pairs)) >= axis.needs and time.perf_counter() > end - kept:
-            axis.missing[x] = TIME_UP
-            continue
-        pair = Pair(subject, roof)
+    """Times of every size together, and the curve through them.
+
+    make: what is timed at a size, by name: the first is ours, others are its floor.
+    """
+    what, updates = ("step", 1) if at is None else ("update", at(sizes[0]).updates)
+    needs = 4 if axis == "width" else 3
+    most = min(clock.left / 2, LONGEST[at(sizes[0]).device] if at else clock.left)  # for timing
+    work, missing = dict[int, Mapping[str, Any]](), dict[int, BaseException]()
+    for x in sizes:
+        enough = len(on_curve(axis, work)) >= (needs if at else 1)
         try:
-            providers[f"{x}"] = ready(axis.provider, pair, expected(subject))
-            if roof is None:
-                providers[f"{x} products"] = Products(subject)
-            pairs[x] = pair
+            if enough and clock.left <= most:
+                raise Unavailable(TIME_UP)
+            work[x] = make(x)
         except Exception as error:  # of one size: the others go on
-            axis.missing[x] = told(error)
-        release(subject.device)
-    if not pairs:
-        return
-    left = 0.0 if dry else max(0.0, end - time.perf_counter())
-    found = timed(providers, next(iter(subjects.values())), left)
-    for x, pair in pairs.items():
-        axis.times[x] = found[f"{x}"]
-        if roof is None:
-            pair.times["products"] = found[f"{x} products"]
-        if (floor := pair.floor(axis.provider)) is not None:
-            axis.floors[x] = floor
+            missing[x] = error
+    calls = {(x, name): one for x, own in work.items() for name, one in own.items()}
+    names = {f"{x} {name}": getattr(one, "call", one) for (x, name), one in calls.items()}
+    ends = {f"{x} {name}": getattr(one, "finish", None) for (x, name), one in calls.items()}
+    times = interleave(names, min(clock.left, most), finish=lambda name: ends[name] and ends[name]())
+    each = {key: [t / updates for t in times[f"{key[0]} {key[1]}"]] for key in calls}
+    for x in sorted(sizes):
+        own = {name: values for (size, name), values in each.items() if size == x}
+        floors: Any = FLOOR["cpu"]
+        if roof is not None and at is not None and own:
+            floors = {provider: roofline.floor(at(x).sizes, work[x][provider].precision, roof)}
+        lost = {provider: missing[x]} if x in missing else {}
+        found.case(f"{what}, {axis} {x}", own, "us", missing=lost, floor=floors)
+    xs = on_curve(axis, work)
+    medians = [quartiles(each[x, provider])[1] for x in xs]
+    curve = fit(xs, medians, None if axis == "width" else 1.0)
+    no_fit = f"too few sizes for a curve: {len(xs)} of at least {needs} have a time"
+    print(f"{what} against {axis}: {sentence(curve) if curve else no_fit}")
+    row = {"axis": axis, "what": what, "provider": provider, "kept": kept, "fit": curve}
+    row["no_fit"] = None if curve else no_fit
+    found.found["axes"].append(row)
+    found.store()
 
 
-def steps(axis: Axis, sizes: Sequence[int], seconds: float, dry: bool) -> None:
-    """A step of all environments, for every number of them, together."""
-    from brc_fast.envs import make
+def updates(
+    found: Results, device: str, axis: str, sizes: Sequence[int], clock: Clock, kept: int, roof: Any
+) -> None:
+    def at(x: int) -> Subject:
+        shape = {"width": kept, "batch": kept, "tasks": 1} | {axis: x}
+        return Subject(BASE._replace(**shape), 2 if device == "cuda" else 1, device)
 
-    end = time.perf_counter() + seconds
-    work: dict[str, Callable[[], object]] = {}
-    calls: dict[int, int] = {}
-    envs = []
+    def make(x: int) -> dict[str, Any]:
+        subject = at(x)
+        try:
+            own: dict[str, Any] = {OURS[device]: checked(OURS[device], subject, expected(subject))}
+            return own | ({FLOOR[device]: floor(subject)} if device == "cpu" else {})
+        finally:
+            release(device)
 
-    def repeated(env: Any, actions: torch.Tensor, times: int) -> None:
-        for _ in range(times):
-            rewards = env.step_tensors(actions).rewards
+    others = {name: size for name, size in {"width": kept, "batch": kept, "tasks": 1}.items() if name != axis}
+    axis_of(found, axis, spread(sizes), clock, make, others, OURS[device], roof, at)
+
+
+def steps(found: Results, sizes: Sequence[int], clock: Clock) -> None:
+    """A step of all environments, for every number of them."""
+    from brc_fast.envs import make as make_env
+
+    envs = list[Any]()
+
+    def step(env: Any, actions: torch.Tensor) -> None:
+        rewards = env.step_tensors(actions).rewards
         wait(rewards.device.type)
         rewards[0].item()
 
-    for x in sizes:
-        if work and time.perf_counter() > end:
-            axis.missing[x] = TIME_UP
-            continue
-        try:
-            env: Any = make(TASK, x, quiet=True)
-            envs.append(env)
-            device = env.reset_tensors(0).device
-            one = partial(repeated, env, 2.0 * torch.rand(x, env.action_size, device=device) - 1.0)
-            one(3)  # compiles
-            start = time.perf_counter()
-            one(1)
-            calls[x] = max(1, min(MOST, int(ROUND / (time.perf_counter() - start))))
-            work[f"{x}"] = partial(one, calls[x])
-        except Exception as error:  # of one size: the others go on
-            axis.missing[x] = told(error)
+    def make(x: int) -> dict[str, Any]:
+        envs.append(env := make_env(TASK, x, quiet=True))
+        device = env.reset_tensors(0).device
+        one = partial(step, env, 2.0 * torch.rand(x, env.action_size, device=device) - 1.0)
+        one()  # compiles
+        return {"ours": one}
+
     try:
-        if work:
-            left = 0.0 if dry else max(0.0, end - time.perf_counter())
-            found = interleave(work, seconds=left, calls=1, warmup=1)
-            axis.times |= {x: [t / times for t in found[f"{x}"]] for x, times in calls.items()}
+        axis_of(found, "environments", sizes, clock, make, {"task": TASK})
     finally:
         for env in envs:
             env.close()
@@ -247,89 +202,39 @@ def steps(axis: Axis, sizes: Sequence[int], seconds: float, dry: bool) -> None:
 # ---------------------------------------------------------------- all axes
 
 
-def run(
-    device: str,
-    names: Sequence[str],
-    *,
-    seconds: float,
-    dry: bool = False,
-    keep: Callable[[dict[str, Any]], object] = lambda found: None,
-) -> dict[str, Any]:
-    """One axis after the other, each with its share of the time. `dry`: tiny sizes, three rounds."""
-    if device == "cpu" and not dry:
-        loaded()
-    end, sizes, done = time.perf_counter() + seconds, DRY if dry else SIZES[device], list[Axis]()
-    width, batch = (16, 8) if dry else KEPT[device]
+def run(found: Results, device: str, axes: Sequence[str], seconds: float, *, dry: bool = False) -> None:
+    """One axis after the other, each with its share of the time. `dry`: tiny sizes."""
+    sizes, kept = (DRY, 8) if dry else (SIZES[device], KEPT[device])
     roof = machine(device, dry=dry) if device == "cuda" else None
-
-    def found() -> dict[str, Any]:
-        measurements = [one for axis in done for one in axis.measurements()]
-        wrong = [f"{one['case']}: {one['missing']}" for one in measurements if "missing" in one]
-        return {
-            "axes": [axis.row() for axis in done],
-            "workload": BASE.name,
-            "device": device,
-            "machine": roof and roof._asdict(),
-            "equality": equality([reason for reason in wrong if DIFFERS in reason]),
-            "measurements": measurements,
-        }
-
+    found.found |= {"axes": [], "workload": BASE.name, "floor": FLOOR[device]}
+    if device == "cpu":
+        expected(
+            Subject(CARTPOLE._replace(width=8, batch=8))
+        )  # the first optimizer loads modules for seconds
+    clock = Clock(seconds)
     with tensor_cores(device):
-        for place, name in enumerate(names):
-            waiting = sum(WEIGHTS.get(other, 1) for other in names[place:])
-            share = WEIGHTS.get(name, 1) * (end - time.perf_counter()) / waiting
-            if name == "environments":
-                axis = Axis(name, "ours", {"task": TASK})
-                steps(axis, sizes[name], share, dry)
+        for place, axis in enumerate(axes):
+            waiting = sum(WEIGHTS.get(other, 1) for other in axes[place:])
+            share = Clock(WEIGHTS.get(axis, 1) * clock.share(waiting))
+            if axis == "environments":
+                steps(found, sizes[axis], share)
             else:
-                kept = {"width": width, "batch": batch, "tasks": 1}
-                axis = Axis(name, OURS[device], {key: size for key, size in kept.items() if key != name})
-                subjects = {x: subject(device, kept | {name: x}) for x in sizes[name]}
-                updates(axis, subjects, share, roof, dry)
-            done.append(axis)
-            print("\n".join(axis.lines()), flush=True)
-            keep(found())
-    return found()
+                updates(found, device, axis, sizes[axis], share, kept, roof)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, help="default: all")
-    parser.add_argument(
-        "--budget", type=float, default=120.0, help="seconds; what starts and compiles may come on top"
-    )
-    parser.add_argument("--dry", action="store_true", help="tiny sizes, three rounds")
-    parser.add_argument("--save", help="name of a file under bench/results")
-    parser.add_argument("--picture", type=Path, help="PNG or SVG by the suffix")
-    arguments = parser.parse_args(words)
-    if (wrong := refusal(arguments)) is not None:
-        print(f"bench_scaling: {wrong}", file=sys.stderr)
-        return 2
-    there = torch.cuda.is_available()
-    device = arguments.device or ("cuda" if there else "cpu")
-    if device == "cuda" and not there:
-        print("bench_scaling: torch sees no CUDA device", file=sys.stderr)
-        return 2
+    parser = Parser(__doc__)
+    parser.device()
+    parser.add_argument("--axes", nargs="+", choices=tuple(DRY), default=tuple(DRY), help="default: all")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes")
+    parser.budget(120.0, "seconds; what starts and compiles may come on top")
+    given = parser.parse_args(words)
+    device = parser.device_of(given)
     if device == "cpu":
-        torch.set_num_threads(1)
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # JAX takes every core it sees
-
-    def keep(found: dict[str, Any]) -> None:
-        if arguments.save:
-            write(arguments.save, {"benchmark": "scaling", **found})
-
-    found = run(device, arguments.axes, seconds=arguments.budget, dry=arguments.dry, keep=keep)
-    if arguments.picture:
-        from harness import header
-        from plot_scaling import draw
-
-        draw({**header(), **found}, arguments.picture)
-    if found["equality"] != "passed":
-        print(found["equality"], file=sys.stderr)
-        return 1
-    return 0
+        one_core()
+    found = Results("scaling", given.save, device=device)
+    run(found, device, given.axes, given.budget, dry=given.dry)
+    return found.end()
 
 
 if __name__ == "__main__":

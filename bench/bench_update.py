@@ -18,122 +18,245 @@ parameters, and updates on the same batches must agree with plain PyTorch's befo
 Products of the others are in float32 on a CPU, in TF32 on a GPU.
 The floor: on a CPU the time of the update's matrix products alone by torch.bmm, interleaved with the rest;
 another library of products may beat it. On a GPU the roofline of its kernels (roofline.py), of this machine's
-limits (machines.py). On a CPU a tenth of the time goes into measuring the parts of ours (update_parts.py). A
-size is left out there, with the reason, where the roofline tells that a comparison takes longer than the
-budget, and torch.compile where less of the budget is left than compiling takes.
+limits (bench_limits.py). A tenth of the time goes into the parts of ours on a CPU (parts.py), and into
+counting its kernels on a GPU.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import roofline
 import torch
-import update_timing as timing
-from harness import equality, refusal, write
-from machines import machine as limits_of
-from update_counts import count_kernels
-from update_providers import (
-    CARTPOLE,
-    DIFFERS,
-    OURS,
-    PROVIDERS,
-    Subject,
-    loaded,
-    taken,
-    tensor_cores,
-    too_large,
+from bench_limits import machine
+from harness import (
+    ROUNDS,
+    TIME_UP,
+    Clock,
+    Parser,
+    Results,
+    Unavailable,
+    interleave,
+    one_core,
+    out_of_memory,
+    positive,
+    threads,
+    told,
 )
-from update_timing import COUNTED, ROUNDS, WARMUP, Pair, told
+from parts import parts_of
 from workloads import WORKLOADS, Workload, named
 
+from peers.updates import (
+    BUILDERS,
+    CARTPOLE,
+    OURS,
+    PROVIDERS,
+    Expected,
+    Provider,
+    Subject,
+    checked,
+    expected,
+    floor,
+    memory,
+    release,
+    require_memory,
+    tensor_cores,
+)
+
+UNIT = "updates/s"
 DEFAULTS = {"cpu": ("ours", "plain"), "cuda": ("ours-bf16", "ours-tf32", "plain", "compiled", "jax")}
+FLOOR = {"cpu": "torch.bmm", "cuda": "roofline"}
 HEAVY = 4e9  # bytes of plain PyTorch; a CPU is not given more unless it is asked to
+COMPILING = 30.0  # seconds of torch.compile at one size, on one core with an empty cache
+LONGEST = {"cpu": float("inf"), "cuda": 4.0}  # seconds of timing at one size; a quiet machine needs no more
+KEPT = 0.1  # share of the time for parts or kernels
+MARK = "spin_kernel"  # what torch.cuda._sleep launches
 
 
-# ---------------------------------------------------------------- the budget of a CPU
+def compare(
+    found: Results,
+    subject: Subject,
+    names: Sequence[str],
+    clock: Clock,
+    roof: roofline.Machine,
+    left: float = 0.0,
+) -> None:
+    """One size: providers are built, compared with plain PyTorch, and timed in turns; then the parts of ours.
+
+    left: seconds of this size and of those after it.
+    """
+    cuda, missing, start = subject.device == "cuda", dict[str, BaseException](), time.perf_counter()
+    try:
+        require_memory(subject)
+        known = expected(subject)
+        require_time(time.perf_counter() - start, len(names), left)
+    except Exception as error:
+        missing = dict.fromkeys(names, error if isinstance(error, Unavailable) else Unavailable(told(error)))
+        found.case(subject.case, {}, UNIT, missing=missing, at=subject.at)
+        return
+    finally:
+        release(subject.device)
+    together = subject.bytes(len(names)) < 0.85 * memory(subject.device)
+    groups = [[*names]] if together else [[name] for name in names]
+    times, precisions = dict[str, list[float]](), dict[str, str]()
+    for place, group in enumerate(groups):  # which grows where one has no room beside the others
+        share = Clock(clock.share(len(groups) - place))
+        providers = dict(built(group, subject, known, share, missing))
+        try:
+            times |= timed(found, subject, providers, share, roof)
+            precisions |= {name: provider.precision for name, provider in providers.items()}
+        except Exception as error:
+            missing |= dict.fromkeys(providers, error)
+        if len(group) > 1:
+            groups += [[name] for name in group if name in missing and out_of_memory(missing[name])]
+        del providers
+        release(subject.device)
+    best = next((name for name in OURS if name in times), None)
+    floors: Any = FLOOR["cpu"]
+    if cuda:
+        floors = {name: roofline.floor(subject.sizes, precisions[name], roof) for name in times}
+        keep_parts(found, subject, roofline.parts(subject.sizes, precisions[best], roof) if best else {})
+    order = {name: times[name] for name in (*PROVIDERS, FLOOR["cpu"]) if name in times}
+    lost = {name: missing[name] for name in PROVIDERS if name in missing and name not in times}
+    scale = 1.0  # times are those of an update
+    found.case(subject.case, order, UNIT, scale, ours=best, missing=lost, floor=floors, at=subject.at)
 
 
-class Least(NamedTuple):
-    """What a size takes at the least, and why the budget has no room for it."""
-
-    seconds: float
-    reason: str | None = None
-
-
-def least_updates(subject: Subject, count: int) -> int:
-    """Of a comparison of so many providers: checks with plain PyTorch, warm-ups, a trial and rounds, and the
-    products alone."""
-    checks, timed = subject.calls * (count + 1), (1 + ROUNDS) * (count + 1)
-    return subject.updates * (checks + WARMUP["cpu"] * count + timed)
-
-
-def planned(
-    subjects: Sequence[Subject], count: int, seconds: float, machine: roofline.Machine
-) -> list[Least]:
-    """Of each size with so many providers. What is refused leaves its time to the sizes after it."""
-    found, left = list[Least](), seconds
-    for subject in subjects:
-        if too_large(subject, "plain"):
-            found.append(Least(0.0))
-            continue
-        each, updates = roofline.floor(subject.sizes, "fp32", machine), least_updates(subject, count)
-        if each * updates <= left:
-            found.append(Least(each * updates))
-            left -= each * updates
-            continue
-        allowed = f"the budget of {seconds:g} s allows"
-        if each * updates <= seconds:
-            allowed = f"other sizes leave of the budget of {seconds:g} s"
-        takes = f"an update takes about {each:.2g} s here and a comparison {updates} of them"
-        found.append(Least(0.0, f"{takes}, more than {allowed}; raise --budget"))
-    return found
+def built(
+    names: Sequence[str], subject: Subject, known: Expected, clock: Clock, missing: dict[str, BaseException]
+) -> Iterator[tuple[str, Provider]]:
+    """Those that compute what plain PyTorch does; what compiles for long comes last."""
+    slow = subject.device == "cpu" and subject.backend == "inductor"
+    for name in sorted(names, key=lambda name: slow and name == "compiled"):
+        try:
+            if slow and name == "compiled" and clock.left < COMPILING:
+                raise Unavailable(
+                    f"compiling takes about {COMPILING:.0f} s, more than is left; raise --budget"
+                )
+            yield name, checked(name, subject, known)
+        except Exception as error:  # of one provider: the others go on
+            missing[name] = error
+        release(subject.device)
 
 
-def shared(left: float, waiting: Sequence[Least]) -> float:
-    """Seconds of the first size that waits: its least, and an equal share of what all of them leave."""
-    spare = left - sum(least.seconds for least in waiting)
-    return waiting[0].seconds + max(0.0, spare) / sum(least.reason is None for least in waiting)
+def timed(
+    found: Results, subject: Subject, providers: Mapping[str, Provider], clock: Clock, roof: roofline.Machine
+) -> dict[str, list[float]]:
+    """Seconds per update of the providers, and on a CPU of their products alone, in turns."""
+    work = {name: provider.call for name, provider in providers.items()}
+    if providers and subject.device == "cpu":
+        work[FLOOR["cpu"]] = floor(subject)
+
+    def finish(name: str) -> object:
+        return providers[name].finish() if name in providers else None
+
+    kept = KEPT * clock.left if "ours" in providers else 0.0
+    seconds = min(clock.left - kept, LONGEST[subject.device])
+    each = {
+        name: [t / subject.updates for t in ts]
+        for name, ts in interleave(work, seconds, finish=finish).items()
+    }
+    notes = {name: note for name, provider in providers.items() if (note := provider.note()) is not None}
+    if notes:
+        found.found.setdefault("notes", {})[subject.case] = notes
+    if "ours" in providers:
+        floors = roofline.parts(subject.sizes, "fp32", roof)
+        keep_parts(found, subject, floors, parts_of(providers["ours"].call, kept, subject.updates))
+    return each
 
 
-# ---------------------------------------------------------------- all sizes
+def keep_parts(
+    found: Results, subject: Subject, floors: Mapping[str, float], measured: Mapping[str, Any] | None = None
+) -> None:
+    """The floor of each part of an update, and what it takes where that was measured."""
+    rows = [{"case": subject.case, "part": part, "floor": floors.get(part)} for part in measured or floors]
+    found.found.setdefault("parts", []).extend(row | (measured or {}).get(row["part"], {}) for row in rows)
 
 
-def lines(pair: Pair) -> Iterator[str]:
-    """The table of one size."""
-    base = pair.base
-    for place, name in enumerate(n for n in PROVIDERS if n in pair.times or n in pair.missing):
-        head = f"{pair.subject.case if place == 0 else '':<30}"
-        if name not in pair.times:
-            yield f"{head}  {name:<10}{'-':>10}  {pair.missing[name]}"
-            continue
-        words = f"{head}  {name:<10}{1.0 / statistics.median(pair.times[name]):10.1f}"
-        if base is None or name == base:
-            words += " " * 23
-        else:
-            middle, low, high = pair.ratio(name, base)
-            words += f"{middle:7.2f} ({f'{low:.2f} to {high:.2f})':<14}"
-        over = pair.over_floor(name)
-        words += "" if over is None else f"{over:7.2f}"
-        if "products" not in pair.times and (floor := pair.floor(name)) is not None:
-            words += f" of {floor * 1e6:.0f} us"
-        yield words + (f"  {pair.notes[name]}" if name in pair.notes else "")
-    if "parts_missing" in pair.parts:
-        yield f"  no parts: {pair.parts['parts_missing']}"
-    elif pair.parts:
-        whole = sum(part["seconds"] for part in pair.parts["parts"])
-        shares = [f"{part['part']} {part['seconds'] / whole:.0%}" for part in pair.parts["parts"]]
-        yield f"  parts of ours: {', '.join(shares)}"
+def require_time(took: float, count: int, left: float) -> None:
+    """Unavailable where a comparison has no room in the time that is left, as the expected updates took."""
+    takes = took / 2 * (count + 1) * (3 + ROUNDS)
+    if takes > max(1.0, left):
+        raise Unavailable(
+            f"a comparison takes about {takes:.0f} s, more than is left of the budget; raise --budget"
+        )
 
 
-HEAD = f"{'case':<30}  provider   updates/s   x ours (quartiles)   x "
-FLOORS = {"cpu": "torch.bmm", "cuda": "roofline"}
+def count_kernels(subjects: Sequence[Subject], names: Sequence[str], clock: Clock) -> dict[str, Any]:
+    """Of ours at each size: profile one call, the replay of a graph, with the copies of its inputs.
+
+    In one session for all: a second one may see nothing once graphs were captured after the first.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    def mark() -> None:
+        torch.cuda._sleep(1000)
+        torch.cuda.synchronize()
+
+    done = list[tuple[Subject, str]]()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for subject, name in ((s, n) for s in subjects for n in names if n in OURS):
+            if clock.left == 0.0:
+                break
+            provider = BUILDERS[name](subject)
+            for _ in range(5):
+                provider.call()
+            provider.finish()
+            mark()
+            provider.call()
+            mark()
+            done.append((subject, name))
+            del provider
+            release("cuda")
+    events = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    ran = [event.name for event in sorted(events, key=lambda event: event.time_range.start)]
+    counted: dict[str, Any] = {}
+    for (subject, name), launched in zip(done, between(ran), strict=False):
+        counted.setdefault(subject.case, {})[name] = counts(launched, subject.updates)
+    return counted
+
+
+def between(names: Sequence[str], mark: str = MARK) -> list[list[str]]:
+    """What ran between the first mark and the second, the third and the fourth, ..."""
+    places = [place for place, name in enumerate(names) if mark in name]
+    return [list(names[a + 1 : b]) for a, b in zip(places[::2], places[1::2], strict=False)]
+
+
+def counts(names: Sequence[str], updates: int) -> dict[str, float]:
+    """Kernels, and copies and fills of memory, per update."""
+    moved = sum(name.startswith(("Memcpy", "Memset")) for name in names)
+    return {"kernels": (len(names) - moved) / updates, "copies": moved / updates}
+
+
+def run(
+    found: Results, subjects: Sequence[Subject], names: Sequence[str], seconds: float, *, dry: bool = False
+) -> None:
+    """Size after size, in equal shares of the time, once the limits of the machine are known."""
+    device = subjects[0].device
+    roof = machine(device, dry=dry)
+    found.found |= {"limits": roof._asdict(), "floor": FLOOR[device]}
+    if device == "cpu":
+        expected(
+            Subject(CARTPOLE._replace(width=8, batch=8))
+        )  # the first optimizer loads modules for seconds
+    clock = Clock(seconds * (1.0 - KEPT) if device == "cuda" else seconds)
+    with tensor_cores(device):
+        for place, subject in enumerate(subjects):
+            if place and clock.left == 0.0:
+                missing = dict.fromkeys(names, Unavailable(TIME_UP))
+                found.case(subject.case, {}, UNIT, missing=missing, at=subject.at)
+                continue
+            share = Clock(clock.share(len(subjects) - place))
+            compare(found, subject, names, share, roof, clock.left)
+        if device == "cuda":
+            try:
+                found.found["kernels_per_update"] = count_kernels(subjects, names, Clock(seconds * KEPT))
+            except RuntimeError as error:
+                print(f"kernels were not counted: {told(error)}")
+    print(f"limits of this machine: {roof.source}")
 
 
 def shapes(
@@ -146,118 +269,6 @@ def shapes(
                 yield workload._replace(width=width, batch=batch)
 
 
-def run(
-    device: str,
-    providers: Sequence[str],
-    widths: Sequence[int],
-    batches: Sequence[int],
-    *,
-    seconds: float,
-    workloads: Sequence[Workload] = (),
-    updates: int | None = None,
-    dry: bool = False,
-    keep: Callable[[dict[str, Any]], object] = lambda found: None,
-) -> dict[str, Any]:
-    """Of each workload every width at the first batch size, then at the second, ..., until the time is up.
-
-    Args:
-        seconds: in all, once the limits of the machine are known; in equal shares of what is left, on a CPU
-            beyond what each size takes at the least. updates: U; 1 on a CPU, 2 as published on a GPU.
-        dry: no more than three rounds, and nothing that compiles for long.
-        keep: called with what there is after each size.
-    """
-    cuda, limits = device == "cuda", limits_of(device, dry=dry)
-    if not (cuda or dry):
-        loaded(providers)
-    deadline = time.perf_counter() + seconds
-    last = deadline - COUNTED * seconds if cuda else deadline
-    machine = limits if cuda else None
-    backend = "aot_eager" if dry else "inductor"
-    subjects = [
-        Subject(shape.width, shape.batch, updates or (2 if cuda else 1), device, backend, shape)
-        for shape in shapes(workloads, widths, batches)
-    ]
-    plan = [Least(0.0)] * len(subjects)
-    if not (cuda or dry):
-        plan = planned(subjects, len(providers), seconds, limits)
-    pairs: list[Pair] = []
-
-    def found() -> dict[str, Any]:
-        rows = [pair.row() for pair in pairs]
-        return {
-            "rows": rows,
-            "equality": equality(wrong(rows) or uncompared(rows)),
-            "not_reached": [subject.case for subject in subjects[len(pairs) :]],
-            "machine": machine and machine._asdict(),
-            "limits": limits._asdict(),
-            "measurements": [one for pair in pairs for one in pair.measurements()],
-        }
-
-    print(HEAD + FLOORS[device], flush=True)
-    with tensor_cores(device):
-        for index, subject in enumerate(subjects):
-            now = time.perf_counter()
-            if pairs and now > last:
-                break
-            if (reason := plan[index].reason) is not None:
-                pairs.append(Pair(subject, machine))
-                pairs[-1].missing = dict.fromkeys(providers, reason)
-            else:
-                share = 0.0 if dry else shared(last - now, plan[index:])
-                pairs.append(
-                    timing.compare(subject, providers, share, machine, last, None if cuda else limits)
-                )
-            print("\n".join(lines(pairs[-1])), flush=True)
-            keep(found())
-        if cuda:
-            try:
-                count_kernels(pairs, deadline)
-            except RuntimeError as error:
-                print(f"kernels were not counted: {told(error)}")
-    result = found()
-    print(f"limits of this machine: {limits.source}")
-    if result["not_reached"]:
-        print(f"not reached, time was up: {', '.join(result['not_reached'])}")
-    keep(result)
-    return result
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Updates per second of everybody, one line for each size."""
-    names = [name for name in PROVIDERS if any(name in {**r["precision"], **r["missing"]} for r in rows)]
-    ours = [name for name in names if name in OURS]
-    head = [f"{'case':<30}", *(f"{name:>11}" for name in names)]
-    head += [f"{f'floor of {name}':>20}" for name in ours]
-    out = ["".join([*head, f"{'kernels':>9}"])]
-    for row in rows:
-        rate, floors = row["updates_per_second"], row["floor_seconds"]
-        words = [f"{row['case']:<30}"]
-        words += [f"{rate[name]:11.1f}" if name in rate else f"{'-':>11}" for name in names]
-        for name in ours:
-            floor = floors.get(name)
-            words.append(f"{1.0 / floor:12.1f} ({1 / floor / rate[name]:4.2f}x)" if floor else f"{'-':>20}")
-        counted = [
-            row["kernels_per_update"][name]["kernels"] for name in ours if name in row["kernels_per_update"]
-        ]
-        out.append("".join([*words, f"{max(counted):9.1f}" if counted else f"{'-':>9}"]))
-    return "\n".join(out)
-
-
-def wrong(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Providers that computed something else, with sizes."""
-    return [
-        f"{name} at {row['case']} {reason}"
-        for row in rows
-        for name, reason in row["missing"].items()
-        if reason.startswith(DIFFERS)
-    ]
-
-
-def uncompared(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The reason not to call results equal where no provider has a time."""
-    return [] if any(row["updates_per_second"] for row in rows) else ["nothing was compared"]
-
-
 def wanted(names: Sequence[str] | None, device: str) -> list[str]:
     """Providers in their order, ours always among them."""
     asked = set(names or DEFAULTS[device])
@@ -268,73 +279,48 @@ def wanted(names: Sequence[str] | None, device: str) -> list[str]:
     return [name for name in PROVIDERS if name in asked]
 
 
-def asked(names: Sequence[str] | None, device: str) -> tuple[list[Workload], str | None]:
-    """The workloads of these names; of no names all, without those that are too much for a CPU, and a line
-    about these."""
-    if names is None:
-        return [], None
+def asked(names: Sequence[str] | None, device: str) -> list[Workload]:
+    """The workloads of these names; of no names all, without those that are too much for a CPU."""
     if names:
-        return [named(name) for name in names], None
-    sizes = {w: taken(Subject(w.width, w.batch, workload=w), ["plain"]) for w in WORKLOADS.values()}
-    heavy = {w.name: size for w, size in sizes.items() if device == "cpu" and size > HEAVY}
-    told = ", ".join(f"{name} ({size / 1e9:.0f} GB)" for name, size in heavy.items())
-    line = f"left out on a CPU for their memory, name them to run them: {told}" if heavy else None
-    return [workload for workload in sizes if workload.name not in heavy], line
+        return [named(name) for name in names]
+    sizes = {w: Subject(w).bytes(1) for w in (WORKLOADS.values() if names is not None else ())}
+    heavy = [
+        f"{w.name} ({size / 1e9:.0f} GB)" for w, size in sizes.items() if device == "cpu" and size > HEAVY
+    ]
+    if heavy:
+        print(f"left out on a CPU for their memory, name them to run them: {', '.join(heavy)}")
+    return [workload for workload, size in sizes.items() if device == "cuda" or size <= HEAVY]
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser = Parser(__doc__)
+    parser.device()
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: of the device")
     parser.add_argument("--workload", nargs="*", metavar="NAME", help=f"among {', '.join(WORKLOADS)}")
-    parser.add_argument("--width", type=int, nargs="+", help="of the critics; 128 256 without a workload")
-    parser.add_argument("--batch", type=int, nargs="+", help="128 without a workload")
-    parser.add_argument("--updates", type=int, help="updates per call: 1 on a CPU, 2 on a GPU")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch, and of JAX if it is one")
     parser.add_argument(
-        "--budget", type=float, default=60.0, help="seconds, once limits of this machine are known"
+        "--width", type=positive, nargs="+", help="of the critics; 128 256 without a workload"
     )
-    parser.add_argument("--save", help="name of a file under bench/results")
-    arguments = parser.parse_args(words)
-    if (reason := refusal(arguments)) is not None:
-        print(f"bench_update: {reason}", file=sys.stderr)
-        return 2
-    there = torch.cuda.is_available()
-    device = arguments.device or ("cuda" if there else "cpu")
-    if device == "cuda" and not there:
-        print("bench_update: torch sees no CUDA device", file=sys.stderr)
-        return 2
+    parser.add_argument("--batch", type=positive, nargs="+", help="128 without a workload")
+    parser.add_argument("--updates", type=positive, help="updates per call: 1 on a CPU, 2 on a GPU")
+    parser.add_argument(
+        "--threads", type=threads, default=1, help="threads of torch, and of JAX if it is one"
+    )
+    parser.budget(60.0, "seconds, once limits of this machine are known")
+    given = parser.parse_args(words)
+    device = parser.device_of(given)
     try:
-        workloads, line = asked(arguments.workload, device)
+        workloads = asked(given.workload, device)
     except ValueError as error:
-        print(f"bench_update: {error}", file=sys.stderr)
-        return 2
-    if line is not None:
-        print(line)
+        parser.error(f"{error}")
     if device == "cpu":
-        torch.set_num_threads(arguments.threads)
-        if arguments.threads == 1 and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # JAX takes every core it sees
-
-    def keep(found: dict[str, Any]) -> None:
-        if arguments.save:
-            write(arguments.save, {"benchmark": "update", **found})
-
-    found = run(
-        device,
-        wanted(arguments.providers, device),
-        arguments.width or ([] if workloads else [128, 256]),
-        arguments.batch or ([] if workloads else [128]),
-        workloads=workloads,
-        seconds=arguments.budget,
-        updates=arguments.updates,
-        keep=keep,
-    )
-    if device == "cuda":
-        print(table(found["rows"]))
-    if differing := wrong(found["rows"]) or uncompared(found["rows"]):
-        print("\n".join(differing), file=sys.stderr)
-    return 1 if differing else 0
+        one_core(given.threads)
+    usual = ([], []) if workloads else ([128, 256], [128])
+    listed = shapes(workloads, given.width or usual[0], given.batch or usual[1])
+    updates = given.updates or (2 if device == "cuda" else 1)
+    subjects = [Subject(shape, updates, device) for shape in listed]
+    found = Results("update", given.save, device=device, updates_per_call=updates)
+    run(found, subjects, wanted(given.providers, device), given.budget)
+    return found.end()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import ROOT, Measurement, Unreadable, failures, finite, making, one_line, read
+from harness import ROOT, Measurement, Parser, Unreadable, failures, one_line, positive, read
 
 MACHINE = ("cpu", "gpu", "cores", "torch_threads")
 FOLDER = ROOT / "build" / "compare"
@@ -269,18 +269,21 @@ def compare_revisions(
 
 
 def compare_providers(path: Path, other: str, force: bool) -> tuple[list[Ratio], list[str]]:
-    """How many times as fast ours is as the other, round by round, at every size of an update's result; and
-    what to mark each line with."""
+    """How many times as good ours is as the other, round by round, in every case; and what to mark each line
+    with."""
     result, found = trusted(path, force), []
-    with making("ratio", path, result):
-        for row in result.get("rows") or []:
-            if other not in row.get("ratios", {}):
-                reasons = row.get("missing", {})
-                why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it was not timed"
-                raise Refused(f"{row.get('case', path)} has no ratio to {other}: {why}")
-            if not all(isinstance(x, int | float) and finite(x) for x in row["ratios"][other]):
-                raise ValueError(f"{row['case']}: its ratios to {other} are no finite numbers")
-            found.append(Ratio(str(row["case"]), f"{row['ratios_to']} / {other}", *row["ratios"][other]))
+    cases = list(dict.fromkeys(entry["case"] for entry in result["measurements"]))
+    keys = keyed(result)
+    for case in cases if any("ratio" in entry for entry in keys.values()) else ():
+        entry = keys.get((case, other))
+        if entry is None or "ratio" not in entry:
+            own = [
+                f"{e['provider']}: {e['missing']}"
+                for e in keys.values()
+                if e["case"] == case and "missing" in e
+            ]
+            raise Refused(f"{case} has no ratio to {other}: {'; '.join(own) or 'it was not timed'}")
+        found.append(Ratio(case, f"ours / {other}", *entry["ratio"]))
     if not found:
         raise Refused(f"{path} has no ratios; bench_update.py --save NAME measures them")
     return found, list(failures(result))
@@ -294,9 +297,7 @@ def bound(word: str) -> float:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("results", type=Path, nargs="*", help="two files; one with --ratio-floor")
     parser.add_argument("--threshold", type=bound, help="exit code 1 below it, for example 0.9")
     parser.add_argument("--providers", nargs="+", default=[], help="only these")
@@ -304,7 +305,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="compare also what should not be, and say so")
     parser.add_argument("--revisions", nargs=2, metavar=("OLD", "NEW"))
     parser.add_argument("--benchmark", choices=("update", "replay"), default="update", help="of --revisions")
-    parser.add_argument("--rounds", type=int, default=3, help="of --revisions")
+    parser.add_argument("--rounds", type=positive, default=3, help="of --revisions")
     parser.add_argument("--ratio-floor", type=bound, help="least ratio of ours to --to in one file")
     parser.add_argument("--to", default="plain", metavar="NAME", help="default: plain")
     asked = list(sys.argv[1:] if words is None else words)
@@ -315,8 +316,6 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"{files} files are expected, got {len(given.results)}")
     if rest and not given.revisions:
         parser.error(f"only --revisions runs a benchmark that could take {' '.join(rest)}")
-    if given.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {given.rounds}")
     threshold = given.threshold
     marks: list[str] = []
     try:

@@ -1,8 +1,7 @@
-"""What every benchmark shares: the machine's header, interleaved timing, measurements, JSON results.
+"""What every benchmark shares: options, interleaved timing, cases with their providers, one JSON of a flat list.
 
-A result is a JSON object: the header (machine, versions, commit, format), `benchmark`, `equality` ("passed",
-or what differed) where providers are compared, whatever rows the benchmark has, and `measurements`, a flat
-list that report.py and compare.py read. As JSON lines: the header, then one addition to a list per line.
+A result is a JSON object: the machine, versions and commit; `benchmark`; `equality` ("passed", or what
+differed); and `measurements`, the list that report.py, pictures.py and compare.py read.
 """
 
 from __future__ import annotations
@@ -12,76 +11,127 @@ import json
 import math
 import os
 import platform
+import random
 import reprlib
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import NoneType, TracebackType
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, Literal, NoReturn, NotRequired, TypedDict
 
 import torch
 
+from brc_fast.kernels.tools.timing import Timing
+
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parent.parent
-FORMAT = 1  # of the results; read() refuses every other
-COUNTS = ("width", "batch", "updates", "num_envs")  # options of benchmarks that count something
-THREADS = 1024  # at most
+FORMAT = 2  # of the results; read() refuses every other
 PACKAGES = ("brc-fast", "torch", "triton", "jax", "jaxlib", "mujoco", "mujoco-mjx", "playground", "numpy")
+SECONDS = {"s": 1.0, "us": 1e6, "ns": 1e9}  # units of a time begin with one of these
+THREADS = 1024
+ROUNDS = 3  # at least
+TURN = 0.05  # seconds of a provider's calls in one round
+TIME_UP = "time was up; raise --budget"
+Seconds = Sequence[float] | Timing  # per call: round by round, or their quartiles
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+class Unavailable(Exception):
+    """A provider has no time here; the message says why."""
 
 
-def _git(*words: str) -> str | None:
-    try:
-        out = subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=ROOT)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return out.stdout.strip()
+class Differs(Unavailable):
+    """A provider computed something else; the message says what."""
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+class Unreadable(Exception):
+    """A file holds no results of this format, or not what is made of them; the message has the remedy."""
 
 
-def header() -> dict[str, Any]:
-    """Machine, versions and commit: what a number needs to mean something."""
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {
-        "format": FORMAT,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None
-        if (status := _git("status", "--porcelain", "--", ".", ":!bench/results")) is None
-        else bool(status),
-    }
+# ---------------------------------------------------------------- options
 
 
-def wait(device: str) -> None:
-    """Let queued GPU work finish, so that wall time covers it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong with the options in one line, exit code 2."""
+
+    def __init__(self, told: str | None, **options: Any) -> None:
+        super().__init__(
+            description=told, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False, **options
+        )
+        self.prog = Path(self.prog).stem
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+
+    def budget(self, seconds: float, told: str = "seconds in all") -> None:
+        """Add --budget and --save."""
+        self.add_argument("--budget", type=_seconds, default=seconds, help=f"{told} (default {seconds:g})")
+        self.add_argument("--save", type=_place, metavar="NAME", help="of a file under bench/results")
+
+    def device(self, told: str = "default: cuda where there is one") -> None:
+        self.add_argument("--device", choices=("cpu", "cuda"), help=told)
+
+    def device_of(self, given: argparse.Namespace) -> str:
+        """The device that was asked for, or the best one; an error where it is not there."""
+        there = torch.cuda.is_available()
+        if given.device == "cuda" and not there:
+            self.error("torch sees no CUDA device; --device cpu runs the same code")
+        return given.device or ("cuda" if there else "cpu")
+
+
+def positive(word: str) -> int:
+    if (value := int(word)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def threads(word: str) -> int:
+    if not 1 <= (value := int(word)) <= THREADS:
+        raise argparse.ArgumentTypeError(f"must lie in 1..{THREADS}")
+    return value
+
+
+def _seconds(word: str) -> float:
+    if not 0.0 <= (value := float(word)) < math.inf:
+        raise argparse.ArgumentTypeError("must be a number of seconds, at least 0")
+    return value
+
+
+def _place(word: str) -> Path:
+    path = RESULTS / f"{word}.json"
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
+def one_core(count: int = 1) -> None:
+    """Asks every library for one thread; JAX takes every core that it sees, so the process keeps to one."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = f"{count}"
+    torch.set_num_threads(count)
+    if count == 1 and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+# ---------------------------------------------------------------- timing
+
+
+class Clock:
+    """A deadline."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.end = seconds, time.perf_counter() + seconds
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self.end - time.perf_counter())
+
+    def share(self, count: int) -> float:
+        """For each of so many that wait."""
+        return self.left / max(1, count)
 
 
 class Times(dict[str, list[float]]):
@@ -92,45 +142,70 @@ class Times(dict[str, list[float]]):
         self.cpu: dict[str, list[float]] = {name: [] for name in names}
 
 
-def interleave(
-    providers: Mapping[str, Callable[[], object]],
-    *,
-    seconds: float,
-    calls: int,
-    device: str = "cpu",
-    warmup: int = 3,
-) -> Times:
-    """Seconds per call of every provider, in rounds: each runs `calls` times per round, one after the other.
+def wait(device: str) -> None:
+    """Let queued GPU work finish, so that wall time covers it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
-    Interleaving lets a busy machine slow all of them alike; compare medians, or ratios round by round.
+
+def interleave(
+    work: Mapping[str, Callable[[], object]],
+    seconds: float,
+    *,
+    turn: float = TURN,
+    warmup: int = 1,
+    finish: Callable[[str], object] = lambda name: None,
+) -> Times:
+    """Seconds per call of every provider. In a round each makes calls for `turn` seconds, at least one, and
+    then waits for them with `finish(name)`.
+
+    Turns let a busy machine slow all of them alike; compare ratios round by round. Each round has another
+    order, so that the neighbours change. There are three rounds at least.
     """
-    for work in providers.values():
+    turn = min(turn, seconds / (ROUNDS * max(1, len(work))))
+    calls = {}
+    for name, call in work.items():
         for _ in range(warmup):
-            work()
-    wait(device)
-    times = Times(list(providers))
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 3:
-        for name, work in providers.items():
+            call()
+        finish(name)
+        start, done = time.perf_counter(), 0
+        while done < 1 or (done < 4096 and time.perf_counter() - start < turn / 10):
+            call()
+            done += 1
+        finish(name)
+        calls[name] = max(1, min(4096, int(turn * done / (time.perf_counter() - start))))
+    times, order, rng, clock = Times(list(work)), list(work), random.Random(0), Clock(seconds)
+    while order and (clock.left > 0.0 or len(times[order[0]]) < ROUNDS):
+        rng.shuffle(order)
+        for name in order:
+            call = work[name]
             start, cpu = time.perf_counter(), time.process_time()
-            for _ in range(calls):
-                work()
-            wait(device)
-            times[name].append((time.perf_counter() - start) / calls)
-            times.cpu[name].append((time.process_time() - cpu) / calls)
+            for _ in range(calls[name]):
+                call()
+            finish(name)
+            times[name].append((time.perf_counter() - start) / calls[name])
+            times.cpu[name].append((time.process_time() - cpu) / calls[name])
     return times
 
 
-def median_ratio(slower: list[float], faster: list[float]) -> tuple[float, float, float]:
-    """Median and quartiles of the ratio, round by round."""
-    ratios = sorted(a / b for a, b in zip(slower, faster, strict=True))
-    quarter = len(ratios) // 4
-    return statistics.median(ratios), ratios[quarter], ratios[-1 - quarter]
+def quartiles(values: Seconds) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    if isinstance(values, Timing):
+        return values.low, values.median, values.high
+    ordered, quarter = sorted(values), len(values) // 4
+    return ordered[quarter], statistics.median(ordered), ordered[-1 - quarter]
+
+
+def ratio(these: Seconds, those: Seconds) -> tuple[float, float, float]:
+    """Median and quartiles of these over those, round by round; of those that ran apart, what both leave open."""
+    if not isinstance(these, Timing) and not isinstance(those, Timing) and len(these) == len(those):
+        low, middle, high = quartiles([a / b for a, b in zip(these, those, strict=True)])
+        return middle, low, high
+    (low, middle, high), (least, half, most) = quartiles(these), quartiles(those)
+    return middle / half, low / most, high / least
 
 
 # ---------------------------------------------------------------- measurements
-
-Better = Literal["more", "less"]
 
 
 class Measurement(TypedDict):
@@ -140,104 +215,191 @@ class Measurement(TypedDict):
     provider: str
     value: float | None  # None: there is none, and `missing` says why
     unit: str  # "updates/s", "ns per transition", "steps/s", "us", "GB/s", ...
-    better: Better
+    better: Literal["more", "less"]
     low: float | None
     high: float | None
     rounds: int
-    floor: float | None  # what it is held against: a time or a rate of the machine
+    floor: float | None  # what it is held against: a time or a rate of the machine, in `unit`
     missing: NotRequired[str]
+    ratio: NotRequired[Sequence[float]]  # how many times as good ours is: median and quartiles
+    over_floor: NotRequired[float]  # how many times as long as the floor it takes
+    at: NotRequired[Mapping[str, str | int]]  # columns of its table
 
 
-KEYS = Measurement.__annotations__.keys() - {"missing"}
-KEYS_WITHOUT_VALUE = {"case", "provider", "value", "unit", "better", "missing"}
+def value(seconds: float, unit: str, scale: float = 1.0) -> float:
+    """Of a call that does `scale` units of work: a rate where the unit ends in /s, else a time per unit."""
+    return scale / seconds if unit.endswith("/s") else SECONDS[unit.split()[0]] * seconds / scale
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile."""
-    ordered = sorted(values)
-    quarter = len(ordered) // 4
-    return ordered[quarter], statistics.median(ordered), ordered[-1 - quarter]
-
-
-def measured(
-    case: str, provider: str, values: Sequence[float], unit: str, better: Better, floor: float | None = None
-) -> Measurement:
-    """Of one value per round, in `unit`.
-
-    Raises:
-        ValueError: there are no values.
-    """
-    if not values:
-        raise ValueError(f"{case}, {provider}: no round was measured; absent() says why there is no value")
-    low, middle, high = quartiles(values)
+def measured(case: str, provider: str, times: Seconds, unit: str, scale: float = 1.0) -> Measurement:
+    """Of seconds per call, round by round."""
+    low, middle, high = sorted(value(seconds, unit, scale) for seconds in quartiles(times))
+    better: Literal["more", "less"] = "more" if unit.endswith("/s") else "less"
     return {
-        "case": case,
-        "provider": provider,
-        "value": middle,
-        "unit": unit,
-        "better": better,
-        "low": low,
-        "high": high,
-        "rounds": len(values),
-        "floor": floor,
-    }
+        "case": case, "provider": provider, "value": middle, "unit": unit, "better": better,
+        "low": low, "high": high, "rounds": times.samples if isinstance(times, Timing) else len(times), "floor": None,
+    }  # fmt: skip
 
 
-def absent(
-    case: str, provider: str, reason: str, unit: str, better: Better, floor: float | None = None
-) -> Measurement:
+def absent(case: str, provider: str, reason: str, unit: str) -> Measurement:
     """In the place of a value that there is not."""
+    better: Literal["more", "less"] = "more" if unit.endswith("/s") else "less"
     return {
-        "case": case,
-        "provider": provider,
-        "value": None,
-        "unit": unit,
-        "better": better,
-        "low": None,
-        "high": None,
-        "rounds": 0,
-        "floor": floor,
-        "missing": reason,
-    }
+        "case": case, "provider": provider, "value": None, "unit": unit, "better": better,
+        "low": None, "high": None, "rounds": 0, "floor": None, "missing": reason,
+    }  # fmt: skip
 
 
-def equality(reasons: Sequence[str]) -> str:
-    """The `equality` of a result: passed, or what differs from what it should equal."""
-    return f"failed: {'; '.join(reasons)}" if reasons else "passed"
+def told(error: BaseException) -> str:
+    """A reason in one line."""
+    if isinstance(error, Unavailable | ValueError | ImportError):
+        return one_line(error)
+    if out_of_memory(error):
+        return "out of memory"
+    return f"{type(error).__name__}: {one_line(error)[:300]}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    words = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error) for w in words)
+
+
+class Results:
+    """What a benchmark found. The file is written anew after each case: a run that is killed keeps them."""
+
+    quiet = False
+
+    def __init__(self, benchmark: str, path: Path | None = None, **more: Any) -> None:
+        self.path, self.entries, self.wrong = path, list[Measurement](), list[str]()
+        self.found: dict[str, Any] = {"benchmark": benchmark, **more}
+
+    def case(
+        self,
+        case: str,
+        times: Mapping[str, Seconds],
+        unit: str,
+        scale: float = 1.0,
+        *,
+        ours: str | None = None,
+        missing: Mapping[str, BaseException] | None = None,
+        floor: str | Mapping[str, float] | None = None,
+        at: Mapping[str, str | int] | None = None,
+    ) -> None:
+        """Note, print and store a case.
+
+        Args:
+            times: seconds per call of every provider, round by round; a call does `scale` units of work.
+            ours: the provider that others are compared with. missing: why providers have no time.
+            floor: one of `times`, which then is no provider, or seconds by provider.
+        """
+        floors = times[floor] if isinstance(floor, str) and floor in times else None
+        seconds = floor if isinstance(floor, Mapping) else {}
+        for name, values in times.items():
+            if name == floor:
+                continue
+            entry = measured(case, name, values, unit, scale)
+            if ours in times and name != ours:
+                entry["ratio"] = ratio(values, times[str(ours)])
+            if floors is not None:
+                entry["floor"] = value(quartiles(floors)[1], unit, scale)
+                entry["over_floor"] = ratio(values, floors)[0]
+            elif name in seconds:
+                entry["floor"] = value(seconds[name], unit, scale)
+                entry["over_floor"] = quartiles(values)[1] / seconds[name]
+            self.add(entry, at)
+        for name, error in (missing or {}).items():
+            self.add(absent(case, name, told(error), unit), at)
+            if isinstance(error, Differs):
+                self.wrong.append(f"{name} at {case} {told(error)}")
+        self.store()
+
+    def add(self, entry: Measurement, at: Mapping[str, str | int] | None = None) -> None:
+        if at is not None:
+            entry["at"] = at
+        self.entries.append(entry)
+        if not self.quiet:
+            print(line(entry), flush=True)
+
+    @property
+    def equality(self) -> str:
+        wrong = self.wrong
+        if not wrong and not any(entry["value"] is not None for entry in self.entries):
+            wrong = ["nothing was compared"]
+        return f"failed: {'; '.join(wrong)}" if wrong else "passed"
+
+    def store(self) -> None:
+        if self.path is not None:
+            found = {**self.found, "equality": self.equality, "measurements": self.entries}
+            write(self.path.stem, found, self.path.parent)
+
+    def end(self) -> int:
+        """Store all; the exit code, with what differs on standard error."""
+        self.store()
+        if self.equality == "passed":
+            return 0
+        print(self.equality, file=sys.stderr)
+        return 1
+
+
+def line(entry: Measurement) -> str:
+    """An entry as the terminal shows it."""
+    head = f"{entry['case']:<40} {entry['provider']:<24}"
+    if entry["value"] is None:
+        return f"{head}{'-':>12}  {entry['missing']}"
+    figure = f"{entry['value']:,.0f}" if abs(entry["value"]) >= 1000 else f"{entry['value']:.4g}"
+    words = f"{head}{figure:>12} {entry['unit']}"
+    if "ratio" in entry:
+        middle, low, high = entry["ratio"]
+        words += f", ours {middle:.2f} times as good ({low:.2f} to {high:.2f})"
+    if "over_floor" in entry:
+        words += f", {entry['over_floor']:.2f} of the floor's time"
+    return words
 
 
 # ---------------------------------------------------------------- files
 
 
-class Unreadable(Exception):
-    """A file holds no results of this format, or not what is made of them; the message has the remedy."""
+def header() -> dict[str, Any]:
+    """Machine, versions and commit: what a number needs to mean something."""
+    status = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    return {
+        "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions(PACKAGES),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+    }
 
 
-class Kind(NamedTuple):
-    """What a value of a file may be: JSON's own types, and no other number than a finite one."""
+def versions(names: Sequence[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
-    told: str
-    types: tuple[type, ...]
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=ROOT)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
-TEXT, TEXT_OR_NULL = Kind("text", (str,)), Kind("text or null", (str, NoneType))
-WHOLE, NUMBER = Kind("a whole number", (int,)), Kind("a finite number or null", (int, float, NoneType))
-HEADER = {  # what readers take from it
-    "date": TEXT,
-    "cpu": TEXT,
-    "cores": Kind("a whole number or null", (int, NoneType)),
-    "torch_threads": WHOLE,
-    "gpu": TEXT_OR_NULL,
-    "versions": Kind("an object", (dict,)),
-    "commit": TEXT_OR_NULL,
-    "dirty": Kind("true, false or null", (bool, NoneType)),
-}
-PERHAPS = {"benchmark": TEXT, "part": TEXT, "status": TEXT, "equality": TEXT_OR_NULL}
-MEASURED = {
-    **dict.fromkeys(("case", "provider", "unit", "better", "missing"), TEXT),
-    **dict.fromkeys(("value", "low", "high", "floor"), NUMBER),
-    "rounds": WHOLE,
-}
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (each.partition(":")[2].strip() for each in lines if each.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def write(name: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
@@ -248,178 +410,89 @@ def write(name: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path
     return path
 
 
-class Lines:
-    """Results as JSON lines, each on disk as soon as it is known: what a killed run has measured stays.
-
-    with Lines(path, benchmark="update") as lines:
-        lines.add("measurements", measured(...))
-    """
-
-    def __init__(self, path: Path, **results: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("w")
-        self._line({**header(), **results})
-
-    def add(self, name: str, entry: Mapping[str, Any] | Measurement) -> None:
-        """Append to the list of this name."""
-        self._line({name: entry})
-
-    def _line(self, content: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(content) + "\n")
-        self.file.flush()
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.file.close()
+NONE = type(None)
+HEADER: dict[str, tuple[type, ...]] = {  # what readers take from it
+    "date": (str,), "cpu": (str,), "cores": (int, NONE), "torch_threads": (int,), "gpu": (str, NONE),
+    "versions": (dict,), "commit": (str, NONE), "dirty": (bool, NONE), "benchmark": (str,),
+}  # fmt: skip
+ENTRY: dict[str, tuple[type, ...]] = {
+    "case": (str,), "provider": (str,), "value": (int, float, NONE), "unit": (str,), "better": (str,),
+    "low": (int, float, NONE), "high": (int, float, NONE), "rounds": (int,), "floor": (int, float, NONE),
+}  # fmt: skip
+PERHAPS: dict[str, tuple[type, ...]] = {
+    "missing": (str,), "ratio": (list, tuple), "over_floor": (int, float), "at": (dict,),
+    "status": (str,), "equality": (str, NONE),
+}  # fmt: skip
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Results from JSON or JSON lines, of which the last may be cut off.
-
-    The header and the measurements are as they should be; whatever else a benchmark stores is not looked at.
+    """Results, whose header and measurements are as they should be; nothing else is looked at.
 
     Raises:
         Unreadable: no such file, no JSON, another format, no measurements, or some that are none.
     """
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        told = error.strerror if isinstance(error, OSError) else "no text"
-        raise Unreadable(f"{path} cannot be read ({told}); a benchmark's --save NAME makes one") from None
-    try:
-        found = _joined(text) if path.suffix == ".jsonl" else json.loads(text)
+        found = json.loads(path.read_text())
         json.dumps(found, ensure_ascii=False).encode()  # else it holds half a character, which none can print
+    except OSError as error:
+        raise Unreadable(f"{path} cannot be read ({error.strerror}); --save NAME makes one") from None
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"{path} is not JSON ({error}); measure again") from None
     if not isinstance(found, dict):
         raise Unreadable(f"{path} holds no results: a JSON object is expected, not {type(found).__name__}")
     written = found.get("format", 0)
-    if type(written) is not int or written > FORMAT:
-        raise Unreadable(f"{path} has format {written}, newer than {FORMAT}: use the brc-fast that wrote it")
-    if written < FORMAT:
-        raise Unreadable(f"{path} has format {written}, older than {FORMAT}: {_remedy(found, path)}")
+    if written != FORMAT or type(written) is not int:
+        newer = isinstance(written, int) and written > FORMAT
+        how = "use the brc-fast that wrote it" if newer else remedy(found, path)
+        raise Unreadable(f"{path} has format {reprlib.repr(written)}, not {FORMAT}: {how}")
     entries = found.get("measurements")
     if not isinstance(entries, list) or not entries:
-        why = f" ({found['reason']})" if "reason" in found else ""
-        raise Unreadable(f"{path} holds no measurements{why}: {_remedy(found, path)}")
-    for place, entry in enumerate(entries):
-        if (told := _flaw(entry)) is not None:
-            raise Unreadable(f"{path}: measurement {place} {told}; {_remedy(found, path)}")
-    if lacks := ", ".join(sorted(HEADER.keys() - found.keys())):
-        raise Unreadable(f"{path} lacks {lacks}; {_remedy(found, path)}")
-    told = _unfit(found, HEADER | PERHAPS) or _unfit(found["versions"], TEXT_OR_NULL)
-    if told is not None:
-        raise Unreadable(f"{path}: {told}; {_remedy(found, path)}")
+        raise Unreadable(f"{path} holds no measurements {found.get('reason', '')}: {remedy(found, path)}")
+    flaw = _flaw(found, HEADER) or next(filter(None, (_flaw(entry, ENTRY) for entry in entries)), None)
+    if flaw is not None:
+        raise Unreadable(f"{path}: {flaw}; {remedy(found, path)}")
     return found
 
 
-def _joined(text: str) -> dict[str, Any]:
-    """The first line's object with what later lines add to its lists."""
-    lines = text.splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        del lines[-1]  # the run was killed while it wrote
-    if not lines:
-        raise ValueError("no line is complete")
-    found: dict[str, Any] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            content = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"line {number} is no object")
-        if number == 1:
-            found = content
-            continue
-        for name, entry in content.items():
-            if not isinstance(entries := found.setdefault(name, []), list):
-                raise ValueError(f"line {number} adds to {name!r}, which is no list")
-            entries.append(entry)
-    return found
-
-
-def _flaw(entry: object) -> str | None:
-    """Why this is no measurement, if so."""
-    if not isinstance(entry, dict):
-        return "is none"
-    needed = KEYS_WITHOUT_VALUE if entry.get("value") is None else KEYS
-    if lacks := ", ".join(sorted(needed - entry.keys())):
-        return f"lacks {lacks}"
-    if (told := _unfit(entry, MEASURED)) is not None:
-        return f"is none: {told}"
-    if entry["better"] not in ("more", "less"):
-        return f"is none: better is {entry['better']!r}, not 'more' or 'less'"
+def _flaw(found: object, kinds: Mapping[str, tuple[type, ...]]) -> str | None:
+    """What is not as it is written, if anything is not."""
+    if not isinstance(found, dict):
+        return f"{reprlib.repr(found)} is no measurement"
+    if lacks := ", ".join(sorted(kinds.keys() - found.keys())):
+        return f"{reprlib.repr(found.get('case', 'it'))} lacks {lacks}"
+    for key, each in found.items():
+        known = kinds.get(key, PERHAPS.get(key))
+        if known is not None and not (type(each) in known and finite(each)):
+            return f"{key} is {reprlib.repr(each)}"
+    if "value" in kinds and found["value"] is None and "missing" not in found:
+        return "a value is missing without a reason"
+    if "better" in kinds and found["better"] not in ("more", "less"):
+        return f"better is {found['better']!r}, not 'more' or 'less'"
+    numbers = found.get("ratio", (1.0,) * 3)
+    if len(numbers) != 3 or not all(isinstance(each, int | float) and finite(each) for each in numbers):
+        return f"ratio is {reprlib.repr(numbers)}, not three numbers"
     return None
 
 
-def _unfit(found: Mapping[str, Any], kinds: Mapping[str, Kind] | Kind) -> str | None:
-    """Which value is of another kind than it should be, if one is; a Kind alone is that of all values."""
-    for key, value in found.items():
-        kind = kinds if isinstance(kinds, Kind) else kinds.get(key)
-        if kind is not None and not (type(value) in kind.types and finite(value)):
-            return f"{key} is {reprlib.repr(value)}, not {kind.told}"
-    return None
-
-
-def finite(value: object) -> bool:
+def finite(number: object) -> bool:
     """False for NaN, infinities and integers past the largest float alone."""
     try:
-        return not isinstance(value, int | float) or math.isfinite(value)
+        return not isinstance(number, int | float) or math.isfinite(number)
     except OverflowError:
         return False
 
 
-def _remedy(found: Mapping[str, Any], path: Path) -> str:
+def remedy(found: Mapping[str, Any], path: Path) -> str:
     """What to do where a result cannot be used."""
     if isinstance(command := found.get("command"), str):  # put together by hand from runs of it
         return f"no benchmark writes it; it holds runs of `{command}`"
-    again = _again(found, path)
-    return f"measure again with {again}" if again else "measure again with the benchmark that wrote it"
-
-
-def _again(found: Mapping[str, Any], path: Path) -> str | None:
-    """The command that makes a result anew, if it can be told."""
-    from gpu_parts import PARTS
-
-    benchmark, part = found.get("benchmark"), found.get("part")
-    if benchmark is None and part is None and path.stem.startswith("gpu-"):
-        part = path.stem.removeprefix("gpu-")
-    if isinstance(part, str) and part in PARTS:
-        return f"bench/gpu.py --parts {part}"
-    if not isinstance(benchmark, str) or not benchmark.isidentifier():
-        return None
-    if benchmark == "kernels":
-        return f"bench/bench_kernels.py --json {path}"
-    script = Path("bench", f"bench_{benchmark}.py")
-    if not (ROOT / script).exists():
-        return None
-    more = " --start" if "starts" in found else ""
-    if benchmark == "replay" and found.get("device") in ("cpu", "cuda"):
-        more = f" --device {found['device']}"  # else it is the comparison of buffers
-    return f"{script.as_posix()}{more} --save {path.stem}"
-
-
-@contextmanager
-def making(what: str, path: Path, found: Mapping[str, Any]) -> Iterator[None]:
-    """Around what makes a table or a picture of results, which may lack what it needs.
-
-    Raises:
-        Unreadable: in the place of what was raised inside.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise Unreadable(f"a {what} needs {error.name}, which the [train] extra brings") from None
-    except OSError as error:
-        name = error.filename or f"the {what}"
-        raise Unreadable(f"{name} cannot be written ({error.strerror or error})") from None
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        told = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise Unreadable(f"{path} gives no {what} ({told}); {_remedy(found, path)}") from None
+    if path.stem.startswith("gpu-"):
+        return f"measure again with bench/gpu.py --parts {path.stem.removeprefix('gpu-')}"
+    name = found.get("benchmark")
+    if isinstance(name, str) and name.isidentifier() and (ROOT / f"bench/bench_{name}.py").exists():
+        option = f"--json {path}" if name == "kernels" else f"--save {path.stem}"
+        return f"measure again with bench/bench_{name}.py {option}"
+    return "measure again with the benchmark that wrote it"
 
 
 def failures(result: Mapping[str, Any]) -> dict[str, str]:
@@ -435,22 +508,4 @@ def failures(result: Mapping[str, Any]) -> dict[str, str]:
 
 def one_line(reason: object) -> str:
     """A reason as it is printed: what was raised in a run may have several lines."""
-    return " ".join(str(reason).split("\n"))
-
-
-def refusal(options: argparse.Namespace) -> str | None:
-    """What is wrong with options that several benchmarks have, in one line."""
-    for name in COUNTS:
-        given = getattr(options, name, None)
-        values = given if isinstance(given, list) else [1 if given is None else given]
-        if any(value < 1 for value in values):
-            return f"--{name.replace('_', '-')} must be at least 1"
-    if not 1 <= getattr(options, "threads", 1) <= THREADS:
-        return f"--threads must lie in 1..{THREADS}"
-    if not 0.0 <= options.budget < math.inf:
-        return "--budget must be a number of seconds, at least 0"
-    if options.save is not None:
-        folder = (RESULTS / options.save).parent
-        if folder != RESULTS and not folder.is_dir():  # write() makes RESULTS
-            return f"--save: there is no folder {folder}"
-    return None
+    return " ".join(str(reason).split())

@@ -16,26 +16,167 @@ that cannot be read. The other files have their tables all the same.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, ROOT, Unreadable, failures, making, one_line, read
-from report_tables import table
+from harness import RESULTS, ROOT, Parser, Unreadable, failures, one_line, read, remedy
 
 READMES = tuple(ROOT / name for name in ("README.md", "bench/README.md", "docs/critic.md", "docs/replay.md"))
 BEGIN = re.compile(r"^<!-- report: \S+ -->$", re.MULTILINE)  # on lines of their own
 PLACE = re.compile(r"^(<!-- report: (\S+) -->\n)(.*?)^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
 VERSIONS = ("torch", "jax", "triton")  # what a line has room for; the file has all
+LABELS = {
+    "ours": "brc-fast",
+    "ours-tf32": "brc-fast, TF32",
+    "ours-bf16": "brc-fast, BF16",
+    "critic": "plain PyTorch, our critic",
+    "plain": "plain PyTorch",
+    "compiled": "torch.compile",
+    "compile": "torch.compile",
+    "jax": "JAX",
+    "kernels": "brc-fast",
+    "eager": "plain PyTorch",
+    "liger": "Liger",
+    "library": "its own loop",
+    "authors' layout (numpy)": "authors' layout",
+    "torch.index_select": "index_select",
+    "Stable-Baselines3": "SB3",
+    "flashbax (jit)": "flashbax",
+    "row gather (limit)": "copying one row",
+}
+REPLAY = {  # the cases of the table; the file has them all
+    "1 x 1024": "sample 1 x 1024",
+    "16 x 1024": "sample 16 x 1024",
+    "ten tasks": "sample 1 x 1024 of 10 tasks",
+    "wide": "sample 1 x 1024, O=1500",
+    "atari": "sample 1 x 1024, 4 x 84 x 84 uint8",
+    "insert 1": "add from 1 environment",
+    "insert 64": "add from 64 environments",
+    "insert 1024": "add from 1024 environments",
+}
+BUFFERS = ("brc-fast", "brc-fast, tensors")  # stand first, and the bare gather last
+SLOWER = ", both stacks"  # of a buffer that also keeps frames once: what nobody would choose
+NOTHING = "–"
 
 
 class Refused(Exception):
     """A result must not be cited; the message has the reasons and the remedy."""
+
+
+# ---------------------------------------------------------------- tables
+
+
+def label(provider: str) -> str:
+    return LABELS.get(provider, provider)
+
+
+def number(value: float | None) -> str:
+    """Three digits, or all of a large number."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def pivot(entries: Sequence[Mapping[str, Any]], floor: str = "floor") -> str:
+    """Cases by providers, a table per unit, with ratios and the floor where there are any."""
+    tables = []
+    for unit in dict.fromkeys(entry["unit"] for entry in entries):
+        own = [entry for entry in entries if entry["unit"] == unit]
+        names = list(dict.fromkeys(entry["provider"] for entry in own if entry["value"] is not None))
+        others = [n for n in names if not n.startswith("ours") and any(_ratio(e, n) for e in own)]
+        over = any("over_floor" in entry for entry in own if "at" in entry)
+        floors = over or any(entry["floor"] is not None for entry in own)
+        head, rows = [unit], []
+        for case in dict.fromkeys(entry["case"] for entry in own):
+            cells = {entry["provider"]: entry for entry in own if entry["case"] == case}
+            if all(entry["value"] is None for entry in cells.values()):
+                continue
+            first = next(iter(cells.values()))
+            at = first.get("at", {unit: case})
+            head, row = list(at), [str(each) for each in at.values()]
+            row += [number(cells[name]["value"]) if name in cells else "" for name in names]
+            for name in others:
+                told = cells.get(name, {}).get("ratio")
+                row.append("{:.2f} ({:.2f} to {:.2f})".format(*told) if told else NOTHING)
+            if over:
+                row.append(f"{first['over_floor']:.2f}" if "over_floor" in first else NOTHING)
+            elif floors:
+                row.append(number(next((e["floor"] for e in cells.values() if e["floor"] is not None), None)))
+            rows.append(row)
+        head += [*map(label, names), *(f"x {label(name)} (quartiles)" for name in others)]
+        head += [f"time / {floor}"] * over + [floor] * (floors and not over)
+        if rows:
+            tables.append(grid(head, rows))
+    return "\n\n".join(tables)
+
+
+def _ratio(entry: Mapping[str, Any], provider: str) -> bool:
+    """Ratios stand in the tables of cases that say where they were measured."""
+    return entry["provider"] == provider and "ratio" in entry and "at" in entry
+
+
+def replay(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """CPU time per transition of every buffer in the cases of the table."""
+    found = []
+    for entry in entries:
+        if entry["case"] in REPLAY and not entry["provider"].endswith(SLOWER):
+            # Without what a buffer does about tasks (one for each) or stacks
+            name = entry["provider"].removesuffix(" x 10").removesuffix(", stack_compress")
+            told = {"case": REPLAY[entry["case"]], "unit": "CPU ns per transition", "floor": None}
+            found.append({**entry, **told, "provider": name})
+    cases = list(dict.fromkeys(entry["case"] for entry in found))
+    order = {name: place - len(BUFFERS) for place, name in enumerate(BUFFERS)} | {"row gather (limit)": 1}
+    found.sort(key=lambda entry: order.get(entry["provider"], 0))
+    first = [{**found[0], "case": case, "provider": found[0]["provider"], "value": None} for case in cases]
+    return [*first, *found] if found else []
+
+
+def fits(axes: Sequence[Mapping[str, Any]]) -> str:
+    """The curve through each axis."""
+    rows = []
+    for axis in axes:
+        if (fit := axis["fit"]) is not None:
+            power = "x" if fit["power"] == 1.0 else f"x^{fit['power']:.2f}"
+            curve = f"{number(1e6 * fit['fixed'])} + {1e6 * fit['rate']:.3g} {power}"
+            rows.append([f"{axis['what']}, x = {axis['axis']}", curve, f"{100 * fit['residual']:.1f} %"])
+    return grid(["cost of", "us", "off by (root mean square)"], rows)
+
+
+def missing(entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line per reason and cases that it left out, with the providers."""
+    left: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        if entry["value"] is None:
+            left.setdefault((entry["provider"], entry["missing"]), []).append(entry["case"])
+    together: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (provider, reason), cases in left.items():
+        together.setdefault((reason, tuple(cases)), []).append(label(provider))
+    for (reason, cases), names in together.items():
+        where = cases[0] if len(cases) == 1 else f"{len(cases)} cases"
+        yield f"Missing: {', '.join(names)} ({where}): {reason}."
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The table of a result, with a line for each provider that has no value."""
+    entries = result["measurements"]
+    chosen = replay(entries) if result.get("benchmark") == "replay" else []
+    parts = [fits(result["axes"])] if "axes" in result else []
+    parts += [pivot(chosen or entries, result.get("floor", "floor")), *missing(entries)]
+    return "\n\n".join(filter(None, parts))
+
+
+# ---------------------------------------------------------------- what may be cited
 
 
 def refusals(path: Path, result: Mapping[str, Any]) -> Iterator[str]:
@@ -52,12 +193,12 @@ def refusals(path: Path, result: Mapping[str, Any]) -> Iterator[str]:
     if path.stem.startswith("gpu-") and (tests := path.parent / "gpu-test.json").exists():
         try:
             told = json.loads(tests.read_text())
-        except (OSError, ValueError, RecursionError):
-            told = None
-        if not isinstance(told, dict):
+            failed = told.get("commit") == result["commit"] and told.get("status") == "failed"
+        except (OSError, ValueError, RecursionError, AttributeError):
             yield f"{tests.name} beside it holds no result of tests: run the tests again"
-        elif told.get("commit") == result["commit"] and told.get("status") == "failed":
-            yield f"the tests of its commit failed ({told.get('reason', tests.name)})"
+        else:
+            if failed:
+                yield f"the tests of its commit failed ({told.get('reason', tests.name)})"
 
 
 def trusted(path: Path) -> dict[str, Any]:
@@ -72,6 +213,20 @@ def trusted(path: Path) -> dict[str, Any]:
     return result
 
 
+@contextmanager
+def making(what: str, path: Path, found: Mapping[str, Any]) -> Iterator[None]:
+    """Around what makes a table or a picture of results, which may lack what it needs: Unreadable then."""
+    try:
+        yield
+    except ImportError as error:
+        raise Unreadable(f"a {what} needs {error.name}, which the [train] extra brings") from None
+    except OSError as error:
+        raise Unreadable(f"{error.filename or what} cannot be written ({error.strerror})") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        told = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise Unreadable(f"{path} gives no {what} ({told}); {remedy(found, path)}") from None
+
+
 def stamp(result: Mapping[str, Any]) -> str:
     """When, where and with what it was measured."""
     threads = result["torch_threads"]
@@ -83,23 +238,13 @@ def stamp(result: Mapping[str, Any]) -> str:
 
 
 def section(path: Path, result: Mapping[str, Any], beside: Path) -> str:
-    """The table with its line; the link is relative to the folder of `beside`.
-
-    Raises:
-        Unreadable: the result lacks what its table needs.
-    """
+    """The table with its line; the link is relative to the folder of `beside`."""
     link = Path(os.path.relpath(path.resolve(), beside.resolve().parent)).as_posix()
     with making("table", path, result):
         return f"{table(result)}\n\n{stamp(result)} ([{path.name}]({link})).\n"
 
 
-def found_by_name(name: str, given: Sequence[Path]) -> Path:
-    """The file of a result: among those given, else in bench/results."""
-    for path in given:
-        if path.stem == name:
-            return path
-    lines = RESULTS / f"{name}.jsonl"
-    return lines if lines.exists() else RESULTS / f"{name}.json"
+# ---------------------------------------------------------------- what is asked for
 
 
 def filled(readme: Path, given: Sequence[Path]) -> tuple[str, str]:
@@ -112,95 +257,63 @@ def filled(readme: Path, given: Sequence[Path]) -> tuple[str, str]:
     opened, closed = len(BEGIN.findall(text)), len(PLACE.findall(text))
     if opened != closed:
         raise Refused(f"{readme}: {opened} places begin with <!-- report: NAME -->, {closed} have an end")
+    named = {path.stem: path for path in given}
 
     def fill(place: re.Match[str]) -> str:
-        path = found_by_name(place[2], given)
+        path = named.get(place[2], RESULTS / f"{place[2]}.json")
         return f"{place[1]}{section(path, trusted(path), readme)}{place[4]}"
 
     return text, PLACE.sub(fill, text)
 
 
-def first_difference(old: str, new: str) -> str:
-    """The first line that changes, as it should be."""
-    lines = zip(old.splitlines(), new.splitlines(), strict=False)
-    return next((b for a, b in lines if a != b), "its end")
-
-
-def update_readmes(readmes: Sequence[Path], given: Sequence[Path], check: bool) -> int:
-    code = 0
-    for readme in readmes:
-        try:
-            old, new = filled(readme, given)
-        except (Refused, Unreadable) as reason:
-            code = complain(reason)
-            continue
-        if old == new:
-            continue
-        if check:
-            code = complain(f"{readme} differs from its results, from: {first_difference(old, new)}")
-            continue
-        try:
-            readme.write_text(new)
-            print(readme)
-        except OSError as error:
-            code = complain(f"{readme} cannot be written ({error.strerror})")
-    return code
-
-
-def draw_all(results: Mapping[Path, Mapping[str, Any]], folder: Path) -> int:
-    from report_pictures import draw
-
-    code = 0
-    for path, result in results.items():
-        try:
-            with making("picture", path, result):
-                pictures = draw(path.stem, result, stamp(result), folder)
-        except Unreadable as reason:
-            code = complain(reason)
-            continue
-        print(*pictures, sep="\n", end="\n" if pictures else "")
-    return code
-
-
-def print_all(results: Mapping[Path, Mapping[str, Any]]) -> int:
-    code, sections = 0, []
-    for path, result in results.items():
-        try:
-            sections.append(section(path, result, ROOT / "README.md"))
-        except Unreadable as reason:
-            code = complain(reason)
-    if sections:
-        print("\n".join(sections))
-    return code
-
-
-def complain(reason: object) -> int:
-    """A line on standard error, and the exit code that goes with it."""
-    print(f"report: {one_line(reason)}", file=sys.stderr)
-    return 1
+def update_readme(readme: Path, given: Sequence[Path], check: bool) -> None:
+    """Write the tables; with `check`, refuse a README that says something else."""
+    old, new = filled(readme, given)
+    if old == new:
+        return
+    if check:
+        lines = zip(old.splitlines(), new.splitlines(), strict=False)
+        first = next((b for a, b in lines if a != b), "its end")
+        raise Refused(f"{readme} differs from its results, from: {first}")
+    readme.write_text(new)
+    print(readme)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("results", type=Path, nargs="*", help="files of bench_*.py --save or bench/gpu.py")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw PNG and SVG there")
     parser.add_argument("--readme", type=Path, nargs="*", metavar="FILE", help="fill in the tables there")
     parser.add_argument("--check", action="store_true", help="compare the READMEs, change nothing")
     given = parser.parse_args(words)
-    if not (given.results or given.readme is not None or given.check):
+    readmes = given.readme is not None or given.check
+    if not (given.results or readmes):
         parser.error("name results, or --readme, or --check")
-    trustworthy, code = {}, 0
-    for path in given.results:  # one that is refused does not cost the others their tables
+    code = 0
+
+    @contextmanager
+    def complaining() -> Iterator[None]:
+        """What is wrong with one file is a line, and costs the others nothing."""
+        nonlocal code
         try:
-            trustworthy[path] = trusted(path)
-        except (Refused, Unreadable) as reason:
-            code = complain(reason)
-    if given.pictures is not None:
-        code |= draw_all(trustworthy, given.pictures)
-    if given.readme is not None or given.check:
-        code |= update_readmes(given.readme or READMES, given.results, given.check)
-    elif given.pictures is None:
-        code |= print_all(trustworthy)
+            yield
+        except (Refused, Unreadable, OSError) as reason:
+            print(f"report: {one_line(reason)}", file=sys.stderr)
+            code = 1
+
+    for path in given.results:
+        with complaining():
+            result = trusted(path)
+            if given.pictures is not None:
+                from pictures import draw
+
+                with making("picture", path, result):
+                    print(*draw(path.stem, result, stamp(result), given.pictures), sep="\n")
+            elif not readmes:
+                print(section(path, result, ROOT / "README.md"))
+    for readme in (given.readme or READMES) if readmes else ():
+        with complaining():
+            update_readme(readme, given.results, given.check)
     return code
 
 

@@ -15,13 +15,13 @@ import pytest
 pytest.importorskip("pytest_benchmark", reason='needs pytest-benchmark: pip install "brc-fast[bench]"')
 
 import torch
+from bench_replay import check_insert, inserting
 from bench_update import HEAVY
-from replay_cases import check_insert, inserting
-from update_providers import BUILDERS, Subject, difference, expected, taken, tensor_cores
 from workloads import WORKLOADS, Workload
 
 from peers.replay_data import Workload as Stored
-from peers.replay_peers import Ours, fill, make
+from peers.replay_peers import Ours, filled
+from peers.updates import Subject, checked, expected, tensor_cores
 
 CUDA = torch.cuda.is_available()
 DEVICE, PROVIDER, UPDATES = ("cuda", "ours-bf16", 2) if CUDA else ("cpu", "ours", 1)
@@ -42,35 +42,27 @@ def one_thread() -> Iterator[None]:
 
 @each_workload
 def test_update(workload: Workload, benchmark: Any) -> None:
-    subject = Subject(workload.width, workload.batch, UPDATES, DEVICE, workload=workload)
-    size, room = taken(subject, ["plain", PROVIDER]), memory()
+    subject = Subject(workload, UPDATES, DEVICE)
+    size, room = subject.bytes(2), torch.cuda.mem_get_info()[0] if CUDA else 2 * HEAVY
     if size > room:
         pytest.skip(f"takes {size / 1e9:.0f} GB, more than the {room / 1e9:.0f} GB for it here")
     with tensor_cores(DEVICE):
-        provider = BUILDERS[PROVIDER](subject)
-        assert difference(provider, subject, expected(subject)) is None
+        provider = checked(PROVIDER, subject, expected(subject))
 
         def call() -> None:
             provider.call()
             provider.finish()
 
         benchmark.extra_info["updates"] = UPDATES
-        benchmark.pedantic(call, rounds=5, warmup_rounds=3 if CUDA else 1)
-
-
-def memory() -> float:
-    """Bytes that an update may take: on a CPU no more than bench_update.py gives one unasked."""
-    return torch.cuda.mem_get_info()[0] if CUDA else HEAVY
+        benchmark.pedantic(call, rounds=5, warmup_rounds=1)
 
 
 @each_workload
 def test_sample(workload: Workload, benchmark: Any) -> None:
-    peer = make(Ours, stored(workload))
-
-    def failed(_: object, error: Exception) -> None:
-        raise error
-
-    fill([peer], failed)
+    missing: dict[str, BaseException] = {}
+    peers = filled((Ours,), stored(workload), missing)
+    assert not missing
+    peer = peers[Ours.name]
     peer.workload.check(peer.columns(peer.sample(2, workload.batch)))
     benchmark.extra_info["transitions"] = 2 * workload.batch
     benchmark.pedantic(peer.sample, (2, workload.batch), rounds=20, iterations=CALLS, warmup_rounds=1)
@@ -80,9 +72,8 @@ def test_sample(workload: Workload, benchmark: Any) -> None:
 def test_insert(workload: Workload, benchmark: Any) -> None:
     shape = stored(workload, cycle=64)
     check_insert(Ours, shape)
-    peer = make(Ours, shape)
     benchmark.extra_info["transitions"] = shape.lanes
-    benchmark.pedantic(inserting(peer), rounds=20, iterations=CALLS, warmup_rounds=1)
+    benchmark.pedantic(inserting(Ours(shape)), rounds=20, iterations=CALLS, warmup_rounds=1)
 
 
 def stored(workload: Workload, cycle: int = 0) -> Stored:

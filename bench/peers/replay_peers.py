@@ -24,7 +24,7 @@ class Peer:
     """A buffer. `sample` and `add` are timed; filling it, `prepare` and `columns` are not."""
 
     name: str
-    package: str | None = None  # to name its version
+    package: str  # to name its version
     tasks = False  # knows tasks itself; otherwise PerTask holds one for each
 
     def __init__(self, workload: Workload) -> None:
@@ -37,7 +37,7 @@ class Peer:
 
     def put(self, first: int, steps: Steps) -> None:
         """Stores steps [k, S, ...], of which the first has the number `first`."""
-        raise NotImplementedError
+        self.add(self.prepare(Steps(*flat(*steps))))
 
     def finish(self) -> None:
         """Runs when the buffer is full."""
@@ -97,6 +97,12 @@ class OursTensors(Ours):
         return tuple(torch.from_numpy(column) for column in step)
 
 
+def shapes(work: Workload, *rows: int) -> list[tuple[int, ...]]:
+    """Of arrays of observations, actions, rewards, masks and next observations."""
+    wide, narrow = (*rows, work.observation_size), (*rows, work.action_size)
+    return [wide, narrow, rows, rows, wide]
+
+
 class Authors(Peer):
     """The layout of the BRC authors' buffer: [T, capacity, ...] arrays, both observations, one pointer."""
 
@@ -104,14 +110,7 @@ class Authors(Peer):
 
     def build(self) -> None:
         work = self.workload
-        shape = (work.tasks, work.rows)
-        self.arrays = (
-            np.empty((*shape, work.observation_size), np.float32),
-            np.empty((*shape, work.action_size), np.float32),
-            np.empty(shape, np.float32),
-            np.empty(shape, np.float32),
-            np.empty((*shape, work.observation_size), np.float32),
-        )
+        self.arrays = [np.empty(shape, np.float32) for shape in shapes(work, work.tasks, work.rows)]
         self.pointer = 0
 
     def put(self, first: int, steps: Steps) -> None:
@@ -121,23 +120,22 @@ class Authors(Peer):
             by_task = column.reshape(-1, tasks, streams, *column.shape[2:]).swapaxes(0, 1)
             array[:, start:stop] = by_task.reshape(tasks, stop - start, *column.shape[2:])
 
-    def sample(self, batches: int, size: int) -> tuple[Array, ...]:
+    def sample(self, batches: int, size: int) -> list[Array]:
         if batches == 1:
             return self._draw(size)
-        stacked = tuple(np.empty((batches, size, *array.shape[2:]), np.float32) for array in self.arrays)
+        stacked = [np.empty((batches, size, *array.shape[2:]), np.float32) for array in self.arrays]
         for u in range(batches):
             for whole, part in zip(stacked, self._draw(size), strict=True):
                 whole[u] = part
         return stacked
 
-    def _draw(self, size: int) -> tuple[Array, ...]:
+    def _draw(self, size: int) -> list[Array]:
         task = np.random.randint(0, self.workload.tasks, size)  # noqa: NPY002  as the authors draw
         step = np.random.randint(0, self.workload.rows, size)  # noqa: NPY002
-        return tuple(array[task, step] for array in self.arrays)
+        return [array[task, step] for array in self.arrays]
 
-    def columns(self, sampled: tuple[Array, ...]) -> Columns:
-        one = sampled[2].ndim == 1
-        return Columns(*(sampled if one else flat(*sampled)), None)
+    def columns(self, sampled: list[Array]) -> Columns:
+        return Columns(*(sampled if sampled[2].ndim == 1 else flat(*sampled)), None)
 
     def prepare(self, step: Steps) -> tuple[Array, ...]:
         masks = 1.0 - step.terminated.astype(np.float32)
@@ -158,26 +156,11 @@ class IndexSelect(Peer):
 
     def build(self) -> None:
         work = self.workload
-        rows = work.rows * work.tasks
-        self.tensors = [
-            torch.empty(rows, work.observation_size),
-            torch.empty(rows, work.action_size),
-            torch.empty(rows),
-            torch.empty(rows),
-            torch.empty(rows, work.observation_size),
-        ]
+        self.tensors = [torch.empty(shape) for shape in shapes(work, work.rows * work.tasks)]
         if work.tasks > 1:
-            tasks = torch.arange(work.tasks).repeat_interleave(work.streams)
-            self.tensors.append(tasks.repeat(work.steps))
+            self.tensors.append(torch.arange(work.tasks).repeat_interleave(work.streams).repeat(work.steps))
         self.pointer = 0
         self.batches: dict[int, list[torch.Tensor]] = {}
-
-    def put(self, first: int, steps: Steps) -> None:
-        lanes = self.workload.lanes
-        start, stop = first * lanes, (first + len(steps.rewards)) * lanes
-        columns = [torch.from_numpy(array) for array in flat(*steps)]
-        for tensor, column in zip(self.tensors, self._stored(*columns), strict=False):
-            tensor[start:stop] = column
 
     def sample(self, batches: int, size: int) -> list[torch.Tensor]:
         rows = batches * size
@@ -193,18 +176,14 @@ class IndexSelect(Peer):
         return Columns(*arrays[:5], arrays[5] if len(arrays) > 5 else None)
 
     def prepare(self, step: Steps) -> tuple[torch.Tensor, ...]:
-        return self._stored(*(torch.from_numpy(column) for column in step))
+        observations, actions, rewards, terminated, _, successors = map(torch.from_numpy, step)
+        return observations, actions, rewards, 1.0 - terminated.float(), successors
 
     def add(self, prepared: tuple[torch.Tensor, ...]) -> None:
-        start, stop = self.pointer, self.pointer + self.workload.lanes
+        start, stop = self.pointer, self.pointer + len(prepared[2])
         for tensor, column in zip(self.tensors, prepared, strict=False):
             tensor[start:stop] = column
         self.pointer = stop % len(self.tensors[2])
-
-    @staticmethod
-    def _stored(*columns: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        observations, actions, rewards, terminated, _, successors = columns
-        return observations, actions, rewards, 1.0 - terminated.float(), successors
 
 
 class Cpprb(Peer):
@@ -218,9 +197,6 @@ class Cpprb(Peer):
         fields = {"obs": wide, "act": narrow, "rew": {}, "next_obs": wide, "done": {}}
         self.buffer = Buffer(work.rows, fields)
 
-    def put(self, first: int, steps: Steps) -> None:
-        self.buffer.add(**self.prepare(Steps(*flat(*steps))))
-
     def sample(self, batches: int, size: int) -> dict[str, Array]:
         return self.buffer.sample(batches * size)
 
@@ -231,13 +207,10 @@ class Cpprb(Peer):
         return Columns(observations, actions, rewards[:, 0], 1.0 - done[:, 0], successors, None)
 
     def prepare(self, step: Steps) -> dict[str, Array]:
+        observations, actions, rewards, terminated, _, successors = step
         return {
-            "obs": step.observations,
-            "act": step.actions,
-            "rew": step.rewards,
-            "next_obs": step.successors,
-            "done": step.terminated,
-        }
+            "obs": observations, "act": actions, "rew": rewards, "next_obs": successors, "done": terminated
+        }  # fmt: skip
 
     def add(self, prepared: dict[str, Array]) -> None:
         self.buffer.add(**prepared)
@@ -257,39 +230,23 @@ class TorchRL(Peer):
         storage = LazyTensorStorage(self.workload.rows, device="cpu")
         self.buffer = Buffer(storage=storage, sampler=RandomSampler())
 
-    def put(self, first: int, steps: Steps) -> None:
-        self.buffer.extend(self.prepare(Steps(*flat(*steps))))
-
     def sample(self, batches: int, size: int) -> Any:
         return self.buffer.sample(batches * size)
 
     def columns(self, sampled: Any) -> Columns:
         following = sampled["next"]
-        masks = 1.0 - following["terminated"].float()
-        return Columns(
-            sampled["observation"].numpy(),
-            sampled["action"].numpy(),
-            following["reward"].numpy()[:, 0],
-            masks.numpy()[:, 0],
-            following["observation"].numpy(),
-            None,
-        )
+        rewards, masks = following["reward"][:, 0], 1.0 - following["terminated"].float()[:, 0]
+        parts = sampled["observation"], sampled["action"], rewards, masks, following["observation"]
+        return Columns(*(part.numpy() for part in parts), None)
 
     def prepare(self, step: Steps) -> Any:
         from tensordict import TensorDict
 
-        rows = len(step.rewards)
-        following = {
-            "observation": torch.from_numpy(step.successors),
-            "reward": torch.from_numpy(step.rewards)[:, None],
-            "terminated": torch.from_numpy(step.terminated)[:, None],
-        }
-        content = {
-            "observation": torch.from_numpy(step.observations),
-            "action": torch.from_numpy(step.actions),
-            "next": TensorDict(following, batch_size=[rows]),
-        }
-        return TensorDict(content, batch_size=[rows])
+        observations, actions, rewards, terminated, _, successors = map(torch.from_numpy, step)
+        following = {"observation": successors, "reward": rewards[:, None], "terminated": terminated[:, None]}
+        after = TensorDict(following, batch_size=[len(rewards)])
+        content = {"observation": observations, "action": actions, "next": after}
+        return TensorDict(content, batch_size=[len(rewards)])
 
     def add(self, prepared: Any) -> None:
         self.buffer.extend(prepared)
@@ -308,14 +265,10 @@ class StableBaselines3(Peer):
         self.buffer = Buffer(work.rows, observations, actions, device="cpu", n_envs=work.lanes)
 
     def put(self, first: int, steps: Steps) -> None:
-        buffer = self.buffer
-        stop = first + len(steps.rewards)
-        buffer.observations[first:stop] = steps.observations
-        buffer.next_observations[first:stop] = steps.successors
-        buffer.actions[first:stop] = steps.actions
-        buffer.rewards[first:stop] = steps.rewards
-        buffer.dones[first:stop] = steps.terminated | steps.truncated
-        buffer.timeouts[first:stop] = steps.truncated
+        rows, buffer = slice(first, first + len(steps.rewards)), self.buffer
+        buffer.observations[rows], buffer.next_observations[rows] = steps.observations, steps.successors
+        buffer.actions[rows], buffer.rewards[rows] = steps.actions, steps.rewards
+        buffer.dones[rows], buffer.timeouts[rows] = steps.terminated | steps.truncated, steps.truncated
 
     def finish(self) -> None:
         self.buffer.full = True
@@ -324,20 +277,13 @@ class StableBaselines3(Peer):
         return self.buffer.sample(batches * size)
 
     def columns(self, sampled: Any) -> Columns:
-        return Columns(
-            sampled.observations.numpy(),
-            sampled.actions.numpy(),
-            sampled.rewards.numpy()[:, 0],
-            1.0 - sampled.dones.numpy()[:, 0],
-            sampled.next_observations.numpy(),
-            None,
-        )
+        rewards, masks = sampled.rewards[:, 0], 1.0 - sampled.dones[:, 0]
+        parts = sampled.observations, sampled.actions, rewards, masks, sampled.next_observations
+        return Columns(*(part.numpy() for part in parts), None)
 
     def prepare(self, step: Steps) -> tuple[Any, ...]:
+        infos = [{"TimeLimit.truncated": True} if cut else {} for cut in step.truncated.tolist()]
         done = step.terminated | step.truncated
-        infos: list[dict[str, bool]] = [
-            {"TimeLimit.truncated": True} if cut else {} for cut in step.truncated.tolist()
-        ]
         return step.observations, step.successors, step.actions, step.rewards, done, infos
 
     def add(self, prepared: tuple[Any, ...]) -> None:
@@ -368,11 +314,7 @@ class Flashbax(Peer):
         buffer, self.add_jit, _ = flashbax_functions(self.workload.rows, 1)
         self.jax = importlib.import_module("jax")
         self.key = self.jax.random.key(0)
-        item = Steps(*(column[0, 0] for column in self.workload.at(0, 1)))
-        self.state = buffer.init(self.prepare(item))
-
-    def put(self, first: int, steps: Steps) -> None:
-        self.add(self.prepare(Steps(*flat(*steps))))
+        self.state = buffer.init(self.prepare(Steps(*(column[0, 0] for column in self.workload.at(0, 1)))))
 
     def sample(self, batches: int, size: int) -> Any:
         draw = flashbax_functions(self.workload.rows, batches * size)[2]
@@ -382,12 +324,12 @@ class Flashbax(Peer):
     def columns(self, sampled: Any) -> Columns:
         rows = {name: np.asarray(leaf) for name, leaf in sampled.items()}
         masks = 1.0 - rows["terminated"].astype(np.float32)
-        observations, successors = rows["observations"], rows["successors"]
-        return Columns(observations, rows["actions"], rows["rewards"], masks, successors, None)
+        return Columns(
+            rows["observations"], rows["actions"], rows["rewards"], masks, rows["successors"], None
+        )
 
     def prepare(self, step: Steps) -> Any:
-        kept = step._asdict()
-        del kept["truncated"]
+        kept = {name: column for name, column in step._asdict().items() if name != "truncated"}
         return {name: self.jax.numpy.array(column) for name, column in kept.items()}
 
     def add(self, prepared: Any) -> None:
@@ -402,8 +344,7 @@ class PerTask(Peer):
         super().__init__(workload)
 
     def build(self) -> None:
-        work = self.workload
-        self.parts = [self.kind(work.one_task()) for _ in range(work.tasks)]
+        self.parts = [self.kind(self.workload.one_task()) for _ in range(self.workload.tasks)]
 
     def put(self, first: int, steps: Steps) -> None:
         streams = self.workload.streams
@@ -417,19 +358,19 @@ class PerTask(Peer):
 
     def sample(self, batches: int, size: int) -> Any:
         share, more = divmod(size, len(self.parts))
-        drawn = [part.sample(batches, share + (task < more)) for task, part in enumerate(self.parts)]
-        return self._join(drawn)
+        return self._join(
+            [part.sample(batches, share + (task < more)) for task, part in enumerate(self.parts)]
+        )
 
     def columns(self, sampled: Any) -> Columns:
         return self.parts[0].columns(sampled)
 
     def _join(self, drawn: Sequence[Any]) -> Any:
         first = drawn[0]
-        if isinstance(first, dict) and isinstance(next(iter(first.values())), np.ndarray):
-            return {name: np.concatenate([part[name] for part in drawn]) for name in first}
         if isinstance(first, dict):
-            jax = importlib.import_module("jax")
-            return {name: jax.numpy.concatenate([part[name] for part in drawn]) for name in first}
+            numpy = isinstance(next(iter(first.values())), np.ndarray)
+            library = np if numpy else importlib.import_module("jax").numpy
+            return {name: library.concatenate([part[name] for part in drawn]) for name in first}
         if isinstance(first, tuple):
             columns = zip(*drawn, strict=True)
             return type(first)(*(None if c[0] is None else torch.cat(c) for c in columns))
@@ -439,20 +380,25 @@ class PerTask(Peer):
 PEERS: tuple[type[Peer], ...] = (Authors, Cpprb, IndexSelect, TorchRL, StableBaselines3, Flashbax)
 
 
-def make(kind: type[Peer], workload: Workload) -> Peer:
-    """An empty buffer of this kind."""
-    return kind(workload) if kind.tasks or workload.tasks == 1 else PerTask(kind, workload)
-
-
-def fill(peers: Sequence[Peer], failed: Callable[[Peer, Exception], None]) -> None:
-    """Fills buffers of one workload together, so that each chunk is made once."""
-    good = list(peers)
-    for first, steps in peers[0].workload.chunks() if peers else ():
-        for peer in list(good):
+def filled(
+    kinds: Sequence[type[Peer]], workload: Workload, missing: dict[str, BaseException]
+) -> dict[str, Peer]:
+    """Full buffers by their names, filled together, so that each chunk is made once; or why there are none."""
+    peers: dict[str, Peer] = {}
+    for kind in kinds:
+        try:
+            single = kind.tasks or workload.tasks == 1
+            peer = kind(workload) if single else PerTask(kind, workload)
+            peers[peer.name] = peer
+        except Exception as error:
+            missing[kind.name] = error
+    for first, steps in workload.chunks() if peers else ():
+        for name, peer in list(peers.items()):
             try:
                 peer.put(first, steps)
-                if first + len(steps.rewards) == peer.workload.steps:
+                if first + len(steps.rewards) == workload.steps:
                     peer.finish()
             except Exception as error:
-                good.remove(peer)
-                failed(peer, error)
+                missing[name] = error
+                del peers[name]
+    return peers

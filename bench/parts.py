@@ -1,0 +1,93 @@
+"""Where the time of our update goes on a CPU: each part measured in whole updates.
+
+torch's products and the public ops are wrapped with timers from outside. One clock runs at a time. From an op
+that makes a loss and its gradient to the next optimizer's step it is a backward pass; what runs between two
+products of a pass is its norms, with the Python around them, and what follows a pass is "rest".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from harness import interleave, quartiles
+from roofline import BACKWARD, BACKWARD_NORMS, FORWARD, FORWARD_NORMS, OPTIMIZERS, OTHERS, PARTS
+
+from brc_fast import kernels
+
+REST = "rest"
+PRODUCTS = ("mm", "bmm", "baddbmm", "addmm")
+HEADS = ("baddbmm", "addmm")  # of a forward pass: its last product has a bias
+LOSSES = ("categorical_bellman_loss_and_gradient", "expected_value_and_gradient")
+OPS = (*LOSSES, "pack_inputs", "normalized_embedding_backward", "tanh_gaussian", "tanh_gaussian_backward",
+       "update_summary_", "adamw_")  # fmt: skip
+
+
+class Clocks:
+    """Seconds of each part."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys((*PARTS, REST), 0.0)
+        self.running, self.backward, self.since = REST, False, time.perf_counter()
+
+    def switch(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[self.running] += now - self.since
+        self.running, self.since = part, now
+
+    def product(self, name: str, function: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+        self.switch(BACKWARD if self.backward else FORWARD)
+        try:
+            return function(*inputs, **named)
+        finally:
+            last = name in HEADS and not self.backward
+            self.switch(REST if last else BACKWARD_NORMS if self.backward else FORWARD_NORMS)
+
+    def op(self, name: str, function: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+        self.switch(OPTIMIZERS if name == "adamw_" else OTHERS)
+        try:
+            return function(*inputs, **named)
+        finally:
+            self.backward = name in LOSSES or (self.backward and name != "adamw_")
+            self.switch(REST)
+
+
+@contextmanager
+def clocks() -> Iterator[Clocks]:
+    """The functions of an update with timers around them, while this is open."""
+    found = Clocks()
+    wrapped: list[tuple[Any, str, Callable[..., Any]]] = [(torch, name, found.product) for name in PRODUCTS]
+    wrapped += [(torch.Tensor, "baddbmm_", found.product)] + [(kernels, name, found.op) for name in OPS]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in wrapped]
+    try:
+        for (owner, name, timer), (_, _, function) in zip(wrapped, before, strict=True):
+            # A method of a class binds like a function alone, not like a partial.
+            timed = partial(timer, name, function)
+            setattr(owner, name, lambda *inputs, timed=timed, **named: timed(*inputs, **named))
+        found.since = time.perf_counter()
+        yield found
+        found.switch(REST)
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
+
+
+def parts_of(update: Callable[[], object], seconds: float, updates: int = 1) -> dict[str, dict[str, float]]:
+    """Of each part the median and quartiles, seconds per update."""
+    rounds = list[dict[str, float]]()
+
+    def split() -> None:
+        with clocks() as running:
+            update()
+        rounds.append(running.seconds)
+
+    interleave({"": split}, seconds, turn=0.0)
+    found = {}
+    for part in (*PARTS, REST):
+        low, middle, high = quartiles([one[part] / updates for one in rounds[1:]])
+        found[part] = {"seconds": middle, "low": low, "high": high}
+    return found
