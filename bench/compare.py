@@ -17,7 +17,6 @@ failed or whose equality check did. --force compares such files all the same and
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import math
 import shutil

@@ -238,8 +238,8 @@ def test_the_critic_alone_has_the_gradient_of_its_loss(body: str, loss: str, how
     grads = torch.autograd.grad(expected.sum(), [plain.p[name] for name in own])
     named = dict(critic.named_parameters())
     parameters = [named[name.removeprefix("critic/")] for name in own]
-    for mine, grad in zip(torch.autograd.grad(mine.sum(), parameters), grads, strict=True):
-        assert (mine - grad).abs().max() < 1e-9
+    for own_grad, grad in zip(torch.autograd.grad(mine.sum(), parameters), grads, strict=True):
+        assert (own_grad - grad).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize(("body", "loss", "how"), list(itertools.product(BODY, LOSS, TASKS)))

@@ -35,7 +35,7 @@ class Conditioning:
         self.num_tasks, self.norm = num_tasks, config.embedding_norm
 
     def table(self, generator: Generator | None) -> Tensor | None:
-        """The first rows [T, columns] of what goes into the inputs, by task. Each is divided by its norm there,
+        """The first rows [T, columns] of what goes into the inputs, by task, each divided by its norm,
         so none may be zero."""
         return None
 

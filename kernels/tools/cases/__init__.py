@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from . import (
-    bronet,
     categorical,
     cross_entropy,
     gather,
     inputs,
+    network,
     norm,
     optimizer,
     policy,
@@ -30,7 +30,7 @@ FAMILIES = {
     "policy": policy.cases,
     "summary": summary.cases,
     "gather": gather.cases,
-    "bronet": bronet.cases,
+    "network": network.cases,
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ...bronet import bronet
+from ...network import bronet
 from .case import Case
 
 
