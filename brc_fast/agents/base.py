@@ -147,8 +147,11 @@ class Agent:
         """Go on from a `state_dict`; ValueError names the first entry that does not fit.
 
         From another kind of device comes a generator's state of another size: that seeds the noise anew.
+        States of checkpoints in format 2 are taken too.
         """
         mine = self.state_dict()
+        for name, optimizer in self._optimizers().items():
+            state = optimizer.with_named_moments(state, f"{name}/")
         for key in sorted(mine.keys() | state.keys()):
             if key not in state or key not in mine:
                 raise ValueError(f"agent state {'lacks' if key in mine else 'has an unknown entry'} {key}")

@@ -19,6 +19,7 @@ from brc_fast.learner.flat import FlatNetworks
 from brc_fast.learner.graphs import MOST_SIGNATURES
 from brc_fast.learner.optimizer import FlatAdamW
 from brc_fast.learner.precision import check_precision, low_dtype
+from brc_fast.nn import bodies, conditioning
 from brc_fast.nn.modules import Actor, Critic, Temperature
 
 from .base import Agent, Metrics
@@ -141,6 +142,21 @@ class BRC(Acting, Agent):
             recompute=config.recompute,
             seed=config.seed,
         )
+
+    @staticmethod
+    def sizes_of(config: TrainConfig, state: dict[str, Tensor]) -> tuple[int, int]:
+        """O and A of a training run's agent with this `state_dict`; ValueError for what is missing."""
+        if not all(values.numel() for values in state.values()):  # else sizes are at most those of the state
+            raise ValueError("the agent has an array without numbers")
+        tasks = conditioning.make(config.critic, len(config.tasks))
+        stages = bodies.make(config.actor.body, config.actor.width, config.actor.depth, 1)
+        first = next(stage.name for stage in stages if stage.reads == 0 and stage.product)
+        kernels_of = [f"actor/body.{name}.kernel" for name in (first, stages[-1].name)]
+        for name in kernels_of:
+            if name not in state:
+                raise ValueError(f"agent state lacks {name}")
+        inputs, outputs = state[kernels_of[0]].shape[-2], state[kernels_of[1]].shape[-1]
+        return inputs - tasks.columns, outputs // (2 * tasks.heads)
 
     def parts(self) -> dict[str, nn.Module | FlatAdamW]:
         return {

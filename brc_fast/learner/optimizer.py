@@ -105,6 +105,19 @@ class FlatAdamW:
             state |= {f"{moment}/{name}": view for name, view in views.items()}
         return state
 
+    def with_named_moments(self, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """A state of an agent where each moment was one vector, parameter by parameter (format 2), as it is
+        now; another one, and a vector of another length, as it is."""
+        state = dict(state)
+        for moment, views in self._moments().items():
+            whole, sizes = state.get(f"{prefix}{moment}"), [view.numel() for view in views.values()]
+            if whole is None or whole.shape != (sum(sizes),):
+                continue
+            del state[f"{prefix}{moment}"]
+            for (name, view), part in zip(views.items(), whole.split(sizes), strict=True):
+                state[f"{prefix}{moment}/{name}"] = part.view(view.shape)
+        return state
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for moment, views in self._moments().items():
             for name, view in views.items():

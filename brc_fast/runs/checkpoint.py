@@ -38,7 +38,8 @@ from brc_fast.config import TrainConfig, from_dict
 from brc_fast.disk import FOLDER, opened, replace_file, require, require_replaceable, require_shallow, sync
 from brc_fast.errors import InputError
 
-FORMAT = 2
+FORMAT = 3  # what is written
+READ = (2, FORMAT)  # 2 has moments as one vector; agents.base.Agent.load_state_dict takes both
 KEPT = 2
 REPLAY = "replay"
 STEP = re.compile(r"(0\d{11}|[1-9]\d{11,17})", re.ASCII)  # a checkpoint's name
@@ -250,9 +251,9 @@ class RunFolder:
             raise InputError(
                 f"{folder / 'manifest.json'} is damaged ({error}); {_remedy(folder, steps)}"
             ) from error
-        if version != FORMAT:
+        if version not in READ:
             raise InputError(
-                f"{folder} has format {version}, this version of brc-fast reads format {FORMAT}: "
+                f"{folder} has format {version}, this version of brc-fast reads formats 2 and {FORMAT}: "
                 + ("upgrade brc-fast" if version > FORMAT else "use the version that wrote it")
             )
         if step != steps[-1]:

@@ -199,11 +199,7 @@ def restore(folder: RunFolder, device: str) -> tuple[int, BRC]:
     config = dataclasses.replace(folder.config(), precision="fp32")
     with folder.fitting():
         state = {name: torch.from_numpy(value) for name, value in parts["agent"].items()}
-        embedding = state["critic/embedding"].shape[1] if "critic/embedding" in state else 0
-        observation_size = state["actor/body.input.kernel"].shape[-2] - embedding
-        sizes = observation_size, state["actor/body.head.kernel"].shape[-1] // 2
-        if not all(values.numel() for values in state.values()):  # else sizes are at most those of the file
-            raise ValueError("the agent has an array without numbers")
+        sizes = BRC.sizes_of(config, state)
         plan = plan_memory(dataclasses.replace(config, batch_size=1, updates_per_step=1), *sizes, device)
         require_memory(plan, device)
         agent = BRC.from_config(config, *sizes, device)

@@ -99,17 +99,22 @@ class Trainer:
                 self.lagged.refresh()
             if self.entropies is not None:
                 self.entropies = self.agent.entropy_per_task(batches.update(0).to(self.agent.device))
-            scale = self.normalizer.scale(self.agent.alpha, self.entropies)
-            self.losses = self.agent.update(batches, reward_scale=scale)
+            self.losses = self.agent.update(batches, reward_scale=self.scale())
         if not self.lagged:
             self.agent.updates.join()
         self.updates += self.config.updates_per_step
         self.watch.add("update", self.agent.updates.seconds(), self.config.updates_per_step)
 
+    def scale(self) -> Tensor:
+        """By which each task's rewards are divided, [T]; 1 without a reward scale."""
+        if not self.config.reward_scale:
+            return torch.ones(len(self.names), device=self.agent.device)
+        return self.normalizer.scale(self.agent.alpha, self.entropies)
+
     def unscaled_values(self, observations: Tensor) -> NDArray[np.float32]:
         """The critic's return to go [N], in units of reward; zero while a task's scale is unknown."""
         self.agent.updates.join()
-        scale = self.normalizer.scale(self.agent.alpha, self.entropies)
+        scale = self.scale()
         values = self.agent.value(observations.to(self.agent.device), self.task_ids)
         return (values * scale.where(scale.isfinite(), 0.0)[self.task_ids]).cpu().numpy()
 
@@ -120,7 +125,7 @@ class Trainer:
 
     def row(self) -> dict[str, Tensor | float]:
         """Returns since the last row, scales, and the newest update's losses."""
-        scale, told = self.normalizer.scale(self.agent.alpha, self.entropies), tasks_with_success(self.env)
+        scale, told = self.scale(), tasks_with_success(self.env)
         out: dict[str, Tensor | float] = {"train/updates": self.updates, **self.episodes.row(told)}
         for task, (name, dropped) in enumerate(zip(self.names, self.env.nan_count, strict=True)):
             out |= {f"train/reward_scale/{name}": scale[task], f"train/dropped/{name}": int(dropped)}
