@@ -11,10 +11,8 @@ library   mjx: Playground's step in jit(vmap), state donated, nothing restarted,
 
 Both run in one process, interleaved, with the same actions; before timing, their rewards over the first steps
 from the same start must agree. A step is that of one slot. A suite of several tasks is stepped by ours alone,
-for the libraries have no loop over tasks.
-
---workload steps the tasks of a workload (workloads.py). --device is where the agent is whose actions come and
-whose observations go; MJX runs on the same kind of device, the other simulators on the CPU.
+for the libraries have no loop over tasks. --device is where the agent is whose actions come and whose
+observations go; MJX runs on the same kind of device, the other simulators on the CPU.
 
 --start measures from the start of a process to the end of the first step of an MJX task, with an empty cache
 folder and again with what the first process left there.
@@ -37,21 +35,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from harness import Clock, Differs, Parser, Results, Unavailable, interleave, positive, versions, wait
+from harness import (
+    Clock,
+    Differs,
+    Missing,
+    Parser,
+    Results,
+    Unavailable,
+    interleave,
+    positive,
+    versions,
+    wait,
+)
 from numpy.typing import NDArray
-from workloads import WORKLOADS, named
 
 from brc_fast.envs import expand, make
 
 TASKS = (
-    "mjx/CartpoleSwingup",
-    "mjx/CheetahRun",
-    "gym/Pendulum-v1",
-    "gym/HalfCheetah-v5",
-    "dmc/dog-run",
-    "envpool/DogRun-v1",
-    "metaworld/reach-v3",
-)
+    "mjx/CartpoleSwingup", "mjx/CheetahRun", "gym/Pendulum-v1", "gym/HalfCheetah-v5", "dmc/dog-run",
+    "envpool/DogRun-v1", "metaworld/reach-v3",
+)  # fmt: skip
 SLOTS = {"mjx": 64, "gym": 8, "dmc": os.cpu_count() or 1, "envpool": 8, "metaworld": 16}
 SERIES = {"mjx/CartpoleSwingup": (16, 64, 256)}  # steps against slots, of one that compiles in seconds
 SEVERAL = 4  # slots of each task of a suite
@@ -99,14 +102,13 @@ def vectorized(task: str, env: Any, seeds: Sequence[int]) -> Library:
 
     name = task.partition("/")[2]
     name = f"shimmy:dm_control/{name}-v0" if task.startswith("dmc/") else name
-    kind, options = (SyncVectorEnv, dict[str, Any]())
+    kind, options = SyncVectorEnv, dict[str, Any]()
     if isinstance(env.venv, AsyncVectorEnv):  # `fork` is not safe beside the threads of torch and JAX
         kind, options = AsyncVectorEnv, {"context": "forkserver"}
     factories = [partial(gymnasium.make, name)] * env.num_envs
     venv = kind(factories, autoreset_mode=AutoresetMode.SAME_STEP, **options)
     venv.reset(seed=list(seeds))
-    space = venv.single_action_space
-    return Library(lambda actions: venv.step(actions)[1], partial(scaled, space=space), venv.close)
+    return Library(lambda a: venv.step(a)[1], partial(scaled, space=venv.single_action_space), venv.close)
 
 
 def pooled(maker: Callable[[], Any]) -> Library:
@@ -122,13 +124,13 @@ def scaled(actions: Actions, space: Any) -> NDArray[Any]:
 
 
 @contextmanager
-def noted(owner: Any, name: str) -> Iterator[list[Callable[[], Any]]]:
+def noted(owner: Any, name: str) -> Iterator[list[partial[Any]]]:
     """The calls of a function of another library in this block, to be made again."""
-    function, calls = getattr(owner, name), list[Callable[[], Any]]()
+    function, calls = getattr(owner, name), list[partial[Any]]()
 
     def noting(*words: Any, **options: Any) -> Any:
         calls.append(partial(function, *words, **options))
-        return function(*words, **options)
+        return calls[-1]()
 
     setattr(owner, name, noting)
     try:
@@ -145,9 +147,7 @@ def started(tasks: str, num_envs: int, device: str) -> Any:
 
         if (backend := jax.default_backend()) != "gpu":
             env.close()
-            raise Unavailable(
-                f"JAX sees no GPU, its backend is {backend}; install jax[cuda12], or --device cpu"
-            )
+            raise Unavailable(f"JAX sees no GPU, its backend is {backend}; install jax[cuda12]")
     return env
 
 
@@ -172,22 +172,23 @@ def both(task: str, num_envs: int, device: str) -> tuple[Any, Library]:
         raise
 
 
-# ---------------------------------------------------------------- one task
+# ---------------------------------------------------------------- what is timed
 
 
 def compare(found: Results, task: str, num_envs: int, seconds: float, device: str = "cpu") -> None:
     """One case, actions from torch on `device`; a suite is stepped by ours alone."""
-    clock, alone = Clock(seconds), len(expand(task)) > 1
-    slots = num_envs * len(expand(task))
-    case, at = f"{task} num_envs={slots}", {"steps/s": task, "slots": slots}
+    clock, count = Clock(seconds), len(expand(task))
+    slots, missing, work = num_envs * count, Missing(), dict[str, Callable[[], object]]()
+    shown: Any = {"case": f"{task} num_envs={slots}", "unit": "steps/s"}
+    shown["at"] = {"steps/s": task, "slots": slots}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the simulators, on bounds and versions
-            env, library = (started(task, num_envs, device), None) if alone else both(task, num_envs, device)
+            made = (task, num_envs, device)
+            env, library = (started(*made), None) if count > 1 else both(*made)
     except (ImportError, ValueError, Unavailable) as error:
-        found.case(case, {}, "steps/s", missing=dict.fromkeys(("ours", "library"), error), at=at)
+        found.case(times={}, missing=dict.fromkeys(("ours", "library"), error), **shown)
         return
-    missing, work = dict[str, BaseException](), dict[str, Callable[[], object]]()
     try:
         shape = (16, slots, env.action_size)
         actions = list(np.random.default_rng(0).uniform(-1.0, 1.0, shape).astype(np.float32))
@@ -198,7 +199,6 @@ def compare(found: Results, task: str, num_envs: int, seconds: float, device: st
             wait(rewards.device.type)
             rewards[0].item()
 
-        work["ours"] = ours
         if library is None:
             env.reset_tensors(0)
             missing["library"] = ALONE
@@ -206,16 +206,17 @@ def compare(found: Results, task: str, num_envs: int, seconds: float, device: st
             check(env, library, actions)
             prepared = itertools.cycle([library.prepare(action) for action in actions])
             work["library"] = lambda: library.step(next(prepared))
-        for one in work.values():
-            one()  # compiles
-        times = interleave(work, min(LONGEST, clock.left), warmup=2)
+        work = {"ours": ours, **work}
+        for one in [*work.values()] * 2:
+            one()  # compiles; JAX perhaps once more
+        times = interleave(work, min(LONGEST, clock.left))
+        found.case(times=times, scale=slots, ours="ours", missing=missing, **shown)
     except Differs as error:
-        times, missing = None, dict.fromkeys(("ours", "library"), error)
+        found.case(times={}, missing=dict.fromkeys(("ours", "library"), error), **shown)
     finally:
         env.close()
         if library is not None:
             library.close()
-    found.case(case, times or {}, "steps/s", slots, ours="ours", missing=missing, at=at)
 
 
 def check(env: Any, library: Library, actions: Sequence[Actions]) -> None:
@@ -232,17 +233,6 @@ def usual(task: str) -> Sequence[int]:
         return (SEVERAL,)
     return SERIES.get(task, (SLOTS.get(task.partition("/")[0], 8),))
 
-
-def run(
-    found: Results, tasks: Sequence[str], num_envs: Sequence[int], seconds: float, device: str = "cpu"
-) -> None:
-    """Every task or suite with every number of slots, or its own, in equal shares of the time left."""
-    clock, pairs = Clock(seconds), [(task, n) for task in tasks for n in num_envs or usual(task)]
-    for place, (task, slots) in enumerate(pairs):
-        compare(found, task, slots, clock.share(len(pairs) - place), device)
-
-
-# ---------------------------------------------------------------- the start of a process
 
 FIRST_STEP = """
 import torch
@@ -275,20 +265,16 @@ def start(found: Results, task: str, num_envs: int) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.device()
-    parser.add_argument("--tasks", nargs="+", help=f"or suites; default: {' '.join(TASKS)}")
-    parser.add_argument("--workload", nargs="+", metavar="NAME", help=f"among {', '.join(WORKLOADS)}")
-    parser.add_argument(
-        "--num-envs", type=positive, nargs="+", default=[], help=f"slots; default: {SERIES | SLOTS}"
-    )
+    parser.common(120.0, workloads="+")
+    parser.add_argument("--tasks", nargs="+", default=[], help=f"or suites; default: {' '.join(TASKS)}")
+    told = f"slots; default: {SERIES | SLOTS}"
+    parser.add_argument("--num-envs", type=positive, nargs="+", default=[], help=told)
     parser.add_argument("--start", action="store_true", help="time the start of a process")
-    parser.budget(120.0, "seconds; starts come on top: MJX compiles for up to a minute")
     given = parser.parse_args(words)
-    device = parser.device_of(given)
+    device = parser.device(given)
+    asked = [*given.tasks, *(workload.suite for workload in given.workload or ())]
     try:
-        asked = [*(given.tasks or ()), *(named(name).suite for name in given.workload or ())]
-        for task in asked:
-            expand(task)
+        [expand(task) for task in asked]
     except ValueError as error:
         parser.error(f"{error}")
     if device == "cpu":
@@ -301,8 +287,10 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.start:
         for task, slots in itertools.product(asked or TASKS[:1], given.num_envs or [SLOTS["mjx"]]):
             start(found, task, slots)
-    else:
-        run(found, asked or TASKS, given.num_envs, given.budget, device)
+        return found.end()
+    clock, pairs = Clock(given.budget), [(t, n) for t in asked or TASKS for n in given.num_envs or usual(t)]
+    for place, (task, slots) in enumerate(pairs):
+        compare(found, task, slots, clock.left / (len(pairs) - place), device)
     return found.end()
 
 

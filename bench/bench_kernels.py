@@ -16,52 +16,39 @@ together, an op may beat it, and its case says L2.
 
 from __future__ import annotations
 
+import itertools
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_limits import machine
-from harness import TIME_UP, Clock, Differs, Parser, Results, Unavailable
+from harness import TIME_UP, Clock, Differs, Missing, Parser, Results, Summary, Unavailable
 from roofline import Net
 from torch import Tensor
-from workloads import WORKLOADS, Workload, named
+from workloads import Workload
 
 from brc_fast import kernels
 from brc_fast.kernels import reference
 from brc_fast.kernels.runtime.dispatch import INTERPRETED
 from brc_fast.kernels.tools.aot import cases as all_cases
 from brc_fast.kernels.tools.cases import Case
-from brc_fast.kernels.tools.timing import Timing, batches_of, cold, rotated, seconds_per_call
+from brc_fast.kernels.tools.timing import batches_of, cold, rotated, seconds_per_call
 from brc_fast.kernels.tools.tune import disagreement, tensors
 from peers.updates import Subject
 
 DRY_BATCH, DRY_WIDTH, EACH = 4, 16, 0.05
 # As kernels.tools.tune.SAME_KERNEL, for the twin: in 2 bytes it rounds between operations, and a kernel does
-# not. Sound kernels differ by up to 4e-3 then, by 6e-3 in the interpreter, which cuts where a GPU rounds, and
-# single numbers by a unit in the last place, 2**-7.
-TWIN = {
-    torch.float64: (1e-9, 1e-10),
-    torch.float32: (2e-3, 5e-5),
-    torch.float16: (8e-3, 8e-3),
-    torch.bfloat16: (8e-3, 8e-3),
-}
-# Layers pass on what was rounded, and ReLUs turn around: by up to 6e-2 in the interpreter.
-DEEP = TWIN | dict.fromkeys((torch.float16, torch.bfloat16), (0.1, 0.05))
-FEW = 256  # rows of a comparison in float32
-PROVIDERS = ("kernels", "eager", "compile", "liger")
-# The ops that Liger has something for, and why it does not do the same work.
-LIGER: dict[str, str | None] = {"bias_layer_norm": None} | dict.fromkeys(
-    ("categorical_cross_entropy", "two_hot_cross_entropy", "hl_gauss_cross_entropy"),
-    "Liger's cross-entropy takes the index of a class, the target here is a distribution over the atoms",
-)
+# not. Sound kernels differ by up to 4e-3 then, by 6e-3 in the interpreter, which cuts where a GPU rounds.
 LOW = torch.bfloat16
-
+TWIN = {torch.float64: (1e-9, 1e-10), torch.float32: (2e-3, 5e-5)}
+TWIN |= dict.fromkeys((torch.float16, LOW), (8e-3, 8e-3))
+# Layers pass on what was rounded, and ReLUs turn around: by up to 6e-2 in the interpreter.
+DEEP = TWIN | dict.fromkeys((torch.float16, LOW), (0.1, 0.05))
+PROVIDERS = ("kernels", "eager", "compile", "liger")
 Call = Callable[[], object]
 
 
@@ -97,11 +84,9 @@ def liger() -> Iterator[None]:
         reference.bias_layer_norm = before
 
 
-def provider(name: str, op: str, device: torch.device) -> tuple[str, AbstractContextManager[None]]:
+def provider(name: str, device: torch.device) -> tuple[str, AbstractContextManager[None]]:
     """The `impl` to prepare a case with, and the block to do so in; Unavailable where it cannot run here."""
     there = device.type == "cuda" or (name == "kernels" and INTERPRETED)
-    if name == "liger" and (reason := LIGER[op]) is not None:
-        raise Unavailable(reason)
     if name in ("kernels", "liger") and not there:
         if name == "liger":
             liger().__enter__()  # tells what is not installed
@@ -117,11 +102,6 @@ def results(call: Call) -> list[Tensor]:
     return [x.detach().clone() for x in tensors(call())]
 
 
-def rounded(found: Sequence[Tensor]) -> bool:
-    """Whether a result has 2 bytes."""
-    return any(x.dtype in (torch.float16, torch.bfloat16) for x in found)
-
-
 def allowed(name: str, op: str, expected: Sequence[Tensor]) -> Mapping[torch.dtype, tuple[float, float]]:
     """What results of each dtype may differ by: of a provider or an op that rounds between operations, all of
     them by what the least precise one may."""
@@ -133,50 +113,20 @@ def allowed(name: str, op: str, expected: Sequence[Tensor]) -> Mapping[torch.dty
 
 
 @contextmanager
-def agreeing(
-    case: Case, device: torch.device, batch: int, name: str, sets: int | None = None
-) -> Iterator[list[Call]]:
+def agreeing(case: Case, device: torch.device, batch: int, name: str) -> Iterator[list[Call]]:
     """The calls of a provider, to be made in the block.
 
     Raises:
         Differs: they are wrong. Unavailable: they cannot be made.
     """
-    impl, block = provider(name, case.op, device)
-    wrong, right = None, list[Tensor]()
-    if name != "eager":
-        right = results(rotated(case, device, batch, "reference", sets=1)[0])
-        if name != "compile" and rounded(right) and (other := in_float32(case, device)) is not None:
-            if wrong := wrong_in_float32(other, device, min(batch, FEW), name):
-                raise Differs(f"in float32 ({other.label}) {wrong}")
+    impl, block = provider(name, device)
+    right = results(rotated(case, device, batch, "reference", sets=1)[0]) if name != "eager" else []
     with block:
-        calls = rotated(case, device, batch, impl, sets)
+        calls = rotated(case, device, batch, impl)
         if right and (wrong := disagreement(results(calls[0]), right, allowed(name, case.op, right))):
             raise Differs(f"differs from the twin: {wrong}")
         del right
         yield calls
-
-
-@cache
-def precise(op: str, device: torch.device) -> tuple[Case, ...]:
-    """The cases of an op without results in 2 bytes."""
-    known = (case for case in all_cases([op]) if "float64" not in case.label)
-    return tuple(case for case in known if not rounded(results(rotated(case, device, 2, "reference", 1)[0])))
-
-
-def in_float32(case: Case, device: torch.device) -> Case | None:
-    """The case of the same op that is most like this one and has no results in 2 bytes, or None."""
-    words = set(re.sub(r"\bb?float16\b", "float32", case.label).split())
-    return min(precise(case.op, device), key=lambda other: len(words ^ {*other.label.split()}), default=None)
-
-
-@cache
-def wrong_in_float32(case: Case, device: torch.device, batch: int, name: str) -> str | None:
-    """Why a provider is wrong in a case of `precise`, which many others share; None where it is right."""
-    try:
-        with agreeing(case, device, batch, name, sets=1):
-            return None
-    except Unavailable as reason:
-        return str(reason)
 
 
 # ---------------------------------------------------------------- cases
@@ -184,107 +134,58 @@ def wrong_in_float32(case: Case, device: torch.device, batch: int, name: str) ->
 
 def spread(cases: Sequence[Case]) -> list[Case]:
     """Every op in turn, and of each op cases from all over its list first."""
-
-    def rank(place: int) -> int:
-        return int(f"{place:032b}"[::-1], 2)
-
     per_op: dict[str, list[Case]] = {}
     for case in cases:
         per_op.setdefault(case.op, []).append(case)
-    ranked = [
-        (order, own[place])
-        for own in per_op.values()
-        for order, place in enumerate(sorted(range(len(own)), key=rank))
-    ]
-    return [case for _, case in sorted(ranked, key=lambda pair: pair[0])]
+    for own in per_op.values():
+        own[:] = [own[x] for x in sorted(range(len(own)), key=lambda x: f"{x:032b}"[::-1])]
+    return [case for turn in itertools.zip_longest(*per_op.values()) for case in turn if case is not None]
 
 
 def of_update(workload: Workload) -> Iterator[Case]:
-    """The ops of an update at the sizes of a workload, products in bfloat16; to be run at its batch size."""
+    """What takes the time of an update, at the sizes of a workload: to be run at its batch size."""
     sizes = Subject(workload).sizes
-    (actor, critic), members, atoms = sizes.nets, sizes.critic.members, sizes.critic.num_atoms
-
-    def case(
-        op: str, label: str, prepare: Callable[[torch.device, int, str], Call], row: int, fixed: int = 0
-    ) -> Case:
-        return Case(op, f"{workload.name}: {label}", prepare, lambda batch: row * batch + fixed)
+    (actor, critic), number, size = sizes.nets, sizes.parameters, LOW.itemsize
 
     def pack(device: torch.device, batch: int, impl: str) -> Call:
         seen = torch.randn(batch, sizes.observation, device=device)
-        actions, table, ids = torch.randn(batch, sizes.action, device=device), None, None
+        inputs: list[Any] = [seen, torch.randn(batch, sizes.action, device=device), None, None]
         if sizes.embedding:
-            table = torch.randn(sizes.tasks, sizes.embedding, device=device)
-            ids = torch.randint(sizes.tasks, (batch,), device=device)
-        width = critic.inputs
-        return lambda: kernels.pack_inputs(seen, actions, table, ids, "l2", width=width, dtype=LOW, impl=impl)
-
-    def value(device: torch.device, batch: int, impl: str) -> Call:
-        logits = torch.randn(members, batch, critic.outputs, device=device).to(LOW)[..., :atoms]
-        support = torch.linspace(-10.0, 10.0, atoms, device=device)
-        return lambda: kernels.expected_value_and_gradient(logits, support, impl=impl)
-
-    def norm(device: torch.device, batch: int, impl: str) -> Call:
-        x, seed = torch.randn(2, members, batch, critic.width, device=device).to(LOW)
-        leaves = [x.requires_grad_(), *torch.randn(3, members, critic.width, device=device).unbind()]
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-
-        def call() -> object:
-            out = kernels.bias_layer_norm(*leaves, relu=True, impl=impl)
-            return out, *torch.autograd.grad(out, leaves, seed)
-
-        return call
+            inputs[2] = torch.randn(sizes.tasks, sizes.embedding, device=device)
+            inputs[3] = torch.randint(sizes.tasks, (batch,), device=device)
+        return lambda: kernels.pack_inputs(*inputs, "l2", width=critic.inputs, dtype=LOW, impl=impl)
 
     def adamw(device: torch.device, batch: int, impl: str) -> Call:
-        number = sizes.parameters
-        parameter, target, first, second = torch.randn(4, number, device=device).abs()
+        state = list(torch.randn(4, number, device=device).abs())  # parameter, moments and target
         low, target_low = torch.empty(2, number, device=device, dtype=LOW)
-        state = [parameter, parameter.to(LOW), first, second, torch.zeros((), device=device)]
-        options: dict[str, Any] = {"target": target, "low": low, "target_low": target_low, "impl": impl}
-        rule: dict[str, Any] = {
-            "learning_rate": 3e-4,
-            "betas": (0.9, 0.999),
-            "eps": 1e-8,
-            "weight_decay": 1e-4,
-        }
+        inputs = [state[0], state[0].to(LOW), *state[1:3], torch.zeros((), device=device)]
+        more: dict[str, Any] = {"target": state[3], "low": low, "target_low": target_low, "impl": impl}
+        more |= {"learning_rate": 3e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
+        return lambda: (kernels.adamw_(*inputs, **more), *inputs, state[3], low, target_low)[1:]
 
-        def call() -> object:
-            kernels.adamw_(*state, **rule, **options)
-            return [*state, target, low, target_low]
-
-        return call
-
-    size = LOW.itemsize
-    inputs = f"O={sizes.observation} A={sizes.action} D={sizes.embedding} T={sizes.tasks}"
-    packed = 4 * (sizes.observation + sizes.action) + size * critic.inputs + (8 if sizes.embedding else 0)
-    yield case("pack_inputs", f"{inputs} W={critic.inputs}", pack, packed)
-    hidden = members * critic.width * size
-    yield case("bias_layer_norm", f"E={members} H={critic.width} bfloat16 relu", norm, 5 * hidden)
-    yield case(
-        "expected_value_and_gradient",
-        f"E={members} K={atoms}",
-        value,
-        2 * members * atoms * size + 4 * members,
-    )
-    yield bodies(workload, actor, 1)
-    yield bodies(workload, critic, members)
-    moved = sizes.parameters * (8 * 4 + 3 * size)
-    yield case("adamw_", f"P={sizes.parameters} target, copies", adamw, 0, moved)
+    row = 4 * (sizes.observation + sizes.action) + size * critic.inputs + (8 if sizes.embedding else 0)
+    label = f"O={sizes.observation} A={sizes.action} D={sizes.embedding} T={sizes.tasks}"
+    yield Case("pack_inputs", f"{workload.name}: {label}", pack, lambda batch: batch * row)
+    moved = number * (8 * 4 + 3 * size)
+    yield Case("adamw_", f"{workload.name}: P={number} target, copies", adamw, lambda batch: moved)
+    for net, networks in ((actor, 1), (critic, sizes.critic.members)):
+        yield body(workload.name, net, networks)
 
 
-def bodies(workload: Workload, net: Net, networks: int) -> Case:
+def body(name: str, net: Net, networks: int) -> Case:
     """Networks forward and backward: kernels twice and their gradients; inputs, activations and gradients."""
-    inputs = [net.inputs] + [net.width] * (net.layers - 1)
 
     def prepare(device: torch.device, batch: int, impl: str) -> Call:
+        def random(*shape: int) -> Tensor:
+            return (torch.randn(shape, device=device) / shape[-2] ** 0.5).to(LOW).requires_grad_()
+
         leaves = list[Tensor]()
-        for size in inputs:
-            kernel = torch.randn(networks, size, net.width, device=device) / size**0.5
-            leaves += [kernel.to(LOW), *torch.rand(3, networks, net.width, device=device)]
-        head = torch.randn(networks, net.width, net.outputs, device=device) / net.width**0.5
-        leaves += [head.to(LOW), torch.zeros(networks, net.outputs, device=device)]
-        leaves = [leaf.requires_grad_() for leaf in leaves]
-        x = torch.randn(batch, net.inputs, device=device).to(LOW)
-        seed = torch.randn(networks, batch, net.outputs, device=device).to(LOW)
+        for inputs in [net.inputs] + [net.width] * (net.layers - 1):
+            vectors = torch.rand(3, networks, net.width, device=device)
+            leaves += [random(networks, inputs, net.width), *(v.clone().requires_grad_() for v in vectors)]
+        bias = torch.zeros(networks, net.outputs, device=device, requires_grad=True)
+        leaves += [random(networks, net.width, net.outputs), bias]
+        x, seed = random(batch, net.inputs).detach(), random(networks, batch, net.outputs).detach()
 
         def call() -> object:
             out = kernels.bronet(x, *leaves, impl=impl)
@@ -293,7 +194,7 @@ def bodies(workload: Workload, net: Net, networks: int) -> Case:
         return call
 
     per_row = net.inputs + 6 * net.width * net.layers + 2 * net.outputs
-    label = f"{workload.name}: N={networks} I={net.inputs} H={net.width} depth={net.depth} K={net.outputs}"
+    label = f"{name}: N={networks} I={net.inputs} H={net.width} depth={net.depth} K={net.outputs} bfloat16"
     held = networks * LOW.itemsize
     return Case("bronet", label, prepare, lambda batch: held * (3 * net.parameters + per_row * batch))
 
@@ -305,45 +206,42 @@ def measure(
     found: Results, case: Case, device: torch.device, batch: int, names: Sequence[str], each: float
 ) -> None:
     """One case; RuntimeError where an error has spoilt the device for good."""
-    times, missing = dict[str, Timing](), dict[str, BaseException]()
+    times, missing = dict[str, Summary](), Missing()
     for name in names:
         try:
             with agreeing(case, device, batch, name) as calls:
-                times[name] = seconds_per_call(calls, device, each)
+                times[name] = Summary(*seconds_per_call(calls, device, each))
         except Exception as error:  # of one provider: the others go on
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            # Of a peer it costs no more than its own time.
-            missing[name] = (
-                error if name == "kernels" or not isinstance(error, Differs) else Unavailable(str(error))
-            )
-    seconds = case.bytes(batch) / found.found["limits"]["bandwidth"]
-    place = f"{case.op} {case.label} B={batch}" + ("" if cold(case.bytes(batch), device) else " L2")
-    found.case(place, times, "us", ours="kernels", missing=missing, floor=dict.fromkeys(names, seconds))
+            peer = name != "kernels" and isinstance(error, Differs)  # which costs no more than its own time
+            missing[name] = Unavailable(str(error)) if peer else error
+    floor = dict.fromkeys(names, case.bytes(batch) / found.found["limits"]["bandwidth"])
+    label = f"{case.op} {case.label} B={batch}" + ("" if cold(case.bytes(batch), device) else " L2")
+    found.case(label, times, "us", ours="kernels", missing=missing, floor=floor)
 
 
 def run(
     found: Results, cases: Mapping[Case, Sequence[int]], device: torch.device, seconds: float, dry: bool
 ) -> int:
     """Every case at its first batch size, then at the others, until the time is up; the exit code."""
-    precise.cache_clear()
-    wrong_in_float32.cache_clear()
     clock, found.found["limits"] = Clock(seconds), machine(device.type, dry=dry)._asdict()
     order = spread([case for case in cases if "float64" not in case.label])  # that one serves tests
     rows = [(case, batch) for case in order for batch in cases[case][:1]]
-    rows += [(case, batch) for case in order for batch in cases[case][1:]]
+    rows += [(case, batch) for case in order for batch in cases[case][1:] if not dry]
     seen = set[str]()
-    for place, (case, batch) in enumerate(rows):
-        names = [name for name in PROVIDERS if name != "liger" or case.op in LIGER]
+    for case, batch in rows:
+        names = [name for name in PROVIDERS if name != "liger" or case.op == "bias_layer_norm"]
         if dry:  # the interpreter and the compiler take seconds each
             names = [n for n in names if n == "eager" or (n != "compile" and case.op not in seen)]
         seen.add(case.op)
         if clock.left == 0.0:
-            found.found["not_reached"] = [f"{c.op} {c.label} B={b}" for c, b in rows[place:]]
-            print(f"{len(rows) - place} cases were not reached: {TIME_UP}")
+            left = rows[rows.index((case, batch)) :]
+            found.found["not_reached"] = [f"{case.op} {case.label} B={batch}" for case, batch in left]
+            print(f"{len(left)} cases were not reached: {TIME_UP}")
             break
         try:
-            measure(found, case, device, batch, names, 0.0 if dry else EACH)
+            measure(found, case, device, DRY_BATCH if dry else batch, names, 0.0 if dry else EACH)
         except RuntimeError as error:
             found.found |= {"status": "failed", "reason": f"{case.op} {case.label}: {error}"}
             print(f"aborted: {found.found['reason']}", file=sys.stderr)
@@ -353,31 +251,20 @@ def run(
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
+    parser.common(600.0, workloads="+")
     parser.add_argument("--ops", nargs="+", help="only these ops")
-    parser.add_argument(
-        "--workload", nargs="+", metavar="NAME", default=[], help=f"among {', '.join(WORKLOADS)}"
-    )
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, on the CPU")
-    parser.budget(600.0)
     given = parser.parse_args(words)
     if not given.dry and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --dry runs on the CPU")
-    try:
-        workloads = [named(name) for name in given.workload]
-    except ValueError as error:
-        parser.error(f"{error}")
     narrow = {"width": DRY_WIDTH} if given.dry else {}
-    sizes = {case: [w.batch] for w in workloads for case in of_update(w._replace(**narrow))}
+    sizes = {case: [w.batch] for w in given.workload or () for case in of_update(w._replace(**narrow))}
     cases = sizes or {case: batches_of(case) for case in all_cases()}
     known = sorted({case.op for case in cases})
     if unknown := [name for name in given.ops or () if name not in known]:
         parser.error(f"unknown op {unknown[0]}; there are {', '.join(known)}")
-    asked = {
-        case: [DRY_BATCH] if given.dry else own
-        for case, own in cases.items()
-        if case.op in (given.ops or known)
-    }
+    asked = {case: own for case, own in cases.items() if case.op in (given.ops or known)}
     found = Results("kernels", given.json or given.save, dry=given.dry)
     return run(found, asked, torch.device("cpu" if given.dry else "cuda"), given.budget, given.dry)
 

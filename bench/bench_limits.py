@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,17 +27,18 @@ from harness import (
     RESULTS,
     ROOT,
     Clock,
-    Measurement,
+    Missing,
     Parser,
     Results,
     Seconds,
+    Summary,
     Unreadable,
     header,
     interleave,
+    positive,
     read,
-    threads,
     wait,
-)
+)  # fmt: skip
 from native.row_gather import RowGather
 from roofline import Machine
 
@@ -76,7 +78,7 @@ def multiplying(kind: str) -> Iterator[torch.dtype]:
 
 def rotating(device: torch.device, make: Callable[[], Calls], seconds: float) -> Seconds:
     """The calls in turn, on a GPU in one graph. What they need is made when they are timed."""
-    return seconds_per_call(make(), device, seconds)
+    return Summary(*seconds_per_call(make(), device, seconds))
 
 
 def limits(device: torch.device, dry: bool) -> Iterator[Limit]:
@@ -130,9 +132,9 @@ def measure(found: Results, listed: Sequence[Limit], seconds: float) -> None:
     """Every limit, in equal shares of the time that is left; of one that fails the reason."""
     clock = Clock(seconds)
     for place, limit in enumerate(listed):
-        times, missing = dict[str, Seconds](), dict[str, BaseException]()
+        times, missing = dict[str, Seconds](), Missing()
         try:
-            times[MACHINE] = limit.timed(clock.share(len(listed) - place))
+            times[MACHINE] = limit.timed(clock.left / (len(listed) - place))
         except Exception as error:  # of one limit: the others go on
             missing[MACHINE] = error
         found.case(limit.case, times, limit.unit, limit.scale, missing=missing)
@@ -144,32 +146,28 @@ def measure(found: Results, listed: Sequence[Limit], seconds: float) -> None:
 
 
 def machine(
-    device: str, *, dry: bool = False, folders: Sequence[Any] = (ROOT / "build/bench", RESULTS)
+    device: str, *, dry: bool = False, folders: Sequence[Path] = (ROOT / "build/bench", RESULTS)
 ) -> Machine:
-    """The limits of this machine: of the newest file that holds them, else measured now. `source` says which."""
-    files = [] if dry else [found for folder in folders if (found := _stored(device, folder / FILES[device]))]
+    """The limits of this machine: of the newest file that holds them, else measured now, as `source` says."""
+    here, files = header(), list[dict[str, Any]]()
+    for folder in () if dry else folders:
+        try:
+            found = read(folder / FILES[device])
+        except Unreadable:
+            continue
+        cases = {entry["case"].rpartition(" ")[0] for entry in found["measurements"] if entry["value"]}
+        if "product float32" in cases and all(found.get(key) == here[key] for key in SAME[device]):
+            files.append(found)
     if files:
         newest = max(files, key=lambda found: str(found["date"]))
         return made(device, newest["measurements"], f"{FILES[device]} of {newest['date'][:16]}")
-    now, listed = Results("limits"), list(limits(torch.device(device), dry))
-    now.quiet = True
-    wanted = [one for one in listed if one.case.startswith(("copy", "product"))]
+    now = Results("limits", quiet=True)
+    wanted = [x for x in limits(torch.device(device), dry) if x.case.startswith(("copy", "product"))]
     measure(now, wanted, 0.0 if dry else EACH * len(wanted))
     return made(device, now.entries, "measured in this run")
 
 
-def _stored(device: str, path: Any) -> dict[str, Any] | None:
-    """A result of this benchmark, where it was measured on this machine and has what a floor needs."""
-    try:
-        found = read(path)
-    except Unreadable:
-        return None
-    here, cases = header(), [entry["case"] for entry in found["measurements"] if entry["value"] is not None]
-    whole = "copy" in cases and any(case.startswith("product float32") for case in cases)
-    return found if whole and all(found.get(key) == here[key] for key in SAME[device]) else None
-
-
-def made(device: str, entries: Sequence[Measurement | Mapping[str, Any]], source: str) -> Machine:
+def made(device: str, entries: Sequence[Mapping[str, Any]], source: str) -> Machine:
     """The best rate of each kind of product; one that was not measured counts as the next more exact one.
 
     Raises:
@@ -190,13 +188,11 @@ def made(device: str, entries: Sequence[Measurement | Mapping[str, Any]], source
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.device()
-    parser.budget(30.0)
-    parser.add_argument("--threads", type=threads, default=1, help="threads of torch on a CPU")
+    parser.common(30.0)
+    parser.add_argument("--threads", type=positive, default=1, help="threads of torch on a CPU")
     parser.add_argument("--dry", action="store_true", help="tiny sizes")
     given = parser.parse_args(words)
-    device = parser.device_of(given)
-    if device == "cpu":
+    if (device := parser.device(given)) == "cpu":
         torch.set_num_threads(given.threads)
     found = Results("limits", given.save, device=device, row_bytes=ROW_BYTES)
     measure(found, list(limits(torch.device(device), given.dry)), given.budget)

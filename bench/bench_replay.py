@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import gc
 import itertools
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,18 +31,19 @@ from harness import (
     ROOT,
     Clock,
     Differs,
+    Missing,
     Parser,
     Results,
-    Times,
+    Unavailable,
     header,
     interleave,
     one_core,
     positive,
+    told,
     versions,
     wait,
-)
+)  # fmt: skip
 from native.row_gather import RowGather
-from workloads import WORKLOADS, named
 from workloads import Workload as Named
 
 from brc_fast import DeviceReplayBuffer, ReplayBuffer
@@ -51,23 +51,12 @@ from peers import replay_frames as images
 from peers.replay_data import MAX_ROWS, Columns, Mismatch, Workload, flat
 from peers.replay_peers import PEERS, Authors, Ours, OursTensors, Peer, filled, shapes
 
-OBSERVATION, ACTION, STREAMS, WIDE, TASKS = 67, 24, 64, 1500, 10
+OBSERVATION, ACTION, STREAMS = 67, 24, 64
 MIN_CAPACITY = 20_480  # 1024 transitions with wide observations
 OURS, LIMIT = Ours.name, "row gather (limit)"
 UNIT = "ns per transition"
 SLICE = 0.004  # seconds of one buffer's turn
 CYCLE = 16  # steps that come again and again
-SHARES = {
-    "locomotion": 0.35,
-    "ten-tasks": 0.1,
-    "wide": 0.1,
-    "insert": 0.25,
-    "atari": 0.08,
-    "memory": 0.0,
-    "files": 0.12,
-}
-
-Missing = dict[str, BaseException]
 
 
 class Provider(NamedTuple):
@@ -78,14 +67,9 @@ class Provider(NamedTuple):
 
 
 def timed(
-    found: Results,
-    case: str,
-    title: str,
-    providers: Mapping[str, Provider],
-    size: int,
-    missing: Missing,
+    found: Results, case: str, title: str, providers: Mapping[str, Provider], size: int, missing: Missing,
     seconds: float,
-) -> None:
+) -> None:  # fmt: skip
     """Checks, times and notes one case of `size` transitions per call."""
     good, missing = dict[str, Callable[[], object]](), dict(missing)
     for name, provider in providers.items():
@@ -93,90 +77,77 @@ def timed(
             provider.check()
             good[name] = provider.call
         except Exception as error:
-            missing[name] = (
-                Differs(f"{type(error).__name__}: {error}") if isinstance(error, Mismatch) else error
-            )
-    times = interleave(good, seconds, turn=SLICE) if good else Times([])
+            missing[name] = error
+    # A peer that differs costs no more than its own time.
+    missing = {n: e if n.startswith(OURS) else Unavailable(told(e)) for n, e in missing.items()}
     print(f"\n{title}")
     found.found.setdefault("titles", {})[case] = title
-    found.case(case, times.cpu, UNIT, size, ours=OURS, missing=missing)
-    for entry in found.entries[-len(times) - len(missing) :]:
-        if entry["value"] is not None:
-            entry["wall"] = 1e9 * statistics.median(times[entry["provider"]]) / size  # type: ignore[typeddict-unknown-key]
+    times = interleave(good, seconds, turn=SLICE, timer=time.process_time)
+    found.case(case, times, UNIT, size, ours=OURS, missing=missing)
 
 
 # ---------------------------------------------------------------- sampling
 
 
-def sampling(peers: Mapping[str, Peer], batches: int, size: int) -> dict[str, Provider]:
+def sampling(peer: Peer, batches: int, size: int) -> Provider:
     """Sampling `batches` batches of `size`."""
 
-    def check(peer: Peer) -> None:
+    def check() -> None:
         peer.workload.check(peer.columns(peer.sample(batches, size)))
 
-    return {
-        name: Provider(partial(peer.sample, batches, size), partial(check, peer))
-        for name, peer in peers.items()
-    }
+    return Provider(partial(peer.sample, batches, size), check)
 
 
 def sampled(
     found: Results, clock: Clock, grid: Mapping[str, tuple[int, int]], work: Workload, gathered: int = 0
 ) -> None:
     """Batches of several sizes, by case, beside the bare gather of at most so many rows."""
-    missing: Missing = {}
+    missing, gather = Missing(), None
     peers = filled((Ours, *PEERS), work, missing)
-    gather = None
     try:
         gather = RowGather(work.rows, work.row_bytes, gathered) if gathered else None
     except RuntimeError as error:
         missing[LIMIT] = error
-    tasks = f"{work.tasks} tasks x " if work.tasks > 1 else ""
+    rows = f"{work.tasks} tasks x {work.rows:,}" if work.tasks > 1 else f"{work.rows:,}"
     for place, (case, (batches, size)) in enumerate(grid.items()):
-        sizes = f"O={work.observation_size}, A={work.action_size}"
-        title = f"Sampling {batches} x {size} from {tasks}{work.rows:,} transitions, {sizes}"
-        providers, count = sampling(peers, batches, size), batches * size
+        title = f"Sampling {batches} x {size} from {rows} transitions, "
+        title += f"O={work.observation_size}, A={work.action_size}"
+        providers = {name: sampling(peer, batches, size) for name, peer in peers.items()}
         if gather is not None:
+            count = batches * size
             providers[LIMIT] = Provider(partial(gather.gather, count), partial(gather.check, count))
-        timed(found, case, title, providers, count, missing, clock.share(len(grid) - place))
-    if gather is not None:
-        found.found.setdefault("limit", {})[case] = gather.settings()
+        timed(found, case, title, providers, batches * size, missing, clock.left / (len(grid) - place))
 
 
 def locomotion(found: Results, capacity: int, clock: Clock) -> None:
     grid = {f"{u} x {b}": (u, b) for u, b in ((1, 256), (1, 1024), (2, 1024), (16, 1024))}
-    sampled(found, clock, grid, Workload(OBSERVATION, ACTION, 1, STREAMS, capacity // STREAMS), 16 * 1024)
+    work = Workload(OBSERVATION, ACTION, 1, STREAMS, capacity // STREAMS)
+    sampled(found, clock, grid, work, 16 * 1024)
 
 
 def ten_tasks(found: Results, capacity: int, clock: Clock) -> None:
     """A tenth of the transitions each."""
-    sampled(
-        found,
-        clock,
-        {"ten tasks": (1, 1024)},
-        Workload(OBSERVATION, ACTION, TASKS, 8, capacity // TASKS // 8),
-    )
+    work = Workload(OBSERVATION, ACTION, 10, 8, capacity // 10 // 8)
+    sampled(found, clock, {"ten tasks": (1, 1024)}, work)
 
 
 def wide(found: Results, capacity: int, clock: Clock) -> None:
     """A twentieth of the transitions, so that a buffer has as many bytes."""
-    sampled(
-        found, clock, {"wide": (1, 1024)}, Workload(WIDE, ACTION, 1, STREAMS, capacity // 20 // STREAMS), 1024
-    )
+    work = Workload(1500, ACTION, 1, STREAMS, capacity // 20 // STREAMS)
+    sampled(found, clock, {"wide": (1, 1024)}, work, 1024)
+
+
+def held(shape: Named, capacity: int, cycle: int = 0) -> Workload:
+    """What a buffer of a workload holds: as many bytes as in the other cases, in whole cycles."""
+    streams = STREAMS if shape.tasks == 1 else 8
+    rows = capacity * OBSERVATION // max(OBSERVATION, shape.observation)
+    each = cycle or 1
+    steps = each * max(1, rows // (shape.tasks * streams * each))
+    return Workload(shape.observation, shape.action, shape.tasks, streams, steps, cycle)
 
 
 def on_workload(shape: Named, found: Results, capacity: int, clock: Clock) -> None:
-    """Two batches of a named workload, from as many bytes as the other cases have."""
-    streams, rows = room(shape, capacity)
-    steps = max(1, rows // shape.tasks // streams)
-    work = Workload(shape.observation, shape.action, shape.tasks, streams, steps)
-    sampled(found, clock, {shape.name: (2, shape.batch)}, work)
-
-
-def room(shape: Named, capacity: int) -> tuple[int, int]:
-    """Environments of each task, and transitions of all."""
-    rows = capacity * OBSERVATION // max(OBSERVATION, shape.observation)
-    return STREAMS if shape.tasks == 1 else 8, rows
+    sampled(found, clock, {shape.name: (2, shape.batch)}, held(shape, capacity))
 
 
 # ---------------------------------------------------------------- adding, images, memory, files
@@ -206,7 +177,8 @@ def insert(found: Results, capacity: int, clock: Clock) -> None:
     """One step of 1, 64 and 1024 environments in lockstep to full buffers."""
     grid = (1, 64, 1024)
     for place, count in enumerate(grid):
-        share, missing, providers = Clock(clock.share(len(grid) - place)), Missing(), dict[str, Provider]()
+        share = Clock(clock.left / (len(grid) - place))
+        missing, providers = Missing(), dict[str, Provider]()
         steps, cycle = capacity // count, max(16, 2048 // count)
         one_task = Workload(OBSERVATION, ACTION, 1, count, steps, cycle)
         # The authors' buffer takes one transition per task at a time.
@@ -227,123 +199,101 @@ def insert(found: Results, capacity: int, clock: Clock) -> None:
 def atari(found: Results, capacity: int, clock: Clock) -> None:
     """uint8 images of 84 x 84 in stacks of 4, a fortieth of the transitions."""
     count, size = max(2048, capacity // 40), 1024
-    missing, providers, held = Missing(), dict[str, Provider](), dict[str, float]()
+    missing, providers, bytes_ = Missing(), dict[str, Provider](), dict[str, float]()
     for kind in (images.OursFrames, images.CpprbFrames):
         try:
             buffer = kind(count)
+            bytes_[kind.name] = buffer.nbytes / count
+            providers[kind.name] = Provider(partial(buffer.sample, size), partial(buffer.check, 256))
         except Exception as error:
             missing[kind.name] = error
-            continue
-        held[kind.name] = buffer.nbytes / count
-        providers[kind.name] = Provider(partial(buffer.sample, size), partial(buffer.check, 256))
     title = f"Sampling 1 x {size} from {count:,} transitions of 4 x 84 x 84 uint8"
     timed(found, "atari", title, providers, size, missing, clock.left)
-    both = 2 * images.STACK * images.PIXELS + 8 + 4 + 4
-    exact(found, "atari memory", {**held, "both stacks, uint8": both})
+    bytes_["both stacks, uint8"] = 2 * images.STACK * images.PIXELS + 8 + 4 + 4
+    for name, held_bytes in bytes_.items():
+        found.add("atari memory", name, "bytes per transition", [held_bytes] * 3)
 
 
 def memory(found: Results, capacity: int, clock: Clock) -> None:
     """Bytes reserved, against float32 arrays with both observations."""
     work = Workload(OBSERVATION, ACTION, 1, STREAMS, capacity // STREAMS)
-    exact(found, "memory", {OURS: Ours.empty(work).nbytes / work.rows, "float32 arrays": work.row_bytes})
-
-
-def exact(found: Results, case: str, figures: Mapping[str, float]) -> None:
-    """Counts, which have no spread."""
-    for name, figure in figures.items():
-        found.add({
-            "case": case, "provider": name, "value": figure, "unit": "bytes per transition", "better": "less",
-            "low": figure, "high": figure, "rounds": 1, "floor": None,
-        })  # fmt: skip
-    found.store()
+    ours = Ours.empty(work).nbytes / work.rows
+    for name, held_bytes in ((OURS, ours), ("float32 arrays", work.row_bytes)):
+        found.add("memory", name, "bytes per transition", [held_bytes] * 3)
 
 
 def files(found: Results, capacity: int, clock: Clock) -> None:
     """Saving, loading and saving again after 10,000 further transitions, in turns with numpy.savez."""
-    work = Workload(OBSERVATION, ACTION, 1, STREAMS, capacity // STREAMS)
-    names = ("observations", "actions", "rewards", "masks", "next_observations")
-    arrays = [np.empty(shape, np.float32) for shape in shapes(work, work.rows)]
-    ours, other = Ours(work), Ours.empty(work)
+    work, numpy = Workload(OBSERVATION, ACTION, 1, STREAMS, capacity // STREAMS), "numpy.savez + numpy.load"
+    ours, other, missing = Ours(work), Ours.empty(work), Missing()
+    arrays = {
+        f"{n}": np.random.default_rng(n).random(s, np.float32) for n, s in enumerate(shapes(work, work.rows))
+    }
     for first, steps in work.chunks():
         ours.put(first, steps)
-        columns = flat(*steps)
-        columns[3:5] = [1.0 - columns[3]]
-        for array, column in zip(arrays, columns, strict=True):
-            array[first * work.lanes :][: len(column)] = column
     times: dict[str, dict[str, list[float]]] = {"save": {}, "load": {}, "again": {}}
 
-    def note(what: str, name: str, call: Callable[[], object]) -> object:
+    def note(what: str, name: str, call: Callable[[], object]) -> None:
         start = time.perf_counter()
-        result = call()
+        call()
         times[what].setdefault(name, []).append(time.perf_counter() - start)
-        return result
 
-    def read(path: Path) -> list[np.ndarray[Any, Any]]:
+    def load(path: Path) -> list[object]:
         with np.load(path) as stored:
-            return [stored[name] for name in names]
+            return [stored[name] for name in arrays]
 
-    base = ROOT / "build" / "bench"
+    def same() -> None:
+        """Both buffers must draw the same, and at first what the workload has stored."""
+        one, two = ours.buffer.sample(1024), other.sample(1024)
+        if len(other) != len(ours.buffer) or not all(map(torch.equal, one, two)):
+            raise Mismatch("what was loaded is not what was saved")
+        if "again" not in times or OURS not in times["again"]:
+            work.check(ours.columns(two))
+
+    base, took = ROOT / "build" / "bench", 0.0
     base.mkdir(parents=True, exist_ok=True)
-    numpy, missing, start, grown = "numpy.savez + numpy.load", Missing(), 0.0, 0
-    while not grown or (clock.left > time.perf_counter() - start and not missing):
-        start = time.perf_counter()
+    while (OURS not in times["again"] and not missing) or clock.left > took:
         with tempfile.TemporaryDirectory(dir=base) as folder:
-            path = Path(folder, "replay.npz")
-            note("save", numpy, lambda path=path: np.savez(path, **dict(zip(names, arrays, strict=True))))
-            loaded: Any = note("load", numpy, partial(read, path))
-            assert all(np.array_equal(a, b) for a, b in zip(loaded, arrays, strict=True))
-            del loaded
+            path, start = Path(folder, "replay.npz"), time.perf_counter()
+            note("save", numpy, partial(np.savez, path, **arrays))
+            note("load", numpy, partial(load, path))
             try:
                 note("save", OURS, partial(ours.buffer.save, Path(folder, "ours")))
                 note("load", OURS, partial(other.load, Path(folder, "ours")))
-                same(ours, other, work if not grown else None)
+                same()
                 ours.put(work.steps, work.at(work.steps, 10_000 // work.lanes))
                 note("again", OURS, partial(ours.buffer.save, Path(folder, "ours")))
             except Exception as error:
-                missing[OURS] = Differs(f"Mismatch: {error}") if isinstance(error, Mismatch) else error
-            grown += 1
+                missing[OURS] = error
+                break
+            took = time.perf_counter() - start
     for what, own in times.items():
         kept = {name: values for name, values in own.items() if name not in missing}
         found.case(f"files {what}", kept, "s", ours=OURS, missing=missing)
 
 
-def same(ours: Ours, other: ReplayBuffer, work: Workload | None) -> None:
-    """Both buffers must draw the same, and what the workload has stored."""
-    one, two = ours.buffer.sample(1024), other.sample(1024)
-    if len(other) != len(ours.buffer) or not all(map(torch.equal, one, two)):
-        raise Mismatch("what was loaded is not what was saved")
-    if work is not None:
-        work.check(ours.columns(two))
-
-
-GROUPS: dict[str, Callable[[Results, int, Clock], None]] = {
-    "locomotion": locomotion,
-    "ten-tasks": ten_tasks,
-    "wide": wide,
-    "insert": insert,
-    "atari": atari,
-    "memory": memory,
-    "files": files,
+GROUPS: dict[str, tuple[Callable[[Results, int, Clock], None], float]] = {  # with shares of the budget
+    "locomotion": (locomotion, 0.35),
+    "ten-tasks": (ten_tasks, 0.1),
+    "wide": (wide, 0.1),
+    "insert": (insert, 0.25),
+    "atari": (atari, 0.08),
+    "memory": (memory, 0.0),
+    "files": (files, 0.12),
 }
 
 
 # ---------------------------------------------------------------- batches on a device
 
 
-def on_device(
-    found: Results, shape: Named, sizes: Sequence[tuple[int, int]], capacity: int, device: str, seconds: float
-) -> None:
+def on_device(found: Results, shape: Named, capacity: int, device: str, clock: Clock) -> None:
     """Batches of every size (U, B), and steps of all environments, in equal shares of the time."""
-    clock, before = Clock(seconds), f"{shape.name}: " if shape.name else ""
-    streams, rows = room(shape, capacity)
-    cycles = max(1, rows // (shape.tasks * streams * CYCLE))
-    work = Workload(shape.observation, shape.action, shape.tasks, streams, cycles * CYCLE, CYCLE)
-    cases = {
-        f"{before}sample {updates} x {batch} on the device": (updates, batch) for updates, batch in sizes
-    }
+    work, before = held(shape, capacity, CYCLE), f"{shape.name}: " if shape.name else ""
+    sizes = [(2, shape.batch)] if shape.name else [(1, 1024), (16, 1024)]
+    cases = {f"{before}sample {u} x {b} on the device": (u, b) for u, b in sizes}
     ids = [task for task in range(work.tasks) for _ in range(work.streams)]
-    arguments = work.rows, work.observation_size, work.action_size
-    finish = partial(wait, device)
+    arguments: Any = (work.rows, work.observation_size, work.action_size)
+    options: Any = {"finish": lambda name: wait(device)}
     try:
         there = DeviceReplayBuffer(*arguments, task_ids=ids, device=device)
         host = ReplayBuffer(*arguments, task_ids=ids)
@@ -356,19 +306,16 @@ def on_device(
             agree(host, there, work, size, device)
     except (MemoryError, torch.OutOfMemoryError, Differs) as error:
         for case in cases:
-            found.case(case, {}, UNIT, missing=dict.fromkeys(("device", "prefetched", "copied"), error))
+            missing = dict.fromkeys(("device", "prefetched", "copied"), error)
+            found.case(case, {}, UNIT, missing=missing)
         return
     for place, (case, (updates, batch)) in enumerate(cases.items()):
-        share = clock.share(len(cases) + 1 - place)
+        share, copied = clock.left / (len(cases) + 1 - place), partial(host.sample, batch, updates)
         with host.prefetch(batch, updates, device=device) as batches:
-            work_of: dict[str, Callable[[], object]] = {
-                "device": partial(there.sample, batch, updates),
-                "prefetched": partial(next, batches),
-            }
-            times: dict[str, list[float]] = {**interleave(work_of, share * 2 / 3, finish=lambda _: finish())}
+            both = {"device": partial(there.sample, batch, updates), "prefetched": partial(next, batches)}
+            times = interleave(both, share * 2 / 3, **options)
         # No thread gathers beside it
-        alone = {"copied": lambda size=(batch, updates): host.sample(*size).to(device)}
-        times |= interleave(alone, share / 3, finish=lambda _: finish())
+        times |= interleave({"copied": lambda draw=copied: draw().to(device)}, share / 3, **options)
         found.case(case, times, UNIT, updates * batch, ours="device")
     steps = [[torch.from_numpy(column).to(device) for column in step] for step in work.one_cycle()]
     ours, theirs = itertools.cycle(steps), itertools.cycle(steps)
@@ -376,10 +323,8 @@ def on_device(
         "device": lambda: there.add(*next(ours)),
         "copied": lambda: host.add(*(value.cpu() for value in next(theirs))),
     }
-    times = interleave(adding, clock.left, finish=lambda _: finish())
-    found.case(
-        f"{before}add from {work.lanes} environments on the device", times, UNIT, work.lanes, ours="device"
-    )
+    case = f"{before}add from {work.lanes} environments on the device"
+    found.case(case, interleave(adding, clock.left, **options), UNIT, work.lanes, ours="device")
 
 
 def agree(
@@ -392,57 +337,37 @@ def agree(
             prefetched, drawn = next(batches), there.sample(rows, updates)
             if not all(torch.equal(a, b) for a, b in zip(prefetched, drawn, strict=True)):
                 raise Differs("the buffers return different batches")
-            try:
-                work.check(Columns(*flat(*(field.cpu().numpy() for field in drawn))))
-            except Mismatch as error:
-                raise Differs(f"{error}") from None
-
-
-# ---------------------------------------------------------------- all of them
-
-
-def groups(given: Any) -> Iterator[tuple[Callable[[Results, int, Clock], None], float]]:
-    """What was asked for, with its share of the budget."""
-    chosen = given.cases or ([] if given.workload else list(GROUPS))
-    shares = [(GROUPS[name], SHARES[name]) for name in chosen]
-    shares += [(partial(on_workload, shape), 0.1) for shape in given.workload]
-    whole = sum(share for _, share in shares) or 1.0
-    yield from ((group, given.budget * share / whole) for group, share in shares)
+            work.check(Columns(*flat(*(field.cpu().numpy() for field in drawn))))
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
+    parser.common(120.0, workloads="+", device="batches there, of ours alone")
     parser.add_argument("--cases", nargs="+", choices=tuple(GROUPS), help="default: all, without --workload")
-    parser.add_argument(
-        "--workload", nargs="+", metavar="NAME", default=[], help=f"among {', '.join(WORKLOADS)}"
-    )
-    parser.device("batches there, of ours alone")
-    told = "transitions in a buffer (default: 1000000, or 200000 where the budget is below a minute)"
-    parser.add_argument("--capacity", type=positive, help=told)
-    parser.budget(120.0, "seconds; a long set-up comes on top")
+    usual = "transitions in a buffer (default: 1000000, or 200000 where the budget is below a minute)"
+    parser.add_argument("--capacity", type=positive, help=usual)
     given = parser.parse_args(words)
     capacity = given.capacity or (1_000_000 if given.budget >= 60 else 200_000)
     if not MIN_CAPACITY <= capacity <= MAX_ROWS:
         parser.error(f"--capacity must lie in {MIN_CAPACITY}..{MAX_ROWS}")
-    try:
-        given.workload = [named(name) for name in given.workload]
-    except ValueError as error:
-        parser.error(f"{error}")
-    found = Results("replay", given.save, capacity=capacity)
+    if given.device and given.cases:
+        parser.error("--device knows no --cases; leave them out")
+    found, shapes = Results("replay", given.save, capacity=capacity), given.workload or []
     if given.device:
-        device = parser.device_of(given)
-        if given.cases:
-            parser.error("--device knows no --cases; leave them out")
+        device = found.found["device"] = parser.device(given)
         torch.set_num_threads(1)
-        found.found["device"] = device
-        for shape in given.workload or [Named("", "the first case", OBSERVATION, ACTION)]:
-            sizes = [(2, shape.batch)] if shape.name else [(1, 1024), (16, 1024)]
-            on_device(found, shape, sizes, capacity, device, given.budget / max(1, len(given.workload)))
+        asked = shapes or [Named("", "the first case", OBSERVATION, ACTION)]
+        for shape in asked:
+            clock = Clock(given.budget / len(asked))
+            on_device(found, shape, capacity, device, clock)
         return found.end()
     one_core()
     found.found["versions"] = header()["versions"] | versions([kind.package for kind in PEERS])
-    for group, seconds in groups(given):
-        group(found, capacity, Clock(seconds))
+    groups = [GROUPS[name] for name in given.cases or ([] if shapes else GROUPS)]
+    groups += [(partial(on_workload, shape), 0.1) for shape in shapes]
+    whole = sum(share for _, share in groups) or 1.0
+    for group, share in groups:
+        group(found, capacity, Clock(given.budget * share / whole))
         gc.collect()
     return found.end()
 

@@ -27,8 +27,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from harness import Clock, Differs, Parser, Results, Unavailable, wait
-from workloads import WORKLOADS, Workload, named
+from harness import Clock, Differs, Missing, Parser, Results, Unavailable, wait
+from workloads import Workload
 
 from brc_fast import BRC, Batch, CriticConfig, Noise
 from brc_fast.agents.policy import LaggedPolicy
@@ -45,6 +45,7 @@ TASK = {"cpu": "gym/Pendulum-v1", "cuda": "mjx/CartpoleSwingup"}
 THRESHOLDS = {"gym/Pendulum-v1": -300.0, "mjx/CartpoleBalance": 800.0, "mjx/CartpoleSwingup": 500.0}
 MOST = 5  # seeds
 MORE = 1.2  # another seed is begun where there is this many times as much time left as the longest took
+BROKEN = (ImportError, ValueError, ArithmeticError, RuntimeError, MemoryError)
 
 
 def settings(task: str, device: str) -> TrainConfig:
@@ -75,15 +76,15 @@ def check(config: TrainConfig, device: str, observation: int = 5, action: int = 
     """Differs unless two updates of every learner in float32, with the same noise on the same random batches,
     give the losses of ours."""
     config, rng = dataclasses.replace(config, precision="fp32"), torch.Generator().manual_seed(0)
-    agents = {name: kind.from_config(config, observation, action, device) for name, kind in AGENTS.items()}
+    agents = {n: kind.from_config(config, observation, action, device) for n, kind in AGENTS.items()}
+    shape = (1, config.transitions_per_update)
     for relative, absolute in (FIRST, AFTER_A_STEP["fp32"]):
-        shape = (1, config.transitions_per_update)
         here, there = torch.randn(2, *shape, observation, generator=rng)
-        actions, rewards = (
-            torch.rand(*shape, action, generator=rng) * 2.0 - 1.0,
+        actions = torch.rand(*shape, action, generator=rng) * 2.0 - 1.0
+        rewards, ids = (
             torch.rand(shape, generator=rng),
+            torch.randint(len(config.tasks), shape, generator=rng),
         )
-        ids = torch.randint(len(config.tasks), shape, generator=rng)
         batch = Batch(here, actions, rewards, torch.ones(shape), there, ids).to(device)
         noise = Noise(*torch.randn(2, *shape, action, generator=rng).to(device))
         losses = {name: agent.update(batch, noise) for name, agent in agents.items()}
@@ -91,9 +92,6 @@ def check(config: TrainConfig, device: str, observation: int = 5, action: int = 
             a, b = (float(losses[name][metric]) for name in AGENTS)
             if not abs(a - b) <= absolute + relative * abs(a):
                 raise Differs(f"differs from ours: {metric} is {b:.6g}, not {a:.6g}")
-
-
-# ---------------------------------------------------------------- training
 
 
 class Side:
@@ -145,26 +143,18 @@ class Side:
             found = self.trainer.evaluate()["eval/return_mean"]
             self.evaluations.append({"step": self.trainer.steps, "seconds": self.seconds, "return": found})
 
-    def row(self) -> dict[str, Any]:
-        return {
-            "provider": self.name,
-            "seed": self.trainer.config.seed,
-            "reached_seconds": self.seconds if self.done else None,
-            "reached_steps": self.trainer.steps if self.done else None,
-            "trained_seconds": self.seconds,
-            "evaluations": self.evaluations,
-        }
-
-    def close(self) -> None:
+    def close(self) -> dict[str, Any]:
+        """What is stored of it."""
         self.trainer.env.close()
         self.trainer.eval_env.close()
+        told = {"provider": self.name, "seed": self.trainer.config.seed, "trained_seconds": self.seconds}
+        return {**told, "reached": self.done, "evaluations": self.evaluations}
 
 
 Rates = dict[str, list[tuple[float, float]]]
-BROKEN = (ImportError, ValueError, ArithmeticError, RuntimeError, MemoryError)
 
 
-def train(sides: list[Side], clock: Clock, rates: Rates, missing: dict[str, BaseException]) -> None:
+def train(sides: Sequence[Side], clock: Clock, rates: Rates, missing: Missing) -> None:
     """In turns until all are done or the time is up; rates of the rounds in which all were learning."""
     warm = False  # the first round of learning captures graphs
     while (running := [s for s in sides if not s.done and s.name not in missing]) and clock.left > 0.0:
@@ -187,7 +177,7 @@ def run(
     """Seed after seed until the time is up, which begins when the first can start; nothing is timed where
     learners differ. Without a threshold the first seed takes all the time."""
     rates: Rates = {name: [] for name in AGENTS}
-    sides, missing, clock, longest = list[Side](), dict[str, BaseException](), Clock(seconds), 0.0
+    sides, missing, clock, longest = list[Side](), Missing(), Clock(seconds), 0.0
     found.found |= {"task": task, "threshold": threshold, "settings": dataclasses.asdict(config), "runs": []}
     try:
         check(config, device)
@@ -206,27 +196,17 @@ def run(
                     missing[name] = error
             clock = clock if number else Clock(seconds)
             train(own, clock, rates, missing)
-            for side in own:
-                side.close()
-            found.found["runs"] += [side.row() for side in own]
+            found.found["runs"] += [side.close() for side in own]
             sides += own
             release(device)
             longest = max(longest, time.perf_counter() - start)
     if threshold is not None:
-        reached = {name: [s for s in sides if s.name == name] for name in AGENTS if name not in missing}
-        late = {name: [side for side in own if not side.done] for name, own in reached.items()}
-        unreached: dict[str, BaseException] = {
-            name: Unavailable(f"not reached in {own[0].seconds:.0f} s, best return {own[0].best:.0f}")
-            for name, own in late.items() if own
-        }  # fmt: skip
-        times = {n: [s.seconds for s in own] for n, own in reached.items() if n not in unreached}
-        case = f"time to return {threshold:g}, {task}"
-        found.case(
-            case,
-            times,
-            "s",
-            missing={name: (missing | unreached)[name] for name in AGENTS if name not in times},
-        )
+        late = {
+            s.name: f"not reached in {s.seconds:.0f} s, best return {s.best:.0f}" for s in sides if not s.done
+        }
+        lost = {name: Unavailable(told) for name, told in late.items()} | missing
+        reached = {n: [s.seconds for s in sides if s.name == n] for n in AGENTS if n not in lost}
+        found.case(f"time to return {threshold:g}, {task}", reached, "s", missing=lost)
     for place, (what, unit) in enumerate((("environment steps", "steps/s"), ("updates", "updates/s"))):
         none = Unavailable("no round in which all were learning; raise --budget")
         each = {name: [pair[place] for pair in pairs] for name, pairs in rates.items() if pairs}
@@ -236,24 +216,20 @@ def run(
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.device()
-    one = parser.add_mutually_exclusive_group()
-    one.add_argument("--task", help=f"default: {TASK['cpu']}, on a GPU {TASK['cuda']}")
-    one.add_argument("--workload", metavar="NAME", help=f"among {', '.join(WORKLOADS)}")
+    parser.common(240.0, workloads="?")
+    parser.add_argument("--task", help=f"default: {TASK['cpu']}, on a GPU {TASK['cuda']}")
     parser.add_argument("--threshold", type=float, help=f"mean return; known for {', '.join(THRESHOLDS)}")
-    parser.budget(240.0, "seconds, after the first start")
     given = parser.parse_args(words)
-    device = parser.device_of(given)
-    task = given.workload or given.task or TASK[device]
+    if given.workload and given.task:
+        parser.error("--task and --workload both say what to train on; give one of them")
+    device = parser.device(given)
+    task = given.workload.name if given.workload else given.task or TASK[device]
     threshold = given.threshold if given.threshold is not None else THRESHOLDS.get(task)
-    try:
-        config = on_workload(named(task), device) if given.workload else settings(task, device)
-    except ValueError as error:
-        parser.error(f"{error}")
     if threshold is None and not given.workload:
         parser.error(f"no threshold is known for {task}; give --threshold")
     if device == "cpu":
         torch.set_num_threads(1)
+    config = on_workload(given.workload, device) if given.workload else settings(task, device)
     found = Results("train", given.save, device=device)
     run(found, task, threshold, device, given.budget, config)
     return found.end()

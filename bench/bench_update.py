@@ -26,9 +26,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import parts
 import roofline
 import torch
 from bench_limits import machine
@@ -36,6 +37,7 @@ from harness import (
     ROUNDS,
     TIME_UP,
     Clock,
+    Missing,
     Parser,
     Results,
     Unavailable,
@@ -43,30 +45,13 @@ from harness import (
     one_core,
     out_of_memory,
     positive,
-    threads,
     told,
-)
-from parts import parts_of
-from workloads import WORKLOADS, Workload, named
+)  # fmt: skip
+from workloads import WORKLOADS, Workload
 
-from peers.updates import (
-    BUILDERS,
-    CARTPOLE,
-    OURS,
-    PROVIDERS,
-    Expected,
-    Provider,
-    Subject,
-    checked,
-    expected,
-    floor,
-    memory,
-    release,
-    require_memory,
-    tensor_cores,
-)
+from peers import updates
+from peers.updates import BUILDERS, CARTPOLE, OURS, PROVIDERS, Expected, Provider, Subject, release
 
-UNIT = "updates/s"
 DEFAULTS = {"cpu": ("ours", "plain"), "cuda": ("ours-bf16", "ours-tf32", "plain", "compiled", "jax")}
 FLOOR = {"cpu": "torch.bmm", "cuda": "roofline"}
 HEAVY = 4e9  # bytes of plain PyTorch; a CPU is not given more unless it is asked to
@@ -83,28 +68,32 @@ def compare(
     clock: Clock,
     roof: roofline.Machine,
     left: float = 0.0,
+    **shown: Any,
 ) -> None:
     """One size: providers are built, compared with plain PyTorch, and timed in turns; then the parts of ours.
 
-    left: seconds of this size and of those after it.
+    Args:
+        left: seconds of this size and of those after it. shown: `case`, `unit` and `at` of its table.
     """
-    cuda, missing, start = subject.device == "cuda", dict[str, BaseException](), time.perf_counter()
+    shown = {"case": subject.case, "unit": "updates/s"} | (shown or {"at": subject.at})
+    cuda, missing, start = subject.device == "cuda", Missing(), time.perf_counter()
     try:
-        require_memory(subject)
-        known = expected(subject)
-        require_time(time.perf_counter() - start, len(names), left)
+        updates.require_memory(subject)
+        known = updates.expected(subject)
+        takes = (time.perf_counter() - start) / 2 * (len(names) + 1) * (3 + ROUNDS)
+        if not cuda and takes > max(1.0, left, clock.left):
+            raise Unavailable(f"a comparison takes about {takes:.0f} s, more than is left; raise --budget")
     except Exception as error:
-        missing = dict.fromkeys(names, error if isinstance(error, Unavailable) else Unavailable(told(error)))
-        found.case(subject.case, {}, UNIT, missing=missing, at=subject.at)
+        found.case(times={}, missing=dict.fromkeys(names, error), **shown)
         return
     finally:
         release(subject.device)
-    together = subject.bytes(len(names)) < 0.85 * memory(subject.device)
+    together = subject.bytes(len(names)) < 0.85 * updates.memory(subject.device)
     groups = [[*names]] if together else [[name] for name in names]
     times, precisions = dict[str, list[float]](), dict[str, str]()
     for place, group in enumerate(groups):  # which grows where one has no room beside the others
-        share = Clock(clock.share(len(groups) - place))
-        providers = dict(built(group, subject, known, share, missing))
+        share = Clock(clock.left / (len(groups) - place))
+        providers = built(group, subject, known, share, missing)
         try:
             times |= timed(found, subject, providers, share, roof)
             precisions |= {name: provider.precision for name, provider in providers.items()}
@@ -121,25 +110,25 @@ def compare(
         keep_parts(found, subject, roofline.parts(subject.sizes, precisions[best], roof) if best else {})
     order = {name: times[name] for name in (*PROVIDERS, FLOOR["cpu"]) if name in times}
     lost = {name: missing[name] for name in PROVIDERS if name in missing and name not in times}
-    scale = 1.0  # times are those of an update
-    found.case(subject.case, order, UNIT, scale, ours=best, missing=lost, floor=floors, at=subject.at)
+    found.case(times=order, ours=best, missing=lost, floor=floors, **shown)
 
 
 def built(
-    names: Sequence[str], subject: Subject, known: Expected, clock: Clock, missing: dict[str, BaseException]
-) -> Iterator[tuple[str, Provider]]:
+    names: Sequence[str], subject: Subject, known: Expected, clock: Clock, missing: Missing
+) -> dict[str, Provider]:
     """Those that compute what plain PyTorch does; what compiles for long comes last."""
-    slow = subject.device == "cpu" and subject.backend == "inductor"
+    found, slow = dict[str, Provider](), subject.device == "cpu" and subject.backend == "inductor"
     for name in sorted(names, key=lambda name: slow and name == "compiled"):
         try:
             if slow and name == "compiled" and clock.left < COMPILING:
                 raise Unavailable(
                     f"compiling takes about {COMPILING:.0f} s, more than is left; raise --budget"
                 )
-            yield name, checked(name, subject, known)
+            found[name] = updates.checked(name, subject, known)
         except Exception as error:  # of one provider: the others go on
             missing[name] = error
         release(subject.device)
+    return found
 
 
 def timed(
@@ -148,24 +137,21 @@ def timed(
     """Seconds per update of the providers, and on a CPU of their products alone, in turns."""
     work = {name: provider.call for name, provider in providers.items()}
     if providers and subject.device == "cpu":
-        work[FLOOR["cpu"]] = floor(subject)
+        work[FLOOR["cpu"]] = updates.floor(subject)
 
     def finish(name: str) -> object:
         return providers[name].finish() if name in providers else None
 
     kept = KEPT * clock.left if "ours" in providers else 0.0
-    seconds = min(clock.left - kept, LONGEST[subject.device])
-    each = {
-        name: [t / subject.updates for t in ts]
-        for name, ts in interleave(work, seconds, finish=finish).items()
-    }
-    notes = {name: note for name, provider in providers.items() if (note := provider.note()) is not None}
-    if notes:
-        found.found.setdefault("notes", {})[subject.case] = notes
+    each = interleave(work, min(clock.left - kept, LONGEST[subject.device]), finish=finish)
+    for name, provider in providers.items():
+        if (note := provider.note()) is not None:
+            found.found.setdefault("notes", {})[f"{subject.case}, {name}"] = note
     if "ours" in providers:
         floors = roofline.parts(subject.sizes, "fp32", roof)
-        keep_parts(found, subject, floors, parts_of(providers["ours"].call, kept, subject.updates))
-    return each
+        measured = parts.measured(providers["ours"].call, kept, subject.updates)
+        keep_parts(found, subject, floors, measured)
+    return {name: [seconds / subject.updates for seconds in own] for name, own in each.items()}
 
 
 def keep_parts(
@@ -176,15 +162,6 @@ def keep_parts(
     found.found.setdefault("parts", []).extend(row | (measured or {}).get(row["part"], {}) for row in rows)
 
 
-def require_time(took: float, count: int, left: float) -> None:
-    """Unavailable where a comparison has no room in the time that is left, as the expected updates took."""
-    takes = took / 2 * (count + 1) * (3 + ROUNDS)
-    if takes > max(1.0, left):
-        raise Unavailable(
-            f"a comparison takes about {takes:.0f} s, more than is left of the budget; raise --budget"
-        )
-
-
 def count_kernels(subjects: Sequence[Subject], names: Sequence[str], clock: Clock) -> dict[str, Any]:
     """Of ours at each size: profile one call, the replay of a graph, with the copies of its inputs.
 
@@ -192,31 +169,26 @@ def count_kernels(subjects: Sequence[Subject], names: Sequence[str], clock: Cloc
     """
     from torch.profiler import ProfilerActivity, profile
 
-    def mark() -> None:
-        torch.cuda._sleep(1000)
-        torch.cuda.synchronize()
-
-    done = list[tuple[Subject, str]]()
+    done = list[tuple[str, int]]()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for subject, name in ((s, n) for s in subjects for n in names if n in OURS):
             if clock.left == 0.0:
                 break
             provider = BUILDERS[name](subject)
-            for _ in range(5):
+            for _ in range(updates.WARMUP):
                 provider.call()
-            provider.finish()
-            mark()
-            provider.call()
-            mark()
-            done.append((subject, name))
+            for call in (provider.finish, provider.call):  # between two marks
+                call()
+                torch.cuda.synchronize()
+                torch.cuda._sleep(1000)
+                torch.cuda.synchronize()
+            done.append((f"{subject.case}, {name}", subject.updates))
             del provider
             release("cuda")
     events = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     ran = [event.name for event in sorted(events, key=lambda event: event.time_range.start)]
-    counted: dict[str, Any] = {}
-    for (subject, name), launched in zip(done, between(ran), strict=False):
-        counted.setdefault(subject.case, {})[name] = counts(launched, subject.updates)
-    return counted
+    each = zip(done, between(ran), strict=False)
+    return {case: counts(launched, number) for (case, number), launched in each}
 
 
 def between(names: Sequence[str], mark: str = MARK) -> list[list[str]]:
@@ -225,10 +197,15 @@ def between(names: Sequence[str], mark: str = MARK) -> list[list[str]]:
     return [list(names[a + 1 : b]) for a, b in zip(places[::2], places[1::2], strict=False)]
 
 
-def counts(names: Sequence[str], updates: int) -> dict[str, float]:
+def counts(names: Sequence[str], number: int) -> dict[str, float]:
     """Kernels, and copies and fills of memory, per update."""
     moved = sum(name.startswith(("Memcpy", "Memset")) for name in names)
-    return {"kernels": (len(names) - moved) / updates, "copies": moved / updates}
+    return {"kernels": (len(names) - moved) / number, "copies": moved / number}
+
+
+def warm() -> None:
+    """The first optimizer of a process loads modules for seconds."""
+    updates.expected(Subject(CARTPOLE._replace(width=8, batch=8)))
 
 
 def run(
@@ -239,18 +216,16 @@ def run(
     roof = machine(device, dry=dry)
     found.found |= {"limits": roof._asdict(), "floor": FLOOR[device]}
     if device == "cpu":
-        expected(
-            Subject(CARTPOLE._replace(width=8, batch=8))
-        )  # the first optimizer loads modules for seconds
+        warm()
     clock = Clock(seconds * (1.0 - KEPT) if device == "cuda" else seconds)
-    with tensor_cores(device):
+    with updates.tensor_cores(device):
         for place, subject in enumerate(subjects):
             if place and clock.left == 0.0:
                 missing = dict.fromkeys(names, Unavailable(TIME_UP))
-                found.case(subject.case, {}, UNIT, missing=missing, at=subject.at)
-                continue
-            share = Clock(clock.share(len(subjects) - place))
-            compare(found, subject, names, share, roof, clock.left)
+                found.case(subject.case, {}, "updates/s", missing=missing, at=subject.at)
+            else:
+                share = Clock(clock.left / (len(subjects) - place))
+                compare(found, subject, names, share, roof, clock.left)
         if device == "cuda":
             try:
                 found.found["kernels_per_update"] = count_kernels(subjects, names, Clock(seconds * KEPT))
@@ -259,67 +234,43 @@ def run(
     print(f"limits of this machine: {roof.source}")
 
 
-def shapes(
-    workloads: Sequence[Workload], widths: Sequence[int], batches: Sequence[int]
-) -> Iterator[Workload]:
-    """The workloads, of CartpoleSwingup if there is none, at each width and batch size, or at their own."""
-    for workload in workloads or (CARTPOLE,):
-        for batch in batches or (workload.batch,):
-            for width in widths or (workload.width,):
-                yield workload._replace(width=width, batch=batch)
-
-
-def wanted(names: Sequence[str] | None, device: str) -> list[str]:
-    """Providers in their order, ours always among them."""
-    asked = set(names or DEFAULTS[device])
-    if not asked & set(OURS):
-        asked.add("ours")
-    if device == "cuda" and "ours" in asked:
-        asked = asked - {"ours"} | {"ours-tf32"}
-    return [name for name in PROVIDERS if name in asked]
-
-
-def asked(names: Sequence[str] | None, device: str) -> list[Workload]:
-    """The workloads of these names; of no names all, without those that are too much for a CPU."""
-    if names:
-        return [named(name) for name in names]
-    sizes = {w: Subject(w).bytes(1) for w in (WORKLOADS.values() if names is not None else ())}
-    heavy = [
-        f"{w.name} ({size / 1e9:.0f} GB)" for w, size in sizes.items() if device == "cpu" and size > HEAVY
-    ]
-    if heavy:
-        print(f"left out on a CPU for their memory, name them to run them: {', '.join(heavy)}")
-    return [workload for workload, size in sizes.items() if device == "cuda" or size <= HEAVY]
+def asked(given: Sequence[Workload] | None, device: str) -> Sequence[Workload]:
+    """The workloads that were named; where none was all, without those that are too much for a CPU."""
+    if given is None:
+        return [CARTPOLE]
+    sizes = {workload: Subject(workload).bytes(1) for workload in WORKLOADS.values()}
+    heavy = {w: size for w, size in sizes.items() if device == "cpu" and size > HEAVY}
+    if heavy and not given:
+        names = ", ".join(f"{w.name} ({size / 1e9:.0f} GB)" for w, size in heavy.items())
+        print(f"left out on a CPU for their memory, name them to run them: {names}")
+    return given or [workload for workload in sizes if workload not in heavy]
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.device()
+    parser.common(60.0, workloads="*")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: of the device")
-    parser.add_argument("--workload", nargs="*", metavar="NAME", help=f"among {', '.join(WORKLOADS)}")
     parser.add_argument(
         "--width", type=positive, nargs="+", help="of the critics; 128 256 without a workload"
     )
     parser.add_argument("--batch", type=positive, nargs="+", help="128 without a workload")
     parser.add_argument("--updates", type=positive, help="updates per call: 1 on a CPU, 2 on a GPU")
-    parser.add_argument(
-        "--threads", type=threads, default=1, help="threads of torch, and of JAX if it is one"
-    )
-    parser.budget(60.0, "seconds, once limits of this machine are known")
+    parser.add_argument("--threads", type=positive, default=1, help="of torch, and of JAX if it is one")
     given = parser.parse_args(words)
-    device = parser.device_of(given)
-    try:
-        workloads = asked(given.workload, device)
-    except ValueError as error:
-        parser.error(f"{error}")
-    if device == "cpu":
+    if (device := parser.device(given)) == "cpu":
         one_core(given.threads)
-    usual = ([], []) if workloads else ([128, 256], [128])
-    listed = shapes(workloads, given.width or usual[0], given.batch or usual[1])
-    updates = given.updates or (2 if device == "cuda" else 1)
-    subjects = [Subject(shape, updates, device) for shape in listed]
-    found = Results("update", given.save, device=device, updates_per_call=updates)
-    run(found, subjects, wanted(given.providers, device), given.budget)
+    usual = ([128, 256], [128]) if given.workload is None else ([], [])
+    number, names = given.updates or (2 if device == "cuda" else 1), set(given.providers or DEFAULTS[device])
+    if not names & set(OURS) or (device == "cuda" and "ours" in names):
+        names = names - {"ours"} | {"ours-tf32" if device == "cuda" else "ours"}
+    subjects = [
+        Subject(workload._replace(width=width, batch=batch), number, device)
+        for workload in asked(given.workload, device)
+        for batch in given.batch or usual[1] or [workload.batch]
+        for width in given.width or usual[0] or [workload.width]
+    ]
+    found = Results("update", given.save, device=device, updates_per_call=number)
+    run(found, subjects, [name for name in PROVIDERS if name in names], given.budget)
     return found.end()
 
 

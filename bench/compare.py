@@ -10,7 +10,7 @@ the machine did: --revisions builds both and runs them in turns, in this checkou
 are the span over the rounds. Options after -- go to the benchmark (-- --width 128 --budget 10).
 --against: ratios over that of a provider that did not change, which ran interleaved: a busy machine cancels.
 --threshold: exit code 1 if a ratio lies below it with all of its bounds. --ratio-floor: the same for ours to
-another provider of one result of bench_update.py; its bounds are quartiles of the ratios round by round.
+another provider of one result; its bounds are quartiles of the ratios round by round.
 Exit code 2: there is nothing to compare, or what must not be: files of different machines, of a run that
 failed or whose equality check did. --force compares such files all the same and marks every line.
 """
@@ -27,11 +27,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import ROOT, Measurement, Parser, Unreadable, failures, one_line, positive, read
+from harness import ROOT, Parser, Unreadable, failures, one_line, positive, read
 
 MACHINE = ("cpu", "gpu", "cores", "torch_threads")
 FOLDER = ROOT / "build" / "compare"
-MOST = 300.0  # of a logarithm, where noise is past telling
 # Runs a script with the package of a folder, also where another one is installed to be edited in place.
 BOOT = """
 import runpy, sys
@@ -45,7 +44,7 @@ sys.argv = [script, *words]
 runpy.run_path(script, run_name="__main__")
 """
 
-Key = tuple[str, str]  # case and provider
+Entry = Mapping[str, Any]
 
 
 class Refused(Exception):
@@ -61,37 +60,28 @@ class Ratio(NamedTuple):
     low: float
     high: float
 
-    def below(self, threshold: float) -> bool:
-        return self.high < threshold
-
     def __str__(self) -> str:
         bounds = f"({self.low:.3f} to {self.high:.3f})"
         return f"{self.case:<44} {self.provider:<22} {self.middle:8.3f} {bounds}"
 
 
-def keyed(result: Mapping[str, Any]) -> dict[Key, Measurement]:
+def keyed(result: Mapping[str, Any]) -> dict[tuple[str, str], Entry]:
     return {(entry["case"], entry["provider"]): entry for entry in result["measurements"]}
 
 
-def oriented(old: float, new: float, better: str) -> float:
-    """Above 1 where the new one is better."""
-    return new / old if better == "more" else old / new
-
-
-def error(entry: Measurement) -> float:
+def error(entry: Entry) -> float:
     """Relative standard error of a median: 1.25 standard deviations, which are the quartiles' span / 1.35."""
-    value, low, high = entry["value"], entry["low"], entry["high"]
-    if not value or low is None or high is None:
+    if entry["low"] is None or entry["high"] is None:
         return 0.0
-    return 1.25 * (high - low) / 1.35 / math.sqrt(max(1, entry["rounds"])) / abs(value)
+    span = (entry["high"] - entry["low"]) / 1.35 / abs(entry["value"])
+    return float(1.25 * span / math.sqrt(max(1, entry["rounds"])))
 
 
-def ratio(old: Measurement, new: Measurement) -> Ratio:
+def ratio(old: Entry, new: Entry) -> Ratio:
     """Of two measurements that have values."""
-    assert old["value"] is not None
-    assert new["value"] is not None
-    middle = oriented(old["value"], new["value"], new["better"])
-    noise = math.exp(min(MOST, 2.0 * math.hypot(error(old), error(new))))
+    middle = new["value"] / old["value"]
+    middle = middle if new["better"] == "more" else 1.0 / middle
+    noise = math.exp(min(300.0, 2.0 * math.hypot(error(old), error(new))))  # past telling from there on
     found = Ratio(new["case"], new["provider"], middle, middle / noise, middle * noise)
     if not (found.low > 0.0 and math.isfinite(found.high)):
         told = f"{old['value']:g} and {new['value']:g}"
@@ -99,66 +89,40 @@ def ratio(old: Measurement, new: Measurement) -> Ratio:
     return found
 
 
-# ---------------------------------------------------------------- two files
-
-
-def machine_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What differs of the machines, or nothing."""
-    differing = [name for name in MACHINE if one.get(name) != other.get(name)]
-    return "; ".join(f"{name}: {one.get(name)}, {other.get(name)}" for name in differing)
-
-
 def ratios(
     one: Mapping[str, Any], other: Mapping[str, Any], wanted: Sequence[str] = (), control: str | None = None
 ) -> tuple[list[Ratio], list[str]]:
     """Of what both measured, and a line for everything else."""
-    old, new = keyed(one), keyed(other)
-    found: list[Ratio] = []
-    lines: list[str] = []
+    old, new, found, lines = keyed(one), keyed(other), list[Ratio](), list[str]()
     for key in dict.fromkeys([*old, *new]):
-        case, provider = key
-        if wanted and provider not in (*wanted, control):
+        if wanted and key[1] not in (*wanted, control):
             continue
-        a, b = old.get(key), new.get(key)
-        told = f"{case:<44} {provider:<22}"
+        a, b, told = old.get(key), new.get(key), f"{key[0]:<44} {key[1]:<22}"
         if a is None or b is None:
             lines.append(f"{told} only in {'A' if b is None else 'B'}")
-        elif a["value"] and b["value"]:
-            if a["unit"] != b["unit"]:
-                raise Refused(f"{case}, {provider} is in {a['unit']} and in {b['unit']}: measure both anew")
-            found.append(ratio(a, b))
-        else:
+        elif not (a["value"] and b["value"]):
             place, entry = ("A", a) if not a["value"] else ("B", b)
             lines.append(f"{told} no value in {place}: {entry.get('missing', 'it is 0')}")
+        elif a["unit"] != b["unit"]:
+            raise Refused(f"{', '.join(key)} is in {a['unit']} and in {b['unit']}: measure both anew")
+        else:
+            found.append(ratio(a, b))
     return (against(found, control) if control is not None else found), lines
 
 
 def against(found: Sequence[Ratio], control: str) -> list[Ratio]:
     """Every ratio over that of the control in the same case."""
     base = {r.case: r for r in found if r.provider == control}
-    over = [
-        Ratio(r.case, r.provider, r.middle / c.middle, r.low / c.high, r.high / c.low)
-        for r in found
-        if r.provider != control and (c := base.get(r.case)) is not None
-    ]
-    if not over:
+    others = [(r, base[r.case]) for r in found if r.provider != control and r.case in base]
+    if not others:
         raise Refused(f"no case has a ratio of {control} and of another provider")
-    return over
-
-
-def told(name: str, result: Mapping[str, Any]) -> str:
-    """A file's line: when, where and of which commit, and why not to trust it."""
-    commit = (result["commit"] or "no commit")[:7] + (", dirty" if result["dirty"] else "")
-    line = f"{name}: {result['date'][:10]}, {result['gpu'] or result['cpu']}, {commit}"
-    return one_line("; ".join([line, *failures(result).values()]))
+    return [
+        r._replace(middle=r.middle / c.middle, low=r.low / c.high, high=r.high / c.low) for r, c in others
+    ]
 
 
 def trusted(path: Path, force: bool) -> dict[str, Any]:
-    """Results of a run that did not fail and that passed its equality check, or of any if it is forced.
-
-    Raises:
-        Refused, Unreadable: with the reason in a line.
-    """
+    """Results of a run that did not fail and that passed its equality check, or of any if it is forced."""
     result = read(path)
     if not force and (reasons := failures(result)):
         told = "; ".join(reasons.values())
@@ -166,21 +130,41 @@ def trusted(path: Path, force: bool) -> dict[str, Any]:
     return result
 
 
-def compare_files(
-    paths: Sequence[Path], wanted: Sequence[str], control: str | None, force: bool
-) -> tuple[list[Ratio], list[str]]:
+def compare_files(given: argparse.Namespace) -> tuple[list[Ratio], list[str]]:
     """Prints all but the ratios; returns them, and what to mark each line with."""
-    one, other = (trusted(path, force) for path in paths)
-    differing = machine_difference(one, other)
-    if differing and not force:
+    one, other = (trusted(path, given.force) for path in given.results)
+    differing = "; ".join(f"{n}: {one[n]}, {other[n]}" for n in MACHINE if one[n] != other[n])
+    if differing and not given.force:
         raise Refused(f"the machines differ ({differing}); --force compares all the same")
-    found, lines = ratios(one, other, wanted, control)
+    found, lines = ratios(one, other, given.providers, given.against)
     if not found:
-        raise Refused(f"{paths[0]} and {paths[1]} share no case and provider with values")
-    pairs = list(zip("AB", (one, other), strict=True))
-    print("\n".join([*(told(*pair) for pair in pairs), *lines]))
+        raise Refused(f"{' and '.join(map(str, given.results))} share no case and provider with values")
     marks = ["different machines"] if differing else []
-    return found, marks + [f"{short} of {name}" for name, result in pairs for short in failures(result)]
+    for name, result in zip("AB", (one, other), strict=True):
+        commit = (result["commit"] or "no commit")[:7] + (", dirty" if result["dirty"] else "")
+        line = f"{name}: {result['date'][:10]}, {result['gpu'] or result['cpu']}, {commit}"
+        print(one_line("; ".join([line, *failures(result).values()])))
+        marks += [f"{short} of {name}" for short in failures(result)]
+    print(*lines, sep="\n", end="\n" if lines else "")
+    return found, marks
+
+
+def compare_providers(path: Path, other: str, force: bool) -> tuple[list[Ratio], list[str]]:
+    """How many times as good ours is as the other, round by round, in every case."""
+    result = trusted(path, force)
+    keys, found = keyed(result), list[Ratio]()
+    if not any("ratio" in entry for entry in keys.values()):
+        raise Refused(f"{path} has no ratios; bench_update.py --save NAME measures them")
+    for case in dict.fromkeys(case for case, _ in keys):
+        if "ratio" not in (entry := keys.get((case, other), {})):
+            own = [
+                f"{e['provider']}: {e['missing']}"
+                for (c, _), e in keys.items()
+                if c == case and "missing" in e
+            ]
+            raise Refused(f"{case} has no ratio to {other}: {'; '.join(own) or 'it was not timed'}")
+        found.append(Ratio(case, f"ours / {other}", *entry["ratio"]))
+    return found, list(failures(result))
 
 
 # ---------------------------------------------------------------- two revisions
@@ -196,7 +180,7 @@ def git(*words: str) -> str:
 def built(revision: str) -> Path:
     """A folder with the package of a revision; one that is there already is taken."""
     commit = git("rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")[:12]
-    site, tree, begun = FOLDER / commit, FOLDER / f"{commit}-tree", FOLDER / f"{commit}-begun"
+    site, tree, begun = (FOLDER / f"{commit}{end}" for end in ("", "-tree", "-begun"))
     if site.exists():
         return site
     print(f"building {revision} ({commit[:7]})", flush=True)
@@ -219,13 +203,11 @@ def built(revision: str) -> Path:
 
 def run(site: Path, benchmark: str, words: Sequence[str], name: str) -> dict[str, Any]:
     """One run of this checkout's benchmark with the package of a folder."""
-    result = FOLDER / f"{name}.json"
+    result, script = FOLDER / f"{name}.json", ROOT / "bench" / f"bench_{benchmark}.py"
     result.unlink(missing_ok=True)
-    script = ROOT / "bench" / f"bench_{benchmark}.py"
     command = [sys.executable, "-P", "-c", BOOT, str(site), str(script), *words]
-    done = subprocess.run(
-        [*command, "--save", str(result.with_suffix(""))], cwd=ROOT, capture_output=True, text=True
-    )
+    command += ["--save", str(result.with_suffix(""))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
         raise Refused(f"{script.name} with {name} ended with {done.returncode}: {lines[-1]}")
@@ -240,52 +222,19 @@ def joined(rounds: Sequence[Sequence[Ratio]]) -> Iterator[Ratio]:
             yield Ratio(first.case, first.provider, statistics.median(same), min(same), max(same))
 
 
-def compare_revisions(
-    revisions: Sequence[str],
-    benchmark: str,
-    rounds: int,
-    words: Sequence[str],
-    wanted: Sequence[str],
-    control: str | None,
-) -> list[Ratio]:
+def compare_revisions(given: argparse.Namespace, words: Sequence[str]) -> list[Ratio]:
     """Old and new in turns; every other round begins with the new one."""
-    sites = {place: built(revision) for place, revision in zip(("A", "B"), revisions, strict=True)}
-    found = []
-    for number in range(rounds):
-        order = ("A", "B") if number % 2 == 0 else ("B", "A")
-        results = {place: run(sites[place], benchmark, words, place) for place in order}
-        one, lines = ratios(results["A"], results["B"], wanted, control)
-        if number == 0 and lines:
-            print("\n".join(lines))
-        found.append(one)
-        print(f"round {number + 1} of {rounds}", flush=True)
-    if not (all_rounds := list(joined(found))):
-        raise Refused(f"{' and '.join(revisions)} share no case and provider with values")
-    return all_rounds
-
-
-# ---------------------------------------------------------------- one file
-
-
-def compare_providers(path: Path, other: str, force: bool) -> tuple[list[Ratio], list[str]]:
-    """How many times as good ours is as the other, round by round, in every case; and what to mark each line
-    with."""
-    result, found = trusted(path, force), []
-    cases = list(dict.fromkeys(entry["case"] for entry in result["measurements"]))
-    keys = keyed(result)
-    for case in cases if any("ratio" in entry for entry in keys.values()) else ():
-        entry = keys.get((case, other))
-        if entry is None or "ratio" not in entry:
-            own = [
-                f"{e['provider']}: {e['missing']}"
-                for e in keys.values()
-                if e["case"] == case and "missing" in e
-            ]
-            raise Refused(f"{case} has no ratio to {other}: {'; '.join(own) or 'it was not timed'}")
-        found.append(Ratio(case, f"ours / {other}", *entry["ratio"]))
-    if not found:
-        raise Refused(f"{path} has no ratios; bench_update.py --save NAME measures them")
-    return found, list(failures(result))
+    sites = {place: built(revision) for place, revision in zip("AB", given.revisions, strict=True)}
+    rounds = []
+    for number in range(given.rounds):
+        order = "AB" if number % 2 == 0 else "BA"
+        results = {place: run(sites[place], given.benchmark, words, place) for place in order}
+        found, lines = ratios(results["A"], results["B"], given.providers, given.against)
+        rounds.append(found)
+        print(*([] if number else lines), f"round {number + 1} of {given.rounds}", sep="\n", flush=True)
+    if not (whole := list(joined(rounds))):
+        raise Refused(f"{' and '.join(given.revisions)} share no case and provider with values")
+    return whole
 
 
 def bound(word: str) -> float:
@@ -315,27 +264,23 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"{files} files are expected, got {len(given.results)}")
     if rest and not given.revisions:
         parser.error(f"only --revisions runs a benchmark that could take {' '.join(rest)}")
-    threshold = given.threshold
-    marks: list[str] = []
+    threshold, marks = given.threshold, list[str]()
     try:
         if given.revisions:
-            found = compare_revisions(
-                given.revisions, given.benchmark, given.rounds, rest, given.providers, given.against
-            )
+            found = compare_revisions(given, rest)
         elif given.ratio_floor is not None:
             found, marks = compare_providers(given.results[0], given.to, given.force)
             threshold = given.ratio_floor
         else:
-            found, marks = compare_files(given.results, given.providers, given.against, given.force)
+            found, marks = compare_files(given)
     except (Refused, Unreadable, OSError) as reason:  # OSError: of building a revision
-        print(f"compare: {one_line(reason)}", file=sys.stderr)
-        return 2
+        parser.error(f"{reason}")
     print(f"{'case':<44} {'provider':<22} {'x':>8} (bounds)")
-    worse = [] if threshold is None else [r for r in found if r.below(threshold)]
-    for line in found:
-        below = [f"below {threshold:g}"] if line in worse else []
-        print(f"{line}  {', '.join(marks + below)}".rstrip())
-    return 1 if worse else 0
+    below = [threshold is not None and line.high < threshold for line in found]
+    for line, worse in zip(found, below, strict=True):
+        told = marks + ([f"below {threshold:g}"] if worse else [])
+        print(f"{line}  {', '.join(told)}".rstrip())
+    return 1 if any(below) else 0
 
 
 if __name__ == "__main__":

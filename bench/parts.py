@@ -76,7 +76,7 @@ def clocks() -> Iterator[Clocks]:
             setattr(owner, name, function)
 
 
-def parts_of(update: Callable[[], object], seconds: float, updates: int = 1) -> dict[str, dict[str, float]]:
+def measured(update: Callable[[], object], seconds: float, updates: int = 1) -> dict[str, dict[str, float]]:
     """Of each part the median and quartiles, seconds per update."""
     rounds = list[dict[str, float]]()
 

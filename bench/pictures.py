@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from report import label, number
-
 BLUE, GREY, RED, INK = "#1f6feb", "#c3cbd6", "#d1495b", "#24292f"
+LABELS = {
+    "ours": "brc-fast", "ours-tf32": "brc-fast, TF32", "ours-bf16": "brc-fast, BF16", "kernels": "brc-fast",
+    "critic": "plain PyTorch, our critic", "plain": "plain PyTorch", "eager": "plain PyTorch", "jax": "JAX",
+    "compiled": "torch.compile", "compile": "torch.compile", "liger": "Liger", "library": "its own loop",
+    "authors' layout (numpy)": "authors' layout", "torch.index_select": "index_select", "flashbax (jit)": "flashbax",
+    "Stable-Baselines3": "SB3", "row gather (limit)": "copying one row",
+}  # fmt: skip
 COLOURS = {
     "ours": BLUE, "ours-tf32": "#6ea8fe", "ours-bf16": BLUE, "critic": "#1a7f37", "plain": "#57606a",
     "compiled": "#8250df", "jax": "#bf8700", "library": "#57606a",
@@ -27,6 +32,10 @@ AXES = {
 STEPS = 60  # places of a curve
 
 Entries = Sequence[Mapping[str, Any]]
+
+
+def label(provider: str) -> str:
+    return LABELS.get(provider, provider)
 
 
 # ---------------------------------------------------------------- panels
@@ -159,11 +168,10 @@ def parts(result: Mapping[str, Any]) -> Any:
 
 
 def envs(result: Mapping[str, Any]) -> Any:
-    """Steps per second: against the number of environments where a task has several, else points."""
-    entries = [e for e in result["measurements"] if e["value"] is not None and "at" in e]
-    found = list(series(entries, "slots", "steps/s").items())[:3]
+    """Steps per second against the number of environments, of the tasks that have several."""
+    found = list(series(result["measurements"], "slots", "steps/s").items())[:3]
     if not found:
-        return env_points(entries) if entries else None
+        return None
     figure, axes = panels(len(found))
     for panel, ((task,), own) in zip(axes, found, strict=True):
         lines(panel, own, "slots")
@@ -171,26 +179,6 @@ def envs(result: Mapping[str, Any]) -> Any:
         panel.set_xlabel("environments side by side", **SMALL)
     axes[0].set_ylabel("steps per second, more is better", **SMALL)
     legend(figure, axes[0])
-    return figure
-
-
-def env_points(entries: Entries) -> Any:
-    """Ours above the simulator's own loop, task by task."""
-    places = {case: place for place, case in enumerate(dict.fromkeys(entry["case"] for entry in entries))}
-    figure, (panel,) = panels(1, (7.6, 1.3 + 0.42 * len(places)))
-    for shift, name in ((-0.17, "ours"), (0.17, "library")):
-        own = [(e["value"], places[e["case"]] + shift) for e in entries if e["provider"] == name]
-        if own:
-            panel.plot(*zip(*own, strict=True), "o", color=COLOURS[name], ms=5, label=label(name))
-        for rate, place in own:
-            panel.text(rate * 1.06, place, number(rate), va="center", fontsize=8, color=INK)
-    panel.set_yticks(list(places.values()), list(places))
-    panel.invert_yaxis()
-    logs(panel.xaxis)
-    rates = [entry["value"] for entry in entries]
-    panel.set_xlim(min(rates) / 1.5, max(rates) * 2)
-    panel.set_xlabel("steps per second, more is better", **SMALL)
-    legend(figure, panel)
     return figure
 
 

@@ -26,30 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from harness import RESULTS, ROOT, Parser, Unreadable, failures, one_line, read, remedy
+from pictures import draw, label
 
 READMES = tuple(ROOT / name for name in ("README.md", "bench/README.md", "docs/critic.md", "docs/replay.md"))
 BEGIN = re.compile(r"^<!-- report: \S+ -->$", re.MULTILINE)  # on lines of their own
 PLACE = re.compile(r"^(<!-- report: (\S+) -->\n)(.*?)^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
 VERSIONS = ("torch", "jax", "triton")  # what a line has room for; the file has all
-LABELS = {
-    "ours": "brc-fast",
-    "ours-tf32": "brc-fast, TF32",
-    "ours-bf16": "brc-fast, BF16",
-    "critic": "plain PyTorch, our critic",
-    "plain": "plain PyTorch",
-    "compiled": "torch.compile",
-    "compile": "torch.compile",
-    "jax": "JAX",
-    "kernels": "brc-fast",
-    "eager": "plain PyTorch",
-    "liger": "Liger",
-    "library": "its own loop",
-    "authors' layout (numpy)": "authors' layout",
-    "torch.index_select": "index_select",
-    "Stable-Baselines3": "SB3",
-    "flashbax (jit)": "flashbax",
-    "row gather (limit)": "copying one row",
-}
 REPLAY = {  # the cases of the table; the file has them all
     "1 x 1024": "sample 1 x 1024",
     "16 x 1024": "sample 16 x 1024",
@@ -72,10 +54,6 @@ class Refused(Exception):
 # ---------------------------------------------------------------- tables
 
 
-def label(provider: str) -> str:
-    return LABELS.get(provider, provider)
-
-
 def number(value: float | None) -> str:
     """Three digits, or all of a large number."""
     if value is None:
@@ -88,8 +66,8 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def pivot(entries: Sequence[Mapping[str, Any]], floor: str = "floor") -> str:
-    """Cases by providers, a table per unit, with ratios and the floor where there are any."""
+def pivot(entries: Sequence[Mapping[str, Any]], floor: str, cases: Sequence[str]) -> str:
+    """Cases, in this order, by providers, a table per unit, with ratios and the floor where there are any."""
     tables = []
     for unit in dict.fromkeys(entry["unit"] for entry in entries):
         own = [entry for entry in entries if entry["unit"] == unit]
@@ -98,7 +76,7 @@ def pivot(entries: Sequence[Mapping[str, Any]], floor: str = "floor") -> str:
         over = any("over_floor" in entry for entry in own if "at" in entry)
         floors = over or any(entry["floor"] is not None for entry in own)
         head, rows = [unit], []
-        for case in dict.fromkeys(entry["case"] for entry in own):
+        for case in cases:
             cells = {entry["provider"]: entry for entry in own if entry["case"] == case}
             if all(entry["value"] is None for entry in cells.values()):
                 continue
@@ -135,11 +113,8 @@ def replay(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             name = entry["provider"].removesuffix(" x 10").removesuffix(", stack_compress")
             told = {"case": REPLAY[entry["case"]], "unit": "CPU ns per transition", "floor": None}
             found.append({**entry, **told, "provider": name})
-    cases = list(dict.fromkeys(entry["case"] for entry in found))
     order = {name: place - len(BUFFERS) for place, name in enumerate(BUFFERS)} | {"row gather (limit)": 1}
-    found.sort(key=lambda entry: order.get(entry["provider"], 0))
-    first = [{**found[0], "case": case, "provider": found[0]["provider"], "value": None} for case in cases]
-    return [*first, *found] if found else []
+    return sorted(found, key=lambda entry: order.get(entry["provider"], 0))
 
 
 def fits(axes: Sequence[Mapping[str, Any]]) -> str:
@@ -171,8 +146,10 @@ def table(result: Mapping[str, Any]) -> str:
     """The table of a result, with a line for each provider that has no value."""
     entries = result["measurements"]
     chosen = replay(entries) if result.get("benchmark") == "replay" else []
+    cases = [REPLAY.get(entry["case"], entry["case"]) if chosen else entry["case"] for entry in entries]
     parts = [fits(result["axes"])] if "axes" in result else []
-    parts += [pivot(chosen or entries, result.get("floor", "floor")), *missing(entries)]
+    parts.append(pivot(chosen or entries, result.get("floor", "floor"), list(dict.fromkeys(cases))))
+    parts += missing(entries)
     return "\n\n".join(filter(None, parts))
 
 
@@ -305,8 +282,6 @@ def main(words: Sequence[str] | None = None) -> int:
         with complaining():
             result = trusted(path)
             if given.pictures is not None:
-                from pictures import draw
-
                 with making("picture", path, result):
                     print(*draw(path.stem, result, stamp(result), given.pictures), sep="\n")
             elif not readmes:

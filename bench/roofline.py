@@ -2,8 +2,8 @@
 
     time >= sum over kernels of max(operations / rate of products, bytes / bandwidth)
 
-Every kernel reads and writes each of its tensors once and leaves nothing in a cache for the next. What depends
-on how a kernel is cut up (partial sums, split products) is not counted: this is a floor.
+Every kernel reads and writes each of its tensors once and leaves nothing in a cache for the next. What
+depends on how a kernel is cut up (partial sums, split products) is not counted: this is a floor.
 """
 
 from __future__ import annotations

@@ -28,11 +28,9 @@ class Workload(NamedTuple):
 
 
 SIMULATORS = {  # modules of which one must be there
-    "mjx": ("mujoco_playground",),
-    "dmc": ("dm_control", "envpool"),
-    "metaworld": ("envpool",),
-    "humanoidbench": ("humanoid_bench",),
-}
+    "mjx": ("mujoco_playground",), "dmc": ("dm_control", "envpool"),
+    "metaworld": ("envpool",), "humanoidbench": ("humanoid_bench",),
+}  # fmt: skip
 
 
 def _served(suite: str) -> bool:
@@ -56,11 +54,7 @@ WORKLOADS = {
 
 
 def named(name: str) -> Workload:
-    """The workload of this name.
-
-    Raises:
-        ValueError: there is none, with the names that there are.
-    """
+    """The workload of this name; ValueError with the names that there are where there is none."""
     if name not in WORKLOADS:
         raise ValueError(f"no workload {name!r}; there are {', '.join(WORKLOADS)}")
     return WORKLOADS[name]

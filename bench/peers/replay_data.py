@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from harness import Differs
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -19,7 +20,7 @@ MAX_ROWS = 1 << 24  # float32 holds every tag below exactly
 CHUNK_BYTES = 8 << 20
 
 
-class Mismatch(Exception):
+class Mismatch(Differs):
     """A buffer returned what was never stored."""
 
 

@@ -383,7 +383,7 @@ PEERS: tuple[type[Peer], ...] = (Authors, Cpprb, IndexSelect, TorchRL, StableBas
 def filled(
     kinds: Sequence[type[Peer]], workload: Workload, missing: dict[str, BaseException]
 ) -> dict[str, Peer]:
-    """Full buffers by their names, filled together, so that each chunk is made once; or why there are none."""
+    """Full buffers by name, filled together, so that each chunk is made once; or why there are none."""
     peers: dict[str, Peer] = {}
     for kind in kinds:
         try:

@@ -210,8 +210,10 @@ class PlainBRC:
 
 
 class PlainAgent(BRC):
-    """`BRC` with the networks and the updates of `PlainBRC`, where the training loop expects an agent. It draws
-    the same noise from the same seed."""
+    """`BRC` with the networks and the updates of `PlainBRC`, where the training loop expects an agent.
+
+    It draws the same noise from the same seed.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -1,5 +1,5 @@
-"""Who makes the update of bench_update.py: ours, our critic in a plain agent, plain PyTorch, compiled or not, JAX;
-and its products alone by torch.bmm.
+"""Who makes the update of bench_update.py: ours, our critic in a plain agent, plain PyTorch, compiled or not,
+JAX; and its products alone by torch.bmm.
 
 Each starts from the same parameters, is compared with plain PyTorch in float32, which knows nothing of ours,
 and is then called without waiting.
@@ -38,6 +38,7 @@ AFTER_A_STEP = {"fp32": (1e-3, 2e-3), "tf32": (5e-3, 3e-2), "bf16": (1e-2, 5e-2)
 # Of parameters after one update in float32, and of targets, which move by tau times as much. As small
 # gradients turn over, so may this share of each array, and one element where there are several.
 PARAMETER, TARGET, TURNED = (1e-5, 1e-5), (3e-7, 2e-7), 1e-3
+WARMUP = 5  # calls on a GPU: ours captures its graphs in the second and the third
 HELD = 28  # bytes per parameter of the online critic, on average of the providers
 
 
@@ -314,7 +315,7 @@ def checked(name: str, subject: Subject, known: Expected) -> Provider:
     provider = BUILDERS[name](subject)
     if (wrong := difference(provider, subject, known)) is not None:
         raise Differs(f"differs from plain PyTorch: {wrong}")
-    for _ in range(5 if subject.device == "cuda" else 1):  # ours captures graphs in the second and the third
+    for _ in range(WARMUP if subject.device == "cuda" else 1):
         provider.call()
     provider.finish()
     return provider
