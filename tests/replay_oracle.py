@@ -214,7 +214,7 @@ class Feed:
         powers = [1.0]
         while len(powers) < n_step:
             powers.append(powers[-1] * (1.0 if discount is None else discount))
-        out: dict[str, list[Any]] = {name: [] for name in columns(self.buffer.spec)}
+        out: dict[str, list[Any]] = {name: [] for name in columns(self.buffer.schema)}
         stack = self.observation.stack
         for stream, number in picked:
             rows = self.steps(stream, number, n_step)
@@ -232,7 +232,7 @@ class Feed:
                 out[name].append(rows[0].values[name])
         return {
             name: np.array(out[name], field.numpy_dtype).reshape(len(picked), *field.shape)
-            for name, field in columns(self.buffer.spec).items()
+            for name, field in columns(self.buffer.schema).items()
         }
 
     def pick(self, number: int, i: int, tasks: set[int]) -> Picked:
@@ -345,7 +345,7 @@ def read_all(buffer: ReplayBuffer, n_step: int = 1, discount: float = 1.0) -> Ar
     """Every stored transition, stream after stream and oldest first."""
     arrays = {
         name: np.empty((len(buffer), *field.shape), field.numpy_dtype)
-        for name, field in columns(buffer.spec).items()
+        for name, field in columns(buffer.schema).items()
     }
     request, row = _core.Request(n_step, discount, [], []), 0
     lease = buffer._arena.lease(1, 1)

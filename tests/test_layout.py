@@ -15,7 +15,7 @@ PACKAGE = ROOT / "brc_fast"
 # What a module may import of the package: its own folder, and what the lines above it name.
 LAYERS = (
     {"kernels", "_core"},
-    {"errors", "config", "batch", "published", "disk"},
+    {"errors", "config", "batch", "spec", "published", "disk"},
     {"learner", "nn", "replay", "envs"},
     {"agents"},
     {"runs"},

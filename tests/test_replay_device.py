@@ -58,7 +58,7 @@ class Pair:
 
     def arguments(self) -> dict[str, Any]:
         """One transition for some of the streams, with ends and jumps now and then."""
-        spec = self.host.spec
+        spec = self.host.schema
         streams = np.flatnonzero(self.rng.random(3) < 0.8)
         count = len(streams)
         observations, successors = (self.values(spec.observation, count) for _ in range(2))

@@ -288,7 +288,7 @@ def test_a_field_is_named_in_several_ways() -> None:
     assert Field((), bool) == Field((), "bool")
     assert Field((), torch.bfloat16).torch_dtype == torch.bfloat16
     plain, named = ReplayBuffer(4, 3, (2, 1)), ReplayBuffer(4, Field((3,)), Field((2, 1)))
-    assert plain.spec.describe() == named.spec.describe()
+    assert plain.schema.describe() == named.schema.describe()
 
 
 def test_the_numpy_view_refuses_bfloat16_and_shares_memory_of_the_rest() -> None:

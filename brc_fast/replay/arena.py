@@ -15,8 +15,9 @@ from torch import Tensor
 
 from brc_fast import _core
 from brc_fast.batch import Batch
+from brc_fast.spec import Field
 
-from .fields import Field, Spec
+from .fields import Schema, dlpack
 
 C_TENSORS = _core.read_tensors(Tensor)  # a torch without that interface is slower here and in `add`
 ALIGNMENT = 64
@@ -24,11 +25,11 @@ MOST_SHAPES = 8  # sizes of batches, whose memory is kept to be used again
 ORDER = ("observations", "next_observations", "rewards", "masks", "task_ids")  # then the fields of a row
 
 
-def columns(spec: Spec) -> dict[str, Field]:
+def columns(schema: Schema) -> dict[str, Field]:
     """Every column of a batch, in the compiled store's order."""
-    observation = Field(spec.observation.stacked_shape, spec.observation.dtype)
+    observation = Field(schema.observation.stacked_shape, schema.observation.dtype)
     each = (observation, observation, Field(), Field(), Field((), "int64"))
-    return {**dict(zip(ORDER, each, strict=True)), **spec.fields}
+    return {**dict(zip(ORDER, each, strict=True)), **schema.fields}
 
 
 def batch_of(tensors: Mapping[str, Tensor]) -> Batch:
@@ -67,7 +68,7 @@ class _Shape:
             raise MemoryError(f"cannot reserve {self.nbytes} bytes for {num_batches} batches of {batch_size}")
         parts = zip(columns.values(), self.shapes, self.offsets, strict=True)
         self.views = _core.Views(
-            [_core.Part(field.numpy_dtype, field.dlpack, shape, offset) for field, shape, offset in parts]
+            [_core.Part(field.numpy_dtype, dlpack(field), shape, offset) for field, shape, offset in parts]
         )
         self.slots: list[_core.Slot] = []
         self.in_batch = itemgetter(*(self.names.index(name) for name in Batch._fields))
@@ -120,8 +121,8 @@ class Arena:
     for, slots of the last few are kept. Safe to use from several threads.
     """
 
-    def __init__(self, spec: Spec, pinned: bool) -> None:
-        self.columns = columns(spec)
+    def __init__(self, schema: Schema, pinned: bool) -> None:
+        self.columns = columns(schema)
         self.pinned = pinned
         self._shapes: dict[tuple[int, int], _Shape] = {}
         self._lock = threading.Lock()

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brc_fast import _core
+from brc_fast.spec import integer
 
-from .fields import Spec, integer
+from .fields import Schema
 from .request import Requests
 
 
@@ -19,10 +20,10 @@ class Buffer:
 
     _store: _core.ReplayStore | _core.DeviceIndex
 
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
         self._streams = np.arange(self.num_streams, dtype=np.int64)
-        self._requests = Requests(spec)
+        self._requests = Requests(schema)
         self._saving = threading.Lock()
         self._saved: str | None = None  # manifest of the generation on disk that it goes on from
 
@@ -49,7 +50,7 @@ class Buffer:
     @property
     def num_streams(self) -> int:
         """N."""
-        return self.spec.task_ids.size
+        return self.schema.task_ids.size
 
     @property
     def draws(self) -> int:
@@ -65,8 +66,8 @@ class Buffer:
             )
 
     def _per_task(self, per_stream: NDArray[np.int64]) -> NDArray[np.int64]:
-        total = np.zeros(len(self.spec.capacities), np.int64)
-        np.add.at(total, self.spec.task_ids, per_stream)
+        total = np.zeros(len(self.schema.capacities), np.int64)
+        np.add.at(total, self.schema.task_ids, per_stream)
         return total
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from brc_fast import _core
 from brc_fast.batch import Batch
+from brc_fast.spec import Field
 
 from . import files
 from .arena import Arena
 from .base import Buffer, require_choices
-from .fields import Array, Field, Spec, checked
+from .fields import Array, Schema, checked, dlpack
 from .prefetch import Prefetcher
 from .request import required_sizes
 
@@ -67,20 +68,20 @@ class ReplayBuffer(Buffer):
         non_finite: str = "error",
         seed: int = 0,
     ) -> None:
-        super().__init__(Spec.of(capacity, observation_size, action_size, extras, task_ids))
+        super().__init__(Schema.of(capacity, observation_size, action_size, extras, task_ids))
         require_choices(seed, non_finite)
-        observation, action = self.spec.observation, self.spec.action
+        observation, action = self.schema.observation, self.schema.action
         self._store: _core.ReplayStore = _core.ReplayStore(
-            self.spec.layout(),
-            list(self.spec.capacities),
-            self.spec.task_ids.tolist(),
+            self.schema.layout(),
+            list(self.schema.capacities),
+            self.schema.task_ids.tolist(),
             seed,
             non_finite == "allow",
             _exact(observation),
             _exact(action),
         )
         self._try_add = self._store.try_add
-        self._arena = Arena(self.spec, pinned=torch.cuda.is_available())
+        self._arena = Arena(self.schema, pinned=torch.cuda.is_available())
         self._newest: Batch | None = None  # sampled, kept from reuse by the next one
 
     @property
@@ -128,10 +129,10 @@ class ReplayBuffer(Buffer):
         ):
             return
         ids = self._streams if streams is None else checked("streams", streams, "[M]", (-1,), "int64")
-        m, observation = len(ids), self.spec.observation
+        m, observation = len(ids), self.schema.observation
         fields = {"actions": actions, **(extras or {})}
-        if fields.keys() != self.spec.fields.keys():
-            wanted = sorted(self.spec.extras)
+        if fields.keys() != self.schema.fields.keys():
+            wanted = sorted(self.schema.extras)
             raise ValueError(f"extras must hold {wanted}, got {sorted(extras or {})}")
         self._store.add(
             ids,
@@ -144,7 +145,7 @@ class ReplayBuffer(Buffer):
                     (m, *field.shape),
                     field.dtype,
                 )
-                for name, field in self.spec.fields.items()
+                for name, field in self.schema.fields.items()
             ],
             checked("rewards", rewards, "[M]", (m,), "float32"),
             checked("terminated", terminated, "[M]", (m,), "bool"),
@@ -243,7 +244,7 @@ class ReplayBuffer(Buffer):
             ValueError: the folder holds something else.
         """
         with self._saving:
-            self._saved = files.save(self._store, self.spec, Path(folder), self._saved, previous)
+            self._saved = files.save(self._store, self.schema, Path(folder), self._saved, previous)
 
     def load(self, folder: str | os.PathLike[str], *, previous: bool = False) -> None:
         """Replaces the content, the seed and the draw counter by those of a saved buffer.
@@ -262,10 +263,10 @@ class ReplayBuffer(Buffer):
         """
         with self._saving:
             self._saved = None  # a load that fails half-way leaves nothing that a save could go on from
-            self._saved = files.load(self._store, self.spec, Path(folder), previous)
+            self._saved = files.load(self._store, self.schema, Path(folder), previous)
 
 
 def _exact(field: Field) -> _core.Expected:
     """What needs no look from Python."""
     known = -1 if field.dtype == "bfloat16" else field.numpy_dtype.num  # numpy has no such type
-    return _core.Expected(known, field.dlpack, 8 * field.numpy_dtype.itemsize, field.shape)
+    return _core.Expected(known, dlpack(field), 8 * field.numpy_dtype.itemsize, field.shape)

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from brc_fast import _core
 from brc_fast.batch import Batch, sent
+from brc_fast.spec import Field, integer
 
 from . import files
 from .arena import batch_of
 from .base import Buffer, require_choices
 from .buffer import ReplayBuffer
-from .fields import Array, Field, Spec, checked, integer
+from .fields import Array, Schema, checked
 from .request import required_sizes
 from .turns import Turns
 
@@ -73,15 +74,15 @@ class DeviceReplayBuffer(Buffer):
     ) -> None:
         from brc_fast.kernels import gather  # brings Triton, where it is installed
 
-        super().__init__(Spec.of(capacity, observation_size, action_size, extras, task_ids))
+        super().__init__(Schema.of(capacity, observation_size, action_size, extras, task_ids))
         require_choices(seed, non_finite)
         self._gather = gather
         self.device = torch.device(device)
         self._allow = non_finite == "allow"
-        spec = self.spec
-        self._layout = spec.layout()
-        tasks = spec.task_ids.tolist()
-        self._store = _core.DeviceIndex(list(spec.capacities), tasks, spec.observation.stack, seed)
+        schema = self.schema
+        self._layout = schema.layout()
+        tasks = schema.task_ids.tolist()
+        self._store = _core.DeviceIndex(list(schema.capacities), tasks, schema.observation.stack, seed)
         self._rows = self._allocate()
         self.device = self._rows.device  # with its index, whichever is current later or in another thread
         self._side = self._empty(FIRST_SLOTS, self._observation_bytes)
@@ -99,9 +100,10 @@ class DeviceReplayBuffer(Buffer):
         extras: Mapping[str, int | Sequence[int] | Field] | None = None,
     ) -> int:
         """Bytes that such a buffer reserves at first. Nothing is allocated."""
-        spec = Spec.of(capacity, observation_size, action_size, extras, task_ids)
-        index = _core.DeviceIndex(list(spec.capacities), spec.task_ids.tolist(), spec.observation.stack, 0)
-        return index.rows * spec.layout().stride
+        schema = Schema.of(capacity, observation_size, action_size, extras, task_ids)
+        tasks, stack = schema.task_ids.tolist(), schema.observation.stack
+        index = _core.DeviceIndex(list(schema.capacities), tasks, stack, 0)
+        return index.rows * schema.layout().stride
 
     @property
     def nbytes(self) -> int:
@@ -121,15 +123,15 @@ class DeviceReplayBuffer(Buffer):
     ) -> None:
         """As ReplayBuffer.add; arguments may lie on any device."""
         ids = self._streams if streams is None else self._host_streams(streams)
-        m, frame = len(ids), self.spec.observation
+        m, frame = len(ids), self.schema.observation
         given = {"actions": actions, **(extras or {})}
-        if given.keys() != self.spec.fields.keys():
-            raise ValueError(f"extras must hold {sorted(self.spec.extras)}, got {sorted(extras or {})}")
+        if given.keys() != self.schema.fields.keys():
+            raise ValueError(f"extras must hold {sorted(self.schema.extras)}, got {sorted(extras or {})}")
         seen = self._here("observations", observations, "[M, O]", m, frame)
         led = self._here("successors", successors, "[M, O]", m, frame)
         values = {
             name: self._here(name, given[name], "[M, A]" if name == "actions" else "[M, ...]", m, field)
-            for name, field in self.spec.fields.items()
+            for name, field in self.schema.fields.items()
         }
         reward = self._here("rewards", rewards, "[M]", m, Field())
         ends = [
@@ -186,7 +188,7 @@ class DeviceReplayBuffer(Buffer):
         num_batches, batch_size = required_sizes(batch_size, num_batches)
         request = self._requests(n_step, discount, tasks, weights)
         if reward_scale is not None:
-            tasks_known = (len(self.spec.capacities),)
+            tasks_known = (len(self.schema.capacities),)
             reward_scale = checked("reward_scale", reward_scale, "[T]", tasks_known, "float32", device=True)
             reward_scale = reward_scale.to(self.device)
         if dtype not in (None, *self._gather.FLOATS):
@@ -204,7 +206,7 @@ class DeviceReplayBuffer(Buffer):
         dtype: torch.dtype | None,
     ) -> Batch:
         n_step = len(request.powers)
-        total, stack = num_batches * batch_size, self.spec.observation.stack
+        total, stack = num_batches * batch_size, self.schema.observation.stack
         sizes = (total * n_step, total * stack, total * stack, total)
         plan, masks = self._pinned(sum(sizes), torch.int64), self._pinned(total, torch.float32)
         where = np.split(plan.numpy(), np.cumsum(sizes)[:-1])
@@ -213,7 +215,7 @@ class DeviceReplayBuffer(Buffer):
         )
         steps, seen, led, ids = torch.split(sent(plan, self.device), list(sizes))
         steps = steps.view(total, n_step)
-        frame = self.spec.observation
+        frame = self.schema.observation
         frames, side = self._view(0, frame), self._side_view()
         cast = dtype if frame.torch_dtype.is_floating_point else None
         out = {
@@ -230,13 +232,13 @@ class DeviceReplayBuffer(Buffer):
             "task_ids": ids,
         }
         first = steps[:, 0].contiguous()
-        for (name, view), field in zip(self._field_views(), self.spec.fields.values(), strict=True):
+        for (name, view), field in zip(self._field_views(), self.schema.fields.values(), strict=True):
             cast = dtype if name == "actions" and field.torch_dtype.is_floating_point else None
             out[name] = self._gather.gather_rows(view, first, dtype=cast)
         shapes = {
             "observations": frame.stacked_shape,
             "next_observations": frame.stacked_shape,
-            **{name: field.shape for name, field in self.spec.fields.items()},
+            **{name: field.shape for name, field in self.schema.fields.items()},
         }
         size = (num_batches, batch_size)
         return batch_of({name: value.view(*size, *shapes.get(name, ())) for name, value in out.items()})
@@ -262,14 +264,14 @@ class DeviceReplayBuffer(Buffer):
                 slots = self._side[: min(self._store.slots, len(self._side)), : self._observation_bytes]
                 host.put_slots(slots.cpu().contiguous().numpy())
                 host.adopt(self._store)
-            self._saved = files.save(host, self.spec, Path(folder), self._saved, previous)
+            self._saved = files.save(host, self.schema, Path(folder), self._saved, previous)
 
     def load(self, folder: str | os.PathLike[str], *, previous: bool = False) -> None:
         """As ReplayBuffer.load, in the same format. Holds a copy of the buffer in host memory meanwhile."""
         self._turns.require_own_process()
         with self._saving:
             host = self._host()
-            saved = files.load(host, self.spec, Path(folder), previous)
+            saved = files.load(host, self.schema, Path(folder), previous)
             self._saved = None
             slots = torch.from_numpy(host.get_slots(host.slots))  # those in use may be any of them
             with self._turns.turn(self._memory):
@@ -301,7 +303,7 @@ class DeviceReplayBuffer(Buffer):
 
     @property
     def _observation_bytes(self) -> int:
-        return prod(self.spec.observation.shape) * self.spec.observation.numpy_dtype.itemsize
+        return prod(self.schema.observation.shape) * self.schema.observation.numpy_dtype.itemsize
 
     def _allocate(self) -> Tensor:
         rows, stride = self._store.rows, self._layout.stride
@@ -332,24 +334,24 @@ class DeviceReplayBuffer(Buffer):
         return self._rows.view(field.torch_dtype)[:, offset // item : offset // item + prod(field.shape)]
 
     def _field_views(self) -> Iterator[tuple[str, Tensor]]:
-        for (name, field), offset in zip(self.spec.fields.items(), self._layout.offsets, strict=True):
+        for (name, field), offset in zip(self.schema.fields.items(), self._layout.offsets, strict=True):
             yield name, self._view(offset, field)
 
     def _rewards(self) -> Tensor:
         return self._rows.view(torch.float32)[:, self._layout.reward // 4]
 
     def _side_view(self) -> Tensor:
-        frame = self.spec.observation
+        frame = self.schema.observation
         return self._side.view(frame.torch_dtype)[:, : prod(frame.shape)]
 
     def _host(self) -> _core.ReplayStore:
-        spec = self.spec
+        schema = self.schema
         return ReplayBuffer(
-            spec.capacities,
-            spec.observation,
-            spec.action,
-            task_ids=spec.task_ids,
-            extras=spec.extras,
+            schema.capacities,
+            schema.observation,
+            schema.action,
+            task_ids=schema.task_ids,
+            extras=schema.extras,
             non_finite="allow" if self._allow else "error",
             seed=self._store.seed,
         )._store
@@ -394,7 +396,7 @@ class DeviceReplayBuffer(Buffer):
             if flags.any():
                 stream = ids[flags.argmax()]
                 raise ValueError(
-                    f"{name} of stream {stream} (task {self.spec.task_ids[stream]}) must be finite, "
+                    f"{name} of stream {stream} (task {self.schema.task_ids[stream]}) must be finite, "
                     "got NaN or infinity; nothing was stored"
                 )
 

@@ -1,148 +1,44 @@
-"""What a transition is made of: shapes and dtypes, and the checks of what is stored."""
+"""What a transition is made of in the store, and the checks of what is stored."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from brc_fast import _core
 from brc_fast.batch import Batch
+from brc_fast.spec import DTYPES, Field
 
 Array = NDArray[Any]
 MOST_ROWS = 1 << 29  # of a store, and
 MOST_BYTES = 1 << 30  # of a field, as in csrc
-
-
-class Dtype(NamedTuple):
-    """One dtype in torch, in numpy (of the same bytes) and as the compiled store must know it."""
-
-    torch: torch.dtype
-    numpy: np.dtype[Any]
-    kind: _core.Kind
-
-
-DTYPES = {
-    "float32": Dtype(torch.float32, np.dtype("float32"), _core.Kind.float32),
-    "float16": Dtype(torch.float16, np.dtype("float16"), _core.Kind.float16),
-    "bfloat16": Dtype(torch.bfloat16, np.dtype("uint16"), _core.Kind.bfloat16),
-    **{
-        name: Dtype(getattr(torch, name), np.dtype(name), _core.Kind.integer)
-        for name in ("uint8", "int8", "int16", "int32", "int64", "bool")
-    },
-}
-
 DLPACK = {"i": 0, "u": 1, "f": 2, "bfloat": 4, "b": 6}  # its codes of numpy's kinds of dtypes
 
 
-def integer(name: str, value: object) -> int:
-    """`value` as an int; TypeError with its name for what is none."""
-    try:
-        return int(operator.index(value))  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+def native(name: str, field: Field) -> _core.Field:
+    """The compiled store's record of a field."""
+    kind = getattr(_core.Kind, field.dtype if "float" in field.dtype else "integer")
+    item = field.numpy_dtype.itemsize
+    nbytes = item * field.size
+    if nbytes > MOST_BYTES:
+        raise ValueError(f"{name} must have 1 to {MOST_BYTES} bytes, got {nbytes}")
+    return _core.Field(name, nbytes, item, kind)
 
 
-@dataclass(frozen=True, init=False)
-class Field:
-    """Shape and dtype of one value per transition.
-
-        Field((67,))                        # 67 float32, what a plain 67 stands for
-        Field((84, 84), "uint8", stack=4)   # camera frames: one is stored, four are returned
-        Field((), "int64")                  # a discrete action
-
-    Args:
-        shape: of one value; any rank, () for a scalar.
-        dtype: float32, float16, bfloat16, uint8, int8, int16, int32, int64 or bool, by name, or as a dtype of
-            torch or numpy.
-        stack: frames per observation (observations only). The buffer is given the newest frame [*shape] and
-            returns [stack, *shape], oldest first; before the first frame of an episode, that frame again.
-
-    Raises:
-        TypeError: a size or a stack that is not an integer.
-        ValueError: a size or a stack below 1, or another dtype.
-    """
-
-    shape: tuple[int, ...] = ()
-    dtype: str = "float32"
-    stack: int = 1
-
-    def __init__(
-        self,
-        shape: int | Sequence[int] = (),
-        dtype: str | torch.dtype | DTypeLike = "float32",
-        stack: int = 1,
-    ) -> None:
-        if isinstance(dtype, (str, torch.dtype)):
-            name = str(dtype).removeprefix("torch.")
-        else:
-            name = np.dtype(dtype).name
-        sizes = shape if isinstance(shape, Iterable) else (shape,)
-        whole = tuple(integer("shape", size) for size in sizes)
-        stack = integer("stack", stack)
-        if name not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name}")
-        if any(size < 1 for size in whole):
-            raise ValueError(f"shape must hold sizes of at least 1, got {list(whole)}")
-        if stack < 1:
-            raise ValueError(f"stack must be at least 1, got {stack}")
-        for attribute, value in (("shape", whole), ("dtype", name), ("stack", stack)):
-            object.__setattr__(self, attribute, value)
-
-    @classmethod
-    def of(cls, name: str, value: int | Sequence[int] | Field) -> Field:
-        """A field from a number of floats, a shape or a field."""
-        if isinstance(value, Field):
-            return value
-        sizes = tuple(value) if isinstance(value, Sequence) else (value,)
-        if not all(isinstance(size, (int, np.integer)) for size in sizes):
-            raise TypeError(f"{name} must be a number of floats, a shape or a Field, got {value!r}")
-        if any(size < 1 for size in sizes):
-            raise ValueError(f"{name} must be at least 1, got {value}")
-        return cls(tuple(int(size) for size in sizes))
-
-    @property
-    def stacked_shape(self) -> tuple[int, ...]:
-        """Of a sampled value."""
-        return self.shape if self.stack == 1 else (self.stack, *self.shape)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype].torch
-
-    @property
-    def numpy_dtype(self) -> np.dtype[Any]:
-        """Of the same bytes; numpy has no bfloat16."""
-        return DTYPES[self.dtype].numpy
-
-    @property
-    def dlpack(self) -> int:
-        """The code of its kind of numbers."""
-        return DLPACK["bfloat" if self.dtype == "bfloat16" else self.numpy_dtype.kind]
-
-    def native(self, name: str) -> _core.Field:
-        """The compiled store's record of it."""
-        item = self.numpy_dtype.itemsize
-        nbytes = item * prod(self.shape)
-        if nbytes > MOST_BYTES:
-            raise ValueError(f"{name} must have 1 to {MOST_BYTES} bytes, got {nbytes}")
-        return _core.Field(name, nbytes, item, DTYPES[self.dtype].kind)
-
-    def describe(self) -> dict[str, Any]:
-        """As JSON."""
-        return {"shape": list(self.shape), "dtype": self.dtype, "stack": self.stack}
+def dlpack(field: Field) -> int:
+    """DLPack's code of a field's kind of numbers."""
+    return DLPACK["bfloat" if field.dtype == "bfloat16" else field.numpy_dtype.kind]
 
 
 @dataclass(frozen=True)
-class Spec:
+class Schema:
     """Everything that two buffers must share to hold each other's transitions, but for the capacity."""
 
     observation: Field
@@ -159,7 +55,7 @@ class Spec:
         action: int | Sequence[int] | Field,
         extras: Mapping[str, int | Sequence[int] | Field] | None,
         task_ids: Sequence[int] | Array,
-    ) -> Spec:
+    ) -> Schema:
         """From a constructor's arguments; ValueError or TypeError names the one that is wrong."""
         ids = np.asarray(task_ids)
         if ids.ndim != 1 or ids.size == 0:
@@ -198,8 +94,8 @@ class Spec:
         return {"actions": self.action, **self.extras}
 
     def layout(self) -> _core.Layout:
-        fields = [field.native(name) for name, field in self.fields.items()]
-        return _core.Layout(self.observation.native("observations"), fields, self.observation.stack)
+        fields = [native(name, field) for name, field in self.fields.items()]
+        return _core.Layout(native("observations", self.observation), fields, self.observation.stack)
 
     def describe(self) -> dict[str, Any]:
         """As JSON, for files."""
@@ -247,4 +143,4 @@ def as_tensor(value: Tensor | Array, dtype: str) -> Tensor:
         return value.detach()
     bytes_of = value.view(np.uint16) if dtype == "bfloat16" else value
     # A copy: torch takes no array with negative strides, and warns of one that is read-only.
-    return torch.from_numpy(np.array(bytes_of, order="C")).view(DTYPES[dtype].torch)
+    return torch.from_numpy(np.array(bytes_of, order="C")).view(DTYPES[dtype][0])

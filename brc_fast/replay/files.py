@@ -29,7 +29,7 @@ from brc_fast import _core
 from brc_fast.disk import REGULAR, opened, require, sync
 from brc_fast.errors import InputError
 
-from .fields import Spec
+from .fields import Schema
 
 FORMAT = 1
 MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
@@ -41,7 +41,7 @@ Manifest = dict[str, Any]
 
 def save(
     store: _core.ReplayStore,
-    spec: Spec,
+    schema: Schema,
     folder: Path,
     saved: str | None,
     previous: str | os.PathLike[str] | None,
@@ -61,7 +61,7 @@ def save(
             identity = uuid.uuid4().hex
             segment = folder / f"segment-{identity}.bin"
             made.append(segment)
-            snapshot = _write_segment(store, segment, _start(base, len(spec.task_ids)))
+            snapshot = _write_segment(store, segment, _start(base, len(schema.task_ids)))
             content = snapshot["content"]
             table = {"file": segment.name, **snapshot["table"]}
             segments = [old for old in (base["segments"] if base else []) if _useful(old, content)]
@@ -69,7 +69,7 @@ def save(
                 "format": FORMAT,
                 "id": identity,
                 "byte_order": sys.byteorder,
-                "fields": spec.describe(),
+                "fields": schema.describe(),
                 "seed": store.seed,
                 "content": content,
                 "segments": [*segments, table],
@@ -102,7 +102,7 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def load(store: _core.ReplayStore, spec: Spec, folder: Path, previous: bool) -> str:
+def load(store: _core.ReplayStore, schema: Schema, folder: Path, previous: bool) -> str:
     """Read a generation into the store and return its manifest."""
     file = folder / (PREVIOUS if previous else MANIFEST)
     if not file.exists():
@@ -111,7 +111,7 @@ def load(store: _core.ReplayStore, spec: Spec, folder: Path, previous: bool) -> 
         manifest = _read(file)
         if not isinstance(manifest["id"], str):
             raise TypeError(f"id must be a text, got {manifest['id']!r}")
-        _require_spec(manifest["fields"], spec, folder)
+        _require_schema(manifest["fields"], schema, folder)
         with ExitStack() as stack:
             segments = []
             for segment in manifest["segments"]:
@@ -267,8 +267,8 @@ def _read(file: Path) -> Manifest:
     return manifest
 
 
-def _require_spec(saved: dict[str, Any], spec: Spec, folder: Path) -> None:
+def _require_schema(saved: dict[str, Any], schema: Schema, folder: Path) -> None:
     """ValueError with both values where a field or the streams differ."""
-    for name, own in spec.describe().items():
+    for name, own in schema.describe().items():
         if json.dumps(saved[name]) != json.dumps(own):  # the order of extras is that of a row
             raise ValueError(f"{name} of the replay in {folder} must be {own}, got {saved[name]}")

@@ -14,9 +14,9 @@ import torch
 
 from brc_fast import _core
 from brc_fast.batch import Batch
+from brc_fast.spec import integer
 
 from .arena import Arena, Lease
-from .fields import integer
 
 
 @dataclass

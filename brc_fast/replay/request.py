@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence, Set
 import numpy as np
 
 from brc_fast import _core
+from brc_fast.spec import integer
 
-from .fields import Spec, integer
+from .fields import Schema
 
 
 def required_sizes(batch_size: int, num_batches: int) -> tuple[int, int]:
@@ -22,8 +23,8 @@ def required_sizes(batch_size: int, num_batches: int) -> tuple[int, int]:
 class Requests:
     """Makes the compiled store's record of a request, and keeps the last one."""
 
-    def __init__(self, spec: Spec) -> None:
-        self._tasks = len(spec.capacities)
+    def __init__(self, schema: Schema) -> None:
+        self._tasks = len(schema.capacities)
         self._plain = _core.Request(1, 1.0, [], [])
 
     def __call__(

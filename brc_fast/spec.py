@@ -1,0 +1,259 @@
+"""Shapes, dtypes and kinds of what passes between environments, replay and agents."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike
+
+from brc_fast.errors import InputError
+
+NAMES = ("float32", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool")
+# torch's dtype, and numpy's of the same bytes: numpy has no bfloat16
+DTYPES: dict[str, tuple[torch.dtype, np.dtype[Any]]] = {
+    name: (getattr(torch, name), np.dtype("uint16" if name == "bfloat16" else name)) for name in NAMES
+}
+
+
+def integer(name: str, value: object) -> int:
+    """`value` as an int; TypeError with its name for what is none."""
+    try:
+        return int(operator.index(value))  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+@dataclass(frozen=True, init=False)
+class Field:
+    """Shape and dtype of one value per transition.
+
+        Field((67,))                        # 67 float32, what a plain 67 stands for
+        Field((84, 84), "uint8", stack=4)   # camera frames: one is stored, four are returned
+        Field((), "int64")                  # a discrete action
+
+    Args:
+        shape: of one value; any rank, () for a scalar.
+        dtype: float32, float16, bfloat16, uint8, int8, int16, int32, int64 or bool, by name, or as a dtype of
+            torch or numpy.
+        stack: frames per observation (observations only). The buffer is given the newest frame [*shape] and
+            returns [stack, *shape], oldest first; before the first frame of an episode, that frame again.
+
+    Raises:
+        TypeError: a size or a stack that is not an integer.
+        ValueError: a size or a stack below 1, or another dtype.
+    """
+
+    shape: tuple[int, ...] = ()
+    dtype: str = "float32"
+    stack: int = 1
+
+    def __init__(
+        self,
+        shape: int | Sequence[int] = (),
+        dtype: str | torch.dtype | DTypeLike = "float32",
+        stack: int = 1,
+    ) -> None:
+        if isinstance(dtype, (str, torch.dtype)):
+            name = str(dtype).removeprefix("torch.")
+        else:
+            name = np.dtype(dtype).name
+        sizes = shape if isinstance(shape, Iterable) else (shape,)
+        whole = tuple(integer("shape", size) for size in sizes)
+        stack = integer("stack", stack)
+        if name not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name}")
+        if any(size < 1 for size in whole):
+            raise ValueError(f"shape must hold sizes of at least 1, got {list(whole)}")
+        if stack < 1:
+            raise ValueError(f"stack must be at least 1, got {stack}")
+        for attribute, value in (("shape", whole), ("dtype", name), ("stack", stack)):
+            object.__setattr__(self, attribute, value)
+
+    @classmethod
+    def of(cls, name: str, value: int | Sequence[int] | Field) -> Field:
+        """A field from a number of floats, a shape or a field."""
+        if isinstance(value, Field):
+            return value
+        sizes = tuple(value) if isinstance(value, Sequence) else (value,)
+        if not all(isinstance(size, (int, np.integer)) for size in sizes):
+            raise TypeError(f"{name} must be a number of floats, a shape or a Field, got {value!r}")
+        if any(size < 1 for size in sizes):
+            raise ValueError(f"{name} must be at least 1, got {value}")
+        return cls(tuple(int(size) for size in sizes))
+
+    @property
+    def stacked_shape(self) -> tuple[int, ...]:
+        """Of a sampled value."""
+        return self.shape if self.stack == 1 else (self.stack, *self.shape)
+
+    @property
+    def size(self) -> int:
+        """Numbers of one value."""
+        return prod(self.shape)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is [size] float32."""
+        return (len(self.shape), self.dtype, self.stack) == (1, "float32", 1)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype][0]
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Of the same bytes; numpy has no bfloat16."""
+        return DTYPES[self.dtype][1]
+
+    def __str__(self) -> str:
+        stack = f" in stacks of {self.stack}" if self.stack > 1 else ""
+        return f"{self.dtype} {list(self.shape)}{stack}"
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"shape": list(self.shape), "dtype": self.dtype, "stack": self.stack}
+
+
+@dataclass(frozen=True)
+class Box:
+    """Continuous actions: `size` numbers, float32, each in [low, high]."""
+
+    size: int
+    low: float = -1.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if integer("size", self.size) < 1:
+            raise ValueError(f"size must be at least 1, got {self.size}")
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+
+    @property
+    def field(self) -> Field:
+        """One action."""
+        return Field((self.size,))
+
+    def __str__(self) -> str:
+        return f"{self.size} continuous numbers in [{self.low:g}, {self.high:g}]"
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """Discrete actions: one integer, int64, in [0, n)."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if integer("n", self.n) < 1:
+            raise ValueError(f"n must be at least 1, got {self.n}")
+
+    @property
+    def size(self) -> int:
+        """n, the numbers of a one-hot action."""
+        return self.n
+
+    @property
+    def field(self) -> Field:
+        """One action."""
+        return Field((), "int64")
+
+    def __str__(self) -> str:
+        return f"one of {self.n} discrete choices"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What T tasks have in common: their observations and actions, as every slot of an environment gives and
+    takes them, a replay stores them and an agent learns from them.
+
+        Spec.vectors(67, 24, ("mjx/HumanoidRun",))
+        Spec(Field((84, 84, 3), "uint8"), Discrete(6), ("mine/Pong",))
+        Spec(Field((48,)), Box(12), ("mine/Walk",), critic_observation=Field((123,)))
+
+    observation:         the policy's; float32 vectors of several tasks have the size of the widest
+    action:              Box or Discrete
+    tasks:               their names, in the order of their ids
+    critic_observation:  what the critic sees (privileged), where that is not what the policy sees
+    """
+
+    observation: Field
+    action: Box | Discrete
+    tasks: tuple[str, ...]
+    critic_observation: Field | None = None
+
+    @classmethod
+    def vectors(cls, observation_size: int, action_size: int, tasks: Sequence[str]) -> Spec:
+        """O float32 observed, A continuous actions in [-1, 1]."""
+        return cls(Field((observation_size,)), Box(action_size), tuple(tasks))
+
+    @classmethod
+    def joined(cls, specs: Sequence[Spec], tasks: Sequence[str]) -> Spec:
+        """Of tasks side by side: vectors and continuous actions have the size of the widest, all else must be
+        equal. InputError names the first two that do not go together."""
+        first = specs[0]
+        for other in specs[1:]:
+            if _kinds(other) != _kinds(first):
+                raise InputError(
+                    f"{first.tasks[0]} and {other.tasks[0]} cannot be learned together: one has {first}, the "
+                    f"other {other}"
+                )
+        critics = [spec.critic_observation for spec in specs if spec.critic_observation is not None]
+        return cls(
+            _widest([spec.observation for spec in specs]),
+            max((spec.action for spec in specs), key=lambda action: action.size),
+            tuple(tasks),
+            _widest(critics) if critics else None,
+        )
+
+    @property
+    def fields(self) -> tuple[Field, Field]:
+        """An observation and an action, for `ReplayBuffer(capacity, *spec.fields)`."""
+        return self.observation, self.action.field
+
+    def vector_sizes(self, agent: str) -> tuple[int, int]:
+        """(O, A) for an agent that takes vectors and continuous actions in [-1, 1], and nothing else;
+        InputError with the agent's name where the tasks have others."""
+        task = self.tasks[0]
+        if not isinstance(self.action, Box):
+            raise InputError(
+                f"{agent} takes continuous actions, and an action of {task} is {self.action}: take the "
+                "task's continuous version, or an agent for discrete actions"
+            )
+        if (self.action.low, self.action.high) != (-1.0, 1.0):
+            raise InputError(
+                f"{agent} takes actions in [-1, 1], and an action of {task} is {self.action}: scale them in "
+                "the environment"
+            )
+        if not self.observation.is_vector:
+            raise InputError(
+                f"{agent} takes observations that are float32 vectors, and {task} has {self.observation}: "
+                "take the task's version without images, or flatten them with Gymnasium's FlattenObservation"
+            )
+        if self.critic_observation is not None:
+            raise InputError(
+                f"{agent} has a critic that sees what its policy sees, and {task} has observations for the "
+                f"critic alone, {self.critic_observation}: make the environment without them"
+            )
+        return self.observation.size, self.action.size
+
+    def __str__(self) -> str:
+        critic = "" if self.critic_observation is None else f", the critic's {self.critic_observation}"
+        return f"observations {self.observation}{critic} and as an action {self.action}"
+
+
+def _kinds(spec: Spec) -> tuple[object, ...]:
+    """What tasks that are learned together must share."""
+    parts = spec.observation, spec.critic_observation
+    seen = tuple("vector" if part is not None and part.is_vector else part for part in parts)
+    action = spec.action
+    return (*seen, (action.low, action.high) if isinstance(action, Box) else action)
+
+
+def _widest(fields: Sequence[Field]) -> Field:
+    return max(fields, key=lambda field: field.size)
