@@ -35,6 +35,7 @@ from brc_fast.agents.policy import LaggedPolicy
 from brc_fast.config import LearningConfig, TrainConfig, cpu_preset, gpu_preset
 from brc_fast.envs import expand
 from brc_fast.runs.trainer import Trainer
+from brc_fast.spec import Spec
 from peers.torch_plain import METRICS, PlainAgent
 from peers.updates import AFTER_A_STEP, FIRST, release, tensor_cores
 
@@ -76,7 +77,8 @@ def check(config: TrainConfig, device: str, observation: int = 5, action: int = 
     """Differs unless two updates of every learner in float32, with the same noise on the same random batches,
     give the losses of ours."""
     config, rng = dataclasses.replace(config, precision="fp32"), torch.Generator().manual_seed(0)
-    agents = {n: kind.from_config(config, observation, action, device) for n, kind in AGENTS.items()}
+    spec = Spec.vectors(observation, action, config.tasks)
+    agents = {name: kind.from_config(config, spec, device) for name, kind in AGENTS.items()}
     shape = (1, config.transitions_per_update)
     for relative, absolute in (FIRST, AFTER_A_STEP["fp32"]):
         here, there = torch.randn(2, *shape, observation, generator=rng)
@@ -101,8 +103,7 @@ class Side:
         self.name, self.threshold, self.device = name, threshold, device
         self.trainer = trainer = Trainer(config, device, say=lambda told: None)
         if name != "ours":
-            sizes = trainer.env.observation_size, trainer.env.action_size
-            trainer.agent = AGENTS[name].from_config(config, *sizes, device)
+            trainer.agent = AGENTS[name].from_config(config, trainer.env.task_spec, device)
             trainer.lagged = LaggedPolicy(trainer.agent) if trainer.lagged else None
         self.seconds, self.evaluations = 0.0, list[dict[str, float]]()
         self.evaluate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from brc_fast.envs.base import Step
+from brc_fast.spec import Spec
 
 EVALUATION_SLOTS = 2
 sys.path.append(str(Path(__file__).parent))  # for replay_oracle, which several tests share
@@ -70,11 +72,13 @@ class ToyEnv:
     "dropped" for a slot that the environment itself reports as lost.
     """
 
-    observation_size, action_size, max_episode_steps = 3, 1, 20
+    max_episode_steps = 20
     successes = None
+    task_spec = Spec.vectors(3, 1, ("toy/One",))
 
     def __init__(self, tasks: Sequence[str], num_envs: int, poison: dict[int, str]) -> None:
         self.task_names = tuple(tasks)
+        self.task_spec = dataclasses.replace(self.task_spec, tasks=self.task_names)
         self.num_envs = num_envs * len(tasks)
         self.task_ids = np.repeat(np.arange(len(tasks)), num_envs)
         self.continues = np.ones(self.num_envs, bool)

@@ -627,7 +627,7 @@ def test_actions_are_those_of_the_parameters_that_the_lag_allows(
     """With a lag of a whole call, of the parameters before the newest call; else of the newest ones."""
     trainer = lagging(lag, updates, tasks)
     assert (trainer.lagged is not None) == bool(behind)
-    other = BRC.from_config(trainer.config, 3, 1, "cpu")
+    other = BRC.from_config(trainer.config, trainer.env.task_spec, "cpu")
     acted: list[Tensor] = []
     step = type(trainer.env).step_tensors
 

@@ -13,6 +13,7 @@ import torch
 from extras import needs, require
 
 from brc_fast.errors import InputError, MissingExtraError
+from brc_fast.spec import Box, Discrete, Field, Spec
 
 require("gymnasium")
 from brc_fast.envs import envpool as adapters
@@ -90,17 +91,6 @@ def test_without_envpool_the_extra_is_named(monkeypatch):
             "dmc/dog-rnn",
             "unknown task 'dmc/dog-rnn'; nearest: envpool/DogRun-v1, envpool/DogTrot-v1, "
             "envpool/DogStand-v1, envpool/DogWalk-v1",
-        ),
-        (
-            "envpool/CarRacing-v3",
-            "envpool/CarRacing-v3 has Box(0, 255, (96, 96, 3), uint8) among its observations, an image; only "
-            "vectors can be used: take the task's version without pictures, or flatten them with Gymnasium's "
-            "FlattenObservation",
-        ),
-        (
-            "envpool/Pong-v5",
-            "envpool/Pong-v5 has the action space Discrete(6); only continuous actions with finite bounds "
-            "can be used",
         ),
     ],
 )
@@ -433,3 +423,27 @@ def test_a_step_that_was_not_collected_blocks_the_next_until_a_reset():
     assert torch.equal(env.reset_tensors(5), twin.reset_tensors(5))
     actions = actions_for(env, 3)
     assert all(equal(env.step_tensors(a), twin.step_tensors(a)) for a in actions)
+
+
+@needs_envpool
+@pytest.mark.parametrize(
+    ("task", "observation", "action"),
+    [
+        ("envpool/Pong-v5", Field((4, 84, 84), "uint8"), Discrete(6)),
+        ("envpool/CarRacing-v3", Field((96, 96, 3), "uint8"), Box(3)),
+    ],
+)
+def test_images_and_discrete_actions_pass_a_pool_as_they_are(task, observation, action):
+    env = make_envpool(task, 2)
+    try:
+        assert env.task_spec == Spec(observation, action, (task,))
+        first = env.reset_tensors(0)
+        assert (tuple(first.shape), first.dtype) == ((2, *observation.shape), torch.uint8)
+        kept = first.clone()
+        moving = torch.full((2,), 2) if action == Discrete(6) else torch.full((2, 3), 0.5)
+        steps = [env.step_tensors(moving) for _ in range(20)]
+        assert all(torch.equal(step.observations, step.successors) for step in steps)
+        assert not torch.equal(steps[-1].observations, first)
+        assert torch.equal(first, kept)
+    finally:
+        env.close()

@@ -19,7 +19,7 @@ require("gymnasium")
 
 import cloudpickle
 import gymnasium
-from gymnasium.spaces import Box, Dict, Discrete, Graph, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Tuple
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from brc_fast.envs import make
@@ -58,8 +58,10 @@ class Counter(gymnasium.Env):
             "graph": Graph(plain, Discrete(2)),
             "empty": Dict({}),
             "widest": Box(-np.finfo(np.float64).max, np.finfo(np.float64).max, (3,), np.float64),
-        }[space]
+        }.get(space, plain)
         self.action_space = Box(low, high, (1,), np.float32)
+        if space == "several choices":
+            self.action_space = MultiDiscrete([2, 3])
         self.episode = 0
 
     def loaded(self):
@@ -193,8 +195,8 @@ def follow(env, steps):
 def test_successors_and_ends_are_true_in_every_restart_mode(mode, space):
     env = adapted(mode, space=space)
     if space == "nested":  # Gymnasium sorts the names of a Dict: a before z
-        turned = env._flat
-        env._flat = lambda raw, count: np.roll(turned(raw, count), 1, axis=1)
+        turned = env._read
+        env._read = lambda raw, count: np.roll(turned(raw, count), 1, axis=1)
     ends = follow(env, 5 * LENGTH)
     assert (ends == 0) == (mode is AutoresetMode.NEXT_STEP)
 
@@ -308,14 +310,14 @@ def test_spaces_are_those_of_the_contract():
     ("spoil", "message"),
     [
         (
-            {"single_action_space": Discrete(2)},
-            "gym/Counter-v0 has the action space Discrete(2); only continuous actions with finite bounds can "
-            "be used",
+            {"single_action_space": MultiBinary(2)},
+            "gym/Counter-v0 has the action space MultiBinary(2); only continuous actions with finite bounds, "
+            "and discrete ones, can be used",
         ),
         (
             {"single_action_space": Box(-np.inf, np.inf, (1,), np.float32)},
             "gym/Counter-v0 has the action space Box(-inf, inf, (1,), float32); only continuous actions with "
-            "finite bounds can be used",
+            "finite bounds, and discrete ones, can be used",
         ),
         (
             {"single_observation_space": Discrete(5)},
@@ -325,8 +327,8 @@ def test_spaces_are_those_of_the_contract():
         (
             {"single_observation_space": Box(0, 1, (8, 8, 1), np.float32)},
             "gym/Counter-v0 has Box(0.0, 1.0, (8, 8, 1), float32) among its observations, an image; only "
-            "vectors can be used: take the task's version without pictures, or flatten them with Gymnasium's "
-            "FlattenObservation",
+            "vectors, or one image of uint8 and nothing else, can be used: take the task's version without "
+            "pictures, or flatten them with Gymnasium's FlattenObservation",
         ),
         (
             {"single_observation_space": Box(0, 1, (0,), np.float32)},
@@ -354,8 +356,8 @@ def test_what_cannot_be_used_is_refused(spoil, message):
 
 def test_spaces_are_refused_before_any_worker_starts(monkeypatch):
     monkeypatch.setattr("brc_fast.envs.gym.Workers", None)
-    with pytest.raises(InputError, match="has the action space Discrete"):
-        make_gym("gym/CartPole-v1", N, processes=True)
+    with pytest.raises(InputError, match="has the action space MultiDiscrete"):
+        make_gym(registered(space="several choices"), N, processes=True)
     with pytest.raises(InputError, match=r"has Discrete\(3\) among its observations"):
         make_gym(registered(space="discrete"), N, processes=True)
     with pytest.raises(InputError, match=r"has Box\(0, 255, \(8, 8, 3\), uint8\) among .*, an image"):
@@ -475,7 +477,6 @@ def test_a_state_that_does_not_fit_is_refused(change, message):
             "gym/no_such_module:Foo-v0",
             "needs a module that is not installed: No module named 'no_such_module'",
         ),
-        ("gym/CartPole-v1", "gym/CartPole-v1 has the action space Discrete(2); only continuous actions"),
     ],
 )
 def test_a_name_that_cannot_be_used_is_an_input_error(task, message):

@@ -24,6 +24,7 @@ from brc_fast.published import normalization
 from brc_fast.runs import evaluate
 from brc_fast.runs.checkpoint import RunFolder
 from brc_fast.runs.scores import aggregate, interquartile_mean, normalized
+from brc_fast.spec import Spec
 
 
 class Scripted:
@@ -34,7 +35,7 @@ class Scripted:
     a dropped step means nothing and says so: a reward of 99 and a success.
     """
 
-    observation_size, action_size, max_episode_steps = 2, 1, 1000
+    max_episode_steps = 1000
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class Scripted:
         reset_steps: bool = False,
     ) -> None:
         self.task_names = tuple(tasks)
+        self.task_spec = Spec.vectors(2, 1, tasks)
         self.num_envs = slots * len(tasks)
         self.task_ids = np.repeat(np.arange(len(tasks)), slots)
         self.length, self.lost, self.success, self.reset_steps = length, lost, success, reset_steps
@@ -229,7 +231,7 @@ def test_tasks_that_know_no_success_report_none() -> None:
 
 def test_environments_of_another_size_than_the_agents_are_refused() -> None:
     env = Scripted(["toy/One"], 2, lambda slot, number: 2)
-    env.observation_size = 3
+    env.task_spec = Spec.vectors(3, 1, ("toy/One",))
     with pytest.raises(InputError, match=r"must be the agent's, \[2, 1\], got environments with \[3, 1\]"):
         play(env)
 
@@ -353,7 +355,7 @@ def make_run(folder: Path, tasks: tuple[str, ...], seed: int = 0, sizes: tuple[i
     config = TrainConfig(tasks=tasks, critic=CriticConfig(width=8), actor=ActorConfig(width=8), seed=seed)
     run = RunFolder(folder)
     run.create(config)
-    agent = BRC.from_config(config, *sizes, "cpu")
+    agent = BRC.from_config(config, Spec.vectors(*sizes, tasks), "cpu")
 
     class NoReplay:
         def save(self, folder: Path, *, previous: Path | None = None) -> None:

@@ -17,6 +17,7 @@ from brc_fast.agents.memory import MemoryPlan, available, bytes_of, plan_memory,
 from brc_fast.command import main as cli
 from brc_fast.config import ActorConfig, CriticConfig, TrainConfig
 from brc_fast.errors import InputError
+from brc_fast.spec import Spec
 
 GB = 10**9
 
@@ -43,7 +44,7 @@ def config(tasks: int = 1, **changes: Any) -> TrainConfig:
 
 def built(of: TrainConfig) -> tuple[BRC, Batch]:
     """A learner after an update, and the batch of it."""
-    agent = BRC.from_config(of, 7, 3, "cpu")
+    agent = BRC.from_config(of, Spec.vectors(7, 3, of.tasks), "cpu")
     rows = of.updates_per_step, of.transitions_per_update
     batch = Batch(
         torch.randn(*rows, 7),
@@ -92,7 +93,7 @@ def held(found: dict[int, Tensor]) -> int:
 def test_the_plan_tells_what_a_built_learner_takes(tasks: int, precision: str, recompute: bool) -> None:
     """State by the pieces of memory behind networks and optimizers; passes by those behind an update's."""
     settings = config(tasks, precision=precision, recompute=recompute)
-    plan = plan_memory(settings, 7, 3, "cpu")
+    plan = plan_memory(settings, Spec.vectors(7, 3, settings.tasks), "cpu")
     agent, batch = built(settings)
     networks = agent.critics, agent.actors, agent.critic_optimizer, agent.actor_optimizer
     state = memory_of(*networks)
@@ -118,7 +119,8 @@ def test_the_plan_tells_what_a_built_learner_takes(tasks: int, precision: str, r
 
 def test_a_plan_of_a_gpu_has_two_sets_of_slots_and_an_allowance(monkeypatch: pytest.MonkeyPatch) -> None:
     """And room for the gradients of all layers' products; nothing is asked of the GPU."""
-    here, there = (plan_memory(config(), 7, 3, device) for device in ("cpu", "cuda"))
+    spec = Spec.vectors(7, 3, config().tasks)
+    here, there = (plan_memory(config(), spec, device) for device in ("cpu", "cuda"))
     assert there.batches == 2 * here.batches
     assert there.libraries == 2**30
     assert there.state == here.state
@@ -133,7 +135,7 @@ def test_wide_critics_take_no_more_than_24_bytes_per_parameter(
 ) -> None:
     """The published sizes; a billion parameters are planned without their memory."""
     settings = TrainConfig(("toy/One",), precision=precision, critic=CriticConfig(width=width))  # type: ignore[arg-type]
-    plan = plan_memory(settings, 67, 21, "cuda")
+    plan = plan_memory(settings, Spec.vectors(67, 21, settings.tasks), "cuda")
     assert plan.parameters == pytest.approx(millions * 1e6, rel=0.06)
     each = 22 if precision == "bf16" else 20  # parameter, target, gradient, moments; copies of the first two
     assert plan.state <= 24 * plan.parameters

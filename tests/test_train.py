@@ -23,6 +23,7 @@ from brc_fast.runs import checkpoint
 from brc_fast.runs.checkpoint import RunFolder
 from brc_fast.runs.metrics import read_rows
 from brc_fast.runs.trainer import Trainer
+from brc_fast.spec import Spec
 
 TINY = [
     "--num-envs",
@@ -457,7 +458,7 @@ def test_a_checkpoint_of_another_shape_is_refused_and_not_called_damaged(
         config["num_envs"] += 1
     else:
         toy_env = type(envs.make(("toy/One",), 1))
-        monkeypatch.setattr(toy_env, "observation_size", 4)
+        monkeypatch.setattr(toy_env, "task_spec", Spec.vectors(4, 1, ("toy/One",)))
     (run / "config.json").write_text(json.dumps(config))
     assert cli.main(["train", "--resume", str(run), "--steps", "800"]) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]

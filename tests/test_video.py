@@ -21,6 +21,7 @@ from brc_fast import envs
 from brc_fast.command import main as cli
 from brc_fast.errors import InputError, MissingExtraError
 from brc_fast.runs import video
+from brc_fast.spec import Spec
 
 require("PIL")
 from PIL import Image
@@ -181,7 +182,7 @@ def test_mjx_states_follow_the_simulator(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_task_with_more_observations_than_were_learned_is_refused() -> None:
     env = Scripted(["toy/One"], 1, lambda slot, number: 5)
-    env.observation_size = 41
+    env.task_spec = Spec.vectors(41, 1, ("toy/One",))
     with pytest.raises(InputError, match=r"of toy/One are \[41, 1\], those of the agent only \[40, 8\]"):
         video.film(Pushing(), env, 3, 0, Path("unused.gif"), video.Settings())  # type: ignore[arg-type]
 

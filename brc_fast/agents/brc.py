@@ -21,6 +21,7 @@ from brc_fast.learner.optimizer import FlatAdamW
 from brc_fast.learner.precision import check_precision, low_dtype
 from brc_fast.nn import bodies, conditioning
 from brc_fast.nn.modules import Actor, Critic, Temperature
+from brc_fast.spec import Spec
 
 from .base import Agent, Metrics
 from .plans import Plans, Sample
@@ -127,12 +128,11 @@ class BRC(Acting, Agent):
         self._ready(graphs)
 
     @classmethod
-    def from_config(cls, config: TrainConfig, observation_size: int, action_size: int, device: str) -> BRC:
-        """The agent of a training run."""
+    def from_config(cls, config: TrainConfig, spec: Spec, device: str) -> BRC:
+        """The agent of a training run; InputError for tasks without vectors or continuous actions."""
         return cls(
-            observation_size,
-            action_size,
-            len(config.tasks),
+            *spec.vector_sizes("BRC"),
+            len(spec.tasks),
             critic=config.critic,
             actor=config.actor,
             learning=config.learning,

@@ -13,6 +13,7 @@ from brc_fast.agents.brc import BRC
 from brc_fast.batch import Batch
 from brc_fast.config import TrainConfig
 from brc_fast.errors import InputError
+from brc_fast.spec import Spec
 
 LIBRARIES = 2**30  # CUDA's context, cuBLAS' workspaces, compiled kernels: about this much, not computed
 
@@ -54,10 +55,10 @@ def bytes_of(*tensors: Tensor | None) -> int:
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 
-def plan_memory(config: TrainConfig, observation_size: int, action_size: int, device: str) -> MemoryPlan:
+def plan_memory(config: TrainConfig, spec: Spec, device: str) -> MemoryPlan:
     """What the learner of a run will take of `device`; the learner is built without memory to find out."""
     try:
-        agent = BRC.from_config(config, observation_size, action_size, "meta")
+        agent = BRC.from_config(config, spec, "meta")
     except RuntimeError as error:  # torch counts bytes with 63 bits
         raise InputError(f"the learner does not fit: {error}; lower --critic.width") from error
     state = bytes_of(agent.atoms)
@@ -76,11 +77,11 @@ def plan_memory(config: TrainConfig, observation_size: int, action_size: int, de
         return torch.empty(updates, rows, *shape, dtype=dtype, device="meta")
 
     batches = Batch(
-        field(observation_size),
-        field(action_size),
+        field(agent.observation_size),
+        field(agent.action_size),
         field(),
         field(),
-        field(observation_size),
+        field(agent.observation_size),
         field(dtype=torch.int64),
     )
     plans = agent.plans(batches.update(0))

@@ -11,20 +11,26 @@ from torch import Tensor
 
 from brc_fast.config import LONGEST_EPISODE
 from brc_fast.errors import InputError
+from brc_fast.spec import Box, Discrete, Field, Spec
 
 if TYPE_CHECKING:
     from gymnasium import Space
 
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 class Step(NamedTuple):
-    """One step of N environments, float32 and bool tensors on the environments' device.
+    """One step of N environments, tensors on the environments' device; observations and successors as the
+    environments' `task_spec` has them (vectors [N, O] float32, images [N, H, W, C] uint8), the rest float32
+    and bool.
 
     What the policy sees next and where the action really led are different fields: at the end of an
     episode `observations` already holds the first observation of the next one.
 
     ============= ======= ===========================================================================
-    observations  [N, O]  what to act on next
-    successors    [N, O]  where the action led (equal to `observations` unless the episode ended)
+    observations  [N, ..] what to act on next
+    successors    [N, ..] where the action led (equal to `observations` unless the episode ended)
     rewards       [N]     reward of this step, unscaled
     terminated    [N]     the task ended: no value beyond this state
     truncated     [N]     a time limit or a reset from outside: the value goes on
@@ -44,16 +50,35 @@ class Step(NamedTuple):
     dropped: Tensor
 
 
+class Privileged(NamedTuple):
+    """What the critic sees where that is not what the policy sees, beside a `Step` of the same names; after a
+    reset both are of the start."""
+
+    observations: Tensor  # [N, ..]
+    successors: Tensor  # [N, ..]
+
+
 class VectorEnvironment(Protocol):
     """N environments of T tasks, stepped together. Every adapter is also a `gymnasium.vector.VectorEnv`."""
 
     num_envs: int  # N, over all tasks
     task_names: tuple[str, ...]  # length T
     task_ids: NDArray[np.int64]  # [N] int64, the task of every slot
-    observation_size: int  # O, of the widest task; narrower ones are zero-padded
-    action_size: int  # A, of the widest task; the surplus of narrower ones is ignored
+    task_spec: Spec  # what all tasks observe and do (Gymnasium's `spec` says how one environment is made)
     max_episode_steps: int | None  # of the task with the longest episodes; None where one knows no limit
     continues: NDArray[np.bool_]  # [N] whether `load_state_dict` goes on inside the running episode
+
+    @property
+    def observation_size(self) -> int:
+        """Numbers of an observation: O, of the widest task; narrower ones are zero-padded."""
+
+    @property
+    def action_size(self) -> int:
+        """A, of the widest task, the surplus of narrower ones is ignored; or how many discrete actions."""
+
+    @property
+    def privileged(self) -> Privileged | None:
+        """What the critic sees of the newest reset or step; None where it sees what the policy does."""
 
     @property
     def nan_count(self) -> NDArray[np.int64]:
@@ -66,17 +91,17 @@ class VectorEnvironment(Protocol):
         task has such a notion."""
 
     def reset_tensors(self, seed: int | None) -> Tensor:
-        """Start every environment anew; [N, O] float32. Without a seed the random numbers go on."""
+        """Start every environment anew; returns the observations. Without a seed the random numbers go on."""
 
     def step_tensors(self, actions: Tensor) -> Step:
-        """Apply actions [N, A] in [-1, 1]."""
+        """Apply actions [N, A] float32 in [-1, 1], or [N] int64 where they are discrete."""
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Everything needed to go on from here, as plain arrays."""
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> Tensor:
         """Go on from a `state_dict`: exactly where `continues`, with new episodes elsewhere, whose start
-        states are those that an uninterrupted run would draw next. Returns the observations [N, O]."""
+        states are those that an uninterrupted run would draw next. Returns the observations."""
 
     def close(self) -> None:
         """Free what the environments hold."""
@@ -89,8 +114,8 @@ def check_finite(step: Step, env: VectorEnvironment, step_number: int) -> None:
         return
     kept = ~step.dropped
     for name, bad in (
-        ("observations", ~step.observations.isfinite().all(dim=1)),
-        ("successors", ~step.successors.isfinite().all(dim=1) & kept),
+        ("observations", ~finite_rows(step.observations)),
+        ("successors", ~finite_rows(step.successors) & kept),
         ("rewards", ~step.rewards.isfinite() & kept),
     ):
         if bad.any():
@@ -101,10 +126,15 @@ def check_finite(step: Step, env: VectorEnvironment, step_number: int) -> None:
             )
 
 
+def finite_rows(values: Tensor) -> Tensor:
+    """[N] whether all numbers of a row [N, ..] are finite."""
+    return values.isfinite().flatten(1).all(dim=1)
+
+
 def check_start(observations: Tensor, env: VectorEnvironment, when: str = "in the reset") -> Tensor:
-    """The same observations [N, O]; InputError if one is not finite. Waits for the device."""
+    """The same observations [N, ..]; InputError if one is not finite. Waits for the device."""
     if not observations.isfinite().all():
-        slot = int((~observations.isfinite().all(dim=1)).nonzero()[0])
+        slot = int((~finite_rows(observations)).nonzero()[0])
         raise InputError(
             f"observations of {env.task_names[env.task_ids[slot]]} are not finite in environment {slot} "
             f"{when}; the task must start with finite numbers"
@@ -143,6 +173,25 @@ def require_kept_limit(env: VectorEnvironment, slot: int, steps: int) -> None:
         )
 
 
+def observation_space(field: Field) -> Space[Any]:
+    """Gymnasium's of one observation: all floats, or all values of a field of integers."""
+    from gymnasium import spaces
+
+    if field.dtype.startswith(("int", "uint")):
+        limits = np.iinfo(field.numpy_dtype)
+        return spaces.Box(limits.min, limits.max, field.shape, field.numpy_dtype.type)
+    return spaces.Box(-np.inf, np.inf, field.shape, np.float32)
+
+
+def action_space(action: Box | Discrete) -> Space[Any]:
+    """Gymnasium's of one action."""
+    from gymnasium import spaces
+
+    if isinstance(action, Box):
+        return spaces.Box(action.low, action.high, (action.size,), np.float32)
+    return spaces.Discrete(action.n)
+
+
 class GymnasiumFace:
     """The `gymnasium.vector.VectorEnv` side of an adapter, in terms of its tensors.
 
@@ -154,49 +203,58 @@ class GymnasiumFace:
     num_envs: int
     task_names: tuple[str, ...]
     task_ids: NDArray[np.int64]
-    observation_size: int
-    action_size: int
+    task_spec: Spec
     max_episode_steps: int | None
     continues: NDArray[np.bool_]
     successes: Tensor | None = None
+    privileged: Privileged | None = None
     single_observation_space: Space[Any]
     single_action_space: Space[Any]
     observation_space: Space[Any]
     action_space: Space[Any]
     _seed: int | None
 
-    def declare(
-        self,
-        task_names: tuple[str, ...],
-        task_ids: NDArray[np.int64],
-        observation_size: int,
-        action_size: int,
-        seed: int,
-    ) -> None:
+    def declare(self, task_spec: Spec, task_ids: NDArray[np.int64], seed: int) -> None:
         """Set what Gymnasium and `VectorEnvironment` ask every adapter for."""
-        from gymnasium.spaces import Box
         from gymnasium.vector import AutoresetMode
         from gymnasium.vector.utils import batch_space
 
         self.num_envs = len(task_ids)
-        self.task_names = task_names
+        self.task_spec = task_spec
+        self.task_names = task_spec.tasks
         self.task_ids = task_ids
         self.continues = np.ones(len(task_ids), bool)
-        self.observation_size = observation_size
-        self.action_size = action_size
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
-        self.single_observation_space = Box(-np.inf, np.inf, (observation_size,), np.float32)
-        self.single_action_space = Box(-1.0, 1.0, (action_size,), np.float32)
+        self.single_observation_space = observation_space(task_spec.observation)
+        self.single_action_space = action_space(task_spec.action)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._seed = seed
 
-    def as_actions(self, actions: Tensor | NDArray[np.float32]) -> Tensor:
-        """Check and detach actions [N, A], float32 on their own device."""
+    @property
+    def observation_size(self) -> int:
+        return self.task_spec.observation.size
+
+    @property
+    def action_size(self) -> int:
+        return self.task_spec.action.size
+
+    def as_actions(self, actions: Tensor | NDArray[Any]) -> Tensor:
+        """Check and detach actions, float32 [N, A] or int64 [N], on their own device. Waits for it where they
+        are discrete."""
         if actions.shape != self.action_space.shape:
-            wanted, got = [self.num_envs, self.action_size], list(actions.shape)
-            raise InputError(f"actions must have shape [N, A] = {wanted}, got {got}")
-        return torch.as_tensor(actions, dtype=torch.float32).detach()
+            letters = "[N, A]" if isinstance(self.task_spec.action, Box) else "[N]"
+            wanted, got = list(self.action_space.shape or ()), list(actions.shape)
+            raise InputError(f"actions must have shape {letters} = {wanted}, got {got}")
+        if isinstance(self.task_spec.action, Box):
+            return torch.as_tensor(actions, dtype=torch.float32).detach()
+        given = torch.as_tensor(actions)
+        if given.dtype not in INTEGERS:
+            raise InputError(f"discrete actions must be int64, got {given.dtype}; convert them with .long()")
+        low, high, n = int(given.min()), int(given.max()), self.task_spec.action.n
+        if low < 0 or high >= n:
+            raise InputError(f"actions must lie in [0, n) = [0, {n}), got {low if low < 0 else high}")
+        return given.long()
 
     def reset_tensors(self, seed: int | None) -> Tensor:
         raise NotImplementedError
@@ -206,7 +264,7 @@ class GymnasiumFace:
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    ) -> tuple[NDArray[Any], dict[str, Any]]:
         if options:
             raise InputError(f"reset takes no options, got {', '.join(options)}")
         observations = self.reset_tensors(self._seed if seed is None else seed)
@@ -214,10 +272,8 @@ class GymnasiumFace:
         return observations.cpu().numpy(), {}
 
     def step(
-        self, actions: NDArray[np.float32]
-    ) -> tuple[
-        NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
-    ]:
+        self, actions: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         step = self.step_tensors(self.as_actions(actions))
         observations, successors, rewards, terminated, truncated, dropped = (x.cpu().numpy() for x in step)
         infos: dict[str, Any] = {}

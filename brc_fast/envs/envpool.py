@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 from gymnasium.error import AlreadyPendingCallError
-from gymnasium.spaces import Box, Dict
+from gymnasium.spaces import Box, Dict, Tuple
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector.utils import batch_space, create_empty_array
 from numpy.typing import NDArray
 
 from brc_fast.errors import InputError, MissingExtraError
 
-from .vector import VectorAdapter, check_spaces
+from .vector import VectorAdapter, check_spaces, is_image
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +62,12 @@ _OBSERVATIONS = {
 _SUCCESS = ("success", "is_success", "solved")  # of MetaWorld and Adroit; of Fetch and Shadow; of MyoSuite
 
 
-class Pool(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]]):
+class Pool(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
     """An EnvPool pool as a vector environment that is reset by mask (AutoresetMode.DISABLED).
 
-    Observations are [N, O] float32: of a dictionary the entries named in `_OBSERVATIONS`, or all. `infos`
-    holds "success" [N] where the task reports it, and nothing else. Keywords go to `envpool.make`.
+    Observations are [N, O] float32, of a dictionary the entries named in `_OBSERVATIONS`, or all; or images
+    [N, C, H, W] uint8. `infos` holds "success" [N] where the task reports it, and nothing else. Keywords go
+    to `envpool.make`.
     """
 
     def __init__(self, name: str, num_envs: int, **config: Any) -> None:
@@ -90,19 +91,19 @@ class Pool(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]]):
         boxes = [leaf for leaf in leaves if isinstance(leaf, Box)]
         if len(boxes) < len(leaves):
             raise InputError(f"envpool/{name} must have observations that are arrays of numbers, got {space}")
-        for box in boxes:
-            check_spaces(f"envpool/{name}", box, self.single_action_space)
-        size = sum(math.prod(box.shape) for box in boxes)
-        self.single_observation_space = Box(-np.inf, np.inf, (size,), np.float32)
+        check_spaces(f"envpool/{name}", space if is_image(space) else Tuple(boxes), self.single_action_space)
+        self._image = is_image(space)
+        flat = Box(-np.inf, np.inf, (sum(math.prod(box.shape) for box in boxes),), np.float32)
+        self.single_observation_space = space if self._image else flat
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._success = next((key for key in _SUCCESS if f"info:{key}" in spec._state_keys), None)
         self._pool: Any = None
         self._pending = False  # a step was sent and not received
-        self._newest = np.zeros((num_envs, size), np.float32)  # observations
+        self._newest: Any = create_empty_array(self.single_observation_space, num_envs)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    ) -> tuple[NDArray[Any], dict[str, Any]]:
         """Restart all slots, or those of `options["reset_mask"]` [N] bool; returns all observations [N, O].
 
         EnvPool seeds a pool only when it makes it: with a seed there is a new one (1.3 s for a dog).
@@ -119,7 +120,7 @@ class Pool(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]]):
         mask = (options or {}).get("reset_mask")
         slots = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask)
         observations = self._newest.copy()
-        observations[slots] = self._flat(self._pool.reset(slots.astype(np.int32))[0], len(slots))
+        observations[slots] = self._read(self._pool.reset(slots.astype(np.int32))[0], len(slots))
         self._newest = observations
         return observations, {}
 
@@ -129,21 +130,23 @@ class Pool(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]]):
         self._pool.send(actions)
         self._pending = True
 
-    def step_wait(self) -> tuple[NDArray[np.float32], Any, Any, Any, dict[str, Any]]:
+    def step_wait(self) -> tuple[NDArray[Any], Any, Any, Any, dict[str, Any]]:
         observations, rewards, terminated, truncated, infos = self._pool.recv()
         self._pending = False
-        self._newest = self._flat(observations, self.num_envs)
+        self._newest = self._read(observations, self.num_envs)
         named = {} if self._success is None else {"success": infos[self._success]}
         return self._newest, rewards, terminated, truncated, named
 
-    def step(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], Any, Any, Any, dict[str, Any]]:
+    def step(self, actions: NDArray[Any]) -> tuple[NDArray[Any], Any, Any, Any, dict[str, Any]]:
         self.step_async(actions)
         return self.step_wait()
 
     def close_extras(self, **kwargs: Any) -> None:
         self._pool = None  # EnvPool's own close leaves the threads running, its destructor ends them
 
-    def _flat(self, observations: Any, count: int) -> NDArray[np.float32]:
+    def _read(self, observations: Any, count: int) -> NDArray[Any]:
+        if self._image:
+            return np.array(observations)
         leaves = [observations[key] for key in self._keys] if self._keys else [observations]
         return np.concatenate([leaf.reshape(count, -1) for leaf in leaves], axis=1, dtype=np.float32)
 
@@ -160,7 +163,7 @@ def make_envpool(
     dmc/<domain>-<task>  envpool/<DomainTask>-v1
 
     Raises MissingExtraError without envpool, InputError for an id that it does not have and for actions or
-    observations that are not continuous.
+    observations that cannot be used.
     """
     suite, _, rest = task.partition("/")
     try:

@@ -36,7 +36,7 @@ from brc_fast.errors import InputError, MissingExtraError, WorkerError
 
 from . import vector
 from .base import Step
-from .vector import VectorAdapter, check_spaces, leaves
+from .vector import VectorAdapter, check_spaces, is_image, leaves
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def make_gym(
 
 
 class Slot(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """One environment: flat float32 observations, no infos but "success", and "lost" instead of NaN."""
+    """One environment: flat float32 observations or an image, no infos but "success", and "lost" for NaN."""
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
         super().__init__(env)
@@ -122,9 +122,11 @@ class Slot(gymnasium.Wrapper[Any, Any, Any, Any]):
             names = env.unwrapped.observation_spec()
             space = gymnasium.spaces.Dict([(name, space[name]) for name in names])
         self.unflattened = space
-        size = sum(math.prod(leaf.shape or ()) for leaf in leaves(space, space))
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
-        self._zeros = np.zeros(size, np.float32)
+        self.image = is_image(space)
+        if not self.image:
+            size = sum(math.prod(leaf.shape or ()) for leaf in leaves(space, space))
+            self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+            self._zeros = np.zeros(size, np.float32)
         self.busy = False  # in a call of the environment, also after it has raised
         spec = env.spec
         self.max_episode_steps = None if spec is None else spec.max_episode_steps
@@ -132,8 +134,14 @@ class Slot(gymnasium.Wrapper[Any, Any, Any, Any]):
         if self.max_episode_steps is None and math.isfinite(own_limit):
             self.max_episode_steps = math.ceil(own_limit)
 
-    def _flat(self, observation: Any) -> NDArray[np.float32]:
-        """A new array [O]; ValueError if the observation has not as many numbers as its space."""
+    def _read(self, observation: Any) -> NDArray[Any]:
+        """A new array of one observation; ValueError if it has not the shape, or size, of its space."""
+        if self.image:
+            image = np.array(observation)
+            if image.shape != self.unflattened.shape or image.dtype != np.uint8:
+                wanted, got = list(self.unflattened.shape), list(image.shape)
+                raise ValueError(f"an observation must be uint8 {wanted}, got {image.dtype} {got}")
+            return image
         if isinstance(self.unflattened, gymnasium.spaces.Box):
             flat = np.array(observation, np.float32).ravel()
         else:
@@ -146,7 +154,7 @@ class Slot(gymnasium.Wrapper[Any, Any, Any, Any]):
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         self.busy = True
         observation, _ = self.env.reset(**kwargs)
-        self._last = self._flat(observation)
+        self._last = self._read(observation)
         self.busy = False
         return self._last, {}
 
@@ -163,13 +171,14 @@ class Slot(gymnasium.Wrapper[Any, Any, Any, Any]):
             if type(error).__name__ != "PhysicsError":  # dm_control's word for a state that is not finite
                 raise
             return self._last, 0.0, False, True, {"lost": True}
-        flat = self._flat(observation)
-        # Zero times what is not finite is NaN; a fifth of the time of np.isfinite(flat).all().
-        if not (math.isfinite(flat.dot(self._zeros)) and math.isfinite(reward)):
+        seen = self._read(observation)
+        # Zero times what is not finite is NaN; a fifth of the time of np.isfinite(seen).all().
+        finite = self.image or math.isfinite(seen.dot(self._zeros))
+        if not (finite and math.isfinite(reward)):
             return self._last, 0.0, False, True, {"lost": True}
-        self._last = flat
+        self._last = seen
         kept = {"success": bool(info["success"])} if "success" in info else {}
-        return flat, reward, terminated, truncated, kept
+        return seen, reward, terminated, truncated, kept
 
 
 class SlotFactory:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from brc_fast.errors import InputError
+from brc_fast.spec import Spec
 
 from . import _jax
 from ._programs import BLOCKS, Slots, Start, programs
@@ -64,10 +65,8 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         limits = [episode_length or length for length in sizes.episode_lengths]
         self.max_episode_steps = max(limits)
         self.declare(
-            task_names=tasks,
+            Spec.vectors(sizes.observation, sizes.action, tasks),
             task_ids=np.repeat(np.arange(len(tasks)), num_envs),
-            observation_size=sizes.observation,
-            action_size=sizes.action,
             seed=seed,
         )
         self._limits = np.array(limits, np.int32)

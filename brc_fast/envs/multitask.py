@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from brc_fast.errors import InputError
+from brc_fast.spec import Spec
 
-from .base import GymnasiumFace, Step, VectorEnvironment
+from .base import GymnasiumFace, Privileged, Step, VectorEnvironment
 
 
 class Group(VectorEnvironment, Protocol):
@@ -32,7 +33,8 @@ class Group(VectorEnvironment, Protocol):
 class MultiTaskEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.float32], NDArray[Any]]):
     """Groups of slots of one or several tasks; slots are ordered by task, `task_ids` has the task of each.
 
-    Observations are zero-padded to the widest task; of the actions each group reads as many as it has.
+    Vectors are zero-padded to the widest task; of continuous actions each group reads as many as it has.
+    Tasks whose observations or actions are of different kinds are refused with an InputError.
     All groups are launched before the first is waited for.
     """
 
@@ -57,10 +59,8 @@ class MultiTaskEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         ]
         self._in_order = bool((order[1:] > order[:-1]).all())
         self.declare(
-            task_names=tuple(task_names),
+            Spec.joined([group.task_spec for group in self.groups], task_names),
             task_ids=np.repeat(np.arange(len(task_names)), [len(slots_of[name]) for name in task_names]),
-            observation_size=max(group.observation_size for group in self.groups),
-            action_size=max(group.action_size for group in self.groups),
             seed=seed,
         )
         self.continues = np.concatenate([group.continues for group in self.groups])[order]
@@ -78,7 +78,7 @@ class MultiTaskEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
     def reset_tensors(self, seed: int | None) -> Tensor:
         self._compile()
         observations = self._padded([group.reset_tensors(seed) for group in self.groups])
-        self._note_successes()
+        self._note_newest()
         return observations
 
     def step_tensors(self, actions: Tensor) -> Step:
@@ -86,14 +86,16 @@ class MultiTaskEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         launched = []
         for group, places in zip(self.groups, self._places, strict=True):
             rows = actions[int(places[0]) : int(places[-1]) + 1] if self._in_order else actions[places]
-            launched.append(group.launch(rows[:, : group.action_size]))
+            launched.append(group.launch(rows[:, : group.action_size] if rows.dim() > 1 else rows))
         steps = [group.collect(step) for group, step in zip(self.groups, launched, strict=True)]
-        self._note_successes()
+        self._note_newest()
         observations, successors, *others = zip(*steps, strict=True)
         return Step(self._padded(observations), self._padded(successors), *map(self._joined, others))
 
     def _padded(self, parts: Sequence[Tensor]) -> Tensor:
-        return self._joined([pad(part, (0, self.observation_size - part.shape[1])) for part in parts])
+        """Rows of all groups; vectors get the size of the widest."""
+        widest = max(part.shape[-1] for part in parts)
+        return self._joined([pad(part, (0, widest - part.shape[-1])) for part in parts])
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Rows of all groups, on the device of the first, ordered by task."""
@@ -101,7 +103,10 @@ class MultiTaskEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         rows = torch.cat([part.to(device) for part in parts])
         return rows if self._in_order else rows[self._order.to(device)]
 
-    def _note_successes(self) -> None:
+    def _note_newest(self) -> None:
+        """What the groups tell beside the newest step."""
+        seen = [group.privileged for group in self.groups if group.privileged is not None]
+        self.privileged = Privileged(*map(self._padded, zip(*seen, strict=True))) if seen else None
         known = [group.successes for group in self.groups]
         if all(part is None for part in known):
             self.successes = None
@@ -142,7 +147,7 @@ class MultiTaskEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         self._compile()
         loaded = zip(self.groups, parts.values(), strict=True)
         observations = self._padded([group.load_state_dict(part) for group, part in loaded])
-        self._note_successes()
+        self._note_newest()
         return observations
 
     def close_extras(self, **kwargs: Any) -> None:

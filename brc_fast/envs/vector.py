@@ -1,4 +1,7 @@
-"""Any `gymnasium.vector.VectorEnv` as a task of ours: true successors, flat observations, scaled actions."""
+"""Any `gymnasium.vector.VectorEnv` as a task of ours: true successors, flat observations, scaled actions.
+
+An image is kept as it is, and discrete actions count from 0.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from brc_fast.errors import InputError
+from brc_fast.spec import Box, Discrete, Field, Spec
 
-from .base import GymnasiumFace, Step, check_start
+from .base import GymnasiumFace, Step, check_start, finite_rows
 
 
-class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.float32], NDArray[Any]]):
+class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
     """N slots of one task, held by a vector environment that restarts them in any of Gymnasium's three ways.
 
     venv:               has the reset, step, close, spaces and metadata of a `gymnasium.vector.VectorEnv`. One
@@ -26,7 +30,9 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.flo
     max_episode_steps:  longest episode in steps, None where nobody knows
     lost_key:           boolean entry of a step's info: the transition is lost, the observation a placeholder
     success_key:        boolean entry of a step's info: the task calls the step a success
-    observation_space:  of one slot; a Dict with fewer keys than the environment's leaves the others out
+    observation_space:  of one slot; a Dict with fewer keys than the environment's leaves the others out.
+                        One Box of uint8 with two or more dimensions is an image and stays one, all else
+                        becomes a vector
 
     A number that is not finite loses its transition where the slot can be reset from outside (mode DISABLED);
     in the other modes it is passed on, for `check_finite` to report. Raises InputError for spaces that do not
@@ -57,26 +63,15 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.flo
                 "to one of gymnasium.vector.AutoresetMode"
             ) from None
         self._space = venv.single_observation_space if observation_space is None else observation_space
-        action_space = venv.single_action_space
-        check_spaces(task, self._space, action_space)
-        self._low: NDArray[Any] = action_space.low
-        self._high: NDArray[Any] = action_space.high
-        self._symmetric = bool((self._low == -self._high).all())
-        self.declare(
-            task_names=(task,),
-            task_ids=np.zeros(venv.num_envs, np.int64),
-            observation_size=spaces.flatdim(self._space),
-            action_size=spaces.flatdim(action_space),
-            seed=seed,
-        )
+        actions = venv.single_action_space
+        check_spaces(task, self._space, actions)
+        self._symmetric = isinstance(actions, spaces.Box) and bool((actions.low == -actions.high).all())
+        self.declare(spec_of(task, self._space, actions), np.zeros(venv.num_envs, np.int64), seed)
         self.continues[:] = False
         self._set_key(seed)
         self._lost = 0
         self._steps = 0  # since the last reset
         self._running = False
-        for side, size in (("observations", self.observation_size), ("actions", self.action_size)):
-            if not size:
-                raise InputError(f"{task} cannot be learned: it has no {side}")
 
     @property
     def when(self) -> str:
@@ -133,22 +128,32 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.flo
         sequence = np.random.SeedSequence([*self._key.tolist(), self._starts])
         self._starts += 1
         seeds = sequence.generate_state(self.num_envs, np.uint32) >> 1  # some simulators take an int32
-        observations = self._flat(self._start(seeds.tolist()), self.num_envs)
+        observations = self._read(self._start(seeds.tolist()), self.num_envs)
         check_start(torch.from_numpy(observations), self, self.when)
         self._ended = np.zeros(self.num_envs, bool)
         self._running = True
         return self._acting_on(observations)
 
-    def _acting_on(self, observations: NDArray[np.float32]) -> Tensor:
+    def _acting_on(self, observations: NDArray[Any]) -> Tensor:
         self._observations = observations.copy()
         return torch.from_numpy(observations)
 
-    def _flat(self, observation: Any, count: int) -> NDArray[np.float32]:
-        """A new array [count, O] of `count` observations, stacked in every leaf of the space."""
-        parts = [np.reshape(leaf, (count, -1)) for leaf in leaves(self._space, observation)]
-        flat = np.concatenate(parts, axis=1, dtype=np.float32)
-        self._check_shape("observations", flat, count, self.observation_size)
-        return flat
+    def _read(self, observation: Any, count: int) -> NDArray[Any]:
+        """A new array [count, ..] of `count` observations, stacked in every leaf of the space."""
+        field = self.task_spec.observation
+        if is_image(self._space):
+            read = np.array(observation)
+            if read.dtype != np.uint8:
+                raise InputError(
+                    f"observations of {self.task_names[0]} must be uint8, got {read.dtype} {self.when}"
+                )
+            if count == 1 and read.shape == field.shape:
+                read = read[None]
+        else:
+            parts = [np.reshape(leaf, (count, -1)) for leaf in leaves(self._space, observation)]
+            read = np.concatenate(parts, axis=1, dtype=np.float32)
+        self._check_shape("observations", read, count, *field.shape)
+        return read
 
     def _check_shape(self, name: str, values: NDArray[Any], *shape: int) -> None:
         if values.shape != shape:
@@ -160,19 +165,22 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.flo
     def _native(self, actions: Tensor) -> NDArray[Any]:
         """Actions between the bounds of the space, and exactly the bounds at -1 and 1."""
         space = self.venv.single_action_space
-        unscaled: NDArray[Any] = actions.cpu().numpy().astype(space.dtype)
-        unscaled = unscaled.reshape(self.num_envs, *space.shape)
+        native: NDArray[Any] = actions.cpu().numpy().astype(space.dtype)
+        if isinstance(space, spaces.Discrete):
+            native += space.start
+            return native
+        native = native.reshape(self.num_envs, *space.shape)
         if self._symmetric:
-            unscaled *= self._high
-            return unscaled
-        share = (unscaled + 1) / 2
-        scaled: NDArray[Any] = self._low * (1 - share) + self._high * share
+            native *= space.high
+            return native
+        share = (native + 1) / 2
+        scaled: NDArray[Any] = space.low * (1 - share) + space.high * share
         return scaled
 
     def _as_step(
         self, raw: Any, rewards: Any, terminated: Any, truncated: Any, infos: dict[str, Any]
     ) -> Step:
-        observations = self._flat(raw, self.num_envs)
+        observations = self._read(raw, self.num_envs)
         successors = observations.copy()
         rewards = np.array(rewards, np.float32)
         terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
@@ -189,15 +197,15 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.flo
                     f"do not {self.when}"
                 )
             for slot in ended.nonzero()[0]:
-                successors[slot] = self._flat(infos["final_obs"][slot], 1)[0]
+                successors[slot] = self._read(infos["final_obs"][slot], 1)[0]
         elif self._mode is AutoresetMode.DISABLED:
-            finite = np.isfinite(successors).all(axis=1) & np.isfinite(rewards)
+            finite = finite_rows(torch.from_numpy(successors)).numpy() & np.isfinite(rewards)
             if not finite.all():
                 lost = ~finite if lost is None else lost | ~finite
                 ended |= lost
             if ended.any():
                 restarted, _ = self.venv.reset(options={"reset_mask": ended.copy()})
-                observations[ended] = self._flat(restarted, self.num_envs)[ended]
+                observations[ended] = self._read(restarted, self.num_envs)[ended]
 
         dropped = np.zeros(self.num_envs, bool)
         if lost is not None:
@@ -265,31 +273,58 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.flo
 
 
 def check_spaces(task: str, observation_space: Space[Any], action_space: Space[Any]) -> None:
-    """Raise InputError unless observations are vectors, or can be made one, and actions continuous and
-    bounded."""
+    """Raise InputError unless observations are an image or can be made a vector, and actions are discrete, or
+    continuous and bounded."""
     if not (
-        isinstance(action_space, spaces.Box)
-        and np.issubdtype(action_space.dtype, np.floating)
-        and action_space.is_bounded()
+        isinstance(action_space, spaces.Discrete)
+        or (
+            isinstance(action_space, spaces.Box)
+            and np.issubdtype(action_space.dtype, np.floating)
+            and action_space.is_bounded()
+        )
     ):
         raise InputError(
-            f"{task} has the action space {action_space}; only continuous actions with finite bounds can be "
-            "used"
+            f"{task} has the action space {action_space}; only continuous actions with finite bounds, and "
+            "discrete ones, can be used"
         )
-    if isinstance(observation_space, (spaces.Dict, spaces.Tuple)):
-        parts = observation_space.spaces
+    if not is_image(observation_space):
+        check_vectors(task, observation_space)
+
+
+def check_vectors(task: str, space: Space[Any]) -> None:
+    """Raise InputError unless observations can be made a vector."""
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        parts = space.spaces
         for part in parts.values() if isinstance(parts, dict) else parts:
-            check_spaces(task, part, action_space)
-    elif not isinstance(observation_space, spaces.Box):
+            check_vectors(task, part)
+    elif not isinstance(space, spaces.Box):
         raise InputError(
-            f"{task} has {observation_space} among its observations; only Box, and Dict and Tuple of Boxes, "
-            "can be used"
+            f"{task} has {space} among its observations; only Box, and Dict and Tuple of Boxes, can be used"
         )
-    elif len(observation_space.shape) > (1 if observation_space.dtype == np.uint8 else 2):
+    elif is_image(space) or len(space.shape) > 2:
         raise InputError(
-            f"{task} has {observation_space} among its observations, an image; only vectors can be used: "
-            "take the task's version without pictures, or flatten them with Gymnasium's FlattenObservation"
+            f"{task} has {space} among its observations, an image; only vectors, or one image of uint8 and "
+            "nothing else, can be used: take the task's version without pictures, or flatten them with "
+            "Gymnasium's FlattenObservation"
         )
+
+
+def is_image(space: Space[Any]) -> bool:
+    """Whether observations are kept as they are: arrays of uint8, such as [H, W, C]. Others are flattened."""
+    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) > 1
+
+
+def spec_of(task: str, observation_space: Space[Any], action_space: Space[Any]) -> Spec:
+    """What a task observes and does, of spaces that were checked; InputError where there is nothing."""
+    image = is_image(observation_space)
+    shape = observation_space.shape if image else (spaces.flatdim(observation_space),)
+    size = spaces.flatdim(action_space)
+    for side, sizes in (("observations", shape or ()), ("actions", (size,))):
+        if 0 in sizes:
+            raise InputError(f"{task} cannot be learned: it has no {side}")
+    observation = Field(shape or (), "uint8" if image else "float32")
+    discrete = isinstance(action_space, spaces.Discrete)
+    return Spec(observation, Discrete(size) if discrete else Box(size), (task,))
 
 
 def leaves(space: Space[Any], observation: Any) -> Iterator[Any]:

@@ -23,6 +23,7 @@ from brc_fast.envs.base import (
     tasks_with_success,
 )
 from brc_fast.errors import InputError
+from brc_fast.spec import Spec
 
 from .checkpoint import RunFolder
 from .scores import Estimate, Values, aggregate, normalized
@@ -48,7 +49,7 @@ def evaluate(agent: BRC, env: VectorEnvironment, seed: int, episodes: int | None
     Raises InputError for sizes that differ from the agent's, for a task without a time limit or that
     does not keep it, for numbers that are not finite, and where a slot loses 10 episodes in a row.
     """
-    sizes = [[side.observation_size, side.action_size] for side in (agent, env)]
+    sizes = [[agent.observation_size, agent.action_size], [*env.task_spec.vector_sizes("the agent")]]
     if sizes[0] != sizes[1]:
         raise InputError(
             f"observation_size and action_size must be the agent's, {sizes[0]}, got environments with "
@@ -199,10 +200,10 @@ def restore(folder: RunFolder, device: str) -> tuple[int, BRC]:
     config = dataclasses.replace(folder.config(), precision="fp32")
     with folder.fitting():
         state = {name: torch.from_numpy(value) for name, value in parts["agent"].items()}
-        sizes = BRC.sizes_of(config, state)
-        plan = plan_memory(dataclasses.replace(config, batch_size=1, updates_per_step=1), *sizes, device)
+        spec = Spec.vectors(*BRC.sizes_of(config, state), config.tasks)
+        plan = plan_memory(dataclasses.replace(config, batch_size=1, updates_per_step=1), spec, device)
         require_memory(plan, device)
-        agent = BRC.from_config(config, *sizes, device)
+        agent = BRC.from_config(config, spec, device)
         agent.load_state_dict(state)
     return step, agent
 

@@ -42,13 +42,13 @@ class Trainer:
         self.env, self.eval_env = map(made, (config.num_envs, config.eval_envs or config.eval_episodes))
         require_time_limit(self.env)
         self.names, ids = self.env.task_names, self.env.task_ids
-        sizes = (self.env.observation_size, self.env.action_size)
-        memory = plan_memory(config, *sizes, device)
+        spec = self.env.task_spec
+        memory = plan_memory(config, spec, device)
         say(f"learner on {device}, {config.precision}: {memory}")
         require_memory(memory, device)
-        self.agent = BRC.from_config(config, *sizes, device)
+        self.agent = BRC.from_config(config, spec, device)
         self.lagged = LaggedPolicy(self.agent) if config.policy_lag >= config.updates_per_step else None
-        self.replay = ReplayBuffer(config.replay_capacity, *sizes, task_ids=ids, seed=config.seed)
+        self.replay = ReplayBuffer(config.replay_capacity, *spec.fields, task_ids=ids, seed=config.seed)
         self.batch_size = config.transitions_per_update
         size = self.batch_size, config.updates_per_step
         sampled = iter(partial(self.replay.sample, *size), None)

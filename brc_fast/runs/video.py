@@ -119,7 +119,7 @@ def film(
     InputError where the task has grown since it was learned or does not keep its time limit, or its simulator
     is out of reach.
     """
-    sizes = [[side.observation_size, side.action_size] for side in (agent, env)]
+    sizes = [[agent.observation_size, agent.action_size], [*env.task_spec.vector_sizes("the agent")]]
     if any(given > learned for learned, given in zip(*sizes, strict=True)):
         raise InputError(
             f"observation_size and action_size of {env.task_names[0]} are {sizes[1]}, those of the agent "
@@ -135,8 +135,8 @@ def film(
     while not ended:
         states.append(source.read())
         require_kept_limit(env, 0, len(states))
-        seen = pad(observations.to(agent.device), (0, agent.observation_size - env.observation_size))
-        actions = agent.act(seen, ids, deterministic=True)[:, : env.action_size]
+        seen = pad(observations.to(agent.device), (0, agent.observation_size - observations.shape[1]))
+        actions = agent.act(seen, ids, deterministic=True)[:, : sizes[1][1]]
         step = env.step_tensors(actions)
         total += float(step.rewards[0])
         ended = bool(step.terminated[0] | step.truncated[0])
