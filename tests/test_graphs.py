@@ -171,7 +171,7 @@ def test_not_even_the_checks_of_update_read_a_tensor(monkeypatch: pytest.MonkeyP
     """Of a batch on the device: on the host the task ids are looked at, and a batch is copied from there."""
     learner, data = agent(3), batches(2, 3)
     learner.update(next(data))
-    learner.updates = lambda inputs: learner._updates(*inputs)  # type: ignore[assignment]
+    learner.updates = lambda inputs: learner.make_updates(*inputs)  # type: ignore[assignment]
     batch = next(data)
     monkeypatch.setattr(Tensor, "is_cpu", False)
     with kernels.use("reference"), Tape():
@@ -228,7 +228,7 @@ def test_what_a_graph_would_not_see_cannot_be_set() -> None:
     """Everything public that an agent and its optimizers are made with, but modules, which are watched."""
     learner = agent(2)
     watched = ("critic", "target_critic", "actor", "temperature", "updates")
-    for part in (learner, *learner._optimizers().values()):
+    for part in (learner, *learner.optimizers().values()):
         for name, value in list(vars(part).items()):
             written = part is not learner and isinstance(value, Tensor)  # in place
             if name.startswith("_") or (part is learner and name in watched) or written:

@@ -1,6 +1,6 @@
 """What every agent has beside its updates: state, what was done to its parameters by hand, metrics.
 
-An agent makes its networks and optimizers, names them in `parts`, and calls `_ready` at the end of its
+An agent makes its networks and optimizers, names them in `parts`, and calls `ready` at the end of its
 `__init__`.
 """
 
@@ -55,19 +55,19 @@ class Agent:
         """Networks and optimizers by name: what state is kept of, and what is trained."""
         raise NotImplementedError
 
-    def _updates(self, *inputs: Tensor) -> Tensor:
+    def make_updates(self, *inputs: Tensor) -> Tensor:
         """The updates of one call, from tensors alone; metrics in the order of METRICS. It keeps to what a
         CUDA graph can hold."""
         raise NotImplementedError
 
-    def _forget_plans(self) -> None:
+    def forget_plans(self) -> None:
         """Parameters have moved: what holds addresses of theirs is to be made anew."""
         raise NotImplementedError
 
-    def _ready(self, graphs: bool) -> None:
+    def ready(self, graphs: bool) -> None:
         self.first_bad = FirstBad(self.METRICS, torch.empty(0, device=self.device, dtype=self.dtype))
         self._trained = {name: part for name, part in self.parts().items() if isinstance(part, nn.Module)}
-        updates = weakref.WeakMethod(self._updates)  # so that the agent dies with its last reference
+        updates = weakref.WeakMethod(self.make_updates)  # so that the agent dies with its last reference
 
         def function(*inputs: Tensor) -> Tensor:
             mine = updates()
@@ -89,7 +89,7 @@ class Agent:
             raise AttributeError(f"{name} is a setting of {SETTINGS[name]}, which {FIXED}")
         super().__setattr__(name, value)
 
-    def _optimizer(
+    def optimizer(
         self, networks: FlatNetworks, beta1: float, weight_decay: float, tau: float | None = None
     ) -> FlatAdamW:
         return FlatAdamW(
@@ -101,8 +101,8 @@ class Agent:
             tau=tau,
         )
 
-    def _run(self, inputs: Sequence[Tensor], noise: Sequence[Tensor] | None) -> Metrics:
-        """The updates of one call: with noise that is given, without a CUDA graph."""
+    def run(self, inputs: Sequence[Tensor], noise: Sequence[Tensor] | None = None) -> Metrics:
+        """The updates of one call; where noise is given, without a CUDA graph."""
         # memory that is kept must not be of inference mode: nothing outside of that could write it
         with torch.inference_mode(False), torch.no_grad(), products(self.precision, self.device):
             self._follow()
@@ -110,7 +110,7 @@ class Agent:
                 values = self.updates(list(inputs))
             else:
                 self.updates.join()
-                values = self._updates(*(x.to(self.device) for x in (*inputs, *noise)))
+                values = self.make_updates(*(x.to(self.device) for x in (*inputs, *noise)))
         return dict(zip(self.METRICS, values.unbind(), strict=True))
 
     def _follow(self) -> None:
@@ -122,12 +122,12 @@ class Agent:
             # compiled or wrapped, a module has the same parameters
             if [id(p) for p in now.parameters()] != [id(p) for p in trained.parameters()]:
                 raise RuntimeError(f"{name} is not the module that is trained: load its parameters into that")
-        for optimizer in self._optimizers().values():
+        for optimizer in self.optimizers().values():
             if optimizer.networks.touched():
                 self.updates.join()  # before what it may still read is changed
                 if optimizer.networks.follow():
                     self.updates.forget()
-                    self._forget_plans()
+                    self.forget_plans()
 
     def check_finite(self) -> None:
         """FloatingPointError if a loss or a gradient is not finite: which, and since which update.
@@ -150,7 +150,7 @@ class Agent:
         States of checkpoints in format 2 are taken too.
         """
         mine = self.state_dict()
-        for name, optimizer in self._optimizers().items():
+        for name, optimizer in self.optimizers().items():
             state = optimizer.with_named_moments(state, f"{name}/")
         for key in sorted(mine.keys() | state.keys()):
             if key not in state or key not in mine:
@@ -171,19 +171,19 @@ class Agent:
                 {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             )
 
-    def _optimizers(self) -> dict[str, FlatAdamW]:
+    def optimizers(self) -> dict[str, FlatAdamW]:
         return {name: part for name, part in self.parts().items() if isinstance(part, FlatAdamW)}
 
-    def _settings(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def settings(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What to call the class with for an agent like this one."""
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[object, ...]:
         """A copied or unpickled agent has buffers of its own, and goes on from the same state."""
-        sizes, settings = self._settings()
+        sizes, settings = self.settings()
         settings["graphs"] = self.updates.reason != OFF
         state = {name: value.clone() for name, value in self.state_dict().items()}
-        rates = {name: (part.learning_rate, part.tau) for name, part in self._optimizers().items()}
+        rates = {name: (part.learning_rate, part.tau) for name, part in self.optimizers().items()}
         return self._restored, (sizes, settings, state, rates)
 
     @classmethod
@@ -197,7 +197,7 @@ class Agent:
         """The inverse of `__reduce__`."""
         agent = cls(*sizes, **settings)
         agent.load_state_dict(state)
-        for name, optimizer in agent._optimizers().items():
+        for name, optimizer in agent.optimizers().items():
             optimizer.learning_rate.copy_(rates[name][0])
             optimizer.tau.copy_(rates[name][1])
         return agent

@@ -117,15 +117,15 @@ class BRC(Acting, Agent):
         self.critics = FlatNetworks([self.critic, self.target_critic], low)
         self.actors = FlatNetworks([self.actor], low)
         rule, decay, beta1 = self.learning, self.learning.weight_decay, self.learning.beta1
-        self.critic_optimizer = self._optimizer(self.critics, beta1, decay, rule.tau)
-        self.actor_optimizer = self._optimizer(self.actors, beta1, decay)
-        self.temperature_optimizer = self._optimizer(
+        self.critic_optimizer = self.optimizer(self.critics, beta1, decay, rule.tau)
+        self.actor_optimizer = self.optimizer(self.actors, beta1, decay)
+        self.temperature_optimizer = self.optimizer(
             FlatNetworks([self.temperature]), rule.temperature_beta1, 0.0
         )
         self.generator = Generator(drawn_on).manual_seed(seed + 1)
         self._plans: dict[int, Plans] = {}
         self._unscaled = torch.ones(num_tasks, device=device, dtype=dtype)
-        self._ready(graphs)
+        self.ready(graphs)
 
     @classmethod
     def from_config(cls, config: TrainConfig, spec: Spec, device: str) -> BRC:
@@ -202,9 +202,9 @@ class BRC(Acting, Agent):
         require_shape("reward_scale", scale, "[T]", (self.num_tasks,))
         for name, part in () if noise is None else noise._asdict().items():
             require_shape(f"noise.{name}", part, "[U, B, A]", tuple(batches.actions.shape))
-        return self._run([*batches, scale], noise)
+        return self.run([*batches, scale], noise)
 
-    def _updates(self, *inputs: Tensor) -> Tensor:
+    def make_updates(self, *inputs: Tensor) -> Tensor:
         """`update` of a batch's fields, the reward scale and, perhaps, noise."""
         batches, scale, noise = Batch(*inputs[:6]), inputs[6], inputs[7:]
         each = scale if self.num_tasks == 1 else scale[batches.task_ids]
@@ -234,7 +234,7 @@ class BRC(Acting, Agent):
             self._plans[rows] = Plans(*nets, rows, self.recompute)  # kept: a graph may use its memory
         return self._plans[rows]
 
-    def _forget_plans(self) -> None:
+    def forget_plans(self) -> None:
         self._plans.clear()
 
     @torch.no_grad()
@@ -346,7 +346,7 @@ class BRC(Acting, Agent):
             adam=self.temperature_optimizer.scalar(),
         )
 
-    def _settings(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def settings(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         sizes = self.observation_size, self.action_size, self.num_tasks
         names = "critic_config", "actor_config", "learning", "device", "dtype", "precision", "recompute"
         return sizes, {name.removesuffix("_config"): getattr(self, name) for name in names}
