@@ -15,6 +15,7 @@ from brc_fast import BRC, Batch, InputError, Noise
 from brc_fast.command import main as cli
 from brc_fast.runs.checkpoint import RunFolder
 from brc_fast.runs.evaluate import restore
+from brc_fast.spec import Spec
 
 OLD = Path(__file__).parent / "data" / "format2"
 
@@ -22,7 +23,8 @@ OLD = Path(__file__).parent / "data" / "format2"
 def restored() -> BRC:
     folder = RunFolder(OLD)
     _, parts = folder.load("agent")
-    agent = BRC.from_config(folder.config(), 3, 1, "cpu")
+    config = folder.config()
+    agent = BRC.from_config(config, Spec.vectors(3, 1, config.tasks), "cpu")
     agent.load_state_dict({name: torch.from_numpy(value) for name, value in parts["agent"].items()})
     return agent
 
