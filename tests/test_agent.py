@@ -65,8 +65,8 @@ def test_each_update_changes_its_own_network_and_the_critics_its_target() -> Non
     steps = {
         "critic": lambda: agent.update_critic(batch, next(samples), agent.alpha),
         "actor": lambda: agent.update_actor(batch, next(samples), agent.alpha),
-        "temperature": lambda: agent.update_temperature(
-            losses, log_probs, losses, agent.alpha, torch.zeros(len(METRICS))
+        "temperature": lambda: agent.measure(
+            torch.zeros(len(METRICS)), losses, log_probs, losses, agent.alpha, agent.temperature_step()
         ),
     }
     for name, step in steps.items():

@@ -10,11 +10,12 @@ import dataclasses
 import weakref
 import zlib
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Generator, Tensor, nn
 
+from brc_fast import kernels
 from brc_fast.config import ActorConfig, CriticConfig, LearningConfig, Precision
 from brc_fast.learner.finite import FirstBad
 from brc_fast.learner.flat import FlatNetworks
@@ -28,6 +29,14 @@ SETTINGS = {
     for config in (ActorConfig, CriticConfig, LearningConfig)
     for field in dataclasses.fields(config)
 }
+
+
+class TemperatureStep(NamedTuple):
+    """What a step of the temperature is made of."""
+
+    target_entropy: float  # nats
+    gradient: Tensor  # [1], receives that of log alpha
+    adam: kernels.reference.ScalarAdam
 
 
 class Agent:
@@ -50,6 +59,7 @@ class Agent:
     generator: Generator
     updates: Captured
     first_bad: FirstBad
+    critic_optimizer: FlatAdamW  # whose steps are the updates
 
     def parts(self) -> dict[str, nn.Module | FlatAdamW]:
         """Networks and optimizers by name: what state is kept of, and what is trained."""
@@ -128,6 +138,37 @@ class Agent:
                 if optimizer.networks.follow():
                     self.updates.forget()
                     self.forget_plans()
+
+    @torch.no_grad()
+    def measure(
+        self,
+        metrics: Tensor,
+        losses: Tensor,
+        log_probs: Tensor,
+        q_values: Tensor,
+        alpha: Tensor,
+        temperature: TemperatureStep,
+    ) -> None:
+        """The metrics of one update, since when one is not finite, and a step of the temperature, in one
+        launch.
+
+        Args:
+            metrics: [8] in the order of `kernels.reference.METRICS`, with the norms; receives the others.
+            losses: [E, B], of the critic. log_probs: [B], of the policy's sample. q_values: [E, B], of it.
+            alpha: 0-d, becomes that of the next update.
+        """
+        kernels.update_summary_(
+            metrics,
+            losses,
+            log_probs,
+            q_values,
+            alpha,
+            target_entropy=temperature.target_entropy,
+            gradient=temperature.gradient,
+            step=self.critic_optimizer.step_count,
+            since=self.first_bad.since,
+            adam=temperature.adam,
+        )
 
     def check_finite(self) -> None:
         """FloatingPointError if a loss or a gradient is not finite: which, and since which update.

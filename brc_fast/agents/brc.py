@@ -23,7 +23,7 @@ from brc_fast.nn import bodies, conditioning
 from brc_fast.nn.modules import Actor, Critic, Temperature
 from brc_fast.spec import Spec
 
-from .base import Agent, Metrics
+from .base import Agent, Metrics, TemperatureStep
 from .plans import Plans, Sample
 from .policy import Acting
 
@@ -220,7 +220,8 @@ class BRC(Acting, Agent):
             losses = self.update_critic(batch, next(samples), alpha, metrics[CRITIC_NORM], discounts[index])
             sample = next(samples)
             q_values = self.update_actor(batch, sample, alpha, metrics[ACTOR_NORM])
-            self.update_temperature(losses, sample.log_probs, q_values, alpha, metrics)
+            step = self.temperature_step()
+            self.measure(metrics, losses, sample.log_probs, q_values, alpha, step)
         return rows[-1]
 
     def plans(self, batch: Batch) -> Plans:
@@ -322,29 +323,11 @@ class BRC(Acting, Agent):
         self.actor_optimizer.step(norm)
         return q_values
 
-    @torch.no_grad()
-    def update_temperature(
-        self, losses: Tensor, log_probs: Tensor, q_values: Tensor, alpha: Tensor, metrics: Tensor
-    ) -> None:
-        """One Adam step of log alpha on `alpha * (entropy - target_entropy)`, and the update's metrics.
-
-        Args:
-            losses: of `update_critic`. log_probs: [B], of the sample given to `update_actor`. q_values: of
-                `update_actor`. alpha: 0-d, becomes that of the next update. metrics: [8] in the order of
-                METRICS, with the norms; receives the others.
-        """
-        kernels.update_summary_(
-            metrics,
-            losses,
-            log_probs,
-            q_values,
-            alpha,
-            target_entropy=self.target_entropy,
-            gradient=self.temperature_optimizer.grad[:1],
-            step=self.critic_optimizer.step_count,
-            since=self.first_bad.since,
-            adam=self.temperature_optimizer.scalar(),
-        )
+    def temperature_step(self) -> TemperatureStep:
+        """One Adam step of log alpha on `alpha * (entropy - target_entropy)`, for `measure`, which has the
+        entropy: both are one launch."""
+        optimizer = self.temperature_optimizer
+        return TemperatureStep(self.target_entropy, optimizer.grad[:1], optimizer.scalar())
 
     def settings(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         sizes = self.observation_size, self.action_size, self.num_tasks
