@@ -19,7 +19,12 @@ from brc_fast.spec import Spec
 
 EVALUATION_SLOTS = 2
 sys.path.append(str(Path(__file__).parent))  # for replay_oracle, which several tests share
-from extras import NEEDS, require
+from extras import NEEDS, lacking, require
+
+if os.environ.get("TRITON_INTERPRET") == "1" and not lacking("triton"):
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
