@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import fresh
 import pytest
 from extras import require
 
@@ -167,7 +168,8 @@ def test_an_interrupt_that_python_ignores_comes_again(
 
     def ignoring(words: list[str]) -> int:
         Collected()
-        time.sleep(20)
+        for _ in range(200):  # what comes again is seen between two instructions
+            time.sleep(0.1)
         return 0
 
     monkeypatch.setattr(cli, "envs", ignoring)
@@ -205,7 +207,7 @@ def test_a_missing_extra_is_named_with_its_pip_command(
     config += "open('run/config.json', 'w').write(json.dumps(dataclasses.asdict(cpu_preset())))"
     blocked = f"import sys; sys.modules[{module!r}] = None; {config if words[0] == 'plot' else 'pass'}; "
     code = blocked + f"from brc_fast.command.main import main; sys.exit(main({words!r}))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    result = fresh.run(code, tmp_path)
     assert result.returncode == 2, result.stderr
     assert told in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 
+import fresh
 import pytest
 import torch
 from extras import needs
@@ -26,8 +26,7 @@ PLAIN = pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter runs ke
 def run(code: str, **switches: str) -> subprocess.CompletedProcess[str]:
     code = f"import torch; from brc_fast import kernels; x, z = torch.ones(3, 11), torch.ones(11); {code}"
     without = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "BRC_FAST_KERNELS")}
-    words = [sys.executable, "-c", code]
-    return subprocess.run(words, env=without | switches, capture_output=True, text=True)
+    return fresh.run(code, environment=without | switches)
 
 
 def test_a_cpu_takes_the_twins_by_itself() -> None:
@@ -86,7 +85,8 @@ def test_the_environment_variable_chooses_and_is_checked() -> None:
 @NEEDS_TRITON
 def test_the_interpreter_runs_only_when_kernels_are_asked_for() -> None:
     code = (
-        "from unittest.mock import patch; from brc_fast.kernels import dispatch, cross_entropy; "
+        "from unittest.mock import patch; "
+        "from brc_fast.kernels import cross_entropy; from brc_fast.kernels.runtime import dispatch; "
         "spy = patch.object(cross_entropy, 'launch', wraps=dispatch.launch).start(); "
         "kernels.expected_value(x, z); print(spy.call_count)"
     )
@@ -106,7 +106,7 @@ def test_without_triton_everything_but_an_explicit_choice_works() -> None:
         "kernels.bias_layer_norm(x, z, z, z); BRC(3, 1, critic=CriticConfig(width=16)); "
         "kernels.expected_value(x, z, impl='triton')"
     )
-    done = subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True)
+    done = fresh.run(hide + code)
     assert (
         'RuntimeError: kernels were asked for, but triton is not installed; pip install "triton>=3.6"'
         in done.stderr

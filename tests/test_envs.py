@@ -1,11 +1,10 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -39,10 +38,7 @@ def equal(first, second):
 
 
 def in_new_process(code, **environment):
-    command = [sys.executable, "-c", code]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}, check=False
-    )
+    return fresh.run(code, environment={**os.environ, **environment})
 
 
 def spoil(env, leaf, slot, value):

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 
@@ -125,8 +125,7 @@ def test_importing_reads_no_table() -> None:
         "from brc_fast import published as p; "
         "print([read.cache_info().currsize for read in (p._scores, p._normalization, p._task_lists)])"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.strip() == "[0, 0, 0]"
+    assert fresh.run(code).stdout.strip() == "[0, 0, 0]"
 
 
 def test_the_tables_are_small_and_their_licence_lies_beside_them() -> None:

@@ -337,7 +337,7 @@ def test_integers_of_numpy_and_torch_are_those_of_python(tmp_path: Path) -> None
     assert frame == Field((3,), torch.float32, stack=2)
     filled(observation=frame).buffer.save(tmp_path)
     feed = filled(300, steps=250)
-    for size in (np.int16(500), np.int8(100), torch.tensor(5)):
+    for size in (np.int16(260), np.int8(16), torch.tensor(5)):  # whose products they do not hold
         feed.check_sample(size, size // 2)
         feed.check_sample(int(size), int(size) // 2)
 
