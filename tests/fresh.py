@@ -1,4 +1,4 @@
-"""Code in a process of its own that has imported torch alone: a fork of one, for that import takes a second."""
+"""Code in a process that has imported torch alone: a fork of one, for that import takes a second."""
 
 from __future__ import annotations
 
