@@ -185,6 +185,8 @@ class TrainConfig:
     """On CUDA, replay all updates of a step as one CUDA graph."""
     reward_scale: bool = True
     """Divide each task's rewards by its scale, which keeps returns within the critic's support. BRC."""
+    normalize_observations: bool = False
+    """Give networks observations of mean 0 and variance 1, by running statistics of each task. SimBa."""
     recompute: bool = False
     """Make the critics' activations again in the backward pass instead of keeping them."""
     policy_lag: int = 0

@@ -69,14 +69,18 @@ IMPLEMENTATIONS = [
 ]
 
 
+@pytest.mark.parametrize("normalized", [False, True], ids=["raw", "normalized"])
 @pytest.mark.parametrize("tasks", [1, 3])
-def test_replays_of_two_updates_are_single_updates(tasks: int) -> None:
+def test_replays_of_two_updates_are_single_updates(tasks: int, normalized: bool) -> None:
     """Twenty calls of two updates, most of them replays, against forty plain ones, bit for bit."""
-    single, replayed = agent(tasks), agent(tasks)
+    single, replayed = (agent(tasks, normalize_observations=normalized) for _ in range(2))
     taped = replayed.updates = Taped(replayed.updates)  # type: ignore[assignment]
     scale = torch.linspace(0.5, 2.0, tasks)
     with kernels.use("reference"):
         for batch, _ in zip(batches(2, tasks), range(20), strict=False):
+            for learner in (single, replayed):
+                if learner.observations is not None:  # the next replay must read what these have become
+                    learner.observations.update(batch.observations[0] * 3.0 + 1.0, batch.task_ids[0])
             for update in range(2):
                 one = batch.map(lambda x, u=update: x[u : u + 1])  # type: ignore[misc]
                 expected = single.update(one, reward_scale=scale)

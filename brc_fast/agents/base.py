@@ -22,6 +22,7 @@ from brc_fast.learner.flat import FlatNetworks
 from brc_fast.learner.graphs import OFF, Captured
 from brc_fast.learner.optimizer import FIXED, FlatAdamW
 from brc_fast.learner.precision import products
+from brc_fast.nn.inputs import ObservationStatistics
 
 Metrics = dict[str, Tensor]
 SETTINGS = {
@@ -61,8 +62,8 @@ class Agent:
     first_bad: FirstBad
     critic_optimizer: FlatAdamW  # whose steps are the updates
 
-    def parts(self) -> dict[str, nn.Module | FlatAdamW]:
-        """Networks and optimizers by name: what state is kept of, and what is trained."""
+    def parts(self) -> dict[str, nn.Module | FlatAdamW | ObservationStatistics]:
+        """Networks, optimizers and statistics by name: what state is kept of; modules are trained."""
         raise NotImplementedError
 
     def make_updates(self, *inputs: Tensor) -> Tensor:

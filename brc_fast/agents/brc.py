@@ -20,6 +20,7 @@ from brc_fast.learner.graphs import MOST_SIGNATURES
 from brc_fast.learner.optimizer import FlatAdamW
 from brc_fast.learner.precision import check_precision, low_dtype
 from brc_fast.nn import bodies, conditioning
+from brc_fast.nn.inputs import ObservationStatistics
 from brc_fast.nn.modules import Actor, Critic, Temperature
 from brc_fast.spec import Spec
 
@@ -60,6 +61,9 @@ class BRC(Acting, Agent):
             float32 parameters are kept; moments, averages and LayerNorm stay in float32.
         graphs: on CUDA, replay `update` as a CUDA graph (brc_fast.learner.graphs).
         recompute: the critics' activations in the backward pass, which takes less memory and more time.
+        normalize_observations: what the networks are given, by running statistics (`agent.observations`) that
+            are the caller's to update: `agent.observations.update(observations, task_ids)`. Observations stay
+            as the environments give them for `act`, `value`, `update` and the replay.
 
     Once made, its settings are fixed; learning rates and tau are tensors of its optimizers, and may be set at
     any time: `agent.actor_optimizer.learning_rate = 1e-4`.
@@ -86,6 +90,7 @@ class BRC(Acting, Agent):
         precision: Precision = "fp32",
         graphs: bool = True,
         recompute: bool = False,
+        normalize_observations: bool = False,
         seed: int = 0,
     ) -> None:
         self.critic_config = critic or CriticConfig()
@@ -123,6 +128,8 @@ class BRC(Acting, Agent):
             FlatNetworks([self.temperature]), rule.temperature_beta1, 0.0
         )
         self.generator = Generator(drawn_on).manual_seed(seed + 1)
+        shown = ObservationStatistics(observation_size, num_tasks, device=device, dtype=dtype)
+        self.observations = shown if normalize_observations else None
         self._plans: dict[int, Plans] = {}
         self._unscaled = torch.ones(num_tasks, device=device, dtype=dtype)
         self.ready(graphs)
@@ -140,6 +147,7 @@ class BRC(Acting, Agent):
             precision=config.precision,
             graphs=config.graphs,
             recompute=config.recompute,
+            normalize_observations=config.normalize_observations,
             seed=config.seed,
         )
 
@@ -158,7 +166,8 @@ class BRC(Acting, Agent):
         inputs, outputs = state[kernels_of[0]].shape[-2], state[kernels_of[1]].shape[-1]
         return inputs - tasks.columns, outputs // (2 * tasks.heads)
 
-    def parts(self) -> dict[str, nn.Module | FlatAdamW]:
+    def parts(self) -> dict[str, nn.Module | FlatAdamW | ObservationStatistics]:
+        statistics = {} if self.observations is None else {"observations": self.observations}
         return {
             "critic": self.critic,
             "target_critic": self.target_critic,
@@ -167,6 +176,7 @@ class BRC(Acting, Agent):
             "critic_optimizer": self.critic_optimizer,
             "actor_optimizer": self.actor_optimizer,
             "temperature_optimizer": self.temperature_optimizer,
+            **statistics,
         }
 
     @property
@@ -202,11 +212,18 @@ class BRC(Acting, Agent):
         require_shape("reward_scale", scale, "[T]", (self.num_tasks,))
         for name, part in () if noise is None else noise._asdict().items():
             require_shape(f"noise.{name}", part, "[U, B, A]", tuple(batches.actions.shape))
-        return self.run([*batches, scale], noise)
+        moments = () if self.observations is None else self.observations.moments
+        return self.run([*batches, scale, *moments], noise)
 
     def make_updates(self, *inputs: Tensor) -> Tensor:
-        """`update` of a batch's fields, the reward scale and, perhaps, noise."""
+        """`update` of a batch's fields, the reward scale, the moments of observations where these are
+        normalized and, perhaps, noise."""
         batches, scale, noise = Batch(*inputs[:6]), inputs[6], inputs[7:]
+        if self.observations is not None:
+            moments, noise = (noise[0], noise[1]), noise[2:]
+            seen = (batches.observations, batches.next_observations)
+            now, then = (self.observations.normalize(x, batches.task_ids, moments) for x in seen)
+            batches = batches._replace(observations=now, next_observations=then)
         each = scale if self.num_tasks == 1 else scale[batches.task_ids]
         batches = batches._replace(rewards=batches.rewards / each)
         discounts = self.learning.discount * batches.masks
@@ -253,7 +270,8 @@ class BRC(Acting, Agent):
         next_actions, next_log_probs = kernels.tanh_gaussian(
             *self.policy(batch.next_observations, batch.task_ids), noise
         )
-        next_logits = self.target_critic(batch.next_observations, next_actions, batch.task_ids)
+        seen = self.normalized(batch.next_observations, batch.task_ids)
+        next_logits = self.target_critic(seen, next_actions, batch.task_ids)
         probs = kernels.categorical_target(
             next_logits,
             batch.rewards,
@@ -332,4 +350,5 @@ class BRC(Acting, Agent):
     def settings(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         sizes = self.observation_size, self.action_size, self.num_tasks
         names = "critic_config", "actor_config", "learning", "device", "dtype", "precision", "recompute"
-        return sizes, {name.removesuffix("_config"): getattr(self, name) for name in names}
+        settings = {name.removesuffix("_config"): getattr(self, name) for name in names}
+        return sizes, {**settings, "normalize_observations": self.observations is not None}

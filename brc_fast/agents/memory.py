@@ -24,7 +24,7 @@ class MemoryPlan:
 
     state: of parameters, targets, moments, gradients and low-precision copies. passes: of what the forward
     and backward passes keep, for B rows (on a GPU without the norms' partial sums, which are small). batches:
-    of two sets of input slots. libraries: a rough allowance on a GPU.
+    of two sets of input slots, and of normalized observations. libraries: a rough allowance on a GPU.
     """
 
     parameters: int
@@ -84,12 +84,15 @@ def plan_memory(config: TrainConfig, spec: Spec, device: str) -> MemoryPlan:
         field(agent.observation_size),
         field(dtype=torch.int64),
     )
+    normalized = 0
+    if agent.observations is not None:
+        state += bytes_of(*agent.observations.state_dict().values())
+        normalized = bytes_of(batches.observations, batches.next_observations)
     plans = agent.plans(batches.update(0))
     kept = sum(plan.bytes(device) for plan in plans.all())
     cuda = torch.device(device).type == "cuda"
-    return MemoryPlan(
-        parameters, state, kept, (2 if cuda else 1) * bytes_of(*batches), LIBRARIES if cuda else 0
-    )
+    slots = (2 if cuda else 1) * bytes_of(*batches)
+    return MemoryPlan(parameters, state, kept, slots + normalized, LIBRARIES if cuda else 0)
 
 
 def available(device: str) -> int:

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from brc_fast import kernels
 from brc_fast.batch import Batch
+from brc_fast.nn.inputs import ObservationStatistics
 from brc_fast.nn.modules import Actor, Critic
 
 if TYPE_CHECKING:
@@ -28,7 +29,14 @@ class Acting:
     dtype: torch.dtype
     generator: Generator
 
+    observations: ObservationStatistics | None
+
     normal: Callable[..., Tensor]
+
+    def normalized(self, observations: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        """What the networks are given for observations [..., O] of an environment."""
+        statistics = self.observations
+        return observations if statistics is None else statistics.normalize(observations, task_ids)
 
     def policy(
         self,
@@ -36,7 +44,9 @@ class Acting:
         task_ids: Tensor | None = None,
         lagged: tuple[Actor, Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Mean and raw log-std [B, A]; the online critic's embedding is read, and gets no gradient."""
+        """Mean and raw log-std [B, A] for observations as environments give them; the online critic's
+        embedding is read, and gets no gradient."""
+        observations = self.normalized(observations, task_ids)
         table = None if self.critic.table is None else self.critic.table.detach()
         actor, table = (self.actor, table) if lagged is None else lagged
         x = kernels.pack_inputs(observations, None, table, task_ids, self.critic.embedding_norm)
@@ -70,7 +80,7 @@ class Acting:
     def value(self, observations: Tensor, task_ids: Tensor | None = None) -> Tensor:
         """Q of the mean action, averaged over members, in units of the scaled return: [N, O] -> [N]."""
         actions = self.act(observations, task_ids, deterministic=True)
-        return self.critic.values(observations, actions, task_ids).mean(0)
+        return self.critic.values(self.normalized(observations, task_ids), actions, task_ids).mean(0)
 
     @torch.no_grad()
     def entropy_per_task(self, batch: Batch) -> Tensor:

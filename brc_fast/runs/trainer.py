@@ -67,6 +67,7 @@ class Trainer:
         """Act in every environment and store what came of it."""
         if self.observations is None:
             self.observations = self.env.reset_tensors(self.config.seed)
+            self.count(self.observations, torch.arange(self.env.num_envs))
         seen = self.observations.to(self.agent.device)
         random = self.steps < self.config.random_steps
         policy = self.lagged or self.agent
@@ -88,7 +89,16 @@ class Trainer:
         self.normalizer.update(rewards, terminated, truncated, values, dropped)
         self.episodes.record(step, self.env.successes)
         self.observations = step.observations
+        if self.agent.observations is not None:
+            # each once: where the actions led, and what new episodes begin with
+            begun = (step.dropped | (step.observations != step.successors).any(1)).nonzero().squeeze(-1)
+            self.count(torch.cat([rows.successors, step.observations[begun]]), torch.cat([kept, begun]))
         self.watch.lap("store")
+
+    def count(self, observations: Tensor, slots: Tensor) -> None:
+        """Take observations [M, O] of these slots [M] into the statistics, where the agent has some."""
+        if self.agent.observations is not None:
+            self.agent.observations.update(observations.cpu(), torch.from_numpy(self.env.task_ids)[slots])
 
     def learn(self) -> None:
         """U updates, each on its own batch; with a lagging policy they go on while the environments step."""
@@ -182,6 +192,8 @@ class Trainer:
             if self.entropies is not None:
                 self.entropies = torch.from_numpy(progress["entropies"]).to(self.agent.device)
             self.observations = self.env.load_state_dict(parts["environments"])
+            begun = torch.from_numpy(np.flatnonzero(~self.env.continues))
+            self.count(self.observations.cpu()[begun], begun)
         folder.load_replay(self.replay)  # last: what fits the rest and not this is damaged
         self.episodes.forget(~self.env.continues)
         self.normalizer.forget(~self.env.continues)
