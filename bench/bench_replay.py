@@ -66,6 +66,11 @@ class Provider(NamedTuple):
     check: Callable[[], None]
 
 
+def blamed(missing: Missing) -> Missing:
+    """Whatever is wrong with ours fails the result; a peer's costs no more than its own time."""
+    return {n: (Differs if n.startswith(OURS) else Unavailable)(told(e)) for n, e in missing.items()}
+
+
 def timed(
     found: Results, case: str, title: str, providers: Mapping[str, Provider], size: int, missing: Missing,
     seconds: float,
@@ -78,12 +83,10 @@ def timed(
             good[name] = provider.call
         except Exception as error:
             missing[name] = error
-    # A peer that differs costs no more than its own time.
-    missing = {n: e if n.startswith(OURS) else Unavailable(told(e)) for n, e in missing.items()}
     print(f"\n{title}")
     found.found.setdefault("titles", {})[case] = title
     times = interleave(good, seconds, turn=SLICE, timer=time.process_time)
-    found.case(case, times, UNIT, size, ours=OURS, missing=missing)
+    found.case(case, times, UNIT, size, ours=OURS, missing=blamed(missing))
 
 
 # ---------------------------------------------------------------- sampling
@@ -269,7 +272,7 @@ def files(found: Results, capacity: int, clock: Clock) -> None:
             took = time.perf_counter() - start
     for what, own in times.items():
         kept = {name: values for name, values in own.items() if name not in missing}
-        found.case(f"files {what}", kept, "s", ours=OURS, missing=missing)
+        found.case(f"files {what}", kept, "s", ours=OURS, missing=blamed(missing))
 
 
 GROUPS: dict[str, tuple[Callable[[Results, int, Clock], None], float]] = {  # with shares of the budget

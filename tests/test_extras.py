@@ -219,13 +219,13 @@ sys.path.insert(0, {str(ROOT / "bench")!r})
 import liger_kernel.ops
 import pytest_benchmark
 import torch
+from bench_replay import sampling
 from peers import jax_plain, replay_frames
 from peers.replay_data import Workload
-from replay_cases import built, sampling
+from peers.replay_peers import PEERS, filled
 missing = {{}}
-peers = built(Workload(67, 24, 1, 64, 320), missing)
-for provider in sampling(peers, 1, 64).values():
-    provider.check()
+for peer in filled(PEERS, Workload(67, 24, 1, 64, 320), missing).values():
+    sampling(peer, 1, 64).check()
 assert missing.keys() <= ({{"cpprb"}} if sys.version_info >= (3, 13) else set()), missing
 """
 ALONE = """
