@@ -57,7 +57,7 @@ Call = Callable[[], object]
 
 @contextmanager
 def liger() -> Iterator[None]:
-    """Liger's LayerNorm in the place of the twin: once per network, with bias, ReLU and residual in PyTorch."""
+    """Liger's LayerNorm in the twin's place: once per network, with bias, ReLU and residual in PyTorch."""
     try:
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
     except ImportError as error:

@@ -8,9 +8,9 @@ Buffers run in turns in one process, and the figures are medians of process CPU 
 them. Before a buffer is timed, the transitions that it returns must be transitions that were stored. A buffer
 that is not installed, fails or returns something else is listed with its reason.
 
---device asks for batches there instead, and times our two buffers: `device` (DeviceReplayBuffer), `prefetched`
-(ReplayBuffer, which copies the next batches while the learner has this one) and `copied` (sampled, then
-copied). All three must give the same batches. On a CPU the same code runs, and nothing is copied.
+--device asks for batches there instead, and times our two buffers: `device` (DeviceReplayBuffer),
+`prefetched` (ReplayBuffer, which copies the next batches while the learner has this one) and `copied`
+(sampled, then copied). All three must give the same batches. On a CPU nothing is copied.
 """
 
 from __future__ import annotations

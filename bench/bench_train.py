@@ -123,7 +123,7 @@ class Side:
         return self.best >= self.threshold
 
     def turn(self) -> tuple[float, float]:
-        """Train for a slice of time, and evaluate where it is due: seconds per environment step and update."""
+        """Train for a slice of time, evaluate where it is due: seconds per environment step and update."""
         trainer, due, start = self.trainer, False, time.perf_counter()
         steps, updates = trainer.steps, trainer.updates
         while time.perf_counter() - start < SLICE and not due:

@@ -4,9 +4,9 @@
 
 Builds the package into .site, measures the machine's limits, runs `pytest -m gpu`, then the benchmarks, and
 writes bench/results/gpu-<part>.json. Each part is a process of its own: what breaks one, or the GPU's state
-in it, does not reach the others. Parts have equal shares of the budget; none takes more than nine minutes, its
-start included, and what it had measured until then stays. What is not installed is skipped with its reason and
-has no share. `--dry` runs the same on the CPU at tiny sizes and writes to build/gpu-dry.
+in it, does not reach the others. Parts have equal shares of the budget; none takes more than nine minutes,
+its start included; what it had measured until then stays. What is not installed is skipped with its reason
+and has no share. `--dry` runs the same on the CPU at tiny sizes and writes to build/gpu-dry.
 """
 
 from __future__ import annotations

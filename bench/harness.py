@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -211,8 +212,8 @@ class Results:
 
     A measurement has `case` and `provider`, which no other one shares; `value`, a median, `low` and `high`,
     quartiles, all in `unit`; `better` ("more" or "less"); `rounds`; `floor`, in the unit; perhaps `ratio`,
-    how many times as good ours is, with quartiles, `over_floor`, how many times as long as the floor it takes,
-    and `at`, the columns of its table; and `missing`, the reason, where `value` is None.
+    how many times as good ours is, with quartiles, `over_floor`, how many times as long as the floor it
+    takes, and `at`, the columns of its table; and `missing`, the reason, where `value` is None.
     """
 
     def __init__(self, benchmark: str, path: Path | None = None, quiet: bool = False, **more: Any) -> None:
@@ -349,21 +350,19 @@ def header() -> dict[str, Any]:
 
 
 def versions(names: Sequence[str]) -> dict[str, str | None]:
-    def one(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    return {name: one(name) for name in names}
+    found: dict[str, str | None] = dict.fromkeys(names)
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _git(*words: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=ROOT)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout.strip()
+    return None
 
 
 def write(path: Path, results: Mapping[str, Any]) -> None:

@@ -12,8 +12,8 @@ LABELS = {
     "ours": "brc-fast", "ours-tf32": "brc-fast, TF32", "ours-bf16": "brc-fast, BF16", "kernels": "brc-fast",
     "critic": "plain PyTorch, our critic", "plain": "plain PyTorch", "eager": "plain PyTorch", "jax": "JAX",
     "compiled": "torch.compile", "compile": "torch.compile", "liger": "Liger", "library": "its own loop",
-    "authors' layout (numpy)": "authors' layout", "torch.index_select": "index_select", "flashbax (jit)": "flashbax",
-    "Stable-Baselines3": "SB3", "row gather (limit)": "copying one row",
+    "authors' layout (numpy)": "authors' layout", "torch.index_select": "index_select",
+    "flashbax (jit)": "flashbax", "Stable-Baselines3": "SB3", "row gather (limit)": "copying one row",
 }  # fmt: skip
 COLOURS = {
     "ours": BLUE, "ours-tf32": "#6ea8fe", "ours-bf16": BLUE, "critic": "#1a7f37", "plain": "#57606a",

@@ -1,4 +1,4 @@
-"""Providers take turns, cases become measurements, and what is written can be read again, and nothing else."""
+"""Providers take turns, cases become measurements, and what is written, and nothing else, can be read."""
 
 from __future__ import annotations
 

@@ -50,12 +50,13 @@ RUNS_UNDER = {
     "brc_fast/command/progress.py": ("train",),
     "brc_fast/runs/video.py": ("video",),
 }
-# Where it is there: torch brings Triton for a GPU, and an environment on MJX has brought Playground.
+# Where it is there: torch brings Triton for a GPU, and an environment has brought its simulator.
 IF_THERE = {
     "brc_fast/command/doctor.py": {"jax"},
     "brc_fast/runs/video.py": {"triton", "playground"},
     "kernels/runtime/language.py": {"triton"},
     "kernels/tools/aot.py": {"triton"},
+    "bench/bench_envs.py": {"envpool", "playground"},
 }
 # Imported, but declared by another distribution, which pip follows.
 BROUGHT_BY = {"ml-dtypes": "jax", "packaging": "pytest", "pytest": "pytest-benchmark"}

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,8 +60,7 @@ class RowGather:
     """Random rows of one contiguous block, copied to one output that is used again and again.
 
     The indices are drawn beforehand, the rows start at 64-byte borders, and the prefetch distance is the
-    fastest that was found on this machine. A replay buffer also has to draw, to find the rows and to hand out
-    memory, so it can come close to this time but not below it.
+    fastest of this machine. A replay buffer also has to draw, to find the rows and to hand out memory.
     """
 
     def __init__(self, rows: int, row_bytes: int, max_count: int, seed: int = 0) -> None:
@@ -81,16 +79,12 @@ class RowGather:
 
     def gather(self, count: int) -> NDArray[np.uint8]:
         """The next `count` random rows, [count, row_bytes], valid until the next call."""
-        index = self._take(count)
-        self._native.row_gather(
-            self._rows.ctypes.data,
-            self.row_bytes,
-            index.ctypes.data,
-            count,
-            self.ahead,
-            self.prefetched,
-            self._out.ctypes.data,
-        )
+        if self._next + count > self._index.size:
+            self._next = 0
+        self._next += count
+        index, rows = self._index[self._next - count : self._next].ctypes.data, self._rows.ctypes.data
+        where = self.ahead, self.prefetched, self._out.ctypes.data
+        self._native.row_gather(rows, self.row_bytes, index, count, *where)
         return self._out[: count * self.row_bytes].reshape(count, self.row_bytes)
 
     def check(self, count: int) -> None:
@@ -100,16 +94,6 @@ class RowGather:
         first = start if start + count <= self._index.size else 0
         if not np.array_equal(got, self._index[first : first + count]):
             raise RuntimeError("the gathered rows are not those of their indices")
-
-    def settings(self) -> dict[str, Any]:
-        """What the figures were taken with."""
-        return {"row_bytes": self.row_bytes, "ahead": self.ahead, "prefetched_bytes": self.prefetched}
-
-    def _take(self, count: int) -> NDArray[np.uint32]:
-        if self._next + count > self._index.size:
-            self._next = 0
-        self._next += count
-        return self._index[self._next - count : self._next]
 
     def _tune(self, count: int) -> None:
         """Takes the fastest prefetch distance and length; alternated, the least of several calls of each."""

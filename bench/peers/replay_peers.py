@@ -25,6 +25,7 @@ class Peer:
 
     name: str
     package: str  # to name its version
+    buffer: Any
     tasks = False  # knows tasks itself; otherwise PerTask holds one for each
 
     def __init__(self, workload: Workload) -> None:
@@ -33,7 +34,6 @@ class Peer:
 
     def build(self) -> None:
         """Makes the empty buffer."""
-        raise NotImplementedError
 
     def put(self, first: int, steps: Steps) -> None:
         """Stores steps [k, S, ...], of which the first has the number `first`."""
@@ -44,11 +44,11 @@ class Peer:
 
     def sample(self, batches: int, size: int) -> Any:
         """U batches of B transitions, as the library gives them: U * B rows, or [U, B, ...]."""
-        raise NotImplementedError
+        return self.buffer.sample(batches * size)
 
     def columns(self, sampled: Any) -> Columns:
         """What `sample` returned, as arrays of U * B rows."""
-        raise NotImplementedError
+        raise NotImplementedError(self.name)
 
     def prepare(self, step: Steps) -> Any:
         """One step [S, ...] in the form that `add` takes."""
@@ -56,7 +56,7 @@ class Peer:
 
     def add(self, prepared: Any) -> Any:
         """Stores one step of all environments."""
-        raise NotImplementedError
+        raise NotImplementedError(self.name)
 
 
 class Ours(Peer):
@@ -197,20 +197,13 @@ class Cpprb(Peer):
         fields = {"obs": wide, "act": narrow, "rew": {}, "next_obs": wide, "done": {}}
         self.buffer = Buffer(work.rows, fields)
 
-    def sample(self, batches: int, size: int) -> dict[str, Array]:
-        return self.buffer.sample(batches * size)
-
     def columns(self, sampled: dict[str, Array]) -> Columns:
-        observations, actions, rewards, successors, done = (
-            sampled[key] for key in ("obs", "act", "rew", "next_obs", "done")
-        )
-        return Columns(observations, actions, rewards[:, 0], 1.0 - done[:, 0], successors, None)
+        rewards, masks = sampled["rew"][:, 0], 1.0 - sampled["done"][:, 0]
+        return Columns(sampled["obs"], sampled["act"], rewards, masks, sampled["next_obs"], None)
 
     def prepare(self, step: Steps) -> dict[str, Array]:
-        observations, actions, rewards, terminated, _, successors = step
-        return {
-            "obs": observations, "act": actions, "rew": rewards, "next_obs": successors, "done": terminated
-        }  # fmt: skip
+        here, actions, rewards, done, _, there = step
+        return {"obs": here, "act": actions, "rew": rewards, "next_obs": there, "done": done}
 
     def add(self, prepared: dict[str, Array]) -> None:
         self.buffer.add(**prepared)
@@ -229,9 +222,6 @@ class TorchRL(Peer):
         torchrl_logger.setLevel("WARNING")
         storage = LazyTensorStorage(self.workload.rows, device="cpu")
         self.buffer = Buffer(storage=storage, sampler=RandomSampler())
-
-    def sample(self, batches: int, size: int) -> Any:
-        return self.buffer.sample(batches * size)
 
     def columns(self, sampled: Any) -> Columns:
         following = sampled["next"]
@@ -272,9 +262,6 @@ class StableBaselines3(Peer):
 
     def finish(self) -> None:
         self.buffer.full = True
-
-    def sample(self, batches: int, size: int) -> Any:
-        return self.buffer.sample(batches * size)
 
     def columns(self, sampled: Any) -> Columns:
         rewards, masks = sampled.rewards[:, 0], 1.0 - sampled.dones[:, 0]

@@ -67,18 +67,14 @@ class Subject(NamedTuple):
 
     def agent(self, precision: Any = "fp32", graphs: bool = False) -> BRC:
         _, critic, actor, *inputs = self.sizes
+        more: Any = {"device": self.device, "precision": precision, "graphs": graphs}
         with quickly():
-            return BRC(
-                *inputs, critic=critic, actor=actor, device=self.device, precision=precision, graphs=graphs
-            )
+            return BRC(*inputs, critic=critic, actor=actor, **more)
 
     def batches(self, seed: int = 0) -> Batch:
         """[U, B, ...] random transitions."""
-        rng, (_, _, observation, action, tasks, batch, *_) = (
-            torch.Generator().manual_seed(seed),
-            self.workload,
-        )
-        shape = (self.updates, batch)
+        _, _, observation, action, tasks, batch, *_ = self.workload
+        rng, shape = torch.Generator().manual_seed(seed), (self.updates, batch)
         here, there = torch.randn(2, *shape, observation, generator=rng)
         actions = 2.0 * torch.rand(*shape, action, generator=rng) - 1.0
         rewards = torch.rand(shape, generator=rng)
