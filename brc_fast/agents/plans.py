@@ -145,7 +145,7 @@ class Plans:
     def critics_backward(self, dout: Tensor, task_ids: Tensor) -> None:
         """Leave the gradients of the online critics and of the task embedding, from that of their outputs."""
         dout = self.tasks.scatter(dout, task_ids, self.columns)
-        if not self.tasks.trained:
+        if not self.tasks.trained or self.table is None:
             self.critics.backward(dout)
             return
         dx = self.critics.backward(dout, self._task_columns.made)

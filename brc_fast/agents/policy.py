@@ -108,9 +108,9 @@ class LaggedPolicy:
         for mine, newest in zip(self.actor.parameters(), self.agent.actor.parameters(), strict=True):
             mine.copy_(newest)
         if self.table is not None:
-            newest = self.agent.critic.table
-            assert newest is not None
-            self.table.copy_(newest)
+            table = self.agent.critic.table
+            assert table is not None
+            self.table.copy_(table)
         if self._taken is not None:
             self._taken.record(torch.cuda.current_stream(self.agent.device))
 

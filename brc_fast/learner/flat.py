@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from brc_fast.kernels.stages import Stages
+
 from .layout import BODY, Layout
 
 GONE = "{} is no parameter of its module any more, but it is trained: put it back, or make a new agent"
@@ -52,10 +54,11 @@ class FlatNetworks:
         online = modules[0]
         parameters = dict(online.named_parameters())
         like = next(iter(parameters.values())).detach()
-        body = getattr(online, "body", None)
-        stages, inputs, self.members = (
-            ((), 0, 1) if body is None else (body.stages, body.inputs, body.members)
-        )
+        body, self.members = getattr(online, "body", None), 1
+        stages: Stages = ()
+        inputs = 0
+        if body is not None:
+            stages, inputs, self.members = body.stages, body.inputs, body.members
         self._names = list(parameters)
         shared = {name: tuple(p.shape) for name, p in parameters.items() if not name.startswith(BODY)}
         self.layout = Layout(stages, inputs, shared)

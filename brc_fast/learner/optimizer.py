@@ -114,7 +114,7 @@ class FlatAdamW:
             if whole is None or whole.shape != (sum(sizes),):
                 continue
             del state[f"{prefix}{moment}"]
-            for (name, view), part in zip(views.items(), whole.split(sizes), strict=True):
+            for (name, view), part in zip(views.items(), torch.split(whole, sizes), strict=True):
                 state[f"{prefix}{moment}/{name}"] = part.view(view.shape)
         return state
 
@@ -122,8 +122,8 @@ class FlatAdamW:
         for moment, views in self._moments().items():
             for name, view in views.items():
                 view.copy_(state[f"{moment}/{name}"])
-        for moment in (self.exp_avg, self.exp_avg_sq):
-            for view in self.networks.layout.padding(moment.view(self.networks.grad.shape)):
+        for whole in (self.exp_avg, self.exp_avg_sq):
+            for view in self.networks.layout.padding(whole.view(self.networks.grad.shape)):
                 view.zero_()
         self.step_count.copy_(state["step"])
 

@@ -35,7 +35,7 @@ def _orthogonal(shape: tuple[int, ...], gain: float, generator: Generator | None
 class Layer(nn.Module):
     """Parameters of one stage: kernel [E, I, H], and vectors [E, H], of which `norm_weight` starts at 1."""
 
-    def __init__(self, kernel: Tensor | None, vectors: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, kernel: Tensor | None, vectors: dict[str, tuple[int, ...]]) -> None:
         super().__init__()
         if kernel is not None:
             self.kernel = nn.Parameter(kernel)
@@ -95,7 +95,7 @@ class Body(nn.Module):
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
         """`frozen` parameters get no gradient; the input still does."""
         # looked up at each call: torch.func and a load may put others in place
-        parameters = dict(self.named_parameters())
+        parameters: dict[str, Tensor] = dict(self.named_parameters())
         if frozen:
             parameters = {name: p.detach() for name, p in parameters.items()}
         return kernels.network(x, self.stages, parameters)
