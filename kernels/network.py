@@ -13,15 +13,13 @@ The loop is that of stages.py. float32 on a CPU takes compiled passes, also insi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .passes_plain import PASSES
 from .runtime import native
 from .runtime.dispatch import chosen, observed, takes_kernels
 from .runtime.library import Op
@@ -35,10 +33,13 @@ from .stages import (
     Memory,
     Stage,
     Stages,
+    cached,
     check_parameters,
-    kind_of,
+    copies_input,
     memory_elements,
-    shapes_of,
+    module,
+    names_of,
+    stats_shape,
     wide,
 )
 
@@ -58,20 +59,22 @@ class Workspace:
     free: dict[int, list[Tensor]] = {}  # noqa: RUF012 - of the process
     lock = threading.RLock()
 
+    held: Tensor | None = None  # also where there was no memory for it
+
     def __init__(self, elements: int) -> None:
-        try:
-            self.held = self.free[elements].pop()
-        except (KeyError, IndexError):
+        with self.lock:  # or another thread could be given the same
+            if self.free.get(elements):
+                self.held = self.free[elements].pop()
+        if self.held is None:
             with torch.inference_mode(False):  # whoever gets it next may not be in it
                 self.held = torch.empty(elements)
 
     def __del__(self) -> None:
-        if self.held.nbytes > MOST_BYTES:
+        if self.held is None or self.held.nbytes > MOST_BYTES:
             return
         free = self.free
         with self.lock:
-            kept = free.pop(len(self.held), [])
-            free[len(self.held)] = [*kept, self.held]  # the last one used comes last
+            free[len(self.held)] = [*free.pop(len(self.held), []), self.held]  # the last one used comes last
             while sum(t.nbytes for tensors in list(free.values()) for t in tensors) > MOST_BYTES:
                 oldest = next(iter(free))
                 free[oldest] = free[oldest][1:]
@@ -84,6 +87,7 @@ def _scratch(x: Tensor, elements: int) -> Tensor:
     if x.dtype != torch.float32 or not native.takes(x):
         return x.new_empty(elements)
     workspace = Workspace(elements)
+    assert workspace.held is not None
     memory = workspace.held[:]
     memory.workspace = workspace  # type: ignore[attr-defined]
     return memory
@@ -96,7 +100,7 @@ def _encoded(stages: Stages) -> str:
     return ";".join([",".join([str(value) for value in stage]) for stage in stages])
 
 
-@lru_cache
+@cached
 def _decoded(text: str) -> Stages:
     out = []
     for line in text.split(";"):
@@ -107,57 +111,48 @@ def _decoded(text: str) -> Stages:
 
 
 def _named(stages: Stages, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(shapes_of(stages, 1), parameters, strict=True))
+    return dict(zip(names_of(stages), parameters, strict=True))
 
 
-def _alike(stages: Stages, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the vectors of each stage dense and the same distances apart."""
+def _alike(stages: Stages, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """By name, with the vectors of each stage dense and the same distances apart."""
+    named = _named(stages, parameters)
     for stage in stages:
-        names = [f"{stage.name}.{vector}" for vector in PASSES[stage.after].vectors]
-        strides = {parameters[name].stride() for name in names}
+        strides = {named[name].stride() for name in stage.vectors}
         if len(strides) > 1 or next(iter(strides))[-1] != 1:
-            parameters |= {name: parameters[name].contiguous() for name in names}
-    return parameters
+            named |= {name: named[name].contiguous() for name in stage.vectors}
+    return named
 
 
-def _sizes(x: Tensor, stages: Stages, parameters: Sequence[Tensor], keep: int) -> tuple[int, int, int, int]:
-    """N, B, K, and the elements of memory."""
-    networks, rows = parameters[0].shape[0], x.shape[-2]
-    return networks, rows, stages[-1].outputs, memory_elements(stages, keep, networks, rows, x.shape[-1])
-
-
-def _float32(parameters: Mapping[str, Tensor]) -> bool:
-    return all(p.dtype == torch.float32 for p in parameters.values())
-
-
-def _forward(x: Tensor, parameters: list[Tensor], text: str, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    x: Tensor, parameters: list[Tensor], text: str, passes: str, keep: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """out [N, B, K]; then what the backward needs, empty without one: products and values, statistics."""
-    stages = _decoded(text)
-    networks, rows, outputs, elements = _sizes(x, stages, parameters, keep)
-    named = _alike(stages, _named(stages, parameters))
-    flat = _scratch(x, elements)
-    stats = x.new_empty(len(stages), 2, networks, rows, dtype=wide(x.dtype))
-    memory = Memory.carve(stages, keep, rows, x.shape[-1], flat, stats)
-    out = x.new_empty(networks, rows, outputs)
-    Forward(stages, named, memory, kind_of(x, _float32(named)), out)([x])
+    stages, networks, rows = _decoded(text), parameters[0].shape[0], x.shape[-2]
+    flat = _scratch(x, memory_elements(stages, keep, networks, rows, x.shape[-1]))
+    stats = x.new_empty(stats_shape(stages, networks, rows), dtype=wide(x.dtype))
+    memory = Memory.carve(stages, keep, x.shape[-1], flat, stats)
+    out = x.new_empty(networks, rows, stages[-1].outputs)
+    Forward(stages, _alike(stages, parameters), memory, module(passes), out)(x)
     if keep == KEEP_NOTHING:
         return out, x.new_empty(0), stats.new_empty(0)
     return out, flat, stats
 
 
-def _forward_fake(x: Tensor, parameters: list[Tensor], text: str, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    stages = _decoded(text)
-    networks, rows, outputs, elements = _sizes(x, stages, parameters, keep)
+def _forward_fake(
+    x: Tensor, parameters: list[Tensor], text: str, passes: str, keep: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    stages, networks, rows = _decoded(text), parameters[0].shape[0], x.shape[-2]
+    elements, stats = memory_elements(stages, keep, networks, rows, x.shape[-1]), (0,)
     kept = keep != KEEP_NOTHING
-    stats = (len(stages), 2, networks, rows) if kept else (0,)
     return (
-        x.new_empty(networks, rows, outputs),
+        x.new_empty(networks, rows, stages[-1].outputs),
         x.new_empty(elements if kept else 0),
-        x.new_empty(stats, dtype=wide(x.dtype)),
+        x.new_empty(stats_shape(stages, networks, rows) if kept else stats, dtype=wide(x.dtype)),
     )
 
 
-def _split(stages: Stages, parameters: Sequence[Tensor], kernels: Tensor, vectors: Tensor) -> list[Tensor]:
+def _split(parameters: Sequence[Tensor], kernels: Tensor, vectors: Tensor) -> list[Tensor]:
     """Gradients of the parameters, in order, from those of all kernels and of all vectors as one."""
     out, starts = [], {3: 0, 2: 0}
     for p in parameters:
@@ -180,35 +175,34 @@ def _backward(
     flat: Tensor,
     stats: Tensor,
     text: str,
+    passes: str,
     keep: int,
     wants_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of all kernels and of all vectors; empty where they are not wanted."""
-    stages = _decoded(text)
-    named = _alike(stages, _named(stages, parameters))
-    memory = Memory.carve(stages, keep, x.shape[-2], x.shape[-1], flat, stats)
+    stages, batched = _decoded(text), module(passes).BATCHED
+    memory = Memory.carve(stages, keep, x.shape[-1], flat, stats)
     into, gradients = [x.new_empty(0), parameters[-1].new_empty(0)], None
     if keep == KEEP_ALL:
         into = list(_gradient_memory(x, parameters))
-        gradients = _named(stages, _split(stages, parameters, *into))
-    kind = kind_of(x, _float32(named))
-    forward = Forward(stages, named, memory, kind, grad)
+        gradients = _named(stages, _split(parameters, *into))
+    forward = Forward(stages, _alike(stages, parameters), memory, module(passes), grad)
     held = []
 
     def new(*shape: int) -> Tensor:
-        if kind.batched:
+        if batched:
             return x.new_empty(shape)
         held.append(_scratch(x, torch.Size(shape).numel()))
         return held[-1].view(shape)
 
-    dx = Backward(forward, gradients, wants_dx, new, kind.batched)(grad.contiguous(), x)
+    dx = Backward(forward, gradients, wants_dx, new, batched)(grad.contiguous(), x)
     if dx is None:
         dx = x.new_empty(0)
     elif x.dim() == 2:
         dx = dx.sum(0)
-    elif any(dx.untyped_storage().data_ptr() == m.untyped_storage().data_ptr() for m in held):
+    elif copies_input(stages):
         dx = dx.clone()
-    return dx, *into
+    return dx, into[0], into[1]
 
 
 def _backward_fake(
@@ -218,6 +212,7 @@ def _backward_fake(
     flat: Tensor,
     stats: Tensor,
     text: str,
+    passes: str,
     keep: int,
     wants_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,23 +226,22 @@ _network_backward = Op("network_backward", _backward, _backward_fake)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, parameters, ctx.text, ctx.keep = inputs
+    x, parameters, *ctx.how = inputs
     ctx.kept = output[1:] if hasattr(output[1], "workspace") else None  # as this object, or it is given back
     ctx.save_for_backward(x, *parameters, *(() if ctx.kept else output[1:]))
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    x, *parameters = ctx.saved_tensors  # a checkpoint gives them once
-    *parameters, flat, stats = (*parameters, *(ctx.kept or ()))
+    saved: list[Tensor] = [*ctx.saved_tensors, *(ctx.kept or ())]  # a checkpoint gives them once
+    x, *parameters, flat, stats = saved
     if grad is None:
-        return None, [None] * len(parameters), None, None
+        return None, [None] * len(parameters), None, None, None
     wants_dx = ctx.needs_input_grad[0]
-    dx, *into = _network_backward(grad, x, parameters, flat, stats, ctx.text, ctx.keep, wants_dx)
+    dx, *into = _network_backward(grad, x, parameters, flat, stats, *ctx.how, wants_dx)
     out: list[Tensor | None] = [None] * len(parameters)
-    if ctx.keep == KEEP_ALL:
-        split = _split(_decoded(ctx.text), parameters, *into)
-        out = [g.to(p.dtype) for g, p in zip(split, parameters, strict=True)]
-    return dx if wants_dx else None, out, None, None
+    if ctx.how[-1] == KEEP_ALL:
+        out = [g.to(p.dtype) for g, p in zip(_split(parameters, *into), parameters, strict=True)]
+    return dx if wants_dx else None, out, None, None, None
 
 
 _network = Op("network", _forward, _forward_fake, _keep, _gradients, kept=2)
@@ -296,57 +290,41 @@ def network(
         ValueError for stages or shapes that do not fit, TypeError for kernels of another dtype than x.
     """
     stages = tuple(stages)
-    check_parameters(stages, parameters)
-    shapes = shapes_of(stages, x.shape[-1])
-    given = [parameters[name] for name in shapes]
-    _check_input(x, stages, dict(zip(shapes, given, strict=True)))
-    if takes_kernels(impl, x, *given):
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            x, given = x.to(dtype), [p.to(dtype) if p.dim() == 3 else p for p in given]
-        _check_dtypes(x, shapes, given)
-        with torch.autocast(kind, enabled=False):  # the products are in the dtype that was just settled
-            return _network(x, given, _encoded(stages), _keeps(x, given))[0]  # type: ignore[no-any-return]
-    if _serves_cpu(impl, x, *given):
-        return _network(x, given, _encoded(stages), _keeps(x, given))[0]  # type: ignore[no-any-return]
-    if not torch.is_autocast_enabled(x.device.type):
-        _check_dtypes(x, shapes, given)
-    return _twin(impl)(x, stages, dict(zip(shapes, given, strict=True)))
-
-
-def _twin(impl: str | None) -> Callable[..., Tensor]:
-    return twin(reference.network, impl)
-
-
-def _check_input(x: Tensor, stages: Stages, parameters: Mapping[str, Tensor]) -> None:
-    first = next(iter(parameters.values()))
-    networks = first.shape[0]
-    inputs = next(parameters[f"{s.name}.kernel"].shape[1] for s in stages if s.product and s.reads == 0)
+    networks, inputs = check_parameters(stages, parameters)
     if x.shape[-1:] != (inputs,) or x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != networks):
         wanted = f"[B, I] or [N, B, I] with N = {networks}, I = {inputs}"
         raise ValueError(f"x must have shape {wanted}, got {list(x.shape)}")
+    given, kind = [parameters[name] for name in names_of(stages)], x.device.type
+    kernels, cast = takes_kernels(impl, x, *given), torch.is_autocast_enabled(kind)
+    if kernels and cast:
+        dtype = torch.get_autocast_dtype(kind)
+        x, given = x.to(dtype), [p.to(dtype) if p.dim() == 3 else p for p in given]
+    if kernels or not cast:
+        _check_dtypes(x, _named(stages, given))
+    if kernels or _serves_cpu(impl, x, *given):
+        how = _encoded(stages), "norm" if kernels else "passes_cpu", _keeps(x, given)
+        with torch.autocast(kind, enabled=False):  # the products are in the dtype that was just settled
+            return _network(x, given, *how)[0]  # type: ignore[no-any-return]
+    return twin(reference.network, impl)(x, stages, _named(stages, given))
 
 
-def _check_dtypes(x: Tensor, names: Sequence[str] | Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
+def _check_dtypes(x: Tensor, parameters: Mapping[str, Tensor]) -> None:
     """The products take one dtype; vectors may have another, all of them the same."""
     vectors = None
-    for name, p in zip(names, parameters, strict=True):
+    for name, p in parameters.items():
         if p.dim() == 3:
             if p.dtype != x.dtype:
                 raise TypeError(f"{name} must be of the dtype of x, {x.dtype}, got {p.dtype}")
             continue
-        first, vectors = vectors is None, p if vectors is None else vectors
-        if not first and p.dtype != vectors.dtype:
-            raise TypeError(
-                f"{name} must be of the dtype of the other vectors, {vectors.dtype}, got {p.dtype}"
-            )
+        vectors = p.dtype if vectors is None else vectors
+        if p.dtype != vectors:
+            raise TypeError(f"{name} must be of the dtype of the other vectors, {vectors}, got {p.dtype}")
 
 
 # -- BroNet
 
 
-@lru_cache
+@cached
 def bronet_stages(width: int, depth: int, outputs: int) -> Stages:
     """x = relu(LN(x W0 + b0));   `depth` times:  x = x + LN(relu(LN(x W1 + b1)) W2 + b2);   x Wh + bh
 
@@ -387,4 +365,4 @@ def bronet(x: Tensor, *parameters: Tensor, impl: str | None = None) -> Tensor:
         wrong = "the input" if parameters[0].dim() != 3 else "the head"
         raise ValueError(f"the kernel of {wrong} must have shape [N, inputs, outputs]")
     stages = bronet_stages(parameters[0].shape[-1], len(parameters) // 8, parameters[-2].shape[-1])
-    return network(x, stages, dict(zip(shapes_of(stages, 1), parameters, strict=True)), impl)
+    return network(x, stages, _named(stages, parameters), impl)

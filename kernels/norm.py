@@ -29,9 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from .passes_plain import Call, Pass
-from .passes_plain import Norm as PlainNorm
+from . import passes_plain, reference
+from .passes_plain import Call, Held, Pass
 from .runtime.dispatch import launch, takes_kernels
 from .runtime.language import jit, tl, triton
 from .runtime.library import Op
@@ -473,47 +472,36 @@ def reduce(
             place.copy_(x)
 
 
-class Norm(PlainNorm):
+class Norm(passes_plain.Norm):
     """See passes_plain.Norm; gradients of the vectors are left as `partials`."""
 
     partial_sums = True
 
     def _vectors(self, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         bias, weight, shift = self.split(vectors)
-        if bias is None:
-            bias = weight.new_zeros(weight.shape[1]).expand_as(weight)
-        return bias, weight, shift
+        return weight.new_zeros(weight.shape[1]).expand_as(weight) if bias is None else bias, weight, shift
 
-    def forward(
-        self,
-        product: Tensor,
-        vectors: Sequence[Tensor],
-        added: Tensor | None,
-        relu: bool,
-        out: Tensor,
-        stats: Tensor | None,
-    ) -> Call:
+    def forward(self, held: Held) -> Call:
+        product, vectors, relu, added, out, stats = held
         assert stats is not None
         vectors = self._vectors(vectors)
         return partial(forward_into, product, *vectors, added, relu, reference.EPS, out, stats)
 
     def backward(
         self,
+        held: Held,
         dout: Tensor,
-        product: Tensor,
-        vectors: Sequence[Tensor],
-        relu: bool,
-        out: Tensor,
-        stats: Tensor | None,
         dproduct: Tensor,
         into: Sequence[Tensor] | None,
         pieces: Tensor | None,
     ) -> Call:
-        assert stats is not None
-        return partial(backward_into, dout, product, *self._vectors(vectors), relu, stats, dproduct, pieces)
+        assert held.stats is not None
+        vectors = self._vectors(held.vectors)
+        return partial(backward_into, dout, held.product, *vectors, held.relu, held.stats, dproduct, pieces)
 
 
-PASSES: dict[str, Pass] = {"norm": Norm(), "layer_norm": Norm(bias=False)}
+BATCHED = True
+PASSES: dict[str, Pass] = passes_plain.PASSES | {"norm": Norm(), "layer_norm": Norm(bias=False)}
 
 
 def _stacked(x: Tensor, parameter: Tensor) -> Tensor:

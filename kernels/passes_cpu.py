@@ -11,34 +11,25 @@ from functools import partial
 
 from torch import Tensor
 
-from .passes_plain import Call, Pass
-from .passes_plain import Norm as PlainNorm
+from . import passes_plain
+from .passes_plain import Call, Held, Pass
 from .reference import EPS
 from .runtime import native
 
 __all__ = ["PASSES", "Norm"]
 
 
-class Norm(PlainNorm):
+class Norm(passes_plain.Norm):
     """See passes_plain.Norm. The tensors must be kept as long as what is returned: it holds addresses."""
 
-    def _vectors(self, product: Tensor, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        bias, weight, shift = self.split(vectors)
-        if bias is None:
-            bias = product.new_zeros(weight.shape[1]).expand_as(weight)
-        return bias, weight, shift
+    def _vectors(self, held: Held) -> tuple[Tensor, Tensor, Tensor]:
+        bias, weight, shift = self.split(held.vectors)
+        return weight.new_zeros(weight.shape[1]).expand_as(weight) if bias is None else bias, weight, shift
 
-    def forward(
-        self,
-        product: Tensor,
-        vectors: Sequence[Tensor],
-        added: Tensor | None,
-        relu: bool,
-        out: Tensor,
-        stats: Tensor | None,
-    ) -> Call:
+    def forward(self, held: Held) -> Call:
+        product, _, relu, added, out, stats = held
         assert stats is not None
-        bias, weight, shift = self._vectors(product, vectors)
+        bias, weight, shift = self._vectors(held)
         mean = stats.data_ptr()
         arguments = (
             *product.shape, bias.stride(0), weight.stride(0), product.data_ptr(), bias.data_ptr(),
@@ -49,18 +40,15 @@ class Norm(PlainNorm):
 
     def backward(
         self,
+        held: Held,
         dout: Tensor,
-        product: Tensor,
-        vectors: Sequence[Tensor],
-        relu: bool,
-        out: Tensor,
-        stats: Tensor | None,
         dproduct: Tensor,
         into: Sequence[Tensor] | None,
         pieces: Tensor | None,
     ) -> Call:
+        product, _, relu, _, _, stats = held
         assert stats is not None
-        bias, weight, shift = self._vectors(product, vectors)
+        bias, weight, shift = self._vectors(held)
         mean = stats.data_ptr()
         places, strides, unused = [0, 0, 0], [0, 0], None
         if into is not None:
@@ -77,10 +65,11 @@ class Norm(PlainNorm):
         return _kept(partial(native.compiled.bias_layer_norm_backward, *arguments), bias, unused)
 
 
-def _kept(call: partial[object], *tensors: Tensor | None) -> Call:
+def _kept(call: partial[None], *tensors: Tensor | None) -> Call:
     """The call, which keeps the memory of these alive."""
     call.tensors = tensors  # type: ignore[attr-defined]
     return call
 
 
-PASSES: dict[str, Pass] = {"norm": Norm(), "layer_norm": Norm(bias=False)}
+BATCHED = False
+PASSES: dict[str, Pass] = passes_plain.PASSES | {"norm": Norm(), "layer_norm": Norm(bias=False)}

@@ -1,5 +1,6 @@
 """What runs between the products of stacked networks, in PyTorch: any dtype, any device, seen by whatever
 watches. `PASSES` names every pass there is; passes_cpu.py and norm.py have faster ones of the same names.
+BATCHED, of each of the three: whether a launch costs more than memory for gradients of products.
 
 Formulas: norm.py. Numbers: computed in float32, in float64 for float64.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,16 +17,31 @@ from torch import Tensor
 from .reference import EPS
 from .runtime.twins import twin
 
-__all__ = ["PASSES", "Bias", "Call", "Norm", "Pass"]
+__all__ = ["PASSES", "Bias", "Call", "Held", "Norm", "Pass"]
 
 Call = Callable[[], object]
+
+
+class Held(NamedTuple):
+    """What a pass of one stage is over; these tensors stay.
+
+    product: [N, B, H], or the value that the stage reads. vectors: [N, H]. added: a value, added last.
+    out: [N, B, H], the value of the stage. stats: [2, N, B], where the pass keeps any.
+    """
+
+    product: Tensor
+    vectors: Sequence[Tensor]
+    relu: bool
+    added: Tensor | None
+    out: Tensor
+    stats: Tensor | None
 
 
 class Pass:
     """What turns a product [N, B, H] into the value of its stage, and its gradient back.
 
-    A method is given tensors that stay, and returns what is called at every pass over them. Vectors [N, H]
-    may be any distance apart, the same for all of a stage; everything else is contiguous.
+    A method is given tensors that stay, and returns what is called at every pass over them. Vectors may be
+    any distance apart, the same for all of a stage; everything else is contiguous.
 
     Attributes:
         vectors: names of its parameters [N, H].
@@ -42,17 +59,8 @@ class Pass:
         """x [N, B, I] times kernel [N, I, H]."""
         return partial(torch.bmm, x, kernel, out=out)
 
-    def forward(
-        self,
-        product: Tensor,
-        vectors: Sequence[Tensor],
-        added: Tensor | None,
-        relu: bool,
-        out: Tensor,
-        stats: Tensor | None,
-    ) -> Call | None:
-        """From the product, or the value that the stage reads, to its value `out`; `added` is added last.
-        None where nothing is left to do."""
+    def forward(self, held: Held) -> Call | None:
+        """From the product to the value; None where nothing is left to do."""
         raise NotImplementedError
 
     def writes(self, relu: bool) -> bool:
@@ -61,12 +69,8 @@ class Pass:
 
     def backward(
         self,
+        held: Held,
         dout: Tensor,
-        product: Tensor,
-        vectors: Sequence[Tensor],
-        relu: bool,
-        out: Tensor,
-        stats: Tensor | None,
         dproduct: Tensor,
         into: Sequence[Tensor] | None,
         pieces: Tensor | None,
@@ -89,32 +93,22 @@ class Norm(Pass):
         *bias, weight, shift = vectors
         return bias[0] if bias else None, weight, shift
 
-    def forward(
-        self,
-        product: Tensor,
-        vectors: Sequence[Tensor],
-        added: Tensor | None,
-        relu: bool,
-        out: Tensor,
-        stats: Tensor | None,
-    ) -> Call:
+    def forward(self, held: Held) -> Call:
+        product, vectors, relu, added, out, stats = held
         assert stats is not None
         return partial(_norm_forward, product, *self.split(vectors), added, relu, out, stats)
 
     def backward(
         self,
+        held: Held,
         dout: Tensor,
-        product: Tensor,
-        vectors: Sequence[Tensor],
-        relu: bool,
-        out: Tensor,
-        stats: Tensor | None,
         dproduct: Tensor,
         into: Sequence[Tensor] | None,
         pieces: Tensor | None,
     ) -> Call:
-        assert stats is not None
-        return partial(_norm_backward, dout, product, *self.split(vectors), relu, stats, dproduct, into)
+        assert held.stats is not None
+        vectors = self.split(held.vectors)
+        return partial(_norm_backward, dout, held.product, *vectors, held.relu, held.stats, dproduct, into)
 
 
 class Bias(Pass):
@@ -126,39 +120,29 @@ class Bias(Pass):
     def product(self, x: Tensor, kernel: Tensor, vectors: Sequence[Tensor], out: Tensor) -> Call:
         return partial(_affine, x, kernel, vectors[0].unsqueeze(1), out)
 
-    def forward(
-        self,
-        product: Tensor,
-        vectors: Sequence[Tensor],
-        added: Tensor | None,
-        relu: bool,
-        out: Tensor,
-        stats: Tensor | None,
-    ) -> Call | None:
-        if added is not None:
-            return partial(out.add_, added)
-        return out.relu_ if relu else None
+    def forward(self, held: Held) -> Call | None:
+        if held.added is not None:
+            return partial(held.out.add_, held.added)
+        return held.out.relu_ if held.relu else None
 
     def writes(self, relu: bool) -> bool:
         return relu
 
     def backward(
         self,
+        held: Held,
         dout: Tensor,
-        product: Tensor,
-        vectors: Sequence[Tensor],
-        relu: bool,
-        out: Tensor,
-        stats: Tensor | None,
         dproduct: Tensor,
         into: Sequence[Tensor] | None,
         pieces: Tensor | None,
     ) -> Call | None:
-        if into is None and not relu:
+        if into is None and not held.relu:
             return None
-        return partial(_bias_backward, dout, out if relu else None, dproduct, into[0] if into else None)
+        out = held.out if held.relu else None
+        return partial(_bias_backward, dout, out, dproduct, into[0] if into else None)
 
 
+BATCHED = False
 PASSES: dict[str, Pass] = {"norm": Norm(), "layer_norm": Norm(bias=False), "bias": Bias()}
 
 

@@ -20,18 +20,16 @@ Twin:    reference.network
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import cached_property, lru_cache, partial, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import passes_plain
-from .passes_plain import Call, Pass
+from .passes_plain import PASSES, Call, Held, Pass
 from .runtime import native
 from .runtime.dispatch import chosen, takes_kernels
 from .runtime.rows import spaced
@@ -40,6 +38,22 @@ __all__ = ["Pass", "Plan", "Stage", "check_stages", "copies_input", "shapes_of"]
 
 SLOT = 64  # elements: slots of memory are multiples of it
 KEEP_NOTHING, KEEP_FOR_INPUT, KEEP_ALL, KEEP_ENDS = range(4)  # of a forward pass, for the backward pass
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def cached(function: Callable[P, R]) -> Callable[P, R]:
+    """`lru_cache` that torch.compile, which warns of one, does not see."""
+    found = lru_cache(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        return found(*args, **kwargs)  # type: ignore[arg-type]
+
+    return call
 
 
 class Stage(NamedTuple):
@@ -59,147 +73,68 @@ class Stage(NamedTuple):
     adds: int | None = None
     product: bool = True
 
+    @property
+    def vectors(self) -> list[str]:
+        """Names of the vectors."""
+        return [f"{self.name}.{vector}" for vector in PASSES[self.after].vectors]
+
+    @property
+    def uses(self) -> set[int]:
+        """Numbers of the values that it reads and adds."""
+        return {self.reads} if self.adds is None else {self.reads, self.adds}
+
 
 Stages = tuple[Stage, ...]
 
 
-@lru_cache
+@cached
 def check_stages(stages: Stages) -> None:
     """ValueError, by the stage's name, for a list that is no network: it must end in a head, a product plus
     bias that all its other values lead to."""
     if not stages:
         raise ValueError("a network needs at least one stage, its head")
-    names: set[str] = set()
-    widths: list[int | None] = [None]
-    used: set[int] = set()
+    names: list[str] = []
+    widths: list[int | None] = [None]  # of the input: that of the first stage that takes it as it is
     for number, stage in enumerate(stages, start=1):
         told = f"stage {stage.name!r}"
-        if stage.name in names:
-            raise ValueError(f"{told} has the name of an earlier stage: names of parameters must differ")
         if not all(part.isidentifier() or part.isdecimal() for part in stage.name.split(".")):
             raise ValueError(f"{told} must be named as a module is: letters, digits and dots")
-        names.add(stage.name)
+        for name in names:
+            if name == stage.name:
+                raise ValueError(f"{told} has the name of an earlier stage: names of parameters must differ")
+            if f"{name}.".startswith(f"{stage.name}.") or f"{stage.name}.".startswith(f"{name}."):
+                raise ValueError(f"{told} is named as a part of, or has as a part, stage {name!r}")
+        names.append(stage.name)
         if stage.outputs < 1:
             raise ValueError(f"{told} must have at least one output, got {stage.outputs}")
-        if stage.after not in passes_plain.PASSES:
-            known = ", ".join(passes_plain.PASSES)
+        if stage.after not in PASSES:
+            known = ", ".join(PASSES)
             raise ValueError(f"{told} has no known pass: after must be one of {known}, got {stage.after!r}")
-        for verb, value in (("reads", stage.reads), ("adds", stage.adds)):
-            if value is not None and not 0 <= value < number:
+        if stage.relu and stage.adds is not None:
+            raise ValueError(f"{told} has relu and adds: give the sum a stage of its own")
+        if not stage.product and PASSES[stage.after].in_place:
+            raise ValueError(f"{told} has neither a product nor a norm")
+        for verb, value, as_it_is in (("reads", stage.reads, not stage.product), ("adds", stage.adds, True)):
+            if value is None:
+                continue
+            if not 0 <= value < number:
                 made = f"values 0 (the input) to {number - 1} exist there"
                 raise ValueError(f"{told} {verb} value {value}, which does not exist yet: {made}")
-        if stage.adds is not None:
-            if stage.relu:
-                raise ValueError(f"{told} has relu and adds: give the sum a stage of its own")
-            if stage.adds and widths[stage.adds] != stage.outputs:
-                wanted = f"{stage.outputs} wide, got {widths[stage.adds]}"
-                raise ValueError(f"{told} adds value {stage.adds}, which must be {wanted}")
-            used.add(stage.adds)
-        if not stage.product:
-            if passes_plain.PASSES[stage.after].in_place:
-                raise ValueError(f"{told} has neither a product nor a norm")
-            if stage.reads and widths[stage.reads] != stage.outputs:
-                wanted = f"{widths[stage.reads]} outputs, as value {stage.reads} has, got {stage.outputs}"
-                raise ValueError(f"{told} has no product: it must have {wanted}")
-        used.add(stage.reads)
+            if as_it_is:
+                width = widths[value] = widths[value] or stage.outputs
+                if width != stage.outputs:
+                    wanted = f"must be {stage.outputs} wide, got {width}"
+                    raise ValueError(f"{told} {verb} value {value} as it is, which {wanted}")
         widths.append(stage.outputs)
     head = stages[-1]
     if not head.product or head.after != "bias" or head.relu or head.adds is not None:
         raise ValueError(
             f"the last stage, {head.name!r}, must be a head: a product plus bias and nothing else"
         )
-    for number in range(1, len(stages)):
+    used = set[int]().union(*(stage.uses for stage in stages))
+    for number, stage in enumerate(stages[:-1], start=1):
         if number not in used:
-            raise ValueError(f"value {number}, of stage {stages[number - 1].name!r}, is read by no stage")
-
-
-@lru_cache
-def shapes_of(stages: Stages, inputs: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of one network's parameters by name, the kernel of a stage before its vectors; inputs: width of
-    value 0."""
-    widths, out = [inputs, *(stage.outputs for stage in stages)], {}
-    for stage in stages:
-        if stage.product:
-            out[f"{stage.name}.kernel"] = (widths[stage.reads], stage.outputs)
-        for vector in passes_plain.PASSES[stage.after].vectors:
-            out[f"{stage.name}.{vector}"] = (stage.outputs,)
-    return out
-
-
-def input_width(stages: Stages, parameters: Mapping[str, Tensor]) -> int:
-    """Of value 0; ValueError where a parameter is missing."""
-    for stage in stages:
-        if stage.reads == 0:
-            name = f"{stage.name}.kernel" if stage.product else f"{stage.name}.norm_weight"
-            if name not in parameters:
-                raise ValueError(f"parameters lack {name}")
-            return parameters[name].shape[-2 if stage.product else -1]
-    raise ValueError("no stage reads value 0, the input")
-
-
-def check_parameters(
-    stages: Stages, parameters: Mapping[str, Tensor], told: str = "", networks: int | None = None
-) -> None:
-    """The passes trust shapes and strides, so they are checked here; ValueError by the parameter's name."""
-    check_stages(stages)
-    shapes = shapes_of(stages, input_width(stages, parameters))
-    for name in parameters.keys() - shapes.keys():
-        raise ValueError(f"{told}{name} is no parameter of these stages: {', '.join(shapes)}")
-    for name, shape in shapes.items():
-        if name not in parameters:
-            raise ValueError(
-                f"{told or 'parameters '}lack {name}" if not told else f"{told}{name} is missing"
-            )
-        given = parameters[name]
-        networks = given.shape[0] if networks is None and given.dim() == 1 + len(shape) else networks
-        dims = "[N, inputs, outputs]" if len(shape) == 2 else "[N, outputs]"
-        wanted = [networks or "N", *shape]
-        if list(given.shape) != wanted:
-            raise ValueError(f"{told}{name} must have shape {dims} = {wanted}, got {list(given.shape)}")
-
-
-def check_strides(stages: Stages, parameters: Mapping[str, Tensor], told: str = "") -> None:
-    """ValueError where the vectors of a stage are not the same distances apart, or not dense."""
-    for stage in stages:
-        vectors = _vectors(stage, parameters)
-        strides = {vector.stride() for vector in vectors}
-        if len(strides) > 1 or (vectors and vectors[0].shape[-1] > 1 and vectors[0].stride(-1) != 1):
-            raise ValueError(
-                f"{told}vectors of {stage.name} must have the same strides [.., 1], got {strides}"
-            )
-
-
-def _vectors(stage: Stage, parameters: Mapping[str, Tensor]) -> list[Tensor]:
-    return [parameters[f"{stage.name}.{name}"] for name in passes_plain.PASSES[stage.after].vectors]
-
-
-# -- memory
-
-
-class Place(NamedTuple):
-    """A slot of memory: [N, B, width], the `slot`-th of those of its kind and width."""
-
-    width: int
-    slot: int
-
-
-class Places(NamedTuple):
-    """Where products (by stage) and values (by number) lie, and how many slots there are of each width."""
-
-    products: tuple[Place | None, ...]
-    values: tuple[Place | None, ...]
-    product_slots: dict[int, int]
-    value_slots: dict[int, int]
-
-
-@lru_cache
-def ends_of(stages: Stages) -> tuple[int, ...]:
-    """Numbers of the values that all later ones are made from: between two of them lies a block."""
-    return tuple(
-        value
-        for value in range(1, len(stages))
-        if all(min(s.reads, s.reads if s.adds is None else s.adds) >= value for s in stages[value:])
-    )
+            raise ValueError(f"value {number}, of stage {stage.name!r}, is read by no stage")
 
 
 def copies_input(stages: Stages) -> bool:
@@ -207,77 +142,136 @@ def copies_input(stages: Stages) -> bool:
     return any((not stage.product and stage.reads == 0) or stage.adds == 0 for stage in stages)
 
 
-@lru_cache
-def places_of(stages: Stages, keep: int, inputs: int) -> Places:
-    """What is kept has memory of its own; anything else is given out again after its last use, with
-    KEEP_ENDS at the end of its block. The head's value is elsewhere, and the input where it is only
-    multiplied."""
+@cached
+def shapes_of(stages: Stages, inputs: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of one network's parameters by name, the kernel of a stage before its vectors; ValueError where
+    `inputs`, the width of value 0, is not that of a stage that takes it as it is."""
+    widths, out = [inputs, *(stage.outputs for stage in stages)], dict[str, tuple[int, ...]]()
+    for stage in stages:
+        if copies_input((stage,)) and stage.outputs != inputs:
+            told = f"must be {stage.outputs} wide, as stage {stage.name!r} is, got {inputs}"
+            raise ValueError(f"value 0, the input, {told}")
+        if stage.product:
+            out[f"{stage.name}.kernel"] = (widths[stage.reads], stage.outputs)
+        out.update((name, (stage.outputs,)) for name in stage.vectors)
+    return out
+
+
+def names_of(stages: Stages) -> list[str]:
+    """Of the parameters, in the order of `shapes_of`."""
+    return [
+        name
+        for stage in stages
+        for name in ([f"{stage.name}.kernel", *stage.vectors] if stage.product else stage.vectors)
+    ]
+
+
+def check_parameters(
+    stages: Stages, parameters: Mapping[str, Tensor], told: str = "", inputs: int | None = None
+) -> tuple[int, int]:
+    """The passes trust shapes, so they are checked here: ValueError by the parameter's name. Returns the
+    number of networks, and `inputs`, the width of value 0, which is theirs where it is not given."""
+    check_stages(stages)
+    for name in names_of(stages):
+        if name not in parameters:
+            raise ValueError(f"{told}{name} is missing")
+    first = parameters[names_of(stages)[0]]  # of a stage that can read nothing but the input
+    if inputs is None:
+        inputs = first.shape[1] if first.dim() > 1 else 1
+    networks, shapes = first.shape[0] if first.dim() else 0, shapes_of(stages, inputs)
+    for name, p in parameters.items():
+        if name not in shapes:
+            raise ValueError(f"{told}{name} is no parameter of these stages: {', '.join(shapes)}")
+        if p.shape != (networks, *shapes[name]) or not networks:
+            dims = "[N, inputs, outputs]" if len(shapes[name]) == 2 else "[N, outputs]"
+            wanted = [networks or "N", *shapes[name]]
+            raise ValueError(f"{told}{name} must have shape {dims} = {wanted}, got {list(p.shape)}")
+    return networks, inputs
+
+
+def check_strides(stages: Stages, parameters: Mapping[str, Tensor], told: str = "") -> None:
+    """ValueError where the vectors of a stage are not the same distances apart, or not dense."""
+    for stage in stages:
+        strides = {parameters[name].stride() for name in stage.vectors}
+        if len(strides) > 1 or (stage.outputs > 1 and next(iter(strides))[-1] != 1):
+            wanted = f"must have the same strides [.., 1], got {strides}"
+            raise ValueError(f"{told}vectors of {stage.name} {wanted}")
+
+
+# -- memory
+
+Item = tuple[str, int]  # "product" or "value", and its number; the product of a stage has that of its value
+
+
+@cached
+def ends_of(stages: Stages) -> list[int]:
+    """Numbers of the values that all later ones are made from: between two of them lies a block."""
+    return [
+        value for value in range(1, len(stages)) if all(min(stage.uses) >= value for stage in stages[value:])
+    ]
+
+
+@cached
+def places_of(
+    stages: Stages, keep: int, inputs: int
+) -> tuple[dict[Item, tuple[str, int, int]], Counter[Any]]:
+    """Where products and values lie, as kind, width and slot, and the number of slots of each kind and width.
+
+    What is kept has memory of its own; anything else is given out again after its last use, with KEEP_ENDS at
+    the end of its block. The head's value is elsewhere, and the input where it is only multiplied.
+    """
     last, ends = len(stages), ends_of(stages)
-    uses: dict[int, int] = {}  # value -> the last stage, from 1, that uses it
-    for number, stage in enumerate(stages, start=1):
-        for value in (stage.reads, stage.adds):
-            if value is not None:
-                uses[value] = number
-    kept_values, kept_products = set[int](), set[int]()
-    for number, stage in enumerate(stages, start=1):
-        in_place = passes_plain.PASSES[stage.after].in_place
-        if keep == KEEP_ALL:
-            kept_values.add(number)
-            kept_products.add(number)
-        elif keep == KEEP_FOR_INPUT:
-            if in_place and stage.relu:
-                kept_values.add(number)
-            if not in_place:
-                kept_products.add(number)
-                if not stage.product:
-                    kept_values.add(stage.reads)
-    if keep == KEEP_ENDS:
-        kept_values = set(ends)
-    free: dict[str, dict[int, list[int]]] = {"products": defaultdict(list), "values": defaultdict(list)}
-    counts: dict[str, Counter[int]] = {"products": Counter(), "values": Counter()}
+    uses = {value: number for number, stage in enumerate(stages, start=1) for value in stage.uses}
+    needed = {
+        number for number, stage in enumerate(stages, start=1) if stage.relu and PASSES[stage.after].in_place
+    }
+    needed |= {stage.reads for stage in stages if not stage.product}  # for the gradient of the input
 
-    def take(kind: str, width: int) -> Place:
-        if free[kind][width]:
-            return Place(width, free[kind][width].pop(0))
-        counts[kind][width] += 1
-        return Place(width, counts[kind][width] - 1)
-
-    products: list[Place | None] = []
-    values: list[Place | None] = [take("values", inputs) if copies_input(stages) else None]
-    block: list[tuple[str, Place]] = []  # of the running block, with KEEP_ENDS
-    for number, stage in enumerate(stages, start=1):
-        needs = stage.product and not passes_plain.PASSES[stage.after].in_place
-        products.append(take("products", stage.outputs) if needs else None)
-        values.append(take("values", stage.outputs) if number < last else None)
+    def until(kind: str, number: int) -> int | None:
+        if keep == KEEP_ALL or number == 0:
+            return None
         if keep == KEEP_ENDS:
-            block += [("products", place) for place in products[-1:] if place is not None]
-            if number in ends or number == last:
-                for kind, place in block:
-                    free[kind][place.width].append(place.slot)
-                block.clear()
-            else:
-                block += [("values", place) for place in values[-1:] if place is not None]
-            continue
-        done = products[-1]
-        if done is not None and number not in kept_products:
-            free["products"][done.width].append(done.slot)
-        for value in {stage.reads, stage.adds} - {None}:
-            assert value is not None
-            place = values[value]
-            if value and place is not None and uses[value] == number and value not in kept_values:
-                free["values"][place.width].append(place.slot)
-    return Places(tuple(products), tuple(values), dict(counts["products"]), dict(counts["values"]))
+            kept = kind == "value" and number in ends
+            return None if kept else next(end for end in (*ends, last) if end >= number)
+        if keep == KEEP_FOR_INPUT and (kind == "product" or number in needed):
+            return None
+        return number if kind == "product" else uses[number]
 
+    places, slots = dict[Item, tuple[str, int, int]](), Counter[Any]()
+    free, ending = defaultdict[Any, list[int]](list), defaultdict[int | None, list[Item]](list)
 
-def memory_elements(stages: Stages, keep: int, networks: int, rows: int, inputs: int) -> int:
-    """Of products and values together, in elements."""
-    places = places_of(stages, keep, inputs)
-    counts = [*places.product_slots.items(), *places.value_slots.items()]
-    return sum(slots * _slot_size(networks, rows, width) for width, slots in counts)
+    def take(kind: str, number: int, width: int) -> None:
+        if not free[kind, width]:
+            free[kind, width].append(slots[kind, width])
+            slots[kind, width] += 1
+        places[kind, number] = kind, width, free[kind, width].pop(0)
+        ending[until(kind, number)].append((kind, number))
+
+    if copies_input(stages):
+        take("value", 0, inputs)
+    for number, stage in enumerate(stages, start=1):
+        if stage.product and not PASSES[stage.after].in_place:
+            take("product", number, stage.outputs)
+        if number < last:
+            take("value", number, stage.outputs)
+        for item in ending[number]:
+            kind, width, slot = places[item]
+            free[kind, width].append(slot)
+    return places, slots
 
 
 def _slot_size(networks: int, rows: int, width: int) -> int:
     return -(-networks * rows * width // SLOT) * SLOT
+
+
+def memory_elements(stages: Stages, keep: int, networks: int, rows: int, inputs: int) -> int:
+    """Of products and values together."""
+    slots = places_of(stages, keep, inputs)[1]
+    return sum(count * _slot_size(networks, rows, width) for (_, width), count in slots.items())
+
+
+def stats_shape(stages: Stages, networks: int, rows: int) -> tuple[int, int, int, int]:
+    return sum(PASSES[stage.after].keeps_stats for stage in stages), 2, networks, rows
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -285,88 +279,64 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@dataclasses.dataclass
-class Memory:
-    """What a forward pass leaves: products and stats by stage, values by number; the last is None, and so is
-    0 where the input is used where it lies."""
+class Memory(NamedTuple):
+    """What a forward pass leaves, by number: products and statistics of the stages that have any, values
+    [N, B, width] but the head's, and but the input where it is used where it lies."""
 
-    products: list[Tensor | None]
-    values: list[Tensor | None]
-    stats: list[Tensor | None]
-
-    @classmethod
-    def carve(cls, stages: Stages, keep: int, rows: int, inputs: int, flat: Tensor, stats: Tensor) -> Memory:
-        """Of `flat`, `memory_elements` long, and stats [L, 2, N, B] of L stages."""
-        places, start, networks = places_of(stages, keep, inputs), 0, stats.shape[2]
-        slots: dict[tuple[str, int], list[Tensor]] = {}
-        kinds = (("products", places.product_slots), ("values", places.value_slots))
-        for kind, counts in kinds:
-            for width, count in counts.items():
-                size = _slot_size(networks, rows, width)
-                held = flat[start : start + count * size].view(count, size)
-                slots[kind, width] = [
-                    slot[: networks * rows * width].view(networks, rows, width) for slot in held.unbind()
-                ]
-                start += count * size
-        products = [None if p is None else slots["products", p.width][p.slot] for p in places.products]
-        values = [None if p is None else slots["values", p.width][p.slot] for p in places.values]
-        keeps = [passes_plain.PASSES[stage.after].keeps_stats for stage in stages]
-        return cls(products, values, [x if k else None for k, x in zip(keeps, stats.unbind(), strict=True)])
+    products: dict[int, Tensor]
+    values: dict[int, Tensor]
+    stats: dict[int, Tensor]
 
     @classmethod
-    def new(cls, stages: Stages, keep: int, networks: int, rows: int, inputs: int, like: Tensor) -> Memory:
-        flat = like.new_empty(memory_elements(stages, keep, networks, rows, inputs))
-        stats = like.new_empty(len(stages), 2, networks, rows, dtype=wide(like.dtype))
-        return cls.carve(stages, keep, rows, inputs, flat, stats)
-
-    def pieces(self) -> list[Tensor]:
-        """All there are, each once."""
-        parts = [x for x in (*self.products, *self.values, *self.stats) if x is not None]
-        return list({(x.storage_offset(), x.shape, x.dtype, x.data_ptr()): x for x in parts}.values())
+    def carve(cls, stages: Stages, keep: int, inputs: int, flat: Tensor, stats: Tensor) -> Memory:
+        """Of `flat`, with `memory_elements`, and stats, of `stats_shape`."""
+        places, slots = places_of(stages, keep, inputs)
+        (networks, rows), start, held = stats.shape[2:], 0, {}
+        for (kind, width), count in slots.items():
+            for slot in range(count):
+                size = networks * rows * width
+                held[kind, width, slot] = flat[start : start + size].view(networks, rows, width)
+                start += _slot_size(networks, rows, width)
+        found = {item: held[place] for item, place in places.items()}
+        products, values = (
+            {n: x for (k, n), x in found.items() if k == kind} for kind in ("product", "value")
+        )
+        numbers = [n for n, stage in enumerate(stages, start=1) if PASSES[stage.after].keeps_stats]
+        return cls(products, values, dict(zip(numbers, stats.unbind(), strict=True)))
 
     def part(self, networks: int, rows: int) -> Memory:
         """That of the first networks and, of each, of the last rows."""
-        products = [x if x is None else x[:networks, -rows:] for x in self.products]
-        values = [x if x is None else x[:networks, -rows:] for x in self.values]
-        return Memory(products, values, [x if x is None else x[:, :networks, -rows:] for x in self.stats])
+        products, values = ({n: x[:networks, -rows:] for n, x in own.items()} for own in self[:2])
+        return Memory(products, values, {n: x[:, :networks, -rows:] for n, x in self.stats.items()})
 
 
 # -- passes over it
 
 
-class Kind(NamedTuple):
-    """What runs between the products: a module with `PASSES`, by its name."""
-
-    name: str
-    module: Any
-
-    def of(self, after: str) -> Pass:
-        known: Pass | None = self.module.PASSES.get(after)
-        return passes_plain.PASSES[after] if known is None else known
-
-    @property
-    def batched(self) -> bool:
-        """Whether a launch costs more than memory for gradients of products."""
-        return self.name == "norm"
+def module_for(x: Tensor, float32: bool) -> Any:
+    """What runs between the products of tensors like x: a module with `PASSES`. float32: whether all vectors
+    are, which the compiled passes take alone."""
+    if takes_kernels(None, x):
+        return module("norm")
+    return module("passes_cpu" if float32 and chosen(None) == "auto" and native.takes(x) else "passes_plain")
 
 
-def kind_of(x: Tensor, float32: bool = True, impl: str | None = None) -> Kind:
-    """For tensors like x; `float32`: whether all vectors are, which the compiled passes take alone."""
-    if takes_kernels(impl, x):
-        name = "norm"
-    elif float32 and chosen(impl) == "auto" and native.takes(x):
-        name = "passes_cpu"
-    else:
-        name = "passes_plain"
-    return Kind(name, importlib.import_module(f".{name}", __package__))
+@lru_cache
+def module(name: str) -> Any:
+    """The module of passes of this name; that of the Triton kernels takes its time to load."""
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _vectors(stage: Stage, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    return [parameters[name] for name in stage.vectors]
 
 
 class Forward:
     """The forward pass. Its calls have everything bound but the inputs.
 
     Args:
-        out: [N, B, K] for the outputs. parts: how many inputs there are, each for an equal share of the
-            networks.
+        module: of passes. out: [N, B, K] for the outputs. parts: how many inputs there are, each for an equal
+            share of the networks.
     """
 
     def __init__(
@@ -374,54 +344,49 @@ class Forward:
         stages: Stages,
         parameters: Mapping[str, Tensor],
         memory: Memory,
-        kind: Kind,
+        module: Any,
         out: Tensor,
         parts: int = 1,
     ) -> None:
-        self.stages, self.parameters, self.memory, self.kind, self.parts = (
-            stages,
-            parameters,
-            memory,
-            kind,
-            parts,
-        )
-        self.values = [*memory.values[:-1], out]
+        self.stages, self.parameters, self.memory, self.module = stages, parameters, memory, module
+        self.out, self.parts = out, parts
+        self.values = memory.values | {len(stages): out}
         self.inputs: Sequence[Tensor] = ()
-        self.out = out
-        self.calls = [call for k in range(len(stages)) for call in self.stage(k)]
 
-    def stage(self, k: int, product_alone: bool = False) -> list[Call]:
-        """The calls of one stage, whose value is not made anew with `product_alone`."""
-        stage, out, calls = self.stages[k], self.values[k + 1], list[Call]()
-        after, vectors = self.kind.of(stage.after), _vectors(stage, self.parameters)
-        assert out is not None
-        source = self.values[stage.reads]
-        if stage.product:
-            source = out if after.in_place else self.memory.products[k]
-            assert source is not None
-            if product_alone and after.in_place:
-                return calls
-            x, kernel = self.values[stage.reads], self.parameters[f"{stage.name}.kernel"]
-            if x is None:
-                places = zip(*(y.chunk(self.parts) for y in (kernel, source, *vectors)), strict=True)
-                calls.append(partial(self._of_inputs, after, list(places)))
-            else:
-                calls.append(after.product(x, kernel, vectors, source))
-        if product_alone:
-            return calls
-        assert source is not None
+    def held(self, number: int) -> Held:
+        """What the pass of a stage is over."""
+        stage, out = self.stages[number - 1], self.values[number]
+        product = self.memory.products.get(number, out) if stage.product else self.values[stage.reads]
         added = None if stage.adds is None else self.values[stage.adds]
-        call = after.forward(source, vectors, added, stage.relu, out, self.memory.stats[k])
+        stats = self.memory.stats.get(number)
+        return Held(product, _vectors(stage, self.parameters), stage.relu, added, out, stats)
+
+    def stage(self, number: int, product_alone: bool = False) -> list[Call]:
+        """The calls of one stage, whose value is not made anew with `product_alone`."""
+        stage, held, calls = self.stages[number - 1], self.held(number), list[Call]()
+        after: Pass = self.module.PASSES[stage.after]
+        if stage.product and not (product_alone and after.in_place):
+            product, kernel = held.product, self.parameters[f"{stage.name}.kernel"]
+            if stage.reads in self.values:
+                calls.append(after.product(self.values[stage.reads], kernel, held.vectors, product))
+            else:
+                places = zip(*(y.chunk(self.parts) for y in (kernel, product, *held.vectors)), strict=True)
+                calls.append(partial(self._of_inputs, after, list(places)))
+        call = None if product_alone else after.forward(held)
         return calls if call is None else [*calls, call]
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        return [call for number in range(1, len(self.stages) + 1) for call in self.stage(number)]
 
     def _of_inputs(self, after: Pass, places: Sequence[Sequence[Tensor]]) -> None:
         for x, (kernel, out, *vectors) in zip(self.inputs, places, strict=True):
             after.product(x.expand(len(kernel), *x.shape[-2:]), kernel, vectors, out)()
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         """[N, B, K] of one [N, B, I], or of several [B, I]."""
         self.inputs = inputs
-        if self.values[0] is not None:
+        if 0 in self.values:
             for x, place in zip(inputs, self.values[0].chunk(self.parts), strict=True):
                 place.copy_(x)
         for call in self.calls:
@@ -430,10 +395,11 @@ class Forward:
 
 
 class Backward:
-    """The backward pass, into `gradients` where they are wanted; like `Forward`, whose memory it reads.
+    """The backward pass, into `gradients` where they are wanted. Its calls have everything bound but the
+    input and the gradient of the outputs.
 
     Args:
-        forward: of the same networks and rows. gradients: by name, as the parameters.
+        forward: of the same networks and rows, whose memory is read. gradients: by name, as the parameters.
         wants_input: whether the gradient of the input is wanted. new: makes memory of a shape.
         batched: whether kernels' gradients of stages of equal shape are one product.
         recomputes: blocks but the last are made again from what came out of the block before.
@@ -448,215 +414,176 @@ class Backward:
         batched: bool = False,
         recomputes: bool = False,
     ) -> None:
-        self.stages, self.parameters, self.values = forward.stages, forward.parameters, forward.values
-        self.memory, self.kind, self.forward = forward.memory, forward.kind, forward
-        self.gradients, self.wants_input, self.new = gradients, wants_input, new
-        self.copied = self.values[0] is not None
-        self.shape = forward.out.shape[:2]
-        self.grad: Tensor | None = None
-        self.x: Tensor | None = None
-        self.columns = slice(None)
-        self.dx: Tensor | None = None
+        self.forward, self.gradients, self.new = forward, gradients, new
+        self.stages, self.values, self.wants_input = forward.stages, forward.values, wants_input
         self.calls: list[Call] = []
-        self.sums: list[tuple[list[int], Tensor]] = []
-        self.groups: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.pieces = {} if gradients is None else self._pieces()
-        self.dproducts = {} if gradients is None or recomputes or not batched else self._dproducts(gradients)
-        self._bind(recomputes)
+        self.ending: list[Call] = []  # what is one launch for several stages
+        self.slots: list[Tensor] = []  # kept: calls may hold addresses alone
+        self.arrived: dict[int, Tensor] = {}  # gradients that have reached a value
+        self.pieces: dict[int, Tensor] = {}
+        self.dproducts: dict[int, Tensor] = {}
+        self.dx: Tensor | None = None
+        self.grad: Tensor  # of the outputs, and x, while they are there
+        self.x: Tensor
+        self.columns: slice
+        if gradients is not None:
+            if batched and not recomputes:
+                self._batch_products(gradients)
+            self._batch_sums(gradients)
+            self.calls.append(partial(self._head_gradients, gradients))
+        head, ends = self.stages[-1], ends_of(self.stages)
+        self._arrive(head.reads, None, forward.parameters[f"{head.name}.kernel"].mT)
+        for number in reversed(range(1, len(self.stages))):
+            if recomputes and number in ends[:-1]:
+                first = max((end for end in ends if end < number), default=0) + 1
+                for again in range(first, number + 1):
+                    self.calls += forward.stage(again, product_alone=again == number)
+            self._stage(number)
+        self.calls += self.ending
+        self.made = self.arrived.get(0)  # the input's gradient, where that has a place
 
     # what is one launch for several stages
 
-    def _summed(self) -> dict[tuple[str, int], list[int]]:
-        """Stages whose sums over rows come in pieces, by pass and width."""
+    def _alike(self, key: Callable[[Stage, Pass], Any]) -> list[list[int]]:
+        """Numbers of the stages, but the head, with the same key; those with none are left out."""
         out = defaultdict(list)
-        for k, stage in enumerate(self.stages):
-            if self.kind.of(stage.after).partial_sums:
-                out[stage.after, stage.outputs].append(k)
-        return out
+        for number, stage in enumerate(self.stages[:-1], start=1):
+            out[key(stage, self.forward.module.PASSES[stage.after])].append(number)
+        return [numbers for found, numbers in out.items() if found]
 
-    def _pieces(self) -> dict[int, Tensor]:
-        out: dict[int, Tensor] = {}
-        for (_, width), stages in self._summed().items():
-            like = self.values[stages[0] + 1]
-            assert like is not None
-            whole = self.kind.module.partials(len(stages), *self.shape, width, like)
-            self.sums.append((stages, whole))
-            out |= dict(zip(stages, whole.unbind(), strict=True))
-        return out
+    def _batch_products(self, gradients: Mapping[str, Tensor]) -> None:
+        """Gradients of products that stay until the end, where kernels' gradients become one product."""
 
-    def _dproducts(self, gradients: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """Gradients of products that stay until the end, by stage: those whose kernels' gradients are one
-        product with others of their shape."""
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for k, stage in enumerate(self.stages[:-1]):
-            x = self.values[stage.reads]
-            if stage.product and x is not None and self.kind.of(stage.after).writes(stage.relu):
-                groups[x.shape[-1], stage.outputs].append(k)
-        out: dict[int, Tensor] = {}
-        for (_, width), stages in groups.items():
-            read = [self.values[self.stages[k].reads] for k in stages]
-            below = spaced([x for x in read if x is not None])
-            into = spaced([gradients[f"{self.stages[k].name}.kernel"] for k in stages])
-            if len(stages) == 1 or below is None or into is None:
-                continue
-            above = self.new(len(stages), *self.shape, width)
-            self.groups.append((below, above, into))
-            out |= dict(zip(stages, above.unbind(), strict=True))
-        return out
+        def key(stage: Stage, after: Pass) -> Any:
+            if stage.product and stage.reads in self.values and after.writes(stage.relu):
+                return self.values[stage.reads].shape[-1], stage.outputs
+            return None
 
-    def _bind(self, recomputes: bool) -> None:
-        stages, calls = self.stages, self.calls
-        head, ends = stages[-1], ends_of(stages)
-        d: dict[int, Tensor] = {}  # gradients that have reached a value
-        free: dict[int, list[Tensor]] = defaultdict(list)
+        for numbers in self._alike(key):
+            stages = [self.stages[number - 1] for number in numbers]
+            below = spaced([self.values[stage.reads] for stage in stages])
+            into = spaced([gradients[f"{stage.name}.kernel"] for stage in stages])
+            if len(numbers) > 1 and below is not None and into is not None:
+                above = self.new(len(numbers), *self.forward.out.shape[:2], stages[0].outputs)
+                self.dproducts |= zip(numbers, above.unbind(), strict=True)
+                self.ending.append(partial(_products, below, above, into))
 
-        def slot(width: int) -> Tensor:
-            return free[width].pop() if free[width] else self.new(*self.shape, width)
+    def _batch_sums(self, gradients: Mapping[str, Tensor]) -> None:
+        """Sums over rows that come in pieces: one launch for all stages of a pass and width."""
+        module = self.forward.module
+        for numbers in self._alike(lambda stage, after: after.partial_sums and (stage.after, stage.outputs)):
+            stages, out = [self.stages[number - 1] for number in numbers], self.values[numbers[0]]
+            pieces = module.partials(len(numbers), *out.shape, out)
+            bias = None if self.pieces else gradients[f"{self.stages[-1].name}.bias"]
+            self.pieces |= zip(numbers, pieces.unbind(), strict=True)
+            vectors = [_vectors(stage, gradients) for stage in stages]
+            self.ending.append(partial(self._reduce, module.reduce, pieces, vectors, bias))
 
-        def arrive(value: int, dproduct: Tensor | None, kernel: Tensor) -> None:
-            """Add dproduct @ kernel to the gradient of a value; dproduct None is that of the head."""
-            if value == 0 and not self.copied:
-                if self.wants_input:
-                    calls.append(partial(self._to_input, dproduct, kernel))
-            elif value not in d:
-                d[value] = slot(kernel.shape[-1])
-                if dproduct is None:
-                    calls.append(partial(self._of_head, kernel, d[value]))
-                else:
-                    calls.append(partial(torch.bmm, dproduct, kernel, out=d[value]))
-            else:
-                assert dproduct is not None
-                calls.append(partial(d[value].baddbmm_, dproduct, kernel))
-
-        if self.gradients is not None:
-            calls.append(self._head_gradients)
-        arrive(head.reads, None, self.parameters[f"{head.name}.kernel"].mT)
-        for k in reversed(range(len(stages) - 1)):
-            if recomputes and k + 1 in ends and k + 1 != ends[-1]:
-                first = max((e for e in ends if e <= k), default=0)
-                for j in range(first, k + 1):
-                    calls += self.forward.stage(j, product_alone=j == k)
-            self._stage(k, d, free, slot, arrive)
-        self.calls += self._endings()
-        if self.copied and self.wants_input:
-            self.dx = d[0]
-
-    def _stage(
-        self,
-        k: int,
-        d: dict[int, Tensor],
-        free: dict[int, list[Tensor]],
-        slot: Callable[[int], Tensor],
-        arrive: Callable[[int, Tensor | None, Tensor], None],
+    def _reduce(
+        self, reduce: Callable[..., None], pieces: Tensor, vectors: list[list[Tensor]], bias: Tensor | None
     ) -> None:
-        stage, calls, g = self.stages[k], self.calls, d.pop(k + 1)
-        after = self.kind.of(stage.after)
-        handed = False
-        if stage.adds is not None:
-            if stage.adds in d:
-                calls.append(partial(d[stage.adds].add_, g))
-            elif stage.adds or self.copied:
-                d[stage.adds], handed = g, True
-        if not after.writes(stage.relu):
-            dproduct = g
-        elif k in self.dproducts:
-            dproduct = self.dproducts[k]
-        else:
-            dproduct = slot(stage.outputs) if handed else g
-        out = self.values[k + 1]
-        source = self.values[stage.reads] if not stage.product else self.memory.products[k]
-        source = out if source is None else source
-        assert out is not None
-        assert source is not None
-        into = None if self.gradients is None else _vectors(stage, self.gradients)
-        call = after.backward(
-            g,
-            source,
-            _vectors(stage, self.parameters),
-            stage.relu,
-            out,
-            self.memory.stats[k],
-            dproduct,
-            into,
-            self.pieces.get(k),
-        )
-        if call is not None:
-            calls.append(call)
-        given_on = handed and dproduct is g
-        if stage.product:
-            kernel = f"{stage.name}.kernel"
-            if self.gradients is not None and k not in self.dproducts:
-                x = self.values[stage.reads]
-                if x is None:
-                    calls.append(partial(self._first_gradient, dproduct, self.gradients[kernel]))
-                else:
-                    calls.append(partial(torch.bmm, x.mT, dproduct, out=self.gradients[kernel]))
-            arrive(stage.reads, dproduct, self.parameters[kernel].mT)
-        elif stage.reads or self.copied:
-            if stage.reads in d:
-                calls.append(partial(d[stage.reads].add_, dproduct))
-            else:
-                d[stage.reads], given_on = dproduct, True
-        if not given_on and k not in self.dproducts:
-            free[stage.outputs].append(dproduct)
-        if dproduct is not g and not handed:
-            free[stage.outputs].append(g)
+        reduce(pieces, vectors, None if bias is None else self.grad, bias)
 
-    def _endings(self) -> list[Call]:
-        out: list[Call] = [partial(_products, *group) for group in self.groups]
-        if self.gradients is None:
-            return out
-        for index, (stages, pieces) in enumerate(self.sums):
-            vectors = [_vectors(self.stages[k], self.gradients) for k in stages]
-            out.append(partial(self._reduce, pieces, vectors, index == 0))
-        return out
+    # one stage
+
+    def _slot(self, width: int, *busy: Tensor | None) -> Tensor:
+        """Memory that holds nothing that is still needed."""
+        for slot in self.slots:
+            if slot.shape[-1] == width and all(slot is not x for x in (*self.arrived.values(), *busy)):
+                return slot
+        self.slots.append(self.new(*self.forward.out.shape[:2], width))
+        return self.slots[-1]
+
+    def _wanted(self, value: int) -> bool:
+        return value > 0 or self.wants_input
+
+    def _arrive(self, value: int, dproduct: Tensor | None, kernel: Tensor) -> None:
+        """Add dproduct @ kernel to the gradient of a value; dproduct None is the gradient of the outputs."""
+        there = self.arrived.get(value)
+        if not self._wanted(value):
+            return
+        if value not in self.values:
+            self.calls.append(partial(self._to_input, dproduct, kernel))
+        elif there is None or dproduct is None:
+            out = self.arrived[value] = self._slot(kernel.shape[-1], dproduct)
+            product = self._of_outputs if dproduct is None else partial(torch.bmm, dproduct)
+            self.calls.append(partial(product, kernel, out=out))
+        elif there is dproduct:  # of a stage without a ReLU that adds what it reads
+            out = self.arrived[value] = self._slot(kernel.shape[-1], dproduct)
+            self.calls.append(partial(torch.baddbmm, there, dproduct, kernel, out=out))
+        else:
+            self.calls.append(partial(there.baddbmm_, dproduct, kernel))
+
+    def _add(self, value: int, gradient: Tensor) -> bool:
+        """Add a gradient to that of a value; whether it is that from now on."""
+        if not self._wanted(value):
+            return False
+        if value in self.arrived:
+            self.calls.append(partial(self.arrived[value].add_, gradient))
+            return False
+        self.arrived[value] = gradient
+        return True
+
+    def _stage(self, number: int) -> None:
+        stage, gradient = self.stages[number - 1], self.arrived.pop(number)
+        after: Pass = self.forward.module.PASSES[stage.after]
+        handed_on = stage.adds is not None and self._add(stage.adds, gradient)
+        dproduct = gradient
+        if number in self.dproducts:
+            dproduct = self.dproducts[number]
+        elif handed_on and after.writes(stage.relu):
+            dproduct = self._slot(stage.outputs)
+        into = None if self.gradients is None else _vectors(stage, self.gradients)
+        call = after.backward(self.forward.held(number), gradient, dproduct, into, self.pieces.get(number))
+        if call is not None:
+            self.calls.append(call)
+        if not stage.product:
+            self._add(stage.reads, dproduct)
+            return
+        kernel = f"{stage.name}.kernel"
+        if self.gradients is not None and number not in self.dproducts:
+            into_kernel = self.gradients[kernel]
+            if stage.reads in self.values:
+                self.calls.append(partial(torch.bmm, self.values[stage.reads].mT, dproduct, out=into_kernel))
+            else:
+                self.calls.append(partial(self._of_input, dproduct, into_kernel))
+        self._arrive(stage.reads, dproduct, self.forward.parameters[kernel].mT)
 
     # what the inputs have a part in
 
-    def _of_head(self, kernel: Tensor, out: Tensor) -> None:
-        assert self.grad is not None
+    def _of_outputs(self, kernel: Tensor, out: Tensor) -> None:
         torch.bmm(self.grad, kernel, out=out)
 
-    def _head_gradients(self) -> None:
-        head, gradients, grad = self.stages[-1], self.gradients, self.grad
-        assert gradients is not None
-        assert grad is not None
-        x = self.values[head.reads]
-        x = self.x if x is None else x
-        assert x is not None
-        torch.bmm(x.mT, grad, out=gradients[f"{head.name}.kernel"])
+    def _of_input(self, dproduct: Tensor, out: Tensor) -> None:
+        torch.bmm(self.x.mT, dproduct, out=out)
+
+    def _head_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        head = self.stages[-1]
+        x = self.values.get(head.reads, self.x)
+        torch.bmm(x.mT, self.grad, out=gradients[f"{head.name}.kernel"])
         if not self.pieces:
             bias = gradients[f"{head.name}.bias"]
-            torch.sum(grad, 1, dtype=bias.dtype, out=bias)
-
-    def _first_gradient(self, dproduct: Tensor, out: Tensor) -> None:
-        assert self.x is not None
-        torch.bmm(self.x.mT, dproduct, out=out)
+            torch.sum(self.grad, 1, dtype=bias.dtype, out=bias)
 
     def _to_input(self, dproduct: Tensor | None, kernel: Tensor) -> None:
         dproduct = self.grad if dproduct is None else dproduct
-        assert dproduct is not None
         kernel = kernel[..., self.columns]
         self.dx = torch.bmm(dproduct, kernel) if self.dx is None else self.dx.baddbmm_(dproduct, kernel)
 
-    def _reduce(self, pieces: Tensor, vectors: list[list[Tensor]], with_head: bool) -> None:
-        assert self.gradients is not None
-        bias = self.gradients[f"{self.stages[-1].name}.bias"] if with_head else None
-        self.kind.module.reduce(pieces, vectors, self.grad if with_head else None, bias)
-
     def __call__(self, grad: Tensor, x: Tensor, columns: slice = slice(None)) -> Tensor | None:
-        """The gradient of x [N, B, I] in these columns, where it is wanted.
+        """The gradient of x [N, B, I] in these columns, where it is wanted; in memory that stays where the
+        input is copied.
 
         Args:
             grad: [N, B, K], contiguous. x: [N, B, I], or [B, I] of all networks.
         """
         self.grad, self.x, self.columns = grad, x.expand(len(grad), *x.shape[-2:]), columns
+        self.forward.inputs = (x,)
         for call in self.calls:
             call()
-        self.grad = self.x = None
-        if self.copied:
-            return None if self.dx is None else self.dx[..., columns]
-        dx, self.dx = self.dx, None
+        dx = self.dx if self.made is None else self.made[..., columns]
+        del self.grad, self.x
+        self.dx, self.forward.inputs = None, ()
         return dx
 
 
@@ -703,41 +630,45 @@ class Plan:
         trained_rows: int | None = None,
     ) -> None:
         # tensors of its own: what it holds stays where it is, also if a module puts other data into its own
-        self.stages = tuple(stages)
+        self.stages, self.rows, self.gradients = tuple(stages), rows, gradients
         self.parameters = {name: p.detach() for name, p in parameters.items()}
-        self.rows, self.gradients = rows, gradients
-        self.trained_rows = rows if trained_rows is None else trained_rows
-        check_parameters(self.stages, self.parameters)
+        networks, self.inputs = check_parameters(self.stages, self.parameters)
         check_strides(self.stages, self.parameters)
-        head = self.parameters[f"{self.stages[-1].name}.kernel"]
-        networks, _, outputs = head.shape
         self.trained = networks
         if gradients is not None:
-            check_parameters(self.stages, gradients, "the gradient of ")
+            self.trained, _ = check_parameters(self.stages, gradients, "the gradient of ", self.inputs)
             check_strides(self.stages, gradients, "gradients of ")
-            self.trained = len(next(iter(gradients.values())))
-        self.recompute: bool = recompute if share is None else share.recompute
+            if self.trained > networks:
+                raise ValueError(f"gradients must be of 1 to N = {networks} networks, got {self.trained}")
+        self.trained_rows = rows if trained_rows is None else trained_rows
         if not 0 < self.trained_rows <= rows:
-            raise ValueError(f"trained_rows must be from 1 to B = {rows}, got {trained_rows}")
+            raise ValueError(f"trained_rows must be from 1 to B = {rows}, got {self.trained_rows}")
         if networks > 1 and self.trained_rows < rows:  # a pass over some of their rows has gaps
             raise ValueError(
                 f"trained_rows must be B = {rows} with N = {networks} networks, got {trained_rows}"
             )
-        self._shares = share is not None
-        keep = KEEP_ENDS if self.recompute else KEEP_ALL
+        head = self.parameters[f"{self.stages[-1].name}.kernel"]
+        self.out = head.new_empty(networks, rows, head.shape[-1])
+        self._own, self.recompute = [self.out], recompute
         if share is None:
-            inputs = input_width(self.stages, self.parameters)
-            self.memory = Memory.new(self.stages, keep, networks, rows, inputs, head)
+            keep = KEEP_ENDS if recompute else KEEP_ALL
+            flat = head.new_empty(memory_elements(self.stages, keep, networks, rows, self.inputs))
+            stats = head.new_empty(stats_shape(self.stages, networks, rows), dtype=wide(head.dtype))
+            self.memory = Memory.carve(self.stages, keep, self.inputs, flat, stats)
+            self._own += [flat, stats]
         else:
-            if share.stages != self.stages or len(share.out) < networks or share.rows < rows:
-                wanted = f"the same stages, N >= {networks} networks and B >= {rows} rows"
+            mine, theirs = (
+                (self.stages, self.inputs, head.dtype),
+                (share.stages, share.inputs, share.out.dtype),
+            )
+            if mine != theirs or len(share.out) < networks or share.rows < rows:
+                wanted = f"the same stages, inputs and dtype, N >= {networks} networks and B >= {rows} rows"
                 raise ValueError(f"share must have {wanted}, got N = {len(share.out)} and B = {share.rows}")
-            self.memory = share.memory.part(networks, rows)
-        self.out: Tensor = head.new_empty(networks, rows, outputs)
+            self.memory, self.recompute = share.memory.part(networks, rows), share.recompute
         held = [x for source in (self.parameters, gradients or {}) for x in source.values() if x.dim() == 2]
         self._float32 = all(x.dtype == torch.float32 for x in held)
-        self._forward: dict[tuple[int, str], Forward] = {}
-        self._backward: dict[tuple[str, bool], Backward] = {}
+        self._forward: dict[tuple[int, Any], Forward] = {}
+        self._backward: dict[tuple[Any, bool], Backward] = {}
         self._inputs: Sequence[Tensor] = ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -745,37 +676,27 @@ class Plan:
         return {**self.__dict__, "_forward": {}, "_backward": {}}
 
     def bytes(self, device: str) -> int:
-        """Memory of its own on a device of this kind, that of the backward pass included (but for the partial
-        sums of norms)."""
-        held = [self.out]
-        if not self._shares:
-            held += self.memory.pieces()
+        """Memory of its own on a device of this kind, that of the backward pass included, but for the partial
+        sums of norms, and zeros in place of a bias."""
+        held = list(self._own)
 
         def new(*shape: int) -> Tensor:
             held.append(self.out.new_empty(shape, device="meta"))
             return held[-1]
 
         batched = torch.device(device).type == "cuda"
-        plain = Kind("passes_plain", passes_plain)
-        self._reversed(plain, new, wants_input=False, batched=batched)
+        self._reversed(module("passes_plain"), new, wants_input=True, batched=batched)
         return sum(x.numel() * x.element_size() for x in held)
 
-    def _reversed(self, kind: Kind, new: Callable[..., Tensor], wants_input: bool, batched: bool) -> Backward:
+    def _reversed(
+        self, module: Any, new: Callable[..., Tensor], wants_input: bool, batched: bool
+    ) -> Backward:
         """The backward pass over the networks and rows that are trained."""
-        memory, out = self.memory, self.out
-        if self.trained < len(out) or self.trained_rows < self.rows:
-            memory = memory.part(self.trained, self.trained_rows)
-            out = out[: self.trained, -self.trained_rows :]
+        memory = self.memory.part(self.trained, self.trained_rows)
         parameters = {name: p[: self.trained] for name, p in self.parameters.items()}
-        forward = Forward(self.stages, parameters, memory, kind, out)
+        out = self.out[: self.trained, -self.trained_rows :]
+        forward = Forward(self.stages, parameters, memory, module, out)
         return Backward(forward, self.gradients, wants_input, new, batched, self.recompute)
-
-    def _bound(self, x: Tensor, parts: int) -> Forward:
-        kind = kind_of(x, self._float32)
-        key = parts, kind.name
-        if key not in self._forward:
-            self._forward[key] = Forward(self.stages, self.parameters, self.memory, kind, self.out, parts)
-        return self._forward[key]
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Outputs [N, B, K], overwritten by the next call.
@@ -785,13 +706,21 @@ class Plan:
                 must stay as they are until the backward pass.
         """
         parts = len(inputs)
-        for x in inputs:
-            if x.shape[-2] != self.rows:  # torch would make the memory larger and go on
-                raise ValueError(f"inputs must have B = {self.rows} rows, got {x.shape[-2]}")
+        for x in inputs:  # torch would make the memory larger and go on, or repeat a column
+            if x.shape != (self.rows, self.inputs):
+                wanted = [self.rows, self.inputs]
+                raise ValueError(f"inputs must have shape [B, I] = {wanted}, got {list(x.shape)}")
+            if x.dtype != self.out.dtype:
+                raise TypeError(f"inputs must be of {self.out.dtype}, got {x.dtype}")
         if not parts or len(self.out) % parts:
             raise ValueError(f"inputs must share N = {len(self.out)} networks equally, got {parts}")
         self._inputs = inputs
-        return self._bound(inputs[0], parts)(inputs)
+        module = module_for(inputs[0], self._float32)
+        run = self._forward.get((parts, module))
+        if run is None:
+            run = Forward(self.stages, self.parameters, self.memory, module, self.out, parts)
+            self._forward[parts, module] = run
+        return run(*inputs)
 
     def backward(self, grad: Tensor, columns: slice | None = None) -> Tensor | None:
         """Fill the gradients of the first G networks; returns those of their input where they are wanted.
@@ -800,7 +729,8 @@ class Plan:
             grad: [G, R, K], contiguous, of what `forward` returned for them.
             columns: of the input, C of them, of which a gradient is wanted; None for none.
         Returns:
-            [G, R, C]: each network's own, to be summed where they had one input.
+            [G, R, C]: each network's own, to be summed where they had one input. Where a stage adds or norms
+            the input, the next call overwrites it.
         """
         if not self._inputs:
             raise RuntimeError("a backward pass needs a forward pass before it")
@@ -810,11 +740,10 @@ class Plan:
             raise ValueError(f"grad must have shape [G, R, K] = {list(wanted)} and no gaps, got {told}")
         if self.trained > len(self.out) // len(self._inputs):
             raise ValueError("networks with gradients must all take the first input")
-        kind = kind_of(grad, self._float32)
-        key = kind.name, columns is not None
-        if key not in self._backward:
-            self._backward[key] = self._reversed(kind, self.out.new_empty, columns is not None, kind.batched)
-        x = self._inputs[0][..., -self.trained_rows :, :]
-        run = self._backward[key]
-        run.forward.inputs = (x,)
+        module = module_for(grad, self._float32)
+        run = self._backward.get((module, columns is not None))
+        if run is None:
+            run = self._reversed(module, self.out.new_empty, columns is not None, module.BATCHED)
+            self._backward[module, columns is not None] = run
+        x = self._inputs[0][-self.trained_rows :]
         return run(grad, x, slice(None) if columns is None else columns)
