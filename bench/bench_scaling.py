@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from bench_limits import machine
-from bench_update import FLOOR, compare, warm
+from bench_update import FLOOR, INFINITE, compare, warm
 from harness import TIME_UP, Clock, Parser, Results, Unavailable, interleave, one_core
 from workloads import named
 
@@ -123,7 +123,8 @@ def run(found: Results, device: str, axes: Sequence[str], seconds: float, *, dry
                 else:
                     shape = BASE._replace(**({"width": kept, "batch": kept} | {axis: x}))
                     subject = Subject(shape, updates, device)
-                    compare(found, subject, [OURS[device]], share, roof, case=case, unit="us")
+                    left = INFINITE if dry else end.left
+                    compare(found, subject, [OURS[device]], share, roof, left, case=case, unit="us")
             found.entries[first:] = sorted(found.entries[first:], key=lambda entry: size(entry["case"]))
             known = {size(e["case"]): e["value"] / 1e6 for e in found.entries[first:] if e["value"]}
             xs = [x for x in known if axis != "tasks" or x > 1]

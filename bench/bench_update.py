@@ -56,7 +56,8 @@ DEFAULTS = {"cpu": ("ours", "plain"), "cuda": ("ours-bf16", "ours-tf32", "plain"
 FLOOR = {"cpu": "torch.bmm", "cuda": "roofline"}
 HEAVY = 4e9  # bytes of plain PyTorch; a CPU is not given more unless it is asked to
 COMPILING = 30.0  # seconds of torch.compile at one size, on one core with an empty cache
-LONGEST = {"cpu": float("inf"), "cuda": 4.0}  # seconds of timing at one size; a quiet machine needs no more
+INFINITE = float("inf")
+LONGEST = {"cpu": INFINITE, "cuda": 4.0}  # seconds of timing at one size; a quiet machine needs no more
 KEPT = 0.1  # share of the time for parts or kernels
 MARK = "spin_kernel"  # what torch.cuda._sleep launches
 
@@ -225,7 +226,7 @@ def run(
                 found.case(subject.case, {}, "updates/s", missing=missing, at=subject.at)
             else:
                 share = Clock(clock.left / (len(subjects) - place))
-                compare(found, subject, names, share, roof, clock.left)
+                compare(found, subject, names, share, roof, INFINITE if dry else clock.left)
         if device == "cuda":
             try:
                 found.found["kernels_per_update"] = count_kernels(subjects, names, Clock(seconds * KEPT))
