@@ -17,6 +17,7 @@ failed or whose equality check did. --force compares such files all the same and
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import math
 import shutil
