@@ -2,11 +2,9 @@
 
 import functools
 import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -158,9 +156,7 @@ print("stepped")
 def test_all_25_tasks_step_side_by_side():
     """Without the compiler's optimizations, which take most of the minutes that 13 bodies need at first."""
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", ALL], capture_output=True, text=True, env=environment, check=False
-    )
+    done = fresh.run(ALL, environment=environment)
     assert done.stdout == "stepped\n", done.stderr
 
 
@@ -427,40 +423,45 @@ def test_mujoco_warp_steps_as_playground_does_and_restarts_too():
 
 # Kept between processes.
 
-SECOND = """
+STEP = """
 import sys
-from brc_fast.envs import make
 import torch
-env = make('mjx/PendulumSwingup', 2, quiet=True)
-env.reset_tensors(0)
-print(env.step_tensors(torch.ones(2, 1)).successors.tolist())
-print(sorted({'mujoco', 'mujoco_playground'} & set(sys.modules)))
+from pathlib import Path
+from brc_fast.envs import _programs, make
+
+def step():
+    _programs.programs.cache_clear()
+    env = make("mjx/PendulumSwingup", 2, quiet=True)
+    env.reset_tensors(0)
+    print(env.step_tensors(torch.ones(2, 1)).successors.tolist())
+
+step()
+print(sorted({"mujoco", "mujoco_playground"} & set(sys.modules)))
 """
-
-
-def in_new_process(folder: Path) -> list[str]:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder)}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    done = subprocess.run(
-        [sys.executable, "-c", SECOND], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+DAMAGE = """
+(file,) = Path(FOLDER).iterdir()
+whole = file.read_bytes()
+for damaged in (whole[: len(whole) // 2], whole[:80] + b"x" + whole[81:]):
+    file.write_bytes(damaged)
+    step()
+    made = file.stat().st_mtime_ns
+    step()
+    print(file.read_bytes() != damaged, file.stat().st_mtime_ns == made)
+print(sorted({"mujoco", "mujoco_playground"} & set(sys.modules)))
+"""
 
 
 @pytest.mark.slow
 def test_a_second_process_traces_nothing_and_a_damaged_file_is_made_anew(tmp_path):
-    first, imported = in_new_process(tmp_path)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    damage = DAMAGE.replace("FOLDER", repr(str(tmp_path / "brc_fast" / "programs")))
+    first, second = (fresh.run(code, environment=environment) for code in (STEP, STEP + damage))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    successors, imported = first.stdout.splitlines()
     assert imported == "['mujoco', 'mujoco_playground']"
-    second, imported = in_new_process(tmp_path)
-    assert (second, imported) == (first, "[]")
-    (file,) = (tmp_path / "brc_fast" / "programs").iterdir()
-    whole = file.read_bytes()
-    for damaged in (whole[: len(whole) // 2], whole[:80] + b"x" + whole[81:]):
-        file.write_bytes(damaged)
-        third, imported = in_new_process(tmp_path)
-        assert (third, imported) == (first, "['mujoco', 'mujoco_playground']")
-        assert len(file.read_bytes()) == len(whole)
+    again = [successors, successors, "True True"]  # made anew, then read
+    assert second.stdout.splitlines() == [successors, "[]", *again, *again, imported]
 
 
 def test_a_process_without_stderr_compiles_in_silence(monkeypatch, capsys):
