@@ -10,9 +10,10 @@ import os
 import numpy as np
 import pytest
 import torch
+from agents import agent, batches, noises
 from extras import require
 
-from brc_fast import BRC, ActorConfig, Batch, CriticConfig, Noise, ReplayBuffer
+from brc_fast import BRC, ActorConfig, CriticConfig, ReplayBuffer
 
 pytestmark = pytest.mark.gpu
 SMALL = {"critic": CriticConfig(width=64), "actor": ActorConfig(width=32)}
@@ -27,26 +28,15 @@ def device() -> str:
     pytest.skip("torch sees no CUDA device (BRC_FAST_GPU_DRY=1 runs this on the CPU)")
 
 
-def batches(updates: int, size: int, tasks: int) -> Batch:
-    rng = torch.Generator().manual_seed(0)
-    normal = [torch.randn(updates, size, n, generator=rng) for n in (5, 2, 5)]
-    masks = (torch.rand(updates, size, generator=rng) > 0.1).float()
-    ids = torch.randint(tasks, (updates, size), generator=rng)
-    rewards = torch.randn(updates, size, generator=rng)
-    return Batch(normal[0], normal[1].tanh(), rewards, masks, normal[2], ids)
-
-
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_updates_on_the_device_follow_those_in_float64_on_the_cpu(device: str, tasks: int) -> None:
-    ours = BRC(5, 2, tasks, device=device, **SMALL)
-    truth = BRC(5, 2, tasks, dtype=torch.float64, **SMALL)
-    data = batches(5, 64, tasks)
+    ours, truth = agent(tasks, device=device, **SMALL), agent(tasks, dtype=torch.float64, **SMALL)
     # From a seed: with one noise in a hundred, float32 switches a ReLU or turns a first step of Adam around.
-    rng = torch.Generator().manual_seed(1)
-    noise = Noise(torch.randn(5, 64, 2, generator=rng), torch.randn(5, 64, 2, generator=rng))
-    metrics = ours.update(data.to(device), Noise(*(part.to(device) for part in noise)))
-    exact = Batch(*(field.double() if field.is_floating_point() else field for field in data))
-    expected = truth.update(exact, Noise(*(part.double() for part in noise)))
+    mine, exact = (
+        (batches(5, 64, tasks, **place), noises(5, 64, **place))
+        for place in ({"device": device}, {"dtype": torch.float64})
+    )
+    metrics, expected = ours.update(*mine), truth.update(*exact)
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name].cpu().double(), value, rtol=1e-4, atol=1e-4, msg=name)
     for mine, theirs in zip(ours.critic.parameters(), truth.critic.parameters(), strict=True):
@@ -55,13 +45,12 @@ def test_updates_on_the_device_follow_those_in_float64_on_the_cpu(device: str, t
 
 
 def test_a_state_saved_on_the_device_restores_on_the_cpu(device: str) -> None:
-    agent = BRC(5, 2, device=device, **SMALL)
-    agent.update(batches(2, 32, 1).to(device))
-    state = {name: value.cpu() for name, value in agent.state_dict().items() if name != "generator"}
-    other = BRC(5, 2, seed=7, **SMALL)
+    one, other = agent(device=device, **SMALL), agent(seed=7, **SMALL)
+    one.update(batches(2, 32, device=device))
+    state = {name: value.cpu() for name, value in one.state_dict().items() if name != "generator"}
     other.load_state_dict({**state, "generator": other.generator.get_state()})
     observations, ids = torch.randn(9, 5), torch.zeros(9, dtype=torch.long)
-    mine = agent.act(observations.to(device), ids.to(device), deterministic=True).cpu()
+    mine = one.act(observations.to(device), ids.to(device), deterministic=True).cpu()
     torch.testing.assert_close(mine, other.act(observations, ids, deterministic=True), rtol=1e-4, atol=1e-4)
 
 
@@ -84,12 +73,12 @@ def test_environment_tensors_feed_the_agent_and_keep_their_values(device: str) -
     from brc_fast import envs
 
     env = envs.make("mjx/CartpoleSwingup", num_envs=8, seed=0)
-    agent = BRC(env.observation_size, env.action_size, device=device, **SMALL)
+    learner = BRC(env.observation_size, env.action_size, device=device, **SMALL)
     ids = torch.zeros(8, dtype=torch.long, device=device)
     observations = env.reset_tensors(0)
     held = []
     for _ in range(20):
-        step = env.step_tensors(agent.act(observations.to(device), ids))
+        step = env.step_tensors(learner.act(observations.to(device), ids))
         held.append((step.observations, step.observations.cpu().clone()))
         observations = step.observations
     for tensor, copy in held:

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from agents import agent, batches
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from brc_fast import BRC, ActorConfig, Batch, CriticConfig, kernels
+from brc_fast import kernels
 from brc_fast.kernels.runtime import dispatch
 
 if not dispatch.INTERPRETED:
@@ -209,19 +210,10 @@ def test_nor_do_programs_in_branches_that_no_default_case_takes(
 def test_an_update_does_not_depend_on_the_order_of_programs(
     kernel_device: str, tasks: int, precision: str
 ) -> None:
-    sizes = {"critic": CriticConfig(width=24, num_atoms=21, embedding_size=4), "actor": ActorConfig(width=16)}
-
     def run() -> object:
-        agent = BRC(5, 2, tasks, **sizes, precision=precision, device=kernel_device)
-        rng = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(1, 12, *shape, generator=rng)
-
-        ids = torch.randint(tasks, (1, 12), generator=rng)
-        batches = Batch(normal(5), normal(2).tanh(), normal(), torch.ones(1, 12), normal(5), ids)
+        one = agent(tasks, precision=precision, device=kernel_device)
         with kernels.use("triton"), assume("sm_90"):
-            return agent.update(batches), agent.state_dict()
+            return one.update(batches(1, 12, tasks)), one.state_dict()
 
     assert len(assert_order_is_free(run)) > 20
 

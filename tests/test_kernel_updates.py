@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from agents import agent, batches, noises
 from torch import Tensor
 
-from brc_fast import BRC, ActorConfig, Batch, CriticConfig, Noise, kernels
+from brc_fast import kernels
 
 pytestmark = pytest.mark.gpu
 UPDATES, ROWS = 10, 16
@@ -18,22 +19,14 @@ def learn(
     choice: str, device: str, dtype: torch.dtype, calls: int
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Parameters after calls of ten updates of a two-task agent, and the metrics after each call."""
-    sizes = {"critic": CriticConfig(width=24, num_atoms=21, embedding_size=4), "actor": ActorConfig(width=16)}
-    agent = BRC(5, 2, 2, **sizes, device=device, dtype=dtype)
-    rng = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(UPDATES, ROWS, *shape, generator=rng, dtype=torch.float64).to(device, dtype)
-
+    one, place = agent(2, device=device, dtype=dtype), {"device": device, "dtype": dtype}
     metrics = []
     with kernels.use(choice):
-        for _ in range(calls):
-            masks = (torch.rand(UPDATES, ROWS, generator=rng) > 0.1).to(device, dtype)
-            ids = torch.randint(2, (UPDATES, ROWS), generator=rng).to(device)
-            batches = Batch(normal(5), normal(2).tanh(), normal(), masks, normal(5), ids)
-            metrics.append(agent.update(batches, Noise(normal(2), normal(2))))
-    parameters = [*agent.critic.parameters(), *agent.target_critic.parameters(), *agent.actor.parameters()]
-    return [p.detach() for p in (*parameters, agent.temperature.log_alpha)], metrics
+        for call in range(calls):
+            data = batches(UPDATES, ROWS, 2, seed=call, **place)
+            metrics.append(one.update(data, noises(UPDATES, ROWS, seed=-1 - call, **place)))
+    parameters = [*one.critic.parameters(), *one.target_critic.parameters(), *one.actor.parameters()]
+    return [p.detach() for p in (*parameters, one.temperature.log_alpha)], metrics
 
 
 @pytest.mark.parametrize(("dtype", "calls"), [(torch.float64, 3), (torch.float32, 2)], ids=str)
