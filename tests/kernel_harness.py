@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from brc_fast import kernels
+
+for _family in kernels.FAMILIES:
+    importlib.import_module(f"brc_fast.kernels.{_family}")
+OPS = torch.ops.brc_fast  # as torch's dispatcher knows them
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # How many roundings of its own a kernel may add to twice what the twin loses in the same dtype.
 ROUNDINGS = {torch.float64: 64.0, torch.float32: 16.0, torch.float16: 1.0, torch.bfloat16: 1.0}

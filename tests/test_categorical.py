@@ -15,6 +15,7 @@ import torch
 from extras import require
 from kernel_harness import (
     INTERPRETED,
+    OPS,
     assert_close_to_truth,
     assert_follows_twin,
     guarded,
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from brc_fast import kernels
-from brc_fast.kernels import _categorical, categorical, cross_entropy, projection, reference
+from brc_fast.kernels import _categorical, cross_entropy, reference
 from brc_fast.kernels.runtime import native, tables, twins
 from brc_fast.kernels.runtime.dispatch import recording
 
@@ -681,24 +682,25 @@ def test_each_op_is_a_sound_op_of_torch(kernel_device: str) -> None:
     leaf = logits.clone().requires_grad_()
     probs = next_logits.softmax(-1)
     grad = torch.ones(2, 3, device=kernel_device)
+    given = next_logits, *vectors
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (categorical._target_op, (next_logits, *vectors, temperature, 0.0, V_MAX)),
-        (categorical._bellman_op, (leaf, next_logits, *vectors, None, 0.1, V_MAX, None, 1.0, 5)),
-        (categorical._bellman_op, (logits, next_logits, *vectors, None, 0.1, V_MAX, temperature, 0.0, 0)),
-        (categorical._scale_rows_op, (grad, logits)),
-        (cross_entropy._cross_entropy_op, (leaf, probs[0], 1.0, None)),
-        (cross_entropy._cross_entropy_op, (leaf, vectors[0], V_MAX, 0.5)),
-        (cross_entropy._cross_entropy_backward_op, (grad, logits, vectors[0], V_MAX, 0.0)),
-        (cross_entropy._encode_op, (vectors[0], 5, V_MAX, 0.5)),
-        (cross_entropy._expected_value_op, (leaf, atoms)),
-        (cross_entropy._expected_value_backward_op, (grad, logits, atoms)),
-        (cross_entropy._expected_value_pair_op, (logits, atoms, temperature, 0.0, 8)),
-        (cross_entropy._expected_value_pair_op, (logits[0, 0], atoms, None, 0.5, 5)),
-        (projection._project_op, (probs.clone().requires_grad_(), next_logits, V_MAX)),
-        (projection._project_backward_op, (logits, probs, next_logits, V_MAX, True, False)),
+        (OPS.categorical_target, (*given, temperature, 0.0, V_MAX)),
+        (OPS.categorical_bellman_loss, (leaf, *given, None, 0.1, V_MAX, None, 1.0, 5)),
+        (OPS.categorical_bellman_loss, (logits, *given, None, 0.1, V_MAX, temperature, 0.0, 0)),
+        (OPS.categorical_bellman_loss_backward, (grad, logits)),
+        (OPS.categorical_cross_entropy, (leaf, probs[0], 1.0, None)),
+        (OPS.categorical_cross_entropy, (leaf, vectors[0], V_MAX, 0.5)),
+        (OPS.categorical_cross_entropy_backward, (grad, logits, vectors[0], V_MAX, 0.0)),
+        (OPS.value_encoding, (vectors[0], 5, V_MAX, 0.5)),
+        (OPS.expected_value, (leaf, atoms)),
+        (OPS.expected_value_backward, (grad, logits, atoms)),
+        (OPS.expected_value_and_gradient, (logits, atoms, temperature, 0.0, 8)),
+        (OPS.expected_value_and_gradient, (logits[0, 0], atoms, None, 0.5, 5)),
+        (OPS.categorical_projection, (probs.clone().requires_grad_(), next_logits, V_MAX)),
+        (OPS.categorical_projection_backward, (logits, probs, next_logits, V_MAX, True, False)),
     ]
     for op, arguments in calls:
-        torch.library.opcheck(op.library, arguments)
+        torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from extras import require
+from kernel_harness import OPS
 from torch import Tensor
 
 from brc_fast import kernels
@@ -275,13 +276,13 @@ def test_the_gathers_are_sound_ops_of_torch(device: str) -> None:
     scale, tasks = rows.new_full((2,), 0.5), places[:, 0] % 2
     out = torch.zeros(len(index), 3, device=device)
     for op, arguments in (
-        (gather._gather_op, (rows, index, side, torch.float16)),
-        (gather._gather_op, (rows, index.abs(), None, torch.float32)),
-        (gather._gather_into_op, (rows, index, side, out)),
-        (gather._n_step_op, (rows[:, 1], places, weights, scale, tasks)),
-        (gather._n_step_op, (rows[:, 1], places, weights, None, None)),
+        (OPS.gather_rows, (rows, index, side, torch.float16)),
+        (OPS.gather_rows, (rows, index.abs(), None, torch.float32)),
+        (OPS.gather_rows_into, (rows, index, side, out)),
+        (OPS.n_step_rewards, (rows[:, 1], places, weights, scale, tasks)),
+        (OPS.n_step_rewards, (rows[:, 1], places, weights, None, None)),
     ):
-        torch.library.opcheck(op.library, arguments)
+        torch.library.opcheck(op, arguments)
 
     def both(rows: Tensor) -> tuple[Tensor, Tensor]:
         rewards = gather.n_step_rewards(rows[:, 1], places, weights, scale=scale, task_ids=tasks)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from extras import require
-from kernel_harness import assert_follows_twin, layouts, outputs_and_gradients
+from kernel_harness import OPS, assert_follows_twin, layouts, outputs_and_gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -278,7 +278,7 @@ def test_torchs_own_checks_of_the_ops_pass(kernel_device: str) -> None:
     observations, actions = (torch.randn(4, n, device=kernel_device, requires_grad=True) for n in (3, 2))
     table = torch.randn(2, 5, device=kernel_device, requires_grad=True)
     ids = torch.tensor([0, 1, 1, 0], device=kernel_device)
-    pack, backward = inputs._pack_op.library, inputs._embedding_backward_op.library
+    pack, backward = OPS.pack_inputs, OPS.normalized_embedding_backward
     torch.library.opcheck(pack, (observations, actions, table, ids, "l2", 12, torch.bfloat16))
     torch.library.opcheck(pack, (None, None, table, ids, "l1", 5, torch.float32))
     torch.library.opcheck(backward, (torch.randn(4, 5, device=kernel_device), table.detach(), ids, "l2"))
@@ -409,7 +409,7 @@ def test_torch_sees_what_is_written(kernel_device: str) -> None:
         torch.randn(shape, device=kernel_device) for shape in ((4, 3), (4, 2), (2, 5), (4, 5))
     )
     ids = torch.tensor([0, 1, 1, 0], device=kernel_device)
-    pack, backward = inputs._pack_into_op.library, inputs._embedding_backward_into_op.library
+    pack, backward = OPS.pack_inputs_into, OPS.normalized_embedding_backward_into
     out = torch.zeros(4, 12, device=kernel_device)
     torch.library.opcheck(pack, (observations, actions, table, ids, "l2", out))
     torch.library.opcheck(pack, (observations, None, None, None, "l2", out.bfloat16()))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_harness import assert_close_to_truth, assert_follows_twin, layouts, outputs_and_gradients
+from kernel_harness import OPS, assert_close_to_truth, assert_follows_twin, layouts, outputs_and_gradients
 from torch import Tensor
 
 from brc_fast.kernels import norm, reference
@@ -646,12 +646,12 @@ def test_torch_accepts_the_ops_of_the_library(kernel_device: str) -> None:
     (x, bias, weight, shift, residual), seed = arguments((2, 3, 8), (2, 8), FLOAT32)
     tensors = [t.to(kernel_device) for t in (x, bias, weight, shift, residual)]
     leaves = [t.clone().requires_grad_() for t in tensors]
-    torch.library.opcheck(norm._forward_op.library, (*leaves, True, 1e-6))
-    torch.library.opcheck(norm._forward_op.library, (*leaves[:4], None, False, 1e-6))
+    torch.library.opcheck(OPS.bias_layer_norm, (*leaves, True, 1e-6))
+    torch.library.opcheck(OPS.bias_layer_norm, (*leaves[:4], None, False, 1e-6))
     stats = torch.rand(2, 2, 3, device=kernel_device)
     for wants_dx, wants_parameters in ((True, True), (True, False), (False, True)):
         given = (seed.to(kernel_device), *tensors[:4], stats, True, wants_dx, wants_parameters)
-        torch.library.opcheck(norm._backward_op.library, given)
+        torch.library.opcheck(OPS.bias_layer_norm_backward, given)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from extras import require
-from kernel_harness import assert_close_to_truth, assert_follows_twin, layouts, outputs_and_gradients
+from kernel_harness import OPS, assert_close_to_truth, assert_follows_twin, layouts, outputs_and_gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -289,13 +289,13 @@ def test_torchs_own_checks_of_the_ops_pass(kernel_device: str) -> None:
     head = torch.randn(4, 6, device=kernel_device, requires_grad=True)
     mean, raw = (part.detach().requires_grad_() for part in head.chunk(2, -1))
     noise, rng = torch.randn(4, 3, device=kernel_device), rng_of(0, 1, kernel_device)
-    forward, backward = policy._tanh_gaussian_op.library, policy._tanh_gaussian_backward_op.library
+    forward, backward = OPS.tanh_gaussian, OPS.tanh_gaussian_backward
     torch.library.opcheck(forward, (mean, raw, noise, None))
     torch.library.opcheck(forward, (mean, raw, None, rng))
     plain = [x.detach() for x in (mean, raw, noise)]
     torch.library.opcheck(backward, (noise, noise[:, 0], *plain))
     torch.library.opcheck(backward, (None, noise[:, 0], *plain))
-    torch.library.opcheck(policy._standard_normal_op.library, (rng, 12, torch.bfloat16))
+    torch.library.opcheck(OPS.standard_normal, (rng, 12, torch.bfloat16))
 
 
 @pytest.mark.gpu
@@ -504,7 +504,7 @@ def test_torch_sees_what_is_written(kernel_device: str) -> None:
     head, rng = torch.randn(4, 6, device=kernel_device), rng_of(0, 1, kernel_device)
     mean, raw = head.chunk(2, -1)
     noise, actions, log_probs = torch.randn(4, 3, device=kernel_device), mean.clone(), mean[:, 0].clone()
-    forward, backward = policy._tanh_gaussian_into_op.library, policy._tanh_gaussian_backward_into_op.library
+    forward, backward = OPS.tanh_gaussian_into, OPS.tanh_gaussian_backward_into
     torch.library.opcheck(forward, (mean, raw, None, rng, actions, log_probs, noise))
     torch.library.opcheck(forward, (mean, raw, noise, None, actions, log_probs, None))
     into = torch.randn(2, 4, 3, device=kernel_device)

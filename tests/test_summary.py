@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from extras import require
-from kernel_harness import assert_close_to_truth, guarded
+from kernel_harness import OPS, assert_close_to_truth, guarded
 from torch import Tensor
 
 from brc_fast import kernels
@@ -203,7 +203,7 @@ def test_it_is_an_op_for_the_dispatcher_and_the_compiler(kernel_device: str) -> 
     *state, betas, eps = adam(0.5, torch.float32, kernel_device)
     given = tuple(plain[name].clone() for name in names)
     for more in ((None,) * 5, state):
-        torch.library.opcheck(summary._update_summary_op.library, (*given, *more, -1.0, *betas, eps))
+        torch.library.opcheck(OPS.update_summary, (*given, *more, -1.0, *betas, eps))
     expected = step(plain)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(traced), expected)
