@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import reference
-from .network import bronet, bronet_stages, network
+from .network import bronet, network
 from .runtime.dispatch import use
 from .stages import Pass, Plan, Stage
 
@@ -55,7 +55,6 @@ __all__ = [
     "adamw_",
     "bias_layer_norm",
     "bronet",
-    "bronet_stages",
     "categorical_bellman_loss",
     "categorical_bellman_loss_and_gradient",
     "categorical_cross_entropy",

@@ -147,7 +147,7 @@ def test_every_op_has_a_twin_with_its_arguments() -> None:
     import inspect
 
     for name in kernels.__all__:
-        if name in ("reference", "use"):
+        if name in ("reference", "use") or name[0].isupper():  # classes are no ops
             continue
         ours = list(inspect.signature(getattr(kernels, name)).parameters)
         twin = list(inspect.signature(getattr(reference, name)).parameters)

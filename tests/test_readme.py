@@ -91,5 +91,5 @@ def test_the_example_of_the_kernels_runs() -> None:
 def test_the_kernels_readme_names_every_op() -> None:
     from brc_fast import kernels
 
-    for name in set(kernels.__all__) - {"reference", "use"}:
+    for name in set(kernels.__all__) - {"reference", "use", "Pass"}:
         assert f"`{name}`" in KERNELS or name.endswith("_cross_entropy"), name

@@ -401,7 +401,7 @@ def test_a_config_of_an_older_version_has_defaults_and_one_of_a_newer_is_refused
         ("truncated", "is truncated: "),
         ("flipped", "is damaged: its checksum differs"),
         ("missing", "is missing"),
-        ("newer", "has format 3, this version of brc-fast reads format 2: upgrade brc-fast"),
+        ("newer", "has format 4, this version of brc-fast reads formats 2 and 3: upgrade brc-fast"),
         ("manifest", "manifest.json is damaged"),
     ],
 )

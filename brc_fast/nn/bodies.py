@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from brc_fast import config
-from brc_fast.kernels import Stage, bronet_stages
-from brc_fast.kernels.stages import Stages
+from brc_fast.kernels.network import bronet_stages
+from brc_fast.kernels.stages import Stage, Stages
 
 __all__ = ["BODIES", "Body", "bronet", "make", "mlp", "register", "simba"]
 
