@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from brc_fast.kernels import Stage, bronet_stages
+from brc_fast.kernels import Stage
+from brc_fast.kernels.network import bronet_stages
 from brc_fast.kernels.passes_plain import PASSES
 from brc_fast.kernels.stages import shapes_of
 from brc_fast.nn import bodies

@@ -17,7 +17,8 @@ from kernel_harness import assert_close_to_truth
 from stacks import ALL, BODIES, INPUTS, ODD, in_rows, parameters_of
 from torch import Tensor
 
-from brc_fast.kernels import Plan, Stage, bronet_stages, reference, use
+from brc_fast.kernels import Plan, Stage, reference, use
+from brc_fast.kernels.network import bronet_stages
 from brc_fast.kernels.runtime import native
 from brc_fast.kernels.stages import check_stages, shapes_of
 
