@@ -301,6 +301,17 @@ def test_the_target_of_a_categorical_critic_is_refused_where_there_is_none() -> 
         agent.critic_target(data.update(0), noise.next_action[0])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "min"])
+def test_the_target_is_the_distribution_that_the_update_regresses_on(reduction: str) -> None:
+    agent = learner("bronet", "categorical", reduction, "embedding", 3, dtype=torch.float64)
+    data, noise = batches(1, 3)
+    batch = data.update(0)
+    target = agent.critic_target(batch, noise.next_action[0])
+    logits = agent.critic(batch.observations, batch.actions, batch.task_ids)
+    expected = -(target.probs * logits.log_softmax(-1)).sum(-1).mean(-1).sum()
+    assert agent.update(data, noise)["critic_loss"].item() == pytest.approx(expected.item(), rel=1e-10)
+
+
 def test_another_body_loss_and_conditioning_are_local_additions(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are registered, named by a configuration, and learn; nothing else knows of them."""
 

@@ -21,6 +21,7 @@ from brc_fast.learner.optimizer import FlatAdamW
 from brc_fast.learner.precision import check_precision, low_dtype
 from brc_fast.nn import bodies, conditioning
 from brc_fast.nn.inputs import ObservationStatistics
+from brc_fast.nn.losses import Categorical
 from brc_fast.nn.modules import Actor, Critic, Temperature
 from brc_fast.spec import Spec
 
@@ -257,13 +258,14 @@ class BRC(Acting, Agent):
 
     @torch.no_grad()
     def critic_target(self, batch: Batch, noise: Tensor) -> CriticTarget:
-        """Soft categorical Bellman target; probabilities are averaged over members, there is no minimum.
+        """Soft categorical Bellman target; probabilities are averaged over members (with reduction "min" they
+        are those of the member with the lowest value).
 
         a'     ~ pi(.|s'),   p = mean_e softmax(Q'_e(s', a'))
         y_k    = clip(r + discount * mask * (z_k - alpha * log pi(a'|s')), -v_max, v_max)
         target = project(p, from y, onto z)
         """
-        if self.atoms is None:
+        if self.atoms is None or not isinstance(self.loss, Categorical):
             raise ValueError(
                 f"critic_target is of the categorical loss, and loss is {self.critic_config.loss}"
             )
@@ -273,7 +275,7 @@ class BRC(Acting, Agent):
         seen = self.normalized(batch.next_observations, batch.task_ids)
         next_logits = self.target_critic(seen, next_actions, batch.task_ids)
         probs = kernels.categorical_target(
-            next_logits,
+            self.loss.target(next_logits, self.atoms),
             batch.rewards,
             self.learning.discount * batch.masks,
             next_log_probs,

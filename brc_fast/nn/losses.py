@@ -90,7 +90,8 @@ class Categorical:
         assert support is not None
         return kernels.expected_value(out, support)
 
-    def _target(self, next_out: Tensor, support: Tensor) -> Tensor:
+    def target(self, next_out: Tensor, support: Tensor) -> Tensor:
+        """Logits of the members [E', B, K] whose mean distribution is the target's."""
         if self.reduction == "mean":
             return next_out
         lowest = self.values(next_out, support).argmin(0)
@@ -108,7 +109,7 @@ class Categorical:
     ) -> Tensor:
         assert support is not None
         given = rewards, discounts, next_log_probs, alpha, support, self.v_max
-        return kernels.categorical_bellman_loss(out, self._target(next_out, support), *given)
+        return kernels.categorical_bellman_loss(out, self.target(next_out, support), *given)
 
     def bellman_and_gradient(
         self,
@@ -125,7 +126,7 @@ class Categorical:
     ) -> tuple[Tensor, Tensor]:
         assert support is not None
         given = rewards, discounts, next_log_probs, alpha, support, self.v_max
-        target = self._target(next_out, support)
+        target = self.target(next_out, support)
         return kernels.categorical_bellman_loss_and_gradient(
             out, target, *given, scale=scale, columns=columns
         )
