@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -62,10 +63,9 @@ class Workspace:
     held: Tensor | None = None  # also where there was no memory for it
 
     def __init__(self, elements: int) -> None:
-        with self.lock:  # or another thread could be given the same
-            if self.free.get(elements):
-                self.held = self.free[elements].pop()
-        if self.held is None:
+        try:
+            self.held = self.free[elements].pop()
+        except (KeyError, IndexError):
             with torch.inference_mode(False):  # whoever gets it next may not be in it
                 self.held = torch.empty(elements)
 
@@ -94,6 +94,17 @@ def _scratch(x: Tensor, elements: int) -> Tensor:
 
 
 # -- the op: stages travel as text, which torch.library takes
+
+
+def _fixed(stages: Sequence[Stage]) -> Stages:
+    """With widths that a compiler takes for constants, also where it has seen others before."""
+    if not torch.compiler.is_compiling():
+        return tuple(stages)
+    out = []
+    for stage in stages:
+        adds = None if stage.adds is None else index(stage.adds)
+        out.append(stage._replace(outputs=index(stage.outputs), reads=index(stage.reads), adds=adds))
+    return tuple(out)
 
 
 def _encoded(stages: Stages) -> str:
@@ -289,7 +300,7 @@ def network(
     Raises:
         ValueError for stages or shapes that do not fit, TypeError for kernels of another dtype than x.
     """
-    stages = tuple(stages)
+    stages = _fixed(stages)
     networks, inputs = check_parameters(stages, parameters)
     if x.shape[-1:] != (inputs,) or x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != networks):
         wanted = f"[B, I] or [N, B, I] with N = {networks}, I = {inputs}"

@@ -131,9 +131,8 @@ def check_stages(stages: Stages) -> None:
         raise ValueError(
             f"the last stage, {head.name!r}, must be a head: a product plus bias and nothing else"
         )
-    used = set[int]().union(*(stage.uses for stage in stages))
     for number, stage in enumerate(stages[:-1], start=1):
-        if number not in used:
+        if not any(number in later.uses for later in stages):
             raise ValueError(f"value {number}, of stage {stage.name!r}, is read by no stage")
 
 
@@ -146,7 +145,8 @@ def copies_input(stages: Stages) -> bool:
 def shapes_of(stages: Stages, inputs: int) -> dict[str, tuple[int, ...]]:
     """Shapes of one network's parameters by name, the kernel of a stage before its vectors; ValueError where
     `inputs`, the width of value 0, is not that of a stage that takes it as it is."""
-    widths, out = [inputs, *(stage.outputs for stage in stages)], dict[str, tuple[int, ...]]()
+    widths = [inputs, *(stage.outputs for stage in stages)]
+    out: dict[str, tuple[int, ...]] = {}
     for stage in stages:
         if copies_input((stage,)) and stage.outputs != inputs:
             told = f"must be {stage.outputs} wide, as stage {stage.name!r} is, got {inputs}"
@@ -201,6 +201,8 @@ def check_strides(stages: Stages, parameters: Mapping[str, Tensor], told: str = 
 # -- memory
 
 Item = tuple[str, int]  # "product" or "value", and its number; the product of a stage has that of its value
+Kind = tuple[str, int]  # of slots: for products or values, and of which width, 0 being that of the input
+Place = tuple[Kind, int]  # a slot of its kind
 
 
 @cached
@@ -212,10 +214,8 @@ def ends_of(stages: Stages) -> list[int]:
 
 
 @cached
-def places_of(
-    stages: Stages, keep: int, inputs: int
-) -> tuple[dict[Item, tuple[str, int, int]], Counter[Any]]:
-    """Where products and values lie, as kind, width and slot, and the number of slots of each kind and width.
+def places_of(stages: Stages, keep: int) -> tuple[dict[Item, Place], Counter[Kind]]:
+    """Where products and values lie, and the number of slots of each kind.
 
     What is kept has memory of its own; anything else is given out again after its last use, with KEEP_ENDS at
     the end of its block. The head's value is elsewhere, and the input where it is only multiplied.
@@ -227,36 +227,36 @@ def places_of(
     }
     needed |= {stage.reads for stage in stages if not stage.product}  # for the gradient of the input
 
-    def until(kind: str, number: int) -> int | None:
+    def until(name: str, number: int) -> int | None:
         if keep == KEEP_ALL or number == 0:
             return None
         if keep == KEEP_ENDS:
-            kept = kind == "value" and number in ends
+            kept = name == "value" and number in ends
             return None if kept else next(end for end in (*ends, last) if end >= number)
-        if keep == KEEP_FOR_INPUT and (kind == "product" or number in needed):
+        if keep == KEEP_FOR_INPUT and (name == "product" or number in needed):
             return None
-        return number if kind == "product" else uses[number]
+        return number if name == "product" else uses[number]
 
-    places, slots = dict[Item, tuple[str, int, int]](), Counter[Any]()
-    free, ending = defaultdict[Any, list[int]](list), defaultdict[int | None, list[Item]](list)
+    places, slots = dict[Item, Place](), Counter[Kind]()
+    free, ending = defaultdict[Kind, list[int]](list), defaultdict[int | None, list[Place]](list)
 
-    def take(kind: str, number: int, width: int) -> None:
-        if not free[kind, width]:
-            free[kind, width].append(slots[kind, width])
-            slots[kind, width] += 1
-        places[kind, number] = kind, width, free[kind, width].pop(0)
-        ending[until(kind, number)].append((kind, number))
+    def take(name: str, number: int, width: int) -> None:
+        kind = name, width
+        if not free[kind]:
+            free[kind].append(slots[kind])
+            slots[kind] += 1
+        place = places[name, number] = kind, free[kind].pop(0)
+        ending[until(name, number)].append(place)
 
     if copies_input(stages):
-        take("value", 0, inputs)
+        take("value", 0, 0)
     for number, stage in enumerate(stages, start=1):
         if stage.product and not PASSES[stage.after].in_place:
             take("product", number, stage.outputs)
         if number < last:
             take("value", number, stage.outputs)
-        for item in ending[number]:
-            kind, width, slot = places[item]
-            free[kind, width].append(slot)
+        for kind, slot in ending[number]:
+            free[kind].append(slot)
     return places, slots
 
 
@@ -266,8 +266,8 @@ def _slot_size(networks: int, rows: int, width: int) -> int:
 
 def memory_elements(stages: Stages, keep: int, networks: int, rows: int, inputs: int) -> int:
     """Of products and values together."""
-    slots = places_of(stages, keep, inputs)[1]
-    return sum(count * _slot_size(networks, rows, width) for (_, width), count in slots.items())
+    slots = places_of(stages, keep)[1]
+    return sum(count * _slot_size(networks, rows, width or inputs) for (_, width), count in slots.items())
 
 
 def stats_shape(stages: Stages, networks: int, rows: int) -> tuple[int, int, int, int]:
@@ -290,16 +290,16 @@ class Memory(NamedTuple):
     @classmethod
     def carve(cls, stages: Stages, keep: int, inputs: int, flat: Tensor, stats: Tensor) -> Memory:
         """Of `flat`, with `memory_elements`, and stats, of `stats_shape`."""
-        places, slots = places_of(stages, keep, inputs)
-        (networks, rows), start, held = stats.shape[2:], 0, {}
-        for (kind, width), count in slots.items():
+        places, slots = places_of(stages, keep)
+        (networks, rows), start, held = stats.shape[2:], 0, dict[Place, Tensor]()
+        for kind, count in slots.items():
+            width = kind[1] or inputs
             for slot in range(count):
-                size = networks * rows * width
-                held[kind, width, slot] = flat[start : start + size].view(networks, rows, width)
+                held[kind, slot] = flat[start : start + networks * rows * width].view(networks, rows, width)
                 start += _slot_size(networks, rows, width)
-        found = {item: held[place] for item, place in places.items()}
         products, values = (
-            {n: x for (k, n), x in found.items() if k == kind} for kind in ("product", "value")
+            {number: held[place] for (kind, number), place in places.items() if kind == name}
+            for name in ("product", "value")
         )
         numbers = [n for n, stage in enumerate(stages, start=1) if PASSES[stage.after].keeps_stats]
         return cls(products, values, dict(zip(numbers, stats.unbind(), strict=True)))
@@ -331,6 +331,50 @@ def _vectors(stage: Stage, parameters: Mapping[str, Tensor]) -> list[Tensor]:
     return [parameters[name] for name in stage.vectors]
 
 
+class Given:
+    """What a pass is given when it is called, and the calls that take it. A pass holds these, and they hold
+    no pass, so that its memory goes with the last reference to it.
+
+    inputs: one [N, B, I], or [B, I] of all networks, or several [B, I]. grad: [N, B, K], that of the outputs.
+    columns: of the input, of which the gradient dx is wanted.
+    """
+
+    inputs: Sequence[Tensor]
+    grad: Tensor
+    columns: slice
+    dx: Tensor | None = None
+
+    def forward(self, after: Pass, places: Sequence[Sequence[Tensor]]) -> None:
+        """Products of the inputs; places: kernel, out and vectors, for each of them."""
+        for x, (kernel, out, *vectors) in zip(self.inputs, places, strict=True):
+            after.product(x.expand(len(kernel), *x.shape[-2:]), kernel, vectors, out)()
+
+    def value(self, kernel: Tensor, out: Tensor) -> None:
+        """The gradient of what the head multiplies."""
+        torch.bmm(self.grad, kernel, out=out)
+
+    def kernel(self, x: Tensor | None, dproduct: Tensor | None, out: Tensor) -> None:
+        """The gradient of a kernel that multiplies x or, where that is None, the input; of the head without
+        dproduct."""
+        dproduct, x = self.grad if dproduct is None else dproduct, self.inputs[0] if x is None else x
+        torch.bmm(x.expand(len(out), *x.shape[-2:]).mT, dproduct, out=out)
+
+    def bias(self, out: Tensor) -> None:
+        """The gradient of the head's."""
+        torch.sum(self.grad, 1, dtype=out.dtype, out=out)
+
+    def sums(
+        self, reduce: Callable[..., None], pieces: Tensor, vectors: list[list[Tensor]], bias: Tensor | None
+    ) -> None:
+        """Gradients of vectors from partial sums, and of the head's bias where it is given."""
+        reduce(pieces, vectors, None if bias is None else self.grad, bias)
+
+    def input(self, dproduct: Tensor | None, kernel: Tensor) -> None:
+        """Add to the gradient of the input."""
+        dproduct, kernel = self.grad if dproduct is None else dproduct, kernel[..., self.columns]
+        self.dx = torch.bmm(dproduct, kernel) if self.dx is None else self.dx.baddbmm_(dproduct, kernel)
+
+
 class Forward:
     """The forward pass. Its calls have everything bound but the inputs.
 
@@ -351,7 +395,7 @@ class Forward:
         self.stages, self.parameters, self.memory, self.module = stages, parameters, memory, module
         self.out, self.parts = out, parts
         self.values = memory.values | {len(stages): out}
-        self.inputs: Sequence[Tensor] = ()
+        self.given = Given()
 
     def held(self, number: int) -> Held:
         """What the pass of a stage is over."""
@@ -371,7 +415,7 @@ class Forward:
                 calls.append(after.product(self.values[stage.reads], kernel, held.vectors, product))
             else:
                 places = zip(*(y.chunk(self.parts) for y in (kernel, product, *held.vectors)), strict=True)
-                calls.append(partial(self._of_inputs, after, list(places)))
+                calls.append(partial(self.given.forward, after, list(places)))
         call = None if product_alone else after.forward(held)
         return calls if call is None else [*calls, call]
 
@@ -379,18 +423,15 @@ class Forward:
     def calls(self) -> list[Call]:
         return [call for number in range(1, len(self.stages) + 1) for call in self.stage(number)]
 
-    def _of_inputs(self, after: Pass, places: Sequence[Sequence[Tensor]]) -> None:
-        for x, (kernel, out, *vectors) in zip(self.inputs, places, strict=True):
-            after.product(x.expand(len(kernel), *x.shape[-2:]), kernel, vectors, out)()
-
     def __call__(self, *inputs: Tensor) -> Tensor:
         """[N, B, K] of one [N, B, I], or of several [B, I]."""
-        self.inputs = inputs
+        self.given.inputs = inputs
         if 0 in self.values:
             for x, place in zip(inputs, self.values[0].chunk(self.parts), strict=True):
                 place.copy_(x)
         for call in self.calls:
             call()
+        del self.given.inputs
         return self.out
 
 
@@ -415,23 +456,22 @@ class Backward:
         recomputes: bool = False,
     ) -> None:
         self.forward, self.gradients, self.new = forward, gradients, new
-        self.stages, self.values, self.wants_input = forward.stages, forward.values, wants_input
+        self.stages, self.values, self.given = forward.stages, forward.values, forward.given
+        self.wants_input = wants_input
         self.calls: list[Call] = []
         self.ending: list[Call] = []  # what is one launch for several stages
         self.slots: list[Tensor] = []  # kept: calls may hold addresses alone
         self.arrived: dict[int, Tensor] = {}  # gradients that have reached a value
         self.pieces: dict[int, Tensor] = {}
         self.dproducts: dict[int, Tensor] = {}
-        self.dx: Tensor | None = None
-        self.grad: Tensor  # of the outputs, and x, while they are there
-        self.x: Tensor
-        self.columns: slice
         if gradients is not None:
             if batched and not recomputes:
                 self._batch_products(gradients)
             self._batch_sums(gradients)
-            self.calls.append(partial(self._head_gradients, gradients))
         head, ends = self.stages[-1], ends_of(self.stages)
+        self._kernel(head, None)
+        if gradients is not None and not self.pieces:
+            self.calls.append(partial(self.given.bias, gradients[f"{head.name}.bias"]))
         self._arrive(head.reads, None, forward.parameters[f"{head.name}.kernel"].mT)
         for number in reversed(range(1, len(self.stages))):
             if recomputes and number in ends[:-1]:
@@ -477,12 +517,7 @@ class Backward:
             bias = None if self.pieces else gradients[f"{self.stages[-1].name}.bias"]
             self.pieces |= zip(numbers, pieces.unbind(), strict=True)
             vectors = [_vectors(stage, gradients) for stage in stages]
-            self.ending.append(partial(self._reduce, module.reduce, pieces, vectors, bias))
-
-    def _reduce(
-        self, reduce: Callable[..., None], pieces: Tensor, vectors: list[list[Tensor]], bias: Tensor | None
-    ) -> None:
-        reduce(pieces, vectors, None if bias is None else self.grad, bias)
+            self.ending.append(partial(self.given.sums, module.reduce, pieces, vectors, bias))
 
     # one stage
 
@@ -503,10 +538,10 @@ class Backward:
         if not self._wanted(value):
             return
         if value not in self.values:
-            self.calls.append(partial(self._to_input, dproduct, kernel))
+            self.calls.append(partial(self.given.input, dproduct, kernel))
         elif there is None or dproduct is None:
             out = self.arrived[value] = self._slot(kernel.shape[-1], dproduct)
-            product = self._of_outputs if dproduct is None else partial(torch.bmm, dproduct)
+            product = self.given.value if dproduct is None else partial(torch.bmm, dproduct)
             self.calls.append(partial(product, kernel, out=out))
         elif there is dproduct:  # of a stage without a ReLU that adds what it reads
             out = self.arrived[value] = self._slot(kernel.shape[-1], dproduct)
@@ -540,35 +575,18 @@ class Backward:
         if not stage.product:
             self._add(stage.reads, dproduct)
             return
-        kernel = f"{stage.name}.kernel"
-        if self.gradients is not None and number not in self.dproducts:
-            into_kernel = self.gradients[kernel]
-            if stage.reads in self.values:
-                self.calls.append(partial(torch.bmm, self.values[stage.reads].mT, dproduct, out=into_kernel))
-            else:
-                self.calls.append(partial(self._of_input, dproduct, into_kernel))
-        self._arrive(stage.reads, dproduct, self.forward.parameters[kernel].mT)
+        if number not in self.dproducts:
+            self._kernel(stage, dproduct)
+        self._arrive(stage.reads, dproduct, self.forward.parameters[f"{stage.name}.kernel"].mT)
 
-    # what the inputs have a part in
-
-    def _of_outputs(self, kernel: Tensor, out: Tensor) -> None:
-        torch.bmm(self.grad, kernel, out=out)
-
-    def _of_input(self, dproduct: Tensor, out: Tensor) -> None:
-        torch.bmm(self.x.mT, dproduct, out=out)
-
-    def _head_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        head = self.stages[-1]
-        x = self.values.get(head.reads, self.x)
-        torch.bmm(x.mT, self.grad, out=gradients[f"{head.name}.kernel"])
-        if not self.pieces:
-            bias = gradients[f"{head.name}.bias"]
-            torch.sum(self.grad, 1, dtype=bias.dtype, out=bias)
-
-    def _to_input(self, dproduct: Tensor | None, kernel: Tensor) -> None:
-        dproduct = self.grad if dproduct is None else dproduct
-        kernel = kernel[..., self.columns]
-        self.dx = torch.bmm(dproduct, kernel) if self.dx is None else self.dx.baddbmm_(dproduct, kernel)
+    def _kernel(self, stage: Stage, dproduct: Tensor | None) -> None:
+        if self.gradients is None:
+            return
+        x, out = self.values.get(stage.reads), self.gradients[f"{stage.name}.kernel"]
+        if x is None or dproduct is None:
+            self.calls.append(partial(self.given.kernel, x, dproduct, out))
+        else:
+            self.calls.append(partial(torch.bmm, x.mT, dproduct, out=out))
 
     def __call__(self, grad: Tensor, x: Tensor, columns: slice = slice(None)) -> Tensor | None:
         """The gradient of x [N, B, I] in these columns, where it is wanted; in memory that stays where the
@@ -577,13 +595,13 @@ class Backward:
         Args:
             grad: [N, B, K], contiguous. x: [N, B, I], or [B, I] of all networks.
         """
-        self.grad, self.x, self.columns = grad, x.expand(len(grad), *x.shape[-2:]), columns
-        self.forward.inputs = (x,)
+        given = self.given
+        given.inputs, given.grad, given.columns = (x,), grad, columns
         for call in self.calls:
             call()
-        dx = self.dx if self.made is None else self.made[..., columns]
-        del self.grad, self.x
-        self.dx, self.forward.inputs = None, ()
+        dx = given.dx if self.made is None else self.made[..., columns]
+        del given.inputs, given.grad
+        given.dx = None
         return dx
 
 
