@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -99,6 +101,34 @@ def assert_follows_twin(
     for place, parts in enumerate(zip(mine, exact, plain, strict=True)):
         assert_close_to_truth(*parts, told=names[place] if names else f"result {place}")
     return mine
+
+
+def tensors_of(*things: object) -> list[Tensor]:
+    """Every tensor that these reach through objects of this package, and through what they would call."""
+    found, seen, left = [], dict[int, object](), list(things)
+    while left:
+        thing = left.pop()
+        if id(thing) in seen:
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, Tensor):
+            found.append(thing)
+        elif isinstance(thing, (list, tuple, dict)):
+            left += thing.values() if isinstance(thing, dict) else thing
+        elif isinstance(thing, functools.partial):
+            left += [thing.args, thing.func, vars(thing)]
+        elif inspect.ismethod(thing) or inspect.isbuiltin(thing):
+            left.append(thing.__self__)
+        elif type(thing).__module__.startswith("brc_fast") and not inspect.ismodule(thing):
+            left.append(vars(thing))
+    return found
+
+
+def bytes_beside(thing: object, *others: object) -> int:
+    """Bytes of the memory that a thing holds and the others do not, each piece whole."""
+    theirs = {x.untyped_storage().data_ptr() for x in tensors_of(*others)}
+    mine = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(thing)}
+    return sum(size for place, size in mine.items() if place not in theirs)
 
 
 def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:

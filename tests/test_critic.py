@@ -81,7 +81,7 @@ def test_its_loss_has_the_gradient_of_the_agents_update(tasks: int) -> None:
     batch, noise = data(tasks=tasks), torch.randn(2, 16, 2)
     critic = copy.deepcopy(agent.critic)
     target = copy.deepcopy(agent.target_critic)
-    sample = next(agent.passes(batch).samples(batch, noise))
+    sample = next(agent.plans(batch).samples(batch, noise))
     losses = critic.bellman_loss(
         target, batch.observations, batch.actions, batch.rewards, 0.99 * batch.masks,
         batch.next_observations, sample.actions, next_log_probs=sample.log_probs, temperature=agent.alpha,
@@ -180,7 +180,7 @@ def test_arguments_in_another_order_or_of_another_critic_are_named() -> None:
     with pytest.raises(TypeError, match=r"discounts must be a tensor \[B\], got float"):
         critic.bellman_loss(critic, *given, *rest)
     for other in (replace(CONFIG, v_max=4.0), replace(CONFIG, num_atoms=11)):
-        with pytest.raises(ValueError, match=r"target must have .* \(21, 5.0\), got"):
+        with pytest.raises(ValueError, match=r"target must have .* 21, 5.0\), got"):
             critic.bellman_loss(Critic(5, 2, config=other), *given[:3], batch.masks, *rest)
 
 

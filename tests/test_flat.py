@@ -72,7 +72,7 @@ def test_modules_have_the_names_shapes_and_values_of_modules_built_alone(tasks: 
     rng = Generator().manual_seed(4)
     fresh = {
         "critic": Critic(OBS, A, tasks, config, rng),
-        "actor": Actor(OBS, A, 3 if tasks > 1 else 0, ACTOR, rng),
+        "actor": Actor(OBS, A, ACTOR, mine.critic.conditioning, rng),
         "temperature": Temperature(0.1),
     }
     for name, module in fresh.items():
@@ -138,48 +138,71 @@ def test_padding_stays_exactly_zero(tasks: int, precision: str) -> None:
     assert (mine.critics.low is None) == (precision == "fp32")
 
 
-def test_compact_and_expand_undo_each_other_and_padding_is_zero() -> None:
-    mine = agent()
-    networks, modules = mine.critics, [mine.critic]
-    mask = used(networks, [mine.critic, mine.target_critic])[:2]
-    rows = torch.randn(networks.grad.shape) * mask
-    compact = networks.compact(rows)
-    assert compact.shape == (sum(p.numel() for p in modules[0].parameters()),)
-    assert sorted(compact.tolist()) == sorted(rows[mask].tolist())
-    again = torch.full_like(rows, 7.0)
-    networks.expand(compact, again)
-    assert torch.equal(again[mask], rows[mask])
-    assert not again[~mask].any()
-    assert torch.equal(networks.compact(again), compact)
+@pytest.mark.parametrize("body", ["bronet", "simba", "mlp"])
+@pytest.mark.parametrize("tasks", [1, T])
+def test_views_by_name_and_padding_are_all_of_a_row_but_what_aligns_it(tasks: int, body: str) -> None:
+    mine = agent(tasks, critic=CriticConfig(width=19, num_atoms=11, embedding_size=3, body=body))
+    for networks, modules in parts(mine):
+        rows = torch.zeros_like(networks.grad)
+        views, padding = networks.named(rows), networks.layout.padding(rows)
+        parameters = dict(modules[0].named_parameters())
+        assert list(views) == list(parameters)
+        for number, (name, view) in enumerate(views.items(), start=1):
+            assert view.shape == parameters[name].shape
+            assert not view.any(), name  # nor does it lie in another
+            view.fill_(number)
+        assert torch.equal(rows != 0, used(networks, modules)[: networks.members])
+        assert not any(view.any() for view in padding)
+        for view in padding:
+            view.fill_(-1.0)
+        whole = networks.layout.body(rows)
+        assert all((view != 0).all() for view in whole.values())
+        assert {f"body.{name}" for name in whole} == {n for n in parameters if n.startswith("body.")}
+
+
+def test_products_take_low_precision_copies_and_passes_the_parameters_themselves() -> None:
+    mine = agent(precision="bf16")
+    low = mine.critics.body(2)
+    vectors = {name for name, p in low.items() if p.dtype == torch.float32}
+    products = {name for name in low if name.endswith("kernel")} | {"head.bias"}
+    assert vectors == low.keys() - products
+    assert all(len(p) == 2 * mine.critics.members for p in low.values())
+    assert {g.dtype for g in mine.critics.gradients().values()} == {torch.bfloat16}
+    for name, p in low.items():
+        exact = agent().critics.body(2)[name]
+        assert torch.equal(p.float(), exact if name in vectors else exact.bfloat16().float()), name
 
 
 @pytest.mark.parametrize("tasks", [1, T])
-def test_moments_are_saved_without_padding_in_the_order_of_the_parameters(tasks: int) -> None:
+def test_moments_are_saved_without_padding_by_the_names_of_the_parameters(tasks: int) -> None:
     mine = agent(tasks)
     for module, optimizer in (
         (mine.critic, mine.critic_optimizer),
         (mine.actor, mine.actor_optimizer),
         (mine.temperature, mine.temperature_optimizer),
     ):
-        start = 1.0
         for parameter in module.parameters():
-            numbers = torch.arange(start, start + parameter.numel()).view(parameter.shape)
-            parameter.data.copy_(numbers)
-            start += parameter.numel()
+            parameter.data.copy_(torch.randn(parameter.shape))
         optimizer.exp_avg.copy_(optimizer.flat)
         optimizer.exp_avg_sq.copy_(-optimizer.flat)
         optimizer.step_count.fill_(9.0)
         state = {name: value.clone() for name, value in optimizer.state_dict().items()}
-        assert list(state) == ["exp_avg", "exp_avg_sq", "step"]
-        assert torch.equal(state["exp_avg"], torch.arange(1.0, start))
-        assert torch.equal(state["exp_avg_sq"], -torch.arange(1.0, start))
+        named = dict(module.named_parameters())
+        moments = {f"{moment}/{name}" for moment in ("exp_avg", "exp_avg_sq") for name in named}
+        assert state.keys() == {"step", *moments}
+        for name, parameter in named.items():
+            assert torch.equal(state[f"exp_avg/{name}"], parameter)
+            assert torch.equal(state[f"exp_avg_sq/{name}"], -parameter)
         assert state["step"] == 9.0
-        optimizer.exp_avg.zero_()
-        optimizer.exp_avg_sq.zero_()
+        optimizer.exp_avg.fill_(float("nan"))
+        optimizer.exp_avg_sq.fill_(float("nan"))
         optimizer.step_count.zero_()
         optimizer.load_state_dict(state)
-        assert torch.equal(optimizer.exp_avg, optimizer.flat)
-        assert torch.equal(optimizer.exp_avg_sq, -optimizer.flat)
+        for whole, expected in ((optimizer.exp_avg, optimizer.flat), (optimizer.exp_avg_sq, -optimizer.flat)):
+            networks = optimizer.networks
+            mine_by_name, theirs = (networks.named(x.view(networks.grad.shape)) for x in (whole, expected))
+            assert all(torch.equal(mine_by_name[name], theirs[name]) for name in named)
+            assert not any(view.any() for view in networks.layout.padding(whole.view(networks.grad.shape)))
         assert optimizer.step_count == 9.0
 
 
@@ -188,8 +211,8 @@ def test_a_checkpoint_does_not_depend_on_the_padding(monkeypatch: pytest.MonkeyP
     one = agent(tasks)
     one.update(batches(5, tasks))
     state = {name: value.clone() for name, value in one.state_dict().items()}
-    monkeypatch.setattr("brc_fast.learner.flat.ALIGNMENT", 256)
-    monkeypatch.setattr("brc_fast.nn.modules.PAD", 32)
+    monkeypatch.setattr("brc_fast.learner.layout.ALIGNMENT", 256)
+    monkeypatch.setattr("brc_fast.learner.layout.PAD", 32)
     two = agent(tasks, seed=8)
     assert two.critics.grad.shape[1] > one.critics.grad.shape[1]
     two.load_state_dict(state)
@@ -459,7 +482,7 @@ def test_a_networks_gradient_is_one_row_and_the_one_of_autograd(tasks: int) -> N
     mine = agent(tasks)
     data = batches(1, tasks, rows=16).update(0)
     noise = torch.randn(16, A)
-    samples = mine.passes(data).samples(data, torch.stack([noise, noise]))
+    samples = mine.plans(data).samples(data, torch.stack([noise, noise]))
     twin, actor = copy.deepcopy(mine.critic), copy.deepcopy(mine.actor)
     target = mine.critic_target(data, noise).probs
     mine.update_critic(data, next(samples), mine.alpha)
@@ -477,7 +500,7 @@ def test_a_networks_gradient_is_one_row_and_the_one_of_autograd(tasks: int) -> N
         total = sum(x.double().square().sum() for x in numbers)
         torch.testing.assert_close(row.double().square().sum(), total, rtol=1e-4, atol=0.0)
 
-    mean, raw = actor(mine.policy(data.observations, data.task_ids, (nn.Identity(), mine.critic.embedding)))
+    mean, raw = mine.policy(data.observations, data.task_ids, (actor, mine.critic.table))
     actions, log_probs = kernels.tanh_gaussian(mean, raw, noise)
     q = kernels.expected_value(
         mine.critic(data.observations, actions, data.task_ids, frozen=True), mine.atoms

@@ -287,9 +287,13 @@ def test_an_agent_keeps_what_its_user_hangs_on_it() -> None:
 
 def test_many_sizes_of_batches_keep_the_memory_of_a_few() -> None:
     learner = agent(1)
+    plans = []
     for rows in range(1, 2 * graphs.MOST_SIGNATURES):
-        learner.update(next(batches(1, 1, rows=rows)))
-        assert len(learner._passes) <= graphs.MOST_SIGNATURES
+        batch = next(batches(1, 1, rows=rows))
+        learner.update(batch)
+        plans.append(weakref.ref(learner.plans(batch.update(0))))
+        gc.collect()
+        assert sum(plan() is not None for plan in plans) <= graphs.MOST_SIGNATURES
 
 
 def test_an_agent_dies_with_its_last_reference() -> None:

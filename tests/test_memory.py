@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from kernel_harness import bytes_beside, tensors_of
 
 from brc_fast import BRC, Batch
 from brc_fast.agents import memory
@@ -58,35 +58,6 @@ def built(of: TrainConfig) -> tuple[BRC, Batch]:
     return agent, batch
 
 
-def memory_of(*things: object) -> dict[int, Tensor]:
-    """Every tensor that can be reached from objects of this package, one for each piece of memory."""
-    found: dict[int, Tensor] = {}
-    seen: set[int] = set()
-
-    def look(thing: object) -> None:
-        if id(thing) in seen:
-            return
-        seen.add(id(thing))
-        if isinstance(thing, Tensor):
-            found[thing.untyped_storage().data_ptr()] = thing
-        elif isinstance(thing, dict):
-            for value in thing.values():
-                look(value)
-        elif isinstance(thing, (list, tuple)):
-            for value in thing:
-                look(value)
-        elif type(thing).__module__.startswith("brc_fast"):
-            look(vars(thing))
-
-    for thing in things:
-        look(thing)
-    return found
-
-
-def held(found: dict[int, Tensor]) -> int:
-    return sum(x.untyped_storage().nbytes() for x in found.values())
-
-
 @pytest.mark.parametrize("tasks", [1, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
@@ -96,36 +67,27 @@ def test_the_plan_tells_what_a_built_learner_takes(tasks: int, precision: str, r
     plan = plan_memory(settings, Spec.vectors(7, 3, settings.tasks), "cpu")
     agent, batch = built(settings)
     networks = agent.critics, agent.actors, agent.critic_optimizer, agent.actor_optimizer
-    state = memory_of(*networks)
     scalars = 3 * 2 * 4  # of each optimizer: steps, learning rate, tau
-    assert held(state) - scalars == plan.state
+    assert bytes_beside(networks) - scalars == plan.state
     assert plan.parameters == sum(p.numel() for m in (agent.critic, agent.actor) for p in m.parameters())
-    (passes,) = agent._passes.values()
-    kept = memory_of(passes)
-    for pointer in memory_of(networks, agent.critic, agent.actor, agent.target_critic):
-        kept.pop(pointer, None)
-    inputs = {
-        x.untyped_storage().data_ptr()
-        for p in (passes.actor, passes.critics, passes.critic)
-        for x in p._inputs
-    }
-    for pointer in (*inputs, passes.dhead.untyped_storage().data_ptr()):
-        kept.pop(pointer, None)  # they are of a row's size, not of a layer's
-    assert held(kept) == plan.passes
+    passes = agent.plans(batch.update(0))
+    # inputs [B, I], and the gradient of what the actor puts out, are of a row's size, not of a layer's
+    rows = [x for x in tensors_of(passes) if x.dim() == 2], passes.dhead
+    assert bytes_beside(passes, networks, rows) == plan.passes
     assert plan.batches == bytes_of(*batch) == sum(x.numel() * x.element_size() for x in batch)
     assert plan.libraries == 0
     assert plan.total == plan.state + plan.passes + plan.batches
 
 
 def test_a_plan_of_a_gpu_has_two_sets_of_slots_and_an_allowance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And room for the gradients of all layers' products; nothing is asked of the GPU."""
+    """And room for the gradients of all products but the first, of the input; nothing is asked of the GPU."""
     spec = Spec.vectors(7, 3, config().tasks)
     here, there = (plan_memory(config(), spec, device) for device in ("cpu", "cuda"))
     assert there.batches == 2 * here.batches
     assert there.libraries == 2**30
     assert there.state == here.state
     critics, actor = 2 * 20 * 40 * 4, 20 * 24 * 4  # one layer of the trained networks, in bytes
-    assert there.passes - here.passes == (7 - 3) * critics + (5 - 3) * actor
+    assert there.passes - here.passes == (6 - 3) * critics + (4 - 3) * actor
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import math
 import pickle
 from collections.abc import Iterator, Sequence
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from kernel_harness import assert_close_to_truth
+from kernel_harness import assert_close_to_truth, bytes_beside, tensors_of
 from stacks import ALL, BODIES, INPUTS, ODD, in_rows, parameters_of
 from torch import Tensor
 
@@ -432,37 +430,9 @@ def test_a_frozen_plan_in_anothers_memory_gives_its_input_the_gradient(
             assert_same(problem.run(whole), expected)
 
 
-def tensors_of(*things: object) -> list[Tensor]:
-    """Every tensor that can be reached."""
-    found, seen, left = [], dict[int, object](), list(things)
-    while left:
-        thing = left.pop()
-        if id(thing) in seen:
-            continue
-        seen[id(thing)] = thing
-        if isinstance(thing, Tensor):
-            found.append(thing)
-        elif isinstance(thing, (list, tuple, dict)):
-            left += thing.values() if isinstance(thing, dict) else thing
-        elif isinstance(thing, functools.partial):
-            left += [thing.args, thing.func, vars(thing)]
-        elif inspect.ismethod(thing) or inspect.isbuiltin(thing):
-            left.append(thing.__self__)
-        elif type(thing).__module__.startswith("brc_fast.kernels"):
-            left.append(vars(thing))
-    return found
-
-
 def zeros(problem: Problem) -> int:
     """Bytes at most of vectors that stand for a bias that is not there, and for its gradient."""
     return 5 * 4 * sum(stage.outputs for stage in problem.stages if stage.after == "layer_norm")
-
-
-def owned(plan: Plan, *others: object) -> int:
-    """Bytes of the memory that a plan holds and the others do not."""
-    theirs = {x.untyped_storage().data_ptr() for x in tensors_of(*others)}
-    mine = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(plan)}
-    return sum(size for place, size in mine.items() if place not in theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -474,14 +444,14 @@ def test_the_bytes_of_a_plan_are_those_that_it_holds_after_its_passes(
     problem = Problem(ALL[body], size, dtype)
     plan, stages = problem.plan(recompute), problem.stages
     problem.run(plan)
-    assert 0 <= owned(plan, problem.given) - plan.bytes("cpu") <= zeros(problem)
+    assert 0 <= bytes_beside(plan, problem.given) - plan.bytes("cpu") <= zeros(problem)
     part = {name: p[: size.trained] for name, p in problem.parameters.items()}
     frozen = Plan(stages, part, size.rows, share=plan, trained_rows=size.last)
     alone = Plan(stages, part, size.rows, trained_rows=size.last)
     for one in (frozen, alone):
         one.forward(problem.inputs[0])
         one.backward(problem.grad, slice(None))
-        assert 0 <= owned(one, problem.given, plan) - one.bytes("cpu") <= zeros(problem)
+        assert 0 <= bytes_beside(one, problem.given, plan) - one.bytes("cpu") <= zeros(problem)
     assert frozen.bytes("cpu") < alone.bytes("cpu") or len(stages) == 1
     shapes = {name: p.to("meta") for name, p in problem.parameters.items()}
     rows = {"recompute": recompute, "trained_rows": size.last}
@@ -512,7 +482,7 @@ def test_the_bytes_of_a_plan_on_a_gpu_are_those_that_it_holds_but_for_partial_su
         plan = problem.plan(recompute)
         problem.run(plan)
     sums = [x for x in tensors_of(plan) if x.dim() == 5]  # [L, S, 3, N, H]
-    assert 0 <= owned(plan, problem.given, sums) - plan.bytes("cuda") <= zeros(problem)
+    assert 0 <= bytes_beside(plan, problem.given, sums) - plan.bytes("cuda") <= zeros(problem)
 
 
 def replaced(stages: Sequence[Stage], number: int, **changes: Any) -> tuple[Stage, ...]:

@@ -61,7 +61,9 @@ def plan_memory(config: TrainConfig, spec: Spec, device: str) -> MemoryPlan:
         agent = BRC.from_config(config, spec, "meta")
     except RuntimeError as error:  # torch counts bytes with 63 bits
         raise InputError(f"the learner does not fit: {error}; lower --critic.width") from error
-    state = bytes_of(agent.atoms)
+    state = bytes_of(
+        *(buffer for module in (agent.critic, agent.target_critic) for buffer in module.buffers())
+    )
     for networks, optimizer in (
         (agent.critics, agent.critic_optimizer),
         (agent.actors, agent.actor_optimizer),
