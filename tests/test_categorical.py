@@ -528,7 +528,7 @@ def test_rows_may_lie_anyhow_in_memory(kernel_device: str) -> None:
         lambda x, _: kernels.expected_value(x, atoms, impl="triton"),
     ]
     without: list[Callable[[Tensor], Any]] = [
-        lambda x: kernels.expected_value_and_gradient(x, atoms, columns=7, impl="triton"),
+        lambda x: kernels.expected_value_and_gradient(x, atoms, columns=7, impl="triton")
     ]
     pairs = zip(layouts(logits.to(dtype)), layouts(next_logits.to(dtype)), strict=True)
     for number, ((told, x), (_, y)) in enumerate(pairs):
@@ -654,10 +654,7 @@ def differentiable(device: str) -> dict[str, tuple[Callable[[Tensor], Tensor], T
     logits, next_logits, *rest = (x.float().to(device) for x in (logits, next_logits, *rest))
     target = next_logits[0].softmax(-1)
     return {
-        "categorical_bellman_loss": (
-            lambda x: LOSS(x, next_logits, *rest),
-            logits,
-        ),
+        "categorical_bellman_loss": (lambda x: LOSS(x, next_logits, *rest), logits),
         "categorical_cross_entropy": (
             lambda x: kernels.categorical_cross_entropy(x, target, impl="triton"),
             logits,
@@ -1086,10 +1083,7 @@ def test_the_bellman_ops_refuse_what_does_not_fit(change: dict[str, Any], told: 
             lambda: kernels.categorical_cross_entropy(LOGITS, LOGITS[0, :2]),
             "target must have shape [B, K] = [3, 5] or [2, 3, 5], got [2, 5]",
         ),
-        (
-            lambda: kernels.expected_value(LOGITS, VECTOR),
-            "atoms must have shape [K] = [5], got [3]",
-        ),
+        (lambda: kernels.expected_value(LOGITS, VECTOR), "atoms must have shape [K] = [5], got [3]"),
         (
             lambda: kernels.expected_value(LOGITS[..., :1], VECTOR[:1]),
             "logits must have shape [.., K] with K >= 2, got [2, 3, 1]",
@@ -1118,10 +1112,7 @@ def test_the_bellman_ops_refuse_what_does_not_fit(change: dict[str, Any], told: 
             lambda: kernels.hl_gauss_cross_entropy(LOGITS, VECTOR, V_MAX, 0.0),
             "sigma must be positive and finite, got 0.0",
         ),
-        (
-            lambda: kernels.hl_gauss(VECTOR, 5, V_MAX, INF),
-            "sigma must be positive and finite, got inf",
-        ),
+        (lambda: kernels.hl_gauss(VECTOR, 5, V_MAX, INF), "sigma must be positive and finite, got inf"),
         (lambda: kernels.two_hot(VECTOR, 1, V_MAX), "num_atoms must be at least 2, got 1"),
         (lambda: kernels.two_hot(VECTOR, 5, -1.0), "v_max must be positive and finite, got -1.0"),
         (

@@ -156,10 +156,7 @@ def test_suites_are_the_papers():
             {"tasks": "gym/Pendulum-v1", "impl": "warp"},
             "impl means something to mjx/... tasks only, and none of the tasks is one",
         ),
-        (
-            {"tasks": [CARTPOLE, "mjx/dmc25"]},
-            f"tasks must differ, but '{CARTPOLE}' is listed 2 times",
-        ),
+        ({"tasks": [CARTPOLE, "mjx/dmc25"]}, f"tasks must differ, but '{CARTPOLE}' is listed 2 times"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_name_and_remedy(arguments, message):

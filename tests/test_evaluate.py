@@ -425,10 +425,7 @@ def test_several_runs_are_seeds_of_one_experiment(
 
 
 def test_runs_that_set_their_own_episode_length_get_no_scores(
-    made: list[Scripted],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    made: list[Scripted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(evaluate, "env_settings", lambda config: {"episode_length": 50})
     run = make_run(tmp_path / "run", ("dmc/dog-run",))

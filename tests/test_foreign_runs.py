@@ -440,13 +440,7 @@ def settings(run: Path, group: str = "", /, **changed: Any) -> None:
     ],
 )
 def test_settings_of_another_type_or_size_are_refused(
-    run: Path,
-    capsys: pytest.CaptureFixture[str],
-    command: str,
-    group: str,
-    name: str,
-    value: Any,
-    told: str,
+    run: Path, capsys: pytest.CaptureFixture[str], command: str, group: str, name: str, value: Any, told: str
 ) -> None:
     settings(run, group, **{name: value})
     one_line(COMMANDS[command](run), run, capsys, told)

@@ -383,16 +383,8 @@ FLOAT_NAMES = "(torch.float32, torch.float16, torch.bfloat16)"
         ({"index": INDEX.to("meta")}, ValueError, "index must be on cpu like the rows, got meta"),
         ({"side": ROWS[:, 1:]}, ValueError, "side must have shape [S, W] with W = 6, got [4, 5]"),
         ({"side": ROWS.half()}, TypeError, "side must be of dtype torch.float32, got torch.float16"),
-        (
-            {"side": torch.zeros(6, 2).T},
-            ValueError,
-            "a row of side must be contiguous, got strides [1, 2]",
-        ),
-        (
-            {"out": torch.zeros(4, 6)},
-            ValueError,
-            "out must have shape [M, W] with M = 5, W = 6, got [4, 6]",
-        ),
+        ({"side": torch.zeros(6, 2).T}, ValueError, "a row of side must be contiguous, got strides [1, 2]"),
+        ({"out": torch.zeros(4, 6)}, ValueError, "out must have shape [M, W] with M = 5, W = 6, got [4, 6]"),
         ({"out": torch.zeros(6, 5).T}, ValueError, "out must be contiguous, got strides [1, 5]"),
         (
             {"out": torch.zeros(5, 6), "dtype": torch.float16},

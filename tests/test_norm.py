@@ -441,12 +441,7 @@ def test_an_empty_input_gives_an_empty_output_and_zero_gradients(
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("wanted", "kernels"),
-    [
-        (range(5), ["backward", "reduce"]),
-        ((0, 4), ["backward"]),
-        ((2,), ["backward", "reduce"]),
-        ((4,), []),
-    ],
+    [(range(5), ["backward", "reduce"]), ((0, 4), ["backward"]), ((2,), ["backward", "reduce"]), ((4,), [])],
 )
 def test_no_launch_serves_a_gradient_that_nobody_wants(
     kernel_device: str, wanted: tuple[int, ...], kernels: list[str]

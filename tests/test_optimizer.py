@@ -871,11 +871,7 @@ def fitting() -> dict[str, Any]:
             "exp_avg must be of dtype torch.float32, got torch.float64",
         ),
         ({"exp_avg_sq": torch.zeros(8)}, ValueError, "exp_avg_sq must have shape [P] = [7], got [8]"),
-        (
-            {"target": torch.zeros(7, device="meta")},
-            ValueError,
-            "target must be on cpu like param, got meta",
-        ),
+        ({"target": torch.zeros(7, device="meta")}, ValueError, "target must be on cpu like param, got meta"),
         (
             {"low": torch.zeros(7)},
             TypeError,

@@ -172,15 +172,7 @@ def test_several_steps_sum_discounted_rewards_up_to_an_end_a_jump_and_the_newest
         reward = np.full(1, 10.0**step, np.float32)
         buffer.add(place, place, reward, end, np.zeros(1, bool), place + 1)
     got = read_all(buffer, 3, 0.5)
-    assert got["rewards"].tolist() == [
-        1 + 5 + 25,
-        10 + 50,
-        100,
-        1e3 + 5e3,
-        1e4,
-        1e5 + 5e5,
-        1e6,
-    ]
+    assert got["rewards"].tolist() == [1 + 5 + 25, 10 + 50, 100, 1e3 + 5e3, 1e4, 1e5 + 5e5, 1e6]
     assert got["masks"].tolist() == [0, 0, 0, 0.5, 1, 0.5, 1]
     assert got["next_observations"][:, 0].tolist() == [3, 3, 3, 5, 5, 107, 107]
     assert got["observations"][:, 0].tolist() == [0, 1, 2, 3, 4, 105, 106]

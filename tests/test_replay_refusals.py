@@ -95,16 +95,8 @@ def test_a_buffer_is_kept_by_saving_it(how: Any, kind: Any) -> None:
             ValueError,
             "rewards must have shape [M] = [1], got [1, 1]",
         ),
-        (
-            {"actions": np.ones(2, np.float32)},
-            ValueError,
-            "actions must have shape [M, A] = [1, 2], got [2]",
-        ),
-        (
-            {"truncated": np.zeros(2, bool)},
-            ValueError,
-            "truncated must have shape [M] = [1], got [2]",
-        ),
+        ({"actions": np.ones(2, np.float32)}, ValueError, "actions must have shape [M, A] = [1, 2], got [2]"),
+        ({"truncated": np.zeros(2, bool)}, ValueError, "truncated must have shape [M] = [1], got [2]"),
         ({"streams": np.array([1])}, ValueError, "streams must lie in 0..0, got 1"),
         ({"streams": np.array([-1])}, ValueError, "streams must lie in 0..0, got -1"),
         (
