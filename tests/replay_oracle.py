@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +18,12 @@ import torch
 
 from brc_fast import _core
 from brc_fast.batch import Batch
-from brc_fast.replay import Field, ReplayBuffer
+from brc_fast.replay import Field, Prefetcher, ReplayBuffer
 from brc_fast.replay.arena import columns
 
 ENDS = [(False, False), (True, False), (False, True), (True, True)]  # terminated, truncated
 Arrays = dict[str, np.ndarray]
+Manifest = dict[str, Any]
 Picked = tuple[int, int]  # stream, number of the transition in it
 
 
@@ -380,3 +385,46 @@ def assert_same(got: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray
 
 def assert_same_batch(got: Batch, expected: Batch) -> None:
     assert_same(arrays_of(got), arrays_of(expected))
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "nothing happened within 20 seconds"
+        time.sleep(0.001)
+
+
+def wait_until_full(batches: Prefetcher) -> None:
+    """Until it has gathered all that it can."""
+    wait_for(lambda: len(batches._worker.ready) == batches._worker.depth)
+
+
+# ---- Saved
+
+
+def saved_twice(folder: Path) -> Feed:
+    """A buffer saved in two segments; streams 0 and 2 are full, stream 1 still grows."""
+    feed = filled([5, 20], (0, 1, 0), steps=9)
+    feed.buffer.save(folder)
+    more(feed, 1)
+    feed.check_sample(3)
+    feed.buffer.save(folder)
+    assert len(manifest_of(folder)["segments"]) == 2
+    return feed
+
+
+def manifest_of(folder: Path, name: str = "manifest.json") -> Manifest:
+    manifest: Manifest = json.loads((folder / name).read_text())["manifest"]
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Any) -> None:
+    """With a checksum that is right."""
+    checksum = zlib.crc32(json.dumps(manifest).encode())
+    (folder / "manifest.json").write_text(json.dumps({"checksum": checksum, "manifest": manifest}))
+
+
+def rewrite(folder: Path, change: Callable[[Manifest], Any]) -> None:
+    manifest = manifest_of(folder)
+    change(manifest)
+    write_manifest(folder, manifest)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,22 +17,19 @@ from brc_fast.replay import Field, files
 
 require("hypothesis")
 
-from replay_oracle import Feed, assert_same, assert_same_batch, filled, more, read_all
-
-Manifest = dict[str, Any]
-
-
-def manifest_of(folder: Path, name: str = "manifest.json") -> Manifest:
-    manifest: Manifest = json.loads((folder / name).read_text())["manifest"]
-    return manifest
-
-
-def rewrite(folder: Path, change: Callable[[Manifest], Any]) -> None:
-    """Changes the manifest and its checksum with it."""
-    manifest = manifest_of(folder)
-    change(manifest)
-    checksum = zlib.crc32(json.dumps(manifest).encode())
-    (folder / "manifest.json").write_text(json.dumps({"checksum": checksum, "manifest": manifest}))
+from refusals import says
+from replay_oracle import (
+    Feed,
+    Manifest,
+    assert_same,
+    assert_same_batch,
+    filled,
+    manifest_of,
+    more,
+    read_all,
+    rewrite,
+    saved_twice,
+)
 
 
 def newest_segment(folder: Path) -> Path:
@@ -52,22 +47,13 @@ def named_by(folder: Path, *manifests: str) -> set[str]:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Feed:
-    """A buffer saved twice to `tmp_path`, in two segments; two streams are full and one still grows."""
-    feed = filled([5, 20], (0, 1, 0), steps=9)
-    feed.buffer.save(tmp_path)
-    more(feed, 1)
-    feed.buffer.sample(3)
-    feed.draws += 1
-    feed.buffer.save(tmp_path)
-    assert len(manifest_of(tmp_path)["segments"]) == 2
-    return feed
+    return saved_twice(tmp_path)
 
 
-def refused(feed: Feed, folder: Path, message: str, **options: Any) -> None:
-    """The load is refused with a message that begins so, and the buffer goes on as if nothing had been."""
-    with pytest.raises(ValueError, match=str(folder)) as caught:
+def refused(feed: Feed, folder: Path, words: str, **options: Any) -> None:
+    """The load is refused in these words, and the buffer goes on as if nothing had been."""
+    with pytest.raises(ValueError, match=says(words)):
         feed.buffer.load(folder, **options)
-    assert str(caught.value).startswith(message)
     feed.check_content(2, 0.9)
     feed.check_sample(3, 2)
 
@@ -122,9 +108,7 @@ def test_a_second_save_writes_only_what_is_new(tmp_path: Path) -> None:
 def test_the_generation_before_the_last_can_be_loaded(tmp_path: Path) -> None:
     feed = filled()
     feed.buffer.save(tmp_path)
-    refused(
-        feed, tmp_path, f"{tmp_path} holds no saved replay: manifest.previous.json is missing", previous=True
-    )
+    refused(feed, tmp_path, f"{tmp_path} ... no saved replay ... manifest.previous.json", previous=True)
     first = feed.copied()
     feed.buffer.save(tmp_path)
     for _ in range(4):
@@ -289,18 +273,14 @@ def test_a_truncated_missing_or_flipped_segment_is_refused_by_name(
     whole, before = path.read_bytes(), saved.copied()
     for length in (0, 1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        refused(
-            saved,
-            tmp_path,
-            f"{path} is truncated: it ends after {length} of {len(whole)} bytes; the generation",
-        )
+        refused(saved, tmp_path, f"{path} is truncated ... {length} of {len(whole)} bytes")
     for place in {*range(0, len(whole), 97), len(whole) - 1}:
         flipped = bytearray(whole)
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
-        refused(saved, tmp_path, f"{path} is damaged: the checksum of block 0 differs; the generation before")
+        refused(saved, tmp_path, f"{path} is damaged: the checksum of block 0 differs")
     path.unlink()
-    refused(saved, tmp_path, f"{path} is missing; the generation before is there: load it with previous=True")
+    refused(saved, tmp_path, f"{path} is missing ... load it with previous=True")
     path.write_bytes(whole)
     before.loaded(tmp_path).check_content()
 
@@ -313,9 +293,8 @@ def test_a_flipped_bit_of_a_manifest_is_refused_by_name_wherever_it_is(saved: Fe
         flipped = bytearray(whole)
         flipped[place] ^= 1 << place * 5 % 8
         path.write_bytes(flipped)
-        with pytest.raises(ValueError, match="json is damaged: ") as caught:
+        with pytest.raises(ValueError, match=says(f"{path} is damaged")):
             saved.buffer.load(tmp_path)
-        assert str(caught.value).startswith(str(path))
     for length in (0, 1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         refused(saved, tmp_path, f"{path} is damaged: ")
@@ -342,14 +321,11 @@ def test_a_damaged_last_generation_leaves_the_one_before(tmp_path: Path) -> None
 
 def test_another_format_or_byte_order_is_refused_with_both(saved: Feed, tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
-    reads = f"{path} has replay format 99, this version of brc-fast reads format 1: upgrade brc-fast"
-    rewrite(tmp_path, lambda manifest: manifest.update(format=99))
-    refused(saved, tmp_path, reads)
-    rewrite(tmp_path, lambda manifest: manifest.update(format=0))
-    older = reads.replace("format 99", "format 0")  # the folder may have a number too
-    refused(saved, tmp_path, older.replace("upgrade brc-fast", "use the version that wrote it"))
+    for number, remedy in ((99, "upgrade brc-fast"), (0, "use the version that wrote it")):
+        rewrite(tmp_path, lambda manifest, number=number: manifest.update(format=number))
+        refused(saved, tmp_path, f"{path} ... format {number}, ... reads format 1: {remedy}")
     rewrite(tmp_path, lambda manifest: manifest.update(format=1, byte_order="big"))
-    refused(saved, tmp_path, f"{path} was written in big-endian order, this machine is little-endian")
+    refused(saved, tmp_path, f"{path} ... big-endian order, this machine is little-endian")
 
 
 FIELD = {"shape": [3], "dtype": "float32", "stack": 1}
@@ -373,7 +349,7 @@ def test_a_save_with_other_fields_is_refused_with_both(
 ) -> None:
     filled().buffer.save(tmp_path)
     other = filled(**options)
-    refused(other, tmp_path, f"{name} of the replay in {tmp_path} must be {own}, got {got}")
+    refused(other, tmp_path, f"{name} ... {tmp_path} must be {own}, got {got}")
 
 
 def test_a_save_whose_extras_have_another_order_is_refused(tmp_path: Path) -> None:
@@ -381,7 +357,7 @@ def test_a_save_whose_extras_have_another_order_is_refused(tmp_path: Path) -> No
     filled(extras=extras).buffer.save(tmp_path)
     described = {name: {**FIELD, "shape": [2]} for name in "yx"}
     other = filled(extras=dict(reversed(extras.items())))
-    refused(other, tmp_path, f"extras of the replay in {tmp_path} must be {described}, got ")
+    refused(other, tmp_path, f"extras ... {tmp_path} must be {described}, got ")
 
 
 def test_what_is_not_finite_is_refused_by_a_buffer_that_refuses_it(tmp_path: Path) -> None:
@@ -393,20 +369,20 @@ def test_what_is_not_finite_is_refused_by_a_buffer_that_refuses_it(tmp_path: Pat
         feed.remember(added)
         feed.buffer.save(tmp_path)
         feed.loaded(tmp_path).check_content()
-        segment = newest_segment(tmp_path)
-        refused(filled(), tmp_path, f"{segment} holds {name} of stream 1 that are not finite, and this store")
+        refused(filled(), tmp_path, f"{newest_segment(tmp_path)} ... {name} of stream 1 ... not finite")
 
 
 def test_a_folder_without_a_save_or_with_other_files_is_refused(tmp_path: Path) -> None:
     feed = filled()
-    refused(feed, tmp_path / "no", f"{tmp_path / 'no'} holds no saved replay: manifest.json is missing")
+    refused(feed, tmp_path / "no", f"{tmp_path / 'no'} ... no saved replay ... manifest.json")
     for name in ("notes.txt", "manifest.json.bak", ".hidden", "segment-1.ts", "film.partial"):
         folder = tmp_path / f"with-{name}"
         folder.mkdir()
         (folder / name).write_text("mine")
-        with pytest.raises(ValueError, match="must hold replay files only, found") as caught:
+        with pytest.raises(
+            ValueError, match=says(f"{folder} ... replay files only, found {name}; ... another")
+        ):
             feed.buffer.save(folder)
-        assert str(caught.value) == f"{folder} must hold replay files only, found {name}; name another folder"
         assert files_in(folder) == {name}
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError, match="file"):
@@ -451,9 +427,10 @@ def test_a_segment_is_read_and_linked_only_under_a_name_that_a_save_gives(tmp_pa
             shutil.copy(segment, place)  # so that all is there that the manifest may name
     rewrite(down, lambda manifest: manifest["segments"][0].update(file=name))
     before = everything(tmp_path)
-    with pytest.raises(ValueError, match="a name that no save gives") as caught:
+    with pytest.raises(
+        ValueError, match=says(f"{down}/manifest.json gives segment 1 of 1 a name that no save")
+    ):
         feed.copied().loaded(down)
-    assert str(caught.value).startswith(f"{down / 'manifest.json'} gives segment 1 of 1 a name")
     feed.buffer.save(mine, previous=down)  # which it does not need
     feed.loaded(mine).check_content()
     assert {path: told for path, told in everything(tmp_path).items() if path in before} == before
@@ -492,13 +469,11 @@ def test_only_regular_files_are_read_linked_and_replaced(tmp_path: Path, kind: s
     (outside / "precious").write_text("precious")
     replace_by(kind, path, outside / "moved")
     before = everything(tmp_path)
-    if which in ("manifest.json", "segment"):
-        with pytest.raises(ValueError, match=f"{path} must be a regular file, got a {kind}"):
-            feed.copied().loaded(down)
-    elif which == "manifest.previous.json":
-        with pytest.raises(ValueError, match=f"{path} must be a regular file, got a {kind}"):
-            feed.copied().loaded(down, previous=True)
-    with pytest.raises(ValueError, match=f"{path} must be a regular file, got a {kind}; name another folder"):
+    told = says(f"{path} must be a regular file, got a {kind}")
+    if which != "manifest.json.partial":
+        with pytest.raises(ValueError, match=told):
+            feed.copied().loaded(down, previous=which == "manifest.previous.json")
+    with pytest.raises(ValueError, match=f"{told}; name another folder"):
         feed.buffer.save(down)
     assert everything(tmp_path) == before
     feed.buffer._saved = saved
@@ -544,10 +519,7 @@ def test_a_file_with_another_name_elsewhere_is_replaced_here_only(tmp_path: Path
 def test_a_generation_that_was_changed_since_is_nothing_to_go_on_from(
     tmp_path: Path, change: Callable[[Manifest], Any], loaded: bool
 ) -> None:
-    feed = filled([5, 20], (0, 1, 0), steps=9)
-    feed.buffer.save(tmp_path / "a")
-    more(feed, 1)
-    feed.buffer.save(tmp_path / "a")
+    feed = saved_twice(tmp_path / "a")
     if loaded:
         feed.buffer.load(tmp_path / "a")
     kept = shutil.copytree(tmp_path / "a", tmp_path / "kept")

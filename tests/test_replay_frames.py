@@ -15,10 +15,10 @@ from brc_fast.replay import Field, ReplayBuffer
 
 require("hypothesis")
 
+from refusals import says
 from replay_oracle import ENDS, Feed, arrays_of, assert_same, assert_same_batch, filled, more, read_all
 
 DTYPES = ["float32", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool"]
-WANTED = "extras must hold ['goal', 'log_probability', 'skill']"
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -222,63 +222,31 @@ def test_the_order_of_extras_in_a_call_does_not_matter() -> None:
     assert_same_batch(feed.buffer.sample(7, 2), twin.buffer.sample(7, 2))
 
 
+WANTED = "extras must hold ['goal', 'log_probability', 'skill']"
+
+
 @pytest.mark.parametrize(
-    ("extras", "error", "message"),
+    ("extras", "error", "words"),
     [
         (None, ValueError, f"{WANTED}, got []"),
         ({"skill": None}, ValueError, f"{WANTED}, got ['goal', 'log_probability']"),
         ({"other": 1}, ValueError, f"{WANTED}, got ['goal', 'log_probability', 'other', 'skill']"),
-        ({"skill": 1}, TypeError, "skill must be a torch tensor or a numpy array, got int"),
-        (
-            {"skill": np.zeros(3)},
-            TypeError,
-            'skill must be uint8, got float64; convert it with .astype("uint8")',
-        ),
-        (
-            {"skill": np.zeros((3, 1), np.uint8)},
-            ValueError,
-            "skill must have shape [M, ...] = [3], got [3, 1]",
-        ),
-        (
-            {"goal": np.zeros((2, 2), np.float16)},
-            ValueError,
-            "goal must have shape [M, ...] = [3, 2], got [2, 2]",
-        ),
-        (
-            {"goal": np.full((3, 2), np.inf, np.float16)},
-            ValueError,
-            "goal of stream 0 (task 0) must be finite, got inf; nothing was stored",
-        ),
+        ({"skill": 1}, TypeError, "skill ... a torch tensor or a numpy array, got int"),
+        ({"skill": np.zeros(3)}, TypeError, 'skill ... uint8, got float64 ... .astype("uint8")'),
+        ({"skill": np.zeros((3, 1), np.uint8)}, ValueError, "skill ... [3], got [3, 1]"),
+        ({"goal": np.zeros((2, 2), np.float16)}, ValueError, "goal ... [3, 2], got [2, 2]"),
+        ({"goal": np.full((3, 2), np.inf, np.float16)}, ValueError, "goal of stream 0 ... finite, got inf"),
     ],
 )
-def test_extras_that_do_not_fit_are_refused(extras: Any, error: type[Exception], message: str) -> None:
+def test_extras_that_do_not_fit_are_refused(extras: Any, error: type[Exception], words: str) -> None:
     feed = with_extras()
     added = feed.arguments([0, 1, 2], [False] * 3, [ENDS[0]] * 3)
     given = None if extras is None else {**added["extras"], **extras}
     if given is not None:
         given = {name: value for name, value in given.items() if value is not None}
-    with pytest.raises(error) as refused:
+    with pytest.raises(error, match=says(words)):
         feed.buffer.add(**{**added, "extras": given})
-    assert str(refused.value) == message
     feed.check_content()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"dtype": "float64"}, f"dtype must be one of {', '.join(DTYPES)}, got float64"),
-        ({"dtype": np.float64}, f"dtype must be one of {', '.join(DTYPES)}, got float64"),
-        ({"dtype": torch.complex64}, f"dtype must be one of {', '.join(DTYPES)}, got complex64"),
-        ({"dtype": "uint16"}, f"dtype must be one of {', '.join(DTYPES)}, got uint16"),
-        ({"shape": (3, 0)}, "shape must hold sizes of at least 1, got [3, 0]"),
-        ({"shape": -2}, "shape must hold sizes of at least 1, got [-2]"),
-        ({"stack": 0}, "stack must be at least 1, got 0"),
-    ],
-)
-def test_a_field_that_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match="must") as refused:
-        Field(**arguments)
-    assert str(refused.value) == message
 
 
 def test_a_field_is_named_in_several_ways() -> None:

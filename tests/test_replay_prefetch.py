@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +12,11 @@ import numpy as np
 import pytest
 from extras import require
 
-from brc_fast.replay import Field, Prefetcher
+from brc_fast.replay import Field
 
 require("hypothesis")
 
-from replay_oracle import ENDS, Feed, assert_same_batch, filled, more
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "nothing happened within 20 seconds"
-        time.sleep(0.001)
-
-
-def wait_until_full(batches: Prefetcher) -> None:
-    wait_for(lambda: len(batches._worker.ready) == batches._worker.depth)
+from replay_oracle import ENDS, Feed, assert_same_batch, filled, more, wait_for, wait_until_full
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
@@ -157,9 +144,7 @@ def test_too_little_is_refused_as_by_sample_until_there_is_enough() -> None:
     with feed.buffer.prefetch(3, depth=2) as batches:
         for stored in range(3):
             for _ in range(2):
-                with pytest.raises(
-                    ValueError, match=rf"^batch_size 3 exceeds the {stored} transitions stored; "
-                ):
+                with pytest.raises(ValueError, match=f"batch_size 3 exceeds the {stored} transitions"):
                     next(batches)
             feed.add()
         assert feed.buffer.draws == 0
@@ -176,7 +161,7 @@ def test_closing_ends_the_thread_and_batches_stay_valid() -> None:
     batches.close()
     batches.close()
     assert not thread.is_alive()
-    with pytest.raises(RuntimeError, match=r"^this prefetcher is closed$"):
+    with pytest.raises(RuntimeError, match="closed"):
         next(batches)
     feed.check_batch(batch, 4)
     with feed.buffer.prefetch(4) as others:
@@ -227,7 +212,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_to_the_consumer(monkeypatch: py
         patched.setattr(buffer._arena, "lease", fail)
         batches = buffer.prefetch(4)
         batches._worker.thread.join(20)
-    with pytest.raises(RuntimeError, match=r"^the prefetching thread failed$") as failed:
+    with pytest.raises(RuntimeError, match="thread failed") as failed:
         next(batches)
     assert isinstance(failed.value.__cause__, MemoryError)
     batches.close()
@@ -235,7 +220,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_to_the_consumer(monkeypatch: py
 
 def test_a_prefetcher_needs_a_depth_and_sizes_of_at_least_one() -> None:
     buffer = filled().buffer
-    with pytest.raises(ValueError, match=r"^depth must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         buffer.prefetch(4, depth=0)
-    with pytest.raises(ValueError, match=r"^batch_size and num_batches must be at least 1, got 0 and 1$"):
+    with pytest.raises(ValueError, match=r"batch_size .* at least 1, got 0 and 1"):
         buffer.prefetch(0)

@@ -17,6 +17,7 @@ from brc_fast.replay import DeviceReplayBuffer, Field, ReplayBuffer
 
 require("hypothesis")
 
+from refusals import says
 from replay_oracle import ENDS, Feed, assert_same, filled, read_all
 
 
@@ -42,102 +43,41 @@ def test_a_buffer_is_kept_by_saving_it(how: Any, kind: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("name", "value", "error", "words"),
     [
-        (
-            {"observations": np.ones((1, 3))},
-            TypeError,
-            'observations must be float32, got float64; convert it with .astype("float32")',
-        ),
-        (
-            {"actions": torch.ones(1, 2).half()},
-            TypeError,
-            "actions must be float32, got float16; convert it with .to(torch.float32)",
-        ),
-        (
-            {"terminated": np.zeros(1, np.uint8)},
-            TypeError,
-            'terminated must be bool, got uint8; convert it with .astype("bool")',
-        ),
-        ({"rewards": 1.0}, TypeError, "rewards must be a torch tensor or a numpy array, got float"),
-        (
-            {"rewards": torch.ones(1, device="meta")},
-            TypeError,
-            "rewards must be on the CPU, got meta; copy it with .cpu()",
-        ),
-        (
-            {"streams": np.zeros(1, np.int32)},
-            TypeError,
-            'streams must be int64, got int32; convert it with .astype("int64")',
-        ),
-        (
-            {"successors": np.ones((1, 3), ">f4")},
-            TypeError,
-            'successors must be float32, got >f4; convert it with .astype("float32")',
-        ),
-        (
-            {"streams": np.zeros(1, ">i8")},
-            TypeError,
-            'streams must be int64, got >i8; convert it with .astype("int64")',
-        ),
-        (
-            {"observations": np.ones((1, 4), np.float32)},
-            ValueError,
-            "observations must have shape [M, O] = [1, 3], got [1, 4]",
-        ),
-        (
-            {"successors": np.ones((1, 1, 3), np.float32)},
-            ValueError,
-            "successors must have shape [M, O] = [1, 3], got [1, 1, 3]",
-        ),
-        (
-            {"rewards": np.ones((1, 1), np.float32)},
-            ValueError,
-            "rewards must have shape [M] = [1], got [1, 1]",
-        ),
-        ({"actions": np.ones(2, np.float32)}, ValueError, "actions must have shape [M, A] = [1, 2], got [2]"),
-        ({"truncated": np.zeros(2, bool)}, ValueError, "truncated must have shape [M] = [1], got [2]"),
-        ({"streams": np.array([1])}, ValueError, "streams must lie in 0..0, got 1"),
-        ({"streams": np.array([-1])}, ValueError, "streams must lie in 0..0, got -1"),
-        (
-            {"streams": np.zeros((1, 1), np.int64)},
-            ValueError,
-            "streams must have shape [M] = [any], got [1, 1]",
-        ),
-        ({"extras": {"cost": np.zeros(1)}}, ValueError, "extras must hold [], got ['cost']"),
-        (
-            {"observations": np.full((1, 3), np.nan, np.float32)},
-            ValueError,
-            "observations of stream 0 (task 0) must be finite, got nan; nothing was stored",
-        ),
-        (
-            {"actions": torch.tensor([[0.0, np.inf]])},
-            ValueError,
-            "actions of stream 0 (task 0) must be finite, got inf; nothing was stored",
-        ),
-        (
-            {"rewards": np.array([-np.inf], np.float32)},
-            ValueError,
-            "rewards of stream 0 (task 0) must be finite, got -inf; nothing was stored",
-        ),
-        (
-            {"successors": np.array([[0.0, 1.0, np.nan]], np.float32)},
-            ValueError,
-            "successors of stream 0 (task 0) must be finite, got nan; nothing was stored",
-        ),
+        ("observations", np.ones((1, 3)), TypeError, 'float32, got float64 ... .astype("float32")'),
+        ("actions", torch.ones(1, 2).half(), TypeError, "float32, got float16 ... .to(torch.float32)"),
+        ("terminated", np.zeros(1, np.uint8), TypeError, 'bool, got uint8 ... .astype("bool")'),
+        ("rewards", 1.0, TypeError, "a torch tensor or a numpy array, got float"),
+        ("rewards", torch.ones(1, device="meta"), TypeError, "on the CPU, got meta ... .cpu()"),
+        ("streams", np.zeros(1, np.int32), TypeError, 'int64, got int32 ... .astype("int64")'),
+        ("successors", np.ones((1, 3), ">f4"), TypeError, 'float32, got >f4 ... .astype("float32")'),
+        ("streams", np.zeros(1, ">i8"), TypeError, 'int64, got >i8 ... .astype("int64")'),
+        ("observations", np.ones((1, 4), np.float32), ValueError, "[M, O] = [1, 3], got [1, 4]"),
+        ("successors", np.ones((1, 1, 3), np.float32), ValueError, "[M, O] = [1, 3], got [1, 1, 3]"),
+        ("rewards", np.ones((1, 1), np.float32), ValueError, "[M] = [1], got [1, 1]"),
+        ("actions", np.ones(2, np.float32), ValueError, "[M, A] = [1, 2], got [2]"),
+        ("truncated", np.zeros(2, bool), ValueError, "[M] = [1], got [2]"),
+        ("streams", np.array([1]), ValueError, "0..0, got 1"),
+        ("streams", np.array([-1]), ValueError, "0..0, got -1"),
+        ("streams", np.zeros((1, 1), np.int64), ValueError, "[M] = [any], got [1, 1]"),
+        ("extras", {"cost": np.zeros(1)}, ValueError, "hold [], got ['cost']"),
+        ("observations", np.full((1, 3), np.nan, np.float32), ValueError, "finite, got nan ... nothing"),
+        ("actions", torch.tensor([[0.0, np.inf]]), ValueError, "finite, got inf ... nothing"),
+        ("rewards", np.array([-np.inf], np.float32), ValueError, "finite, got -inf ... nothing"),
+        ("successors", np.array([[0, 1, np.nan]], np.float32), ValueError, "finite, got nan ... nothing"),
     ],
 )
 @pytest.mark.parametrize("earlier", [0, 1])
 def test_a_refused_transition_changes_nothing(
-    changes: dict[str, Any], error: type[Exception], message: str, earlier: int
+    name: str, value: Any, error: type[Exception], words: str, earlier: int
 ) -> None:
     feed, twin = Feed(4), Feed(4)
     for _ in range(earlier):
         feed.add()
         twin.add()
-    with pytest.raises(error) as refused:
-        feed.buffer.add(**one(**changes))
-    assert str(refused.value) == message
+    with pytest.raises(error, match=says(f"{name} ... {words}")):
+        feed.buffer.add(**one(**{name: value}))
     feed.check_content()
     feed.add([0], [True])
     twin.add([0], [True])
@@ -148,15 +88,15 @@ def test_a_refused_transition_changes_nothing(
 def test_the_message_names_stream_and_task_among_several() -> None:
     feed = filled(task_ids=(0, 1, 0))
     added = feed.arguments([1, 2, 1], [True] * 3, [ENDS[0]] * 3)
-    with pytest.raises(ValueError, match=r"^streams must differ, got 1 twice$"):
+    with pytest.raises(ValueError, match="streams must differ, got 1 twice"):
         feed.give(added, feed.buffer)
     added = feed.arguments([2, 1], [True] * 2, [ENDS[0]] * 2)
     added["successors"][1, 2] = np.nan
-    with pytest.raises(ValueError, match=r"^successors of stream 1 \(task 1\) must be finite, got nan"):
+    with pytest.raises(ValueError, match=says("successors of stream 1 (task 1) ... got nan")):
         feed.give(added, feed.buffer)
     added = feed.arguments([0, 1, 2], [True] * 3, [ENDS[1]] * 3)
     added["observations"] = added["observations"][:2]
-    with pytest.raises(ValueError, match=r"^observations must have shape \[M, O\] = \[3, 3\], got \[2, 3\]$"):
+    with pytest.raises(ValueError, match=says("observations ... = [3, 3], got [2, 3]")):
         feed.buffer.add(**{**added, "streams": None})
     feed.check_content()
 
@@ -189,61 +129,56 @@ def test_with_allow_what_is_not_finite_comes_back_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "error", "words"),
     [
-        ({"batch_size": 256}, ValueError,
-         "batch_size 256 exceeds the 11 transitions stored; collect more or lower batch_size"),
-        ({"batch_size": 0}, ValueError, "batch_size and num_batches must be at least 1, got 0 and 1"),
-        ({"num_batches": 0}, ValueError, "batch_size and num_batches must be at least 1, got 1 and 0"),
-        ({"batch_size": -1}, ValueError, "batch_size and num_batches must be at least 1, got -1 and 1"),
-        ({"batch_size": 2.0}, TypeError, "batch_size must be an integer, got 2.0"),
-        ({"batch_size": "2"}, TypeError, "batch_size must be an integer, got '2'"),
-        ({"num_batches": None}, TypeError, "num_batches must be an integer, got None"),
-        ({"n_step": 2.0, "discount": 0.9}, TypeError, "n_step must be an integer, got 2.0"),
-        ({"n_step": 0}, ValueError, "n_step must be at least 1, got 0"),
-        ({"n_step": 1025, "discount": 1.0}, ValueError, "n_step must be at most 1024, got 1025"),
-        ({"n_step": 2}, ValueError, "discount must be given with n_step 2: it weighs the rewards summed"),
-        ({"n_step": 2, "discount": 1.5}, ValueError, "discount must lie in 0..1, got 1.500000"),
-        ({"n_step": 2, "discount": -0.1}, ValueError, "discount must lie in 0..1, got -0.100000"),
-        ({"n_step": 2, "discount": np.nan}, ValueError, "discount must lie in 0..1, got nan"),
-        ({"n_step": 2, "discount": "x"}, TypeError, "discount must be a number, got 'x'"),
-        ({"tasks": [2]}, ValueError, "tasks must lie in 0..1, got 2"),
-        ({"tasks": [-1]}, ValueError, "tasks must lie in 0..1, got -1"),
+        (
+            {"batch_size": 256},
+            ValueError,
+            "batch_size 256 exceeds the 11 ... collect more or lower batch_size",
+        ),
+        ({"batch_size": 0}, ValueError, "batch_size and num_batches ... at least 1, got 0 and 1"),
+        ({"num_batches": 0}, ValueError, "batch_size and num_batches ... at least 1, got 1 and 0"),
+        ({"batch_size": -1}, ValueError, "batch_size and num_batches ... at least 1, got -1 and 1"),
+        ({"batch_size": 2.0}, TypeError, "batch_size ... integer, got 2.0"),
+        ({"batch_size": "2"}, TypeError, "batch_size ... integer, got '2'"),
+        ({"num_batches": None}, TypeError, "num_batches ... integer, got None"),
+        ({"n_step": 2.0, "discount": 0.9}, TypeError, "n_step ... integer, got 2.0"),
+        ({"n_step": 0}, ValueError, "n_step ... at least 1, got 0"),
+        ({"n_step": 1025, "discount": 1.0}, ValueError, "n_step ... at most 1024, got 1025"),
+        ({"n_step": 2}, ValueError, "discount must be given with n_step 2"),
+        ({"n_step": 2, "discount": 1.5}, ValueError, "discount ... 0..1, got 1.5"),
+        ({"n_step": 2, "discount": -0.1}, ValueError, "discount ... 0..1, got -0.1"),
+        ({"n_step": 2, "discount": np.nan}, ValueError, "discount ... 0..1, got nan"),
+        ({"n_step": 2, "discount": "x"}, TypeError, "discount ... number, got 'x'"),
+        ({"tasks": [2]}, ValueError, "tasks ... 0..1, got 2"),
+        ({"tasks": [-1]}, ValueError, "tasks ... 0..1, got -1"),
         ({"tasks": [0, 0]}, ValueError, "tasks must differ, got 0 twice"),
-        ({"tasks": []}, ValueError, "tasks must name at least one task, got none"),
-        ({"tasks": [0.5]}, TypeError, "tasks must be a sequence of integers, got [0.5]"),
-        ({"tasks": [True, False]}, TypeError, "tasks must be a sequence of integers, got [True, False]"),
-        ({"tasks": 1}, TypeError, "tasks must be a sequence of integers, got 1"),
-        ({"tasks": [1], "batch_size": 6}, ValueError,
-         "batch_size 6 exceeds the 5 transitions stored of the tasks named; "
-         "collect more or lower batch_size"),
-        ({"weights": "even"}, ValueError, "weights must be \"equal\" or one share per task, got 'even'"),
-        ({"weights": []}, ValueError, "weights must hold one share per task, got none"),
-        ({"weights": 0.5}, TypeError, "weights must be \"equal\" or a number per task, got 0.5"),
-        ({"weights": [None, 1.0]}, TypeError,
-         "weights must be \"equal\" or a number per task, got [None, 1.0]"),
-        ({"weights": {1: 0.5, 0: 0.5}}, TypeError,
-         "weights must be \"equal\" or a number per task, got {1: 0.5, 0: 0.5}"),
-        ({"weights": [1.0]}, ValueError, "weights must hold one share for each of 2 tasks, got 1"),
-        ({"weights": [1.0, 1.0], "tasks": [1]}, ValueError,
-         "weights must hold one share for each of 1 tasks, got 2"),
-        ({"weights": [1.0, -1.0]}, ValueError, "weights must be finite and not negative, got -1.000000"),
-        ({"weights": [1.0, np.nan]}, ValueError, "weights must be finite and not negative, got nan"),
-        ({"weights": [0.0, 0.0]}, ValueError, "weights must have a positive, finite sum, got 0.000000"),
-        ({"weights": [1e308, 1e308]}, ValueError, "weights must have a positive, finite sum, got inf"),
+        ({"tasks": []}, ValueError, "tasks ... at least one task, got none"),
+        ({"tasks": [0.5]}, TypeError, "tasks ... integers, got [0.5]"),
+        ({"tasks": [True, False]}, TypeError, "tasks ... integers, got [True, False]"),
+        ({"tasks": 1}, TypeError, "tasks ... integers, got 1"),
+        ({"tasks": [1], "batch_size": 6}, ValueError, "batch_size 6 exceeds the 5 ... of the tasks named"),
+        ({"weights": "even"}, ValueError, "weights ... \"equal\" ... got 'even'"),
+        ({"weights": []}, ValueError, "weights ... one share per task, got none"),
+        ({"weights": 0.5}, TypeError, "weights ... number per task, got 0.5"),
+        ({"weights": [None, 1.0]}, TypeError, "weights ... number per task, got [None, 1.0]"),
+        ({"weights": {1: 0.5}}, TypeError, "weights ... number per task, got {1: 0.5}"),
+        ({"weights": [1.0]}, ValueError, "weights ... each of 2 tasks, got 1"),
+        ({"weights": [1.0, 1.0], "tasks": [1]}, ValueError, "weights ... each of 1 tasks, got 2"),
+        ({"weights": [1.0, -1.0]}, ValueError, "weights ... not negative, got -1.0"),
+        ({"weights": [1.0, np.nan]}, ValueError, "weights must be finite ... got nan"),
+        ({"weights": [0.0, 0.0]}, ValueError, "weights ... positive, finite sum, got 0.0"),
+        ({"weights": [1e308, 1e308]}, ValueError, "weights ... positive, finite sum, got inf"),
     ],
-)  # fmt: skip
+)
 def test_a_sample_that_cannot_be_is_refused_and_draws_nothing(
-    arguments: dict[str, Any], error: type[Exception], message: str
+    arguments: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     feed = filled()
-    with pytest.raises(error) as refused:
-        feed.buffer.sample(**{"batch_size": 1, **arguments})
-    assert str(refused.value) == message
-    with (
-        pytest.raises(error, match="^" + message.split(" ")[0]),
-        feed.buffer.prefetch(**{"batch_size": 1, **arguments}) as batches,
-    ):
+    request = {"batch_size": 1, **arguments}
+    with pytest.raises(error, match=says(words)):
+        feed.buffer.sample(**request)
+    with pytest.raises(error, match=says(words)), feed.buffer.prefetch(**request) as batches:
         next(batches)
     assert feed.buffer.draws == 0
     feed.check_sample(3, 2)
@@ -252,76 +187,81 @@ def test_a_sample_that_cannot_be_is_refused_and_draws_nothing(
 def test_a_task_without_transitions_cannot_have_a_weight() -> None:
     feed = Feed(5, (0, 1))
     feed.add([0])
-    with pytest.raises(ValueError, match=r"^task 1 has weight 1.000000 and no transition stored; collect "):
+    with pytest.raises(ValueError, match=r"task 1 has weight 1.0+ and no transition"):
         feed.buffer.sample(1, weights="equal")
-    with pytest.raises(ValueError, match=r"^batch_size 1 exceeds the 0 transitions stored of the tasks nam"):
+    with pytest.raises(ValueError, match=r"batch_size 1 exceeds the 0 .* of the tasks named"):
         feed.buffer.sample(1, tasks=[1])
-    with pytest.raises(ValueError, match=r"^batch_size 1 exceeds the 0 transitions stored; collect more or "):
+    with pytest.raises(ValueError, match="batch_size 1 exceeds the 0 transitions stored;"):
         feed.empty().sample(1)
     feed.check_sample(1, 3, weights=[2.0, 0.0])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "error", "words"),
     [
-        ({"capacity": 0}, ValueError, "capacity must be at least 1, got 0"),
-        ({"capacity": [4, 4]}, ValueError, "capacity must be an integer or one for each of 1 tasks, got 2"),
-        ({"capacity": [0.5]}, TypeError, "capacity must be an integer or one for each task, got [0.5]"),
-        ({"capacity": 2**70}, ValueError, f"capacity must be at most 536870912, got {2**70}"),
-        ({"observation_size": 2**70}, ValueError,
-         f"observations must have 1 to 1073741824 bytes, got {2**72}"),
-        ({"observation_size": -1}, ValueError, "observation_size must be at least 1, got -1"),
-        ({"action_size": 0}, ValueError, "action_size must be at least 1, got 0"),
-        ({"capacity": 0.5}, TypeError, "capacity must be an integer or one for each task, got 0.5"),
-        ({"action_size": 1.5}, TypeError,
-         "action_size must be a number of floats, a shape or a Field, got 1.5"),
-        ({"action_size": (2, 0)}, ValueError, "action_size must be at least 1, got (2, 0)"),
-        ({"action_size": Field((1,), stack=2)}, ValueError,
-         "stack is for observations only, got 2 for action"),
+        ({"capacity": 0}, ValueError, "capacity ... at least 1, got 0"),
+        ({"capacity": [4, 4]}, ValueError, "capacity ... each of 1 tasks, got 2"),
+        ({"capacity": [0.5]}, TypeError, "capacity ... an integer or one for each task, got [0.5]"),
+        ({"capacity": 0.5}, TypeError, "capacity ... an integer or one for each task, got 0.5"),
+        ({"capacity": 2**70}, ValueError, f"capacity ... at most 536870912, got {2**70}"),
+        ({"capacity": 2**29}, ValueError, "capacity ... needs 536870913 rows ... at most 536870912"),
+        ({"observation_size": 2**70}, ValueError, f"observations ... 1 to 1073741824 bytes, got {2**72}"),
+        ({"observation_size": -1}, ValueError, "observation_size ... at least 1, got -1"),
+        ({"action_size": 0}, ValueError, "action_size ... at least 1, got 0"),
+        ({"action_size": 1.5}, TypeError, "action_size ... a shape or a Field, got 1.5"),
+        ({"action_size": (2, 0)}, ValueError, "action_size ... at least 1, got (2, 0)"),
+        (
+            {"action_size": Field((1,), stack=2)},
+            ValueError,
+            "stack is for observations only, got 2 for action",
+        ),
         ({"extras": {"x": Field((), stack=3)}}, ValueError, "stack is for observations only, got 3 for x"),
         ({"extras": {"x": 0}}, ValueError, "x must be at least 1, got 0"),
-        ({"observation_size": Field((1,), stack=1025)}, ValueError, "stack must be at most 1024, got 1025"),
-        ({"task_ids": []}, ValueError, "task_ids must have shape [N] with N >= 1, got [0]"),
-        ({"task_ids": [[0]]}, ValueError, "task_ids must have shape [N] with N >= 1, got [1, 1]"),
+        ({"extras": {f"x{i}": 1 for i in range(16)}}, ValueError, "1 to 16 fields ... got 17"),
+        ({"observation_size": Field((1,), stack=1025)}, ValueError, "stack ... at most 1024, got 1025"),
+        ({"task_ids": []}, ValueError, "task_ids ... [N] with N >= 1, got [0]"),
+        ({"task_ids": [[0]]}, ValueError, "task_ids ... [N] with N >= 1, got [1, 1]"),
         ({"task_ids": [0.0]}, TypeError, "task_ids must be integers, got float64"),
-        ({"task_ids": [0, -1]}, ValueError, "task_ids of 2 streams must lie in 0..1, got -1"),
-        ({"task_ids": [0, 2]}, ValueError, "task_ids of 2 streams must lie in 0..1, got 2"),
-        ({"task_ids": [0, 2, 2]}, ValueError, "task_ids must name every task of 0..2, but none is 1"),
+        ({"task_ids": [0, -1]}, ValueError, "task_ids of 2 streams ... 0..1, got -1"),
+        ({"task_ids": [0, 2]}, ValueError, "task_ids of 2 streams ... 0..1, got 2"),
+        ({"task_ids": [0, 2, 2]}, ValueError, "task_ids ... every task of 0..2, but none is 1"),
         ({"extras": [("x", 1)]}, TypeError, "extras must map names to fields, got [('x', 1)]"),
         ({"extras": {1: 2}}, TypeError, "extras must be named by strings, got 1"),
-        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
-        ({"seed": -1}, ValueError, "seed must lie in 0..2**64-1, got -1"),
-        ({"seed": 2**64}, ValueError, "seed must lie in 0..2**64-1, got 18446744073709551616"),
-        ({"non_finite": "ignore"}, ValueError, "non_finite must be \"error\" or \"allow\", got 'ignore'"),
-        ({"capacity": 2**29}, ValueError,
-         "capacity for 1 tasks in 1 streams needs 536870913 rows, and a store has at most 536870912"),
+        ({"seed": 1.5}, TypeError, "seed ... integer, got 1.5"),
+        ({"seed": -1}, ValueError, "seed ... 0..2**64-1, got -1"),
+        ({"seed": 2**64}, ValueError, "seed ... 0..2**64-1, got 18446744073709551616"),
+        ({"non_finite": "ignore"}, ValueError, 'non_finite ... "error" or "allow", got \'ignore\''),
+        ({"observation_size": 2**20, "capacity": 2**28}, MemoryError, "268435457 rows of 4194368 bytes"),
     ],
-)  # fmt: skip
+)
 def test_a_buffer_that_cannot_be_is_refused(
-    arguments: dict[str, Any], error: type[Exception], message: str
+    arguments: dict[str, Any], error: type[Exception], words: str
 ) -> None:
-    with pytest.raises(error) as refused:
+    with pytest.raises(error, match=says(words)):
         ReplayBuffer(**{"capacity": 4, "observation_size": 1, "action_size": 1, **arguments})
-    assert str(refused.value) == message
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "error", "words"),
     [
         ({"shape": (2.5,)}, TypeError, "shape must be an integer, got 2.5"),
         ({"shape": "3"}, TypeError, "shape must be an integer, got '3'"),
         ({"shape": None}, TypeError, "shape must be an integer, got None"),
-        ({"shape": (2, 0)}, ValueError, "shape must hold sizes of at least 1, got [2, 0]"),
+        ({"shape": (2, 0)}, ValueError, "shape ... at least 1, got [2, 0]"),
+        ({"shape": -2}, ValueError, "shape ... at least 1, got [-2]"),
         ({"stack": 2.0}, TypeError, "stack must be an integer, got 2.0"),
         ({"stack": 0}, ValueError, "stack must be at least 1, got 0"),
+        ({"dtype": "float64"}, ValueError, "dtype ... float32, ... bool, got float64"),
+        ({"dtype": np.float64}, ValueError, "dtype ... float32, ... bool, got float64"),
+        ({"dtype": torch.complex64}, ValueError, "dtype ... float32, ... bool, got complex64"),
+        ({"dtype": "uint16"}, ValueError, "dtype ... float32, ... bool, got uint16"),
     ],
 )
 def test_a_field_that_cannot_be_is_refused(
-    arguments: dict[str, Any], error: type[Exception], message: str
+    arguments: dict[str, Any], error: type[Exception], words: str
 ) -> None:
-    with pytest.raises(error) as refused:
+    with pytest.raises(error, match=says(words)):
         Field(**arguments)
-    assert str(refused.value) == message
 
 
 def test_integers_of_numpy_and_torch_are_those_of_python(tmp_path: Path) -> None:
@@ -332,11 +272,6 @@ def test_integers_of_numpy_and_torch_are_those_of_python(tmp_path: Path) -> None
     for size in (np.int16(260), np.int8(16), torch.tensor(5)):  # whose products they do not hold
         feed.check_sample(size, size // 2)
         feed.check_sample(int(size), int(size) // 2)
-
-
-def test_memory_that_the_system_does_not_have_is_refused_with_the_sizes() -> None:
-    with pytest.raises(MemoryError, match="268435457 rows of 4194368 bytes"):
-        ReplayBuffer(2**28, 2**20, 1)
 
 
 @pytest.mark.parametrize("num_batches", [2**58, 2**62, 2**64])
@@ -353,11 +288,6 @@ def test_batches_beyond_all_memory_are_refused_with_the_sizes(num_batches: int) 
 def test_an_extra_field_cannot_have_the_name_of_another_column(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         ReplayBuffer(4, 1, 1, extras={name: Field((), "int64")})
-
-
-def test_seventeen_fields_are_too_many() -> None:
-    with pytest.raises(ValueError, match=r"^a row holds 1 to 16 fields beside the observation, got 17$"):
-        ReplayBuffer(4, 1, 1, extras={f"x{i}": 1 for i in range(16)})
 
 
 def test_the_binding_refuses_arrays_that_do_not_fit_the_store() -> None:
