@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from extras import require
+from refusals import says
 
 from brc_fast import Batch, DeviceReplayBuffer, Field, ReplayBuffer
 
@@ -329,24 +330,24 @@ def test_a_refused_transition_changes_nothing(device: str) -> None:
         bad[1] = float("nan")
         with pytest.raises(ValueError, match=rf"{name} of stream 1 \(task 0\) must be finite"):
             pair.device.add(**{**good, name: bad})
-    with pytest.raises(ValueError, match=r"streams must lie in 0..2, got 3"):
-        pair.device.add(**{**good, "streams": torch.tensor([0, 3])})
-    with pytest.raises(ValueError, match=r"streams must differ, got 0 twice"):
-        pair.device.add(**{**good, "streams": torch.tensor([0, 0])})
-    with pytest.raises(TypeError, match="rewards must be float32, got float64"):
-        pair.device.add(**{**good, "rewards": good["rewards"].double()})
-    with pytest.raises(ValueError, match=r"actions must have shape \[M, A\] = \[2, 2\], got \[2, 1\]"):
-        pair.device.add(**{**good, "actions": torch.zeros(2, 1)})
-    with pytest.raises(ValueError, match="batch_size 99 exceeds the"):
-        pair.device.sample(99)
-    for scale, error, message in (
-        (torch.ones(2).double(), TypeError, "reward_scale must be float32, got float64"),
-        (torch.ones(3), ValueError, r"reward_scale must have shape \[T\] = \[2\], got \[3\]"),
+    for name, value, error, words in (
+        ("streams", torch.tensor([0, 3]), ValueError, "0..2, got 3"),
+        ("streams", torch.tensor([0, 0]), ValueError, "differ, got 0 twice"),
+        ("rewards", good["rewards"].double(), TypeError, "float32, got float64"),
+        ("actions", torch.zeros(2, 1), ValueError, "[M, A] = [2, 2], got [2, 1]"),
     ):
-        with pytest.raises(error, match=message):
-            pair.device.sample(3, reward_scale=pair.there(scale))
-    with pytest.raises(TypeError, match=r"dtype must be one of \(torch.float32, .* got torch.int32"):
-        pair.device.sample(3, dtype=torch.int32)
+        with pytest.raises(error, match=says(f"{name} ... {words}")):
+            pair.device.add(**{**good, name: value})
+    requests: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"batch_size": 99}, ValueError, "batch_size 99 exceeds the"),
+        ({"reward_scale": torch.ones(2).double()}, TypeError, "reward_scale ... float32, got float64"),
+        ({"reward_scale": torch.ones(3)}, ValueError, "reward_scale ... [T] = [2], got [3]"),
+        ({"dtype": torch.int32}, TypeError, "dtype ... torch.float32, ... got torch.int32"),
+    ]
+    for request, error, words in requests:
+        scale = {name: pair.there(value) for name, value in request.items() if name == "reward_scale"}
+        with pytest.raises(error, match=says(words)):
+            pair.device.sample(**{"batch_size": 3, **request, **scale})
     pair.check()
     allowing = DeviceReplayBuffer(4, 1, 1, non_finite="allow", device=device)
     value, flag = torch.full((1, 1), float("nan")), torch.zeros(1, dtype=torch.bool)
@@ -364,14 +365,10 @@ def test_what_does_not_fit_is_an_error_with_the_numbers(
     assert buffer.nbytes >= needed
     assert f"takes {needed} bytes for 1001 rows of 384 bytes" in caplog.text
     if device == "cpu":
-        # The check itself, with the answer that a full device would give.
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (needed - 1, 2 * needed))
-        buffer.device = torch.device("cuda")
-        monkeypatch.setattr(buffer, "_empty", lambda *_: pytest.fail("allocated all the same"))
-        with pytest.raises(
-            MemoryError, match=f"needs {needed} bytes .* and {needed - 1} of {2 * needed} are"
-        ):
-            buffer._allocate()
+        words = says(f"{needed} bytes ... {needed - 1} of {2 * needed}")
+        with pytest.raises(MemoryError, match=words):  # before anything asks for the GPU that is not there
+            DeviceReplayBuffer(1000, 67, 24, device="cuda")
     else:
         free, _ = torch.cuda.mem_get_info()
         with pytest.raises(MemoryError, match=r"bytes for .* rows of 384 bytes on cuda"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import os
 import sys
 import time
@@ -23,7 +25,7 @@ from brc_fast.replay import DeviceReplayBuffer, Field, ReplayBuffer, arena
 
 require("hypothesis")
 
-from replay_oracle import arrays_of, assert_same_batch, filled, more, read_all
+from replay_oracle import arrays_of, assert_same_batch, filled, more, read_all, wait_until_full
 
 
 def test_what_is_held_never_changes() -> None:
@@ -109,10 +111,7 @@ def test_a_prefetched_batch_that_was_dropped_is_still_there_after_the_next_one(d
         for _ in range(20):
             address = Address(next(batches).observations)
             next(batches)
-            wait_until = time.monotonic() + 20
-            while len(batches._worker.ready) < depth:  # all that it can gather now
-                assert time.monotonic() < wait_until
-                time.sleep(0.001)
+            wait_until_full(batches)
             assert address.right()
 
 
@@ -277,101 +276,57 @@ def check_tags(batch: Batch | dict[str, np.ndarray], n_step: int) -> None:
     assert (columns["masks"] == np.where(ended, 0, 0.5 ** (steps - 1))).all()
 
 
-def test_adding_sampling_and_saving_at_the_same_time_never_mixes_transitions(tmp_path: Path) -> None:
-    buffer, restored = (ReplayBuffer(STREAMS * 50, 9, 5, task_ids=[0] * STREAMS) for _ in range(2))
-    for step in range(60):
-        buffer.add(**tagged(step))
-    end = time.monotonic() + 2
+def at_once(seconds: float, *tasks: Callable[[], Any]) -> None:
+    """Threads that do each task again and again, and more than once."""
+    end = time.monotonic() + seconds
 
-    def write() -> int:
-        step = 60
-        while time.monotonic() < end:
-            buffer.add(**tagged(step % 2**20))
-            step += 1
-        return step
-
-    def sample() -> int:
+    def repeated(task: Callable[[], Any]) -> int:
         count = 0
         while time.monotonic() < end:
-            check_tags(buffer.sample(32, 2), 1)
-            count += 1
-        return count
-
-    def take() -> int:
-        count = 0
-        with buffer.prefetch(32, n_step=3, discount=0.5) as batches:
-            while time.monotonic() < end:
-                check_tags(next(batches), 3)
-                count += 1
-        return count
-
-    def save() -> int:
-        count = 0
-        while time.monotonic() < end:
-            buffer.save(tmp_path)
-            restored.load(tmp_path)
-            stored = read_all(restored, 2, 0.5)
-            check_tags(stored, 2)
-            steps = stored["observations"][:, 0].reshape(STREAMS, 50)
-            assert (np.diff(steps, axis=1) == 1).all()
+            task()
             count += 1
         return count
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     try:
-        with ThreadPoolExecutor(4) as pool:
-            done = [future.result() for future in [pool.submit(task) for task in (write, sample, take, save)]]
+        with ThreadPoolExecutor(len(tasks)) as pool:
+            done = [future.result() for future in [pool.submit(repeated, task) for task in tasks]]
     finally:
         sys.setswitchinterval(interval)
     assert min(done) > 1
-    check_tags(buffer.sample(100), 1)
 
 
-def test_a_buffer_on_a_device_never_mixes_transitions_either(tmp_path: Path) -> None:
-    """One thread adds, two sample, and one saves."""
-    buffer = DeviceReplayBuffer(STREAMS * 50, 9, 5, task_ids=[0] * STREAMS, device="cpu")
-    restored = ReplayBuffer(STREAMS * 50, 9, 5, task_ids=[0] * STREAMS)
-    for step in range(60):
-        buffer.add(**tagged(step))
-    end = time.monotonic() + 3
+@pytest.mark.parametrize(
+    ("kind", "seconds"), [(ReplayBuffer, 2), (functools.partial(DeviceReplayBuffer, device="cpu"), 3)]
+)
+def test_adding_sampling_and_saving_at_the_same_time_never_mixes_transitions(
+    kind: Any, seconds: float, tmp_path: Path
+) -> None:
+    """One thread adds, two sample, one takes what was prefetched, and one saves."""
+    sizes: dict[str, Any] = {"capacity": STREAMS * 50, "observation_size": 9, "action_size": 5}
+    buffer, restored = (make(**sizes, task_ids=[0] * STREAMS) for make in (kind, ReplayBuffer))
+    steps = itertools.count()
+    for _ in range(60):
+        buffer.add(**tagged(next(steps)))
 
-    def write() -> int:
-        step = 60
-        while time.monotonic() < end:
-            buffer.add(**tagged(step % 2**20))
-            step += 1
-        return step
+    def save() -> None:
+        buffer.save(tmp_path)
+        assert buffer.draws % 2 == 0
+        restored.load(tmp_path)
+        stored = read_all(restored, 2, 0.5)
+        check_tags(stored, 2)
+        assert (np.diff(stored["observations"][:, 0].reshape(STREAMS, 50), axis=1) == 1).all()
 
-    def sample() -> int:
-        count = 0
-        while time.monotonic() < end:
-            check_tags(buffer.sample(32, 2, n_step=3, discount=0.5), 3)
-            assert buffer.draws % 2 == 0
-            count += 1
-        return count
-
-    def save() -> int:
-        count = 0
-        while time.monotonic() < end:
-            buffer.save(tmp_path)
-            restored.load(tmp_path)
-            stored = read_all(restored, 2, 0.5)
-            check_tags(stored, 2)
-            steps = stored["observations"][:, 0].reshape(STREAMS, 50)
-            assert (np.diff(steps, axis=1) == 1).all()
-            count += 1
-        return count
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            tasks = [pool.submit(task) for task in (write, sample, sample, save)]
-            done = [task.result() for task in tasks]
-    finally:
-        sys.setswitchinterval(interval)
-    assert min(done) > 1
+    with buffer.prefetch(32, 2, n_step=3, discount=0.5) as batches:
+        at_once(
+            seconds,
+            lambda: buffer.add(**tagged(next(steps) % 2**20)),
+            lambda: check_tags(buffer.sample(32, 2), 1),
+            lambda: check_tags(buffer.sample(32, 2, n_step=3, discount=0.5), 3),
+            lambda: check_tags(next(batches), 3),
+            save,
+        )
     check_tags(buffer.sample(100), 1)
 
 
