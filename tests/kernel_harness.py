@@ -10,10 +10,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from brc_fast import kernels
+from brc_fast.kernels.runtime import native
 
 for _family in kernels.FAMILIES:
     importlib.import_module(f"brc_fast.kernels.{_family}")
@@ -146,3 +150,46 @@ def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
             part.copy_(x)
             yield f"order {order}, gaps along {axis}", part
             yield f"order {order}, expanded along {axis}", stored.narrow(axis, 0, 1).expand_as(x)
+
+
+def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The compiled passes that are called from now on."""
+    calls: list[str] = []
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            calls.append(name)
+            return getattr(compiled, name)  # type: ignore[no-any-return]
+
+    compiled = native.compiled
+    monkeypatch.setattr(native, "compiled", Recorder())
+    return calls
+
+
+def assert_torch_sees(
+    step: Callable[..., Tensor], fresh: Callable[[], list[Tensor]], *ops: str
+) -> list[Tensor]:
+    """A step that writes into its arguments does the same in compiled code and under a mode, which is told of
+    these ops, and has the right shape where there are only shapes. Returns what it wrote."""
+    seen: list[str] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    plain, traced, watched = fresh(), fresh(), fresh()
+    expected = step(*plain)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*traced), expected)
+    with Watching():
+        torch.testing.assert_close(step(*watched), expected)
+    assert {f"brc_fast.{name}.default" for name in ops} <= set(seen)
+    for others in (traced, watched):
+        for mine, other in zip(others, plain, strict=True):
+            torch.testing.assert_close(mine, other)
+    mode = FakeTensorMode()
+    shapes = [mode.from_tensor(x) for x in fresh()]
+    with mode:
+        assert step(*shapes).shape == expected.shape
+    return plain

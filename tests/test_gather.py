@@ -16,6 +16,7 @@ import pytest
 import torch
 from extras import require
 from kernel_harness import OPS
+from refusals import says
 from torch import Tensor
 
 from brc_fast import kernels
@@ -364,72 +365,55 @@ def test_the_n_step_kernel_compiles_for_an_h200_without_spills_or_fused_sums(
 # refusals
 
 ROWS, INDEX = torch.zeros(4, 6), torch.zeros(5, dtype=torch.int64)
-FLOAT_NAMES = "(torch.float32, torch.float16, torch.bfloat16)"
 
 
 @pytest.mark.parametrize(
     ("change", "error", "told"),
     [
-        ({"rows": ROWS[0]}, ValueError, "rows must have shape [R, W], got [6]"),
-        ({"rows": ROWS[:0]}, ValueError, "rows must have shape [R, W] with R >= 1, got [0, 6]"),
-        ({"rows": ROWS.T}, ValueError, "a row of rows must be contiguous, got strides [1, 6]"),
-        (
-            {"rows": ROWS.double()},
-            TypeError,
-            f"rows must be of one of the dtypes {gather.DTYPES}, got torch.float64",
-        ),
-        ({"index": INDEX.int()}, TypeError, "index must be of dtype torch.int64, got torch.int32"),
-        ({"index": INDEX[:, None]}, ValueError, "index must have shape [M], got [5, 1]"),
-        ({"index": INDEX.to("meta")}, ValueError, "index must be on cpu like the rows, got meta"),
-        ({"side": ROWS[:, 1:]}, ValueError, "side must have shape [S, W] with W = 6, got [4, 5]"),
-        ({"side": ROWS.half()}, TypeError, "side must be of dtype torch.float32, got torch.float16"),
-        ({"side": torch.zeros(6, 2).T}, ValueError, "a row of side must be contiguous, got strides [1, 2]"),
-        ({"out": torch.zeros(4, 6)}, ValueError, "out must have shape [M, W] with M = 5, W = 6, got [4, 6]"),
-        ({"out": torch.zeros(6, 5).T}, ValueError, "out must be contiguous, got strides [1, 5]"),
-        (
-            {"out": torch.zeros(5, 6), "dtype": torch.float16},
-            TypeError,
-            "out must be of dtype torch.float16, got torch.float32",
-        ),
-        (
-            {"dtype": torch.int32},
-            TypeError,
-            f"dtype must be that of rows, or both one of {FLOAT_NAMES}, got torch.int32 for torch.float32",
-        ),
+        ({"rows": ROWS[0]}, ValueError, "rows ... [R, W], got [6]"),
+        ({"rows": ROWS[:0]}, ValueError, "rows ... R >= 1, got [0, 6]"),
+        ({"rows": ROWS.T}, ValueError, "row of rows ... contiguous, got strides [1, 6]"),
+        ({"rows": ROWS.double()}, TypeError, "rows ... dtypes ... torch.float32 ... got torch.float64"),
+        ({"index": INDEX.int()}, TypeError, "index ... torch.int64, got torch.int32"),
+        ({"index": INDEX[:, None]}, ValueError, "index ... [M], got [5, 1]"),
+        ({"index": INDEX.to("meta")}, ValueError, "index ... on cpu ... got meta"),
+        ({"side": ROWS[:, 1:]}, ValueError, "side ... W = 6, got [4, 5]"),
+        ({"side": ROWS.half()}, TypeError, "side ... torch.float32, got torch.float16"),
+        ({"side": torch.zeros(6, 2).T}, ValueError, "row of side ... contiguous, got strides [1, 2]"),
+        ({"out": torch.zeros(4, 6)}, ValueError, "out ... M = 5, W = 6, got [4, 6]"),
+        ({"out": torch.zeros(6, 5).T}, ValueError, "out ... contiguous, got strides [1, 5]"),
+        ({"out": torch.zeros(5, 6), "dtype": torch.float16}, TypeError, "out ... float16, got torch.float32"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be that of rows ... int32 for torch.float32"),
         (
             {"rows": ROWS.int(), "dtype": torch.float32},
             TypeError,
-            f"dtype must be that of rows, or both one of {FLOAT_NAMES}, got torch.float32 for torch.int32",
+            "dtype must be that of rows ... for torch.int32",
         ),
     ],
 )
 def test_a_gather_refuses_what_does_not_fit(change: dict[str, Any], error: type, told: str) -> None:
-    with pytest.raises(error, match=f"^{re.escape(told)}$"):
+    with pytest.raises(error, match=says(told)):
         gather.gather_rows(**{"rows": ROWS, "index": INDEX} | change)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "told"),
     [
-        ({"rewards": ROWS}, ValueError, "rewards must have shape [R], got [4, 6]"),
-        ({"rewards": ROWS[:0, 0]}, ValueError, "rewards must have shape [R] with R >= 1, got [0]"),
-        (
-            {"rewards": ROWS[0].double()},
-            TypeError,
-            "rewards must be of dtype torch.float32, got torch.float64",
-        ),
-        ({"index": INDEX}, ValueError, "index must have shape [M, n], got [5]"),
-        ({"weights": torch.ones(2)}, ValueError, "weights must have shape [n] with n = 3, got [2]"),
-        ({"task_ids": None}, ValueError, "scale needs task_ids of shape [M] with M = 5, got None"),
-        ({"task_ids": INDEX[1:]}, ValueError, "task_ids must have shape [M] with M = 5, got [4]"),
-        ({"task_ids": INDEX.int()}, TypeError, "task_ids must be of dtype torch.int64, got torch.int32"),
-        ({"scale": torch.ones(())}, ValueError, "scale must have shape [T], got []"),
-        ({"scale": torch.ones(2, device="meta")}, ValueError, "scale must be on cpu like the rows, got meta"),
+        ({"rewards": ROWS}, ValueError, "rewards ... [R], got [4, 6]"),
+        ({"rewards": ROWS[:0, 0]}, ValueError, "rewards ... R >= 1, got [0]"),
+        ({"rewards": ROWS[0].double()}, TypeError, "rewards ... torch.float32, got torch.float64"),
+        ({"index": INDEX}, ValueError, "index ... [M, n], got [5]"),
+        ({"weights": torch.ones(2)}, ValueError, "weights ... n = 3, got [2]"),
+        ({"task_ids": None}, ValueError, "scale needs task_ids ... M = 5, got None"),
+        ({"task_ids": INDEX[1:]}, ValueError, "task_ids ... M = 5, got [4]"),
+        ({"task_ids": INDEX.int()}, TypeError, "task_ids ... torch.int64, got torch.int32"),
+        ({"scale": torch.ones(())}, ValueError, "scale ... [T], got []"),
+        ({"scale": torch.ones(2, device="meta")}, ValueError, "scale ... on cpu ... got meta"),
     ],
 )
 def test_n_step_rewards_refuse_what_does_not_fit(change: dict[str, Any], error: type, told: str) -> None:
     fitting = {"rewards": ROWS[0], "index": INDEX[:, None].expand(-1, 3), "weights": torch.ones(3)}
     fitting |= {"scale": torch.ones(2), "task_ids": INDEX}
     assert gather.n_step_rewards(**fitting).shape == (5,)
-    with pytest.raises(error, match=f"^{re.escape(told)}$"):
+    with pytest.raises(error, match=says(told)):
         gather.n_step_rewards(**fitting | change)

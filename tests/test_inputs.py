@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from extras import require
-from kernel_harness import OPS, assert_follows_twin, layouts, outputs_and_gradients
+from kernel_harness import OPS, assert_follows_twin, assert_torch_sees, layouts, outputs_and_gradients
+from refusals import says
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from brc_fast import kernels
 from brc_fast.kernels import inputs, reference
@@ -425,29 +424,8 @@ def test_torch_sees_what_is_written(kernel_device: str) -> None:
         zeros = [torch.zeros(shape, device=kernel_device) for shape in ((4, 9), (20,))]
         return [observations, table, ids, *zeros]
 
-    class Watching(TorchDispatchMode):
-        seen: list[str] = []  # noqa: RUF012
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            self.seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    plain, traced, watched = fresh(), fresh(), fresh()
-    expected = step(*plain)
-    assert (plain[4][3:13] != 0.0).all()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*traced), expected)
-    with Watching():
-        torch.testing.assert_close(step(*watched), expected)
-    for name in ("pack_inputs_into", "normalized_embedding_backward_into"):
-        assert f"brc_fast.{name}.default" in Watching.seen
-    for others in (traced, watched):
-        for mine, other in zip(others, plain, strict=True):
-            torch.testing.assert_close(mine, other)
-    mode = FakeTensorMode()
-    shapes = [mode.from_tensor(x) for x in fresh()]
-    with mode:
-        assert step(*shapes).shape == ()
+    written = assert_torch_sees(step, fresh, "pack_inputs_into", "normalized_embedding_backward_into")
+    assert (written[4][3:13] != 0.0).all()
 
 
 def launches_of(rows: int, wanted: list[int], frozen: bool = False) -> list[Launch]:
@@ -550,34 +528,33 @@ def test_what_cannot_be_written_is_refused() -> None:
     gaps = torch.zeros(2, 6)[:, ::2]
     buffer = torch.zeros(2, 3)
     packed: list[tuple[dict[str, Any], type, str]] = [
-        ({"out": grad}, RuntimeError, "out has no gradient: detach the parts, or call without it"),
-        ({"out": table}, ValueError, r"out must have shape \[.., width\] = \[2, 4\], got \[5, 4\]"),
-        ({"out": buffer, "width": 4}, ValueError, r"out must have shape .* = \[2, 4\], got \[2, 3\]"),
-        ({"out": buffer[:, :2]}, ValueError, r"width must be at least O \+ A \+ D = 3 = 3, got 2"),
-        ({"out": buffer[0, 0]}, ValueError, r"out must have shape \[.., width\] = \[2, 3\], got \[\]"),
-        ({"out": gaps}, ValueError, r"out must be contiguous, got strides \[6, 2\]"),
-        ({"out": buffer.long()}, TypeError, "out must be of dtype .*, got torch.int64"),
-        ({"out": buffer.to("meta")}, ValueError, "out must be on cpu like the observations, got meta"),
+        ({"out": grad, "observations": leaf}, RuntimeError, "out has no gradient: detach"),
+        ({"out": table}, ValueError, "out ... [2, 4], got [5, 4]"),
+        ({"out": buffer, "width": 4}, ValueError, "out ... [2, 4], got [2, 3]"),
+        ({"out": buffer[:, :2]}, ValueError, "width ... O + A + D = 3 = 3, got 2"),
+        ({"out": buffer[0, 0]}, ValueError, "out ... [2, 3], got []"),
+        ({"out": gaps}, ValueError, "out ... contiguous, got strides [6, 2]"),
+        ({"out": buffer.long()}, TypeError, "out must be of dtype ... got torch.int64"),
+        ({"out": buffer.to("meta")}, ValueError, "out ... on cpu ... got meta"),
         ({"out": buffer, "dtype": torch.float64}, TypeError, "dtype must be that of out, torch.float32"),
     ]
-    packed[0][0]["observations"] = leaf
     for change, error, told in packed:
-        with pytest.raises(error, match=told):
+        with pytest.raises(error, match=says(told)):
             kernels.pack_inputs(**({"observations": observations} | change))
     given: dict[str, Any] = {"grad": grad, "table": table, "task_ids": ids}
     backward: list[tuple[dict[str, Any], type, str]] = [
-        ({"grad": grad[:, :3]}, ValueError, r"grad must have shape .*, \[2, 4\], got \[2, 3\]"),
-        ({"grad": grad[:1]}, ValueError, r"grad must have shape .*, \[2, 4\], got \[1, 4\]"),
-        ({"norm": "l3"}, ValueError, "norm must be one of l2, l1, got 'l3'"),
+        ({"grad": grad[:, :3]}, ValueError, "grad ... [2, 4], got [2, 3]"),
+        ({"grad": grad[:1]}, ValueError, "grad ... [2, 4], got [1, 4]"),
+        ({"norm": "l3"}, ValueError, "norm ... l2, l1, got 'l3'"),
         ({"task_ids": ids.float()}, TypeError, "task_ids must be of dtype"),
         ({"task_ids": ids + 5}, IndexError, "out of"),
-        ({"out": torch.zeros(4, 4)}, ValueError, r"out must have shape \[T, D\] = \[5, 4\], got \[4, 4\]"),
-        ({"out": torch.zeros(4, 5).T}, ValueError, r"out must be contiguous, got strides \[1, 5\]"),
-        ({"out": torch.zeros(5, 4).int()}, TypeError, "out must be of dtype .*, got torch.int32"),
+        ({"out": torch.zeros(4, 4)}, ValueError, "out ... [T, D] = [5, 4], got [4, 4]"),
+        ({"out": torch.zeros(4, 5).T}, ValueError, "out ... contiguous, got strides [1, 5]"),
+        ({"out": torch.zeros(5, 4).int()}, TypeError, "out must be of dtype ... got torch.int32"),
         ({"impl": "triton"}, RuntimeError, "kernels were asked for"),
     ]
     for change, error, told in backward:
-        with pytest.raises(error, match=told):
+        with pytest.raises(error, match=says(told)):
             kernels.normalized_embedding_backward(**(given | change))
 
 
@@ -594,26 +571,22 @@ def test_observations_alone_come_back_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "told"),
     [
-        ({"actions": torch.zeros(3, 2)}, ValueError,
-         r"actions must have shape \[.., A\] with \[..\] = \[2\] of the observations, got \[3, 2\]"),
-        ({"actions": torch.zeros(())}, ValueError, r"actions must have shape .*, got \[\]"),
-        ({"observations": torch.zeros(())}, ValueError, r"observations must have shape \[.., O\], got \[\]"),
-        ({"table": torch.zeros(4)}, ValueError, r"table must have shape \[T, D\], got \[4\]"),
-        ({"task_ids": None}, ValueError, r"task_ids \[B\] are needed with a task embedding table, got None"),
-        ({"task_ids": torch.zeros(3).long()}, ValueError,
-         r"task_ids must have shape \[..\] = \[2\] of the observations, got \[3\]"),
-        ({"task_ids": torch.zeros(2)}, TypeError,
-         r"task_ids must be of dtype torch.int64 or torch.int32, got torch.float32"),
-        ({"task_ids": torch.zeros(2, device="meta").long()}, ValueError,
-         r"task_ids must be on cpu like the table, got meta"),
-        ({"norm": "max"}, ValueError, r"norm must be one of l2, l1, got 'max'"),
-        ({"width": 8}, ValueError, r"width must be at least O \+ A \+ D = 3 \+ 2 \+ 4 = 9, got 8"),
-        ({"dtype": torch.int64}, TypeError, r"dtype must be one of torch.float32, .*, got torch.int64"),
+        ({"actions": torch.zeros(3, 2)}, ValueError, "actions ... [2] of the observations, got [3, 2]"),
+        ({"actions": torch.zeros(())}, ValueError, "actions ... got []"),
+        ({"observations": torch.zeros(())}, ValueError, "observations ... [.., O], got []"),
+        ({"table": torch.zeros(4)}, ValueError, "table ... [T, D], got [4]"),
+        ({"task_ids": None}, ValueError, "task_ids [B] are needed"),
+        ({"task_ids": torch.zeros(3).long()}, ValueError, "task_ids ... [2] of the observations, got [3]"),
+        ({"task_ids": torch.zeros(2)}, TypeError, "task_ids ... int64 or torch.int32, got torch.float32"),
+        ({"task_ids": torch.zeros(2, device="meta").long()}, ValueError, "task_ids ... on cpu ... got meta"),
+        ({"norm": "max"}, ValueError, "norm ... l2, l1, got 'max'"),
+        ({"width": 8}, ValueError, "width ... O + A + D = 3 + 2 + 4 = 9, got 8"),
+        ({"dtype": torch.int64}, TypeError, "dtype ... torch.float32, ... got torch.int64"),
         ({"impl": "triton"}, RuntimeError, "kernels were asked for"),
         ({"task_ids": torch.tensor([0, 5])}, IndexError, "out of"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused(changed: dict[str, object], error: type, told: str) -> None:
     given: dict[str, object] = {
         "observations": torch.zeros(2, 3),
@@ -621,7 +594,7 @@ def test_what_does_not_fit_is_refused(changed: dict[str, object], error: type, t
         "table": torch.ones(5, 4),
         "task_ids": torch.zeros(2).long(),
     }
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=says(told)):
         kernels.pack_inputs(**(given | changed))  # type: ignore[arg-type]
 
 

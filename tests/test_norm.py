@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_harness import OPS, assert_close_to_truth, assert_follows_twin, layouts, outputs_and_gradients
+from refusals import says
 from torch import Tensor
 
 from brc_fast.kernels import norm, reference
@@ -125,31 +126,26 @@ def test_on_a_cpu_the_op_is_its_twin_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"x": ()}, r"x must have shape \[.., H\], got \[\]"),
-        (
-            {"bias": (7,)},
-            r"bias must have shape \[H\] or \[E, H\] with H = 8, like the last axis of x, got \[7\]",
-        ),
-        ({"bias": (2, 1, 8)}, r"bias must have shape \[H\] or \[E, H\] with H = 8, .*, got \[2, 1, 8\]"),
-        ({"weight": (8,)}, r"weight must have the shape of bias, \[2, 8\], got \[8\]"),
-        ({"shift": (3, 8)}, r"shift must have the shape of bias, \[2, 8\], got \[3, 8\]"),
-        ({"x": (3, 8)}, r"x must have shape \[E, .., H\] with E = 2 for parameters \[E, H\], got \[3, 8\]"),
-        ({"x": (8,)}, r"x must have shape \[E, .., H\] with E = 2 for parameters \[E, H\], got \[8\]"),
-        ({"residual": (2, 1, 8)}, r"residual must have the shape of x, \[2, 3, 8\], got \[2, 1, 8\]"),
+        ({"x": ()}, "x ... [.., H], got []"),
+        ({"bias": (7,)}, "bias ... H = 8, like the last axis of x, got [7]"),
+        ({"bias": (2, 1, 8)}, "bias ... H = 8 ... got [2, 1, 8]"),
+        ({"weight": (8,)}, "weight ... shape of bias, [2, 8], got [8]"),
+        ({"shift": (3, 8)}, "shift ... shape of bias, [2, 8], got [3, 8]"),
+        ({"x": (3, 8)}, "x ... E = 2 for parameters [E, H], got [3, 8]"),
+        ({"x": (8,)}, "x ... E = 2 for parameters [E, H], got [8]"),
+        ({"residual": (2, 1, 8)}, "residual ... shape of x, [2, 3, 8], got [2, 1, 8]"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(changes: dict[str, tuple[int, ...]], told: str) -> None:
     shapes: dict[str, tuple[int, ...]] = {"x": (2, 3, 8), "residual": (2, 3, 8)}
     shapes |= dict.fromkeys(("bias", "weight", "shift"), (2, 8))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=says(told)):
         bias_layer_norm(**{name: torch.zeros(shape) for name, shape in (shapes | changes).items()})
 
 
 def test_a_residual_of_another_dtype_is_refused() -> None:
     (x, bias, weight, shift, residual), _ = arguments((2, 3, 8), (2, 8), FLOAT32)
-    with pytest.raises(
-        TypeError, match=r"residual must be of the dtype of x, torch.float32, got torch.float64"
-    ):
+    with pytest.raises(TypeError, match=says("residual ... of x, torch.float32, got torch.float64")):
         bias_layer_norm(x, bias, weight, shift, residual=residual.double())
 
 

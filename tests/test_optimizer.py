@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from extras import needs
-from kernel_harness import INTERPRETED, assert_close_to_truth, guarded
+from kernel_harness import INTERPRETED, assert_close_to_truth, guarded, native_calls
+from refusals import says
 from torch import Tensor
 
 from brc_fast.kernels import optimizer, reference
@@ -607,36 +608,11 @@ def test_a_step_on_a_cpu_without_the_compiled_pass_has_the_bits_of_torchs_fused_
     optimizer.adamw_(mine[0], grad, *mine[1:], **RULE)
     theirs[3] += 1
     beta1, beta2 = RULE["betas"]
-    torch._fused_adamw_(
-        [theirs[0]],
-        [grad],
-        [theirs[1]],
-        [theirs[2]],
-        [],
-        [theirs[3]],
-        lr=RULE["learning_rate"],
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=RULE["weight_decay"],
-        eps=RULE["eps"],
-        amsgrad=False,
-        maximize=False,
-    )
+    lists = ([x] for x in (theirs[0], grad, theirs[1], theirs[2]))
+    rule = {"lr": RULE["learning_rate"], "beta1": beta1, "beta2": beta2}
+    rule |= {name: RULE[name] for name in ("weight_decay", "eps")}
+    torch._fused_adamw_(*lists, [], [theirs[3]], **rule, amsgrad=False, maximize=False)
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-
-
-def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The compiled passes that are called from now on."""
-    calls: list[str] = []
-
-    class Recorder:
-        def __getattr__(self, name: str) -> Callable[..., float]:
-            calls.append(name)
-            return getattr(compiled, name)  # type: ignore[no-any-return]
-
-    compiled = native.compiled
-    monkeypatch.setattr(native, "compiled", Recorder())
-    return calls
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 1000, 100001])
@@ -654,7 +630,7 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_compiled_steps_follow_the_twin_in_float64(
     size: int, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = calls_of(monkeypatch)
+    calls = native_calls(monkeypatch)
     mine = learn(optimizer.adamw_, size, F32, "cpu", steps=5, **rule)
     assert calls == ([*["sum_of_squares"] * ("max_norm" in rule), "adamw"] * 5)
     exact = learn(reference.adamw_, size, F64, "cpu", steps=5, **rule | {"grad_dtype": F32})
@@ -738,7 +714,7 @@ def test_bits_of_a_compiled_step_depend_on_no_address(max_norm: float | None) ->
 
 
 def test_what_the_compiled_pass_does_not_serve_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = calls_of(monkeypatch)
+    calls = native_calls(monkeypatch)
     for dtype, grad_dtype in ((F64, F64), (F32, BF16), (F32, F64)):
         learn(optimizer.adamw_, 5, dtype, "cpu", grad_dtype=grad_dtype, steps=1)
         state = buffers(5, dtype, "cpu")
@@ -847,86 +823,53 @@ def fitting() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "error", "told"),
     [
-        ({"param": torch.zeros(7, 1)}, ValueError, "param must be flat, of shape [P], got [7, 1]"),
+        ({"param": torch.zeros(7, 1)}, ValueError, "param ... flat, of shape [P], got [7, 1]"),
         (
             {"param": torch.zeros(7, dtype=BF16)},
             TypeError,
-            "param must be of dtype torch.float32 or torch.float64, got torch.bfloat16",
+            "param ... float32 or torch.float64, got torch.bfloat16",
         ),
-        ({"grad": torch.zeros(6)}, ValueError, "grad must have shape [P] = [7], got [6]"),
+        ({"grad": torch.zeros(6)}, ValueError, "grad ... [P] = [7], got [6]"),
         (
             {"grad": torch.zeros(7, dtype=torch.int32)},
             TypeError,
-            "grad must be of dtype torch.float32 or torch.float64 or torch.bfloat16 or torch.float16, "
-            "got torch.int32",
+            "grad ... torch.bfloat16 ... got torch.int32",
         ),
-        (
-            {"grad": torch.zeros(14)[::2]},
-            ValueError,
-            "grad must be contiguous, got strides [2]; flatten it into a buffer",
-        ),
-        (
-            {"exp_avg": torch.zeros(7).double()},
-            TypeError,
-            "exp_avg must be of dtype torch.float32, got torch.float64",
-        ),
-        ({"exp_avg_sq": torch.zeros(8)}, ValueError, "exp_avg_sq must have shape [P] = [7], got [8]"),
-        ({"target": torch.zeros(7, device="meta")}, ValueError, "target must be on cpu like param, got meta"),
-        (
-            {"low": torch.zeros(7)},
-            TypeError,
-            "low must be of dtype torch.bfloat16 or torch.float16, got torch.float32",
-        ),
-        (
-            {"target": None, "target_low": torch.zeros(7, dtype=F16)},
-            ValueError,
-            "target_low needs a target of shape [P], got None",
-        ),
+        ({"grad": torch.zeros(14)[::2]}, ValueError, "grad ... contiguous, got strides [2]; flatten"),
+        ({"exp_avg": torch.zeros(7).double()}, TypeError, "exp_avg ... torch.float32, got torch.float64"),
+        ({"exp_avg_sq": torch.zeros(8)}, ValueError, "exp_avg_sq ... [P] = [7], got [8]"),
+        ({"target": torch.zeros(7, device="meta")}, ValueError, "target ... on cpu ... got meta"),
+        ({"low": torch.zeros(7)}, TypeError, "low ... bfloat16 or torch.float16, got torch.float32"),
+        ({"target": None, "target_low": torch.zeros(7, dtype=F16)}, ValueError, "target_low needs a target"),
         ({"step": torch.zeros(1)}, ValueError, "step must be a 0-d tensor, got shape [1]"),
-        (
-            {"step": torch.zeros((), dtype=torch.int64)},
-            TypeError,
-            "step must be of dtype torch.float32 or torch.float64, got torch.int64",
-        ),
-        (
-            {"learning_rate": torch.zeros((), device="meta")},
-            ValueError,
-            "learning_rate must be on cpu like param, got meta",
-        ),
+        ({"step": torch.zeros((), dtype=torch.int64)}, TypeError, "step ... got torch.int64"),
+        ({"learning_rate": torch.zeros((), device="meta")}, ValueError, "learning_rate ... on cpu ... meta"),
         ({"max_norm": torch.zeros(7)}, ValueError, "max_norm must be a 0-d tensor, got shape [7]"),
         ({"tau": torch.zeros(7)}, ValueError, "tau must be a 0-d tensor, got shape [7]"),
-        (
-            {"gradient_norm": torch.zeros((), dtype=BF16)},
-            TypeError,
-            "gradient_norm must be of dtype torch.float32 or torch.float64, got torch.bfloat16",
-        ),
-        ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, reference, compile, got 'cuda'"),
+        ({"gradient_norm": torch.zeros((), dtype=BF16)}, TypeError, "gradient_norm ... got torch.bfloat16"),
+        ({"impl": "cuda"}, ValueError, "impl ... auto, triton, ... got 'cuda'"),
     ],
 )
 def test_a_step_refuses_what_does_not_fit(change: dict[str, Any], error: type, told: str) -> None:
     optimizer.adamw_(**fitting())
-    with pytest.raises(error, match=f"^{re.escape(told)}$"):
+    with pytest.raises(error, match=says(told)):
         optimizer.adamw_(**fitting() | change)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "told"),
     [
-        ({"target": torch.zeros(2, 3)}, ValueError, "target must be flat, of shape [P], got [2, 3]"),
-        ({"param": torch.zeros(6)}, ValueError, "param must have shape [P] = [7], got [6]"),
-        (
-            {"param": torch.zeros(7).double()},
-            TypeError,
-            "param must be of dtype torch.float32, got torch.float64",
-        ),
-        ({"low": torch.zeros(7).half()[:6]}, ValueError, "low must have shape [P] = [7], got [6]"),
+        ({"target": torch.zeros(2, 3)}, ValueError, "target ... flat, of shape [P], got [2, 3]"),
+        ({"param": torch.zeros(6)}, ValueError, "param ... [P] = [7], got [6]"),
+        ({"param": torch.zeros(7).double()}, TypeError, "param ... torch.float32, got torch.float64"),
+        ({"low": torch.zeros(7).half()[:6]}, ValueError, "low ... [P] = [7], got [6]"),
         ({"tau": torch.zeros(1)}, ValueError, "tau must be a 0-d tensor, got shape [1]"),
     ],
 )
 def test_a_moving_target_refuses_what_does_not_fit(change: dict[str, Any], error: type, told: str) -> None:
     given: dict[str, Any] = {"target": torch.zeros(7), "param": torch.zeros(7), "tau": 0.5}
     optimizer.ema_(**given)
-    with pytest.raises(error, match=f"^{re.escape(told)}$"):
+    with pytest.raises(error, match=says(told)):
         optimizer.ema_(**given | change)
 
 
@@ -938,8 +881,6 @@ def test_kernels_asked_for_on_a_cpu_are_refused_before_anything_changes() -> Non
         lambda: optimizer.adamw_(**given, impl="triton"),
         lambda: optimizer.ema_(given["target"], given["param"], 0.5, impl="triton"),
     ):
-        with pytest.raises(
-            RuntimeError, match="a tensor is on cpu; move it to CUDA, or set TRITON_INTERPRET=1"
-        ):
+        with pytest.raises(RuntimeError, match="on cpu; move it to CUDA"):
             call()
     assert given["step"] == 0

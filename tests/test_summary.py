@@ -10,6 +10,7 @@ import pytest
 import torch
 from extras import require
 from kernel_harness import OPS, assert_close_to_truth, guarded
+from refusals import says
 from torch import Tensor
 
 from brc_fast import kernels
@@ -223,54 +224,34 @@ def test_it_is_one_launch() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "error", "told"),
     [
-        ("param", torch.zeros(2), ValueError, r"adam.param must have one element, got \[2\]"),
-        ("param", torch.zeros(1).half(), TypeError, "adam.param must be of dtype .* got torch.float16"),
-        ("exp_avg", torch.zeros(1, dtype=F64), TypeError, "adam.exp_avg must be of dtype torch.float32, got"),
-        ("step", torch.zeros((), device="meta"), ValueError, "adam.step must be on cpu like metrics, got"),
-    ],
-)
-def test_a_step_that_does_not_fit_is_refused_by_name(
-    name: str, value: Tensor, error: type, told: str
-) -> None:
-    given = to(numbers(4), torch.float32)
-    before = {key: x.clone() for key, x in given.items()}
-    with pytest.raises(error, match=told):
-        kernels.update_summary_(
-            **given, target_entropy=-1.0, adam=adam(0.5, torch.float32)._replace(**{name: value})
-        )
-    assert all(torch.equal(given[key], x) for key, x in before.items())
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error", "told"),
-    [
-        ("log_probs", torch.zeros(2, 4), ValueError, r"log_probs must have shape \[B\] .*, got \[2, 4\]"),
-        ("log_probs", torch.zeros(0), ValueError, r"with B from 1, got \[0\]"),
-        (
-            "losses",
-            torch.zeros(2, 5),
-            ValueError,
-            r"losses must have shape \[E, B\] with B = 4, got \[2, 5\]",
-        ),
-        ("losses", torch.zeros(4), ValueError, r"losses must have shape \[E, B\]"),
-        ("q_values", torch.zeros(4), ValueError, r"q_values must have shape \[E, B\] with B = 4, got \[4\]"),
-        ("q_values", torch.zeros(0, 4), ValueError, r"q_values must have shape .*, got \[0, 4\]"),
-        ("metrics", torch.zeros(7), ValueError, r"metrics must have shape \[8\] and no gaps, got \[7\]"),
-        ("since", torch.zeros(16)[::2], ValueError, r"since must have shape .* strides \[2\]"),
-        ("alpha", torch.zeros(2), ValueError, r"alpha must have one element, got \[2\]"),
-        ("step", torch.zeros((), dtype=torch.int64), TypeError, "step must be of dtype .* got torch.int64"),
+        ("log_probs", torch.zeros(2, 4), ValueError, "log_probs must have shape [B] ... got [2, 4]"),
+        ("log_probs", torch.zeros(0), ValueError, "log_probs ... B from 1, got [0]"),
+        ("losses", torch.zeros(2, 5), ValueError, "losses ... [E, B] with B = 4, got [2, 5]"),
+        ("losses", torch.zeros(4), ValueError, "losses must have shape [E, B]"),
+        ("q_values", torch.zeros(4), ValueError, "q_values ... [E, B] with B = 4, got [4]"),
+        ("q_values", torch.zeros(0, 4), ValueError, "q_values must have shape ... got [0, 4]"),
+        ("metrics", torch.zeros(7), ValueError, "metrics ... [8] and no gaps, got [7]"),
+        ("since", torch.zeros(16)[::2], ValueError, "since must have shape ... strides [2]"),
+        ("alpha", torch.zeros(2), ValueError, "alpha must have one element, got [2]"),
+        ("step", torch.zeros((), dtype=torch.int64), TypeError, "step must be of dtype ... got torch.int64"),
         ("losses", torch.zeros(2, 4, dtype=torch.int32), TypeError, "losses must be of dtype"),
+        ("q_values", torch.zeros(2, 4, device="meta"), ValueError, "q_values ... on cpu ... got meta"),
+        ("adam.param", torch.zeros(2), ValueError, "adam.param must have one element, got [2]"),
+        ("adam.param", torch.zeros(1).half(), TypeError, "adam.param must be of dtype ... got torch.float16"),
         (
-            "q_values",
-            torch.zeros(2, 4, device="meta"),
-            ValueError,
-            "q_values must be on cpu like metrics, got meta",
+            "adam.exp_avg",
+            torch.zeros(1, dtype=F64),
+            TypeError,
+            "adam.exp_avg ... of dtype torch.float32, got",
         ),
+        ("adam.step", torch.zeros((), device="meta"), ValueError, "adam.step ... on cpu ... got"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(name: str, value: Tensor, error: type, told: str) -> None:
-    given = to(numbers(4), torch.float32)
+    given: dict[str, Any] = to(numbers(4), torch.float32)
     before = {key: x.clone() for key, x in given.items()}
-    with pytest.raises(error, match=told):
-        kernels.update_summary_(**given | {name: value}, target_entropy=-1.0)
+    part = name.removeprefix("adam.")
+    change = {name: value} if part == name else {"adam": adam(0.5, torch.float32)._replace(**{part: value})}
+    with pytest.raises(error, match=says(told)):
+        kernels.update_summary_(**given | change, target_entropy=-1.0)
     assert all(torch.equal(given[key], x) for key, x in before.items())
