@@ -17,37 +17,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import harness
 import torch
-from harness import (
-    RESULTS,
-    ROOT,
-    Clock,
-    Missing,
-    Parser,
-    Results,
-    Seconds,
-    Summary,
-    Unreadable,
-    header,
-    interleave,
-    positive,
-    read,
-    wait,
-)  # fmt: skip
+from harness import RESULTS, ROOT, Clock, Missing, Parser, Results, Seconds, Summary
 from native.row_gather import RowGather
 from roofline import Machine
 
 from brc_fast.kernels.tools.timing import seconds_per_call
-from peers.replay_data import Workload
 
 MACHINE = "machine"  # the provider of every figure
-ROW_BYTES = Workload(67, 24, 1, 1, 1).row_bytes
-KINDS = {"bfloat16": "highest", "tf32": "high", "float32": "highest"}  # and torch's float32 precision
+ROW_BYTES = 4 * (2 * 67 + 24 + 2)  # a transition with both observations, reward and mask
 SQUARES = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 4096, 8192)}
 FILES = {"cpu": "limits-cpu.json", "cuda": "gpu-limits.json"}  # as `make bench` and `make gpu` name them
 SAME = {"cpu": ("cpu", "cores", "torch_threads"), "cuda": ("gpu",)}  # what tells one machine from another
@@ -65,46 +48,34 @@ class Limit(NamedTuple):
     timed: Callable[[float], Seconds]  # measured for about so many seconds
 
 
-@contextmanager
-def multiplying(kind: str) -> Iterator[torch.dtype]:
-    """The dtype of operands for products of this kind, with torch set to it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(KINDS[kind])
-    try:
-        yield torch.bfloat16 if kind == "bfloat16" else torch.float32
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def rotating(device: torch.device, make: Callable[[], Calls], seconds: float) -> Seconds:
-    """The calls in turn, on a GPU in one graph. What they need is made when they are timed."""
-    return Summary(*seconds_per_call(make(), device, seconds))
-
-
-def limits(device: torch.device, dry: bool) -> Iterator[Limit]:
-    """Every limit of this device."""
-    cuda = device.type == "cuda"
+def limits(device: str, dry: bool) -> Iterator[Limit]:
+    """Every limit of this device. What a call needs is made when it is timed."""
+    cuda = device == "cuda"
     elements = 2**18 if dry else 2**28 if cuda else 2**26  # of buffers: 256 MB each, on a GPU a gigabyte
     rows, count, launches = (2_000, 64, 20) if dry else (1_000_000, 8192 if cuda else 1024, 1000)
+
+    def rotating(make: Callable[[], Calls], seconds: float) -> Seconds:
+        """The calls in turn, on a GPU in one graph."""
+        return Summary(*seconds_per_call(make(), torch.device(device), seconds))
 
     def copies() -> Calls:
         pairs = [torch.randn(2, elements, device=device) for _ in range(2)]
         return [partial(pair[0].copy_, pair[1]) for pair in pairs]
 
     def product(kind: str, size: int, seconds: float) -> Seconds:
-        with multiplying(kind) as dtype:
-            sets = [torch.randn(3, size, size, device=device).to(dtype) for _ in range(4)]
-            calls = [partial(torch.mm, left, right, out=out) for left, right, out in sets]
-            return rotating(device, lambda: calls, seconds)
+        dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+        sets = [torch.randn(3, size, size, device=device).to(dtype) for _ in range(4)]
+        calls = [partial(torch.mm, left, right, out=out) for left, right, out in sets]
+        with harness.tensor_cores(device, "high" if kind == "tf32" else "highest"):
+            return rotating(lambda: calls, seconds)
 
     def dependent(number: int) -> Calls:
-        one = torch.zeros(1, device=device)
-        return [partial(one.add_, 1.0)] * number
+        return [partial(torch.zeros(1, device=device).add_, 1.0)] * number
 
     def launched(seconds: float) -> Seconds:
         calls = dependent(launches)
-        finish = partial(wait, device.type)
-        times = interleave({"": lambda: [call() for call in calls]}, seconds, finish=lambda _: finish())
+        work = {"": lambda: [call() for call in calls]}
+        times = harness.interleave(work, seconds, finish=lambda _: harness.wait(device))
         return [took / launches for took in times[""]]
 
     def gathers() -> Calls:
@@ -113,19 +84,18 @@ def limits(device: torch.device, dry: bool) -> Iterator[Limit]:
             native.check(count)
             return [partial(native.gather, count)] * 16
         stored = torch.randn(rows, ROW_BYTES // 4, device=device)
-        out = torch.empty(count, stored.shape[1], device=device)
-        drawn = torch.randint(rows, (16, count), device=device)
-        return [lambda index=index: torch.index_select(stored, 0, index, out=out) for index in drawn]
+        out, drawn = stored[:count].clone(), torch.randint(rows, (16, count), device=device)
+        return [partial(torch.index_select, stored, 0, index, out=out) for index in drawn]
 
-    yield Limit("copy", "GB/s", 2 * 4 * elements / 1e9, partial(rotating, device, copies))
-    for size in (32,) if dry else SQUARES[device.type]:
-        for kind in KINDS if cuda or dry else ("float32",):
+    yield Limit("copy", "GB/s", 2 * 4 * elements / 1e9, partial(rotating, copies))
+    for size in (32,) if dry else SQUARES[device]:
+        for kind in ("bfloat16", "tf32", "float32") if cuda or dry else ("float32",):
             yield Limit(f"product {kind} {size}", "GFLOP/s", 2 * size**3 / 1e9, partial(product, kind, size))
     yield Limit("launch", "us", 1, launched)
     if cuda or dry:
         chain = partial(dependent, 2 if dry else 100)
-        yield Limit("launch in a CUDA graph", "us", 1, partial(rotating, device, chain))
-    yield Limit("row gather", "ns per row", count, partial(rotating, device, gathers))
+        yield Limit("launch in a CUDA graph", "us", 1, partial(rotating, chain))
+    yield Limit("row gather", "ns per row", count, partial(rotating, gathers))
 
 
 def measure(found: Results, listed: Sequence[Limit], seconds: float) -> None:
@@ -133,10 +103,8 @@ def measure(found: Results, listed: Sequence[Limit], seconds: float) -> None:
     clock = Clock(seconds)
     for place, limit in enumerate(listed):
         times, missing = dict[str, Seconds](), Missing()
-        try:
+        with missing.of(MACHINE):
             times[MACHINE] = limit.timed(clock.left / (len(listed) - place))
-        except Exception as error:  # of one limit: the others go on
-            missing[MACHINE] = error
         found.case(limit.case, times, limit.unit, limit.scale, missing=missing)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -149,25 +117,24 @@ def machine(
     device: str, *, dry: bool = False, folders: Sequence[Path] = (ROOT / "build/bench", RESULTS)
 ) -> Machine:
     """The limits of this machine: of the newest file that holds them, else measured now, as `source` says."""
-    here, files = header(), list[dict[str, Any]]()
+    here, files = harness.header(), list[dict[str, Any]]()
     for folder in () if dry else folders:
         try:
-            found = read(folder / FILES[device])
-        except Unreadable:
+            found = harness.read(folder / FILES[device])
+        except harness.Unreadable:
             continue
-        cases = {entry["case"].rpartition(" ")[0] for entry in found["measurements"] if entry["value"]}
-        if "product float32" in cases and all(found.get(key) == here[key] for key in SAME[device]):
+        if all(found[key] == here[key] for key in SAME[device]):
             files.append(found)
     if files:
         newest = max(files, key=lambda found: str(found["date"]))
-        return made(device, newest["measurements"], f"{FILES[device]} of {newest['date'][:16]}")
-    now = Results("limits", quiet=True)
-    wanted = [x for x in limits(torch.device(device), dry) if x.case.startswith(("copy", "product"))]
+        return made(newest["measurements"], f"{FILES[device]} of {newest['date'][:16]}")
+    now = Results("limits")
+    wanted = [x for x in limits(device, dry) if x.case.startswith(("copy", "product"))]
     measure(now, wanted, 0.0 if dry else EACH * len(wanted))
-    return made(device, now.entries, "measured in this run")
+    return made(now.entries, "measured in this run")
 
 
-def made(device: str, entries: Sequence[Mapping[str, Any]], source: str) -> Machine:
+def made(entries: Sequence[Mapping[str, Any]], source: str) -> Machine:
     """The best rate of each kind of product; one that was not measured counts as the next more exact one.
 
     Raises:
@@ -182,20 +149,18 @@ def made(device: str, entries: Sequence[Mapping[str, Any]], source: str) -> Mach
             raise RuntimeError(f"no floor without the limit {entry['case']}: {entry['missing']}")
     single = best["product float32"]
     tf32 = best.get("product tf32", single)
-    name = torch.cuda.get_device_name() if device == "cuda" else header()["cpu"]
-    return Machine(name, best.get("product bfloat16", tf32), tf32, best["copy"], single, source)
+    return Machine(best.get("product bfloat16", tf32), tf32, single, best["copy"], source)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.common(30.0)
-    parser.add_argument("--threads", type=positive, default=1, help="threads of torch on a CPU")
-    parser.add_argument("--dry", action="store_true", help="tiny sizes")
+    parser.common(30.0, dry=True)
+    parser.add_argument("--threads", type=harness.positive, default=1, help="threads of torch on a CPU")
     given = parser.parse_args(words)
     if (device := parser.device(given)) == "cpu":
         torch.set_num_threads(given.threads)
     found = Results("limits", given.save, device=device, row_bytes=ROW_BYTES)
-    measure(found, list(limits(torch.device(device), given.dry)), given.budget)
+    measure(found, list(limits(device, given.dry)), given.budget)
     return found.end()
 
 

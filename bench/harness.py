@@ -12,24 +12,25 @@ import math
 import os
 import platform
 import random
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
-from workloads import WORKLOADS, Workload, named
+from workloads import WORKLOADS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parent.parent
-FORMAT = 2  # of the results; read() refuses every other
+FORMAT = 2  # of the results
 PACKAGES = ("brc-fast", "torch", "triton", "jax", "jaxlib", "mujoco", "mujoco-mjx", "playground", "numpy")
+HEADER = ("date", "cpu", "gpu", "cores", "torch_threads", "versions", "commit", "dirty", "benchmark")
 SECONDS = {"s": 1.0, "us": 1e6, "ns": 1e9}  # units of a time begin with one of these
 ROUNDS, TURN = 3, 0.05  # at least; seconds of a provider's calls in one round
 TIME_UP = "time was up; raise --budget"
@@ -45,7 +46,6 @@ class Summary(NamedTuple):
 
 
 Seconds = Sequence[float] | Summary  # per call, round by round
-Missing = dict[str, BaseException]  # why providers have no time
 
 
 class Unavailable(Exception):
@@ -57,7 +57,19 @@ class Differs(Unavailable):
 
 
 class Unreadable(Exception):
-    """A file holds no results of this format, or not what is made of them; the message has the remedy."""
+    """A file holds no results that can be used; the message has the remedy."""
+
+
+class Missing(dict[str, Exception]):
+    """Why providers have no time."""
+
+    @contextmanager
+    def of(self, *names: str) -> Iterator[None]:
+        """What goes wrong in this block costs these providers their time, and the others nothing."""
+        try:
+            yield
+        except Exception as error:
+            self.update(dict.fromkeys(names, error))
 
 
 # ---------------------------------------------------------------- options
@@ -69,22 +81,22 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, told: str | None) -> None:
         kind = argparse.RawTextHelpFormatter
         super().__init__(description=told, formatter_class=kind, allow_abbrev=False)
-        self.prog = Path(self.prog).stem
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
-    def common(
-        self, budget: float, workloads: str = "", device: str = "default: cuda where there is one"
-    ) -> None:
-        """Add --device, --workload, --budget and --save."""
-        self.add_argument("--device", choices=("cpu", "cuda"), help=device)
+    def common(self, budget: float, workloads: str = "", dry: bool = False) -> None:
+        """Add --device, --budget and --save, and where they are wanted --workload and --dry."""
+        self.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+        told = f"starts and what compiles may come on top (default {budget:g})"
+        self.add_argument("--budget", type=seconds, default=budget, metavar="SECONDS", help=told)
+        told = "of a file under bench/results"
+        self.add_argument("--save", type=lambda name: RESULTS / f"{name}.json", metavar="NAME", help=told)
         if workloads:
             told = f"among {', '.join(WORKLOADS)}"
-            self.add_argument("--workload", nargs=workloads, type=workload, metavar="NAME", help=told)
-        told = f"starts and what compiles may come on top (default {budget:g})"
-        self.add_argument("--budget", type=bounded(0.0), default=budget, metavar="SECONDS", help=told)
-        self.add_argument("--save", type=place, metavar="NAME", help="of a file under bench/results")
+            self.add_argument("--workload", nargs=workloads, choices=WORKLOADS, metavar="NAME", help=told)
+        if dry:
+            self.add_argument("--dry", action="store_true", help="tiny sizes")
 
     def device(self, given: argparse.Namespace) -> str:
         """The device that was asked for, or the best one."""
@@ -93,32 +105,18 @@ class Parser(argparse.ArgumentParser):
         return given.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def bounded(least: float, kind: type = float) -> Callable[[str], Any]:
-    """A number of an option."""
-
-    def convert(word: str) -> Any:
-        if not least <= (value := kind(word)) < math.inf:
-            raise argparse.ArgumentTypeError(f"must be a number, at least {least:g}")
-        return value
-
-    return convert
+def seconds(word: str) -> float:
+    """Type of an option: a finite number, at least 0."""
+    if not 0.0 <= (value := float(word)) < math.inf:
+        raise ValueError
+    return value
 
 
-positive = bounded(1, int)
-
-
-def workload(word: str) -> Workload:
-    try:
-        return named(word)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}") from None
-
-
-def place(word: str) -> Path:
-    path = RESULTS / f"{word}.json"
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
-    return path
+def positive(word: str) -> int:
+    """Type of an option: a whole number, at least 1."""
+    if (value := int(word)) < 1:
+        raise ValueError
+    return value
 
 
 def one_core(threads: int = 1) -> None:
@@ -148,6 +146,21 @@ def wait(device: str) -> None:
     """Let queued GPU work finish, so that wall time covers it."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+@contextmanager
+def tensor_cores(device: str, precision: str = "high") -> Iterator[None]:
+    """PyTorch's float32 products in TF32 on a GPU, or not ("highest"); ours choose for themselves.
+
+    Set for all of PyTorch: compilers of some versions refuse to work where only CUDA's own flag is set
+    (pytorch issue 166387).
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision if device == "cuda" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def interleave(
@@ -191,8 +204,8 @@ def quartiles(values: Seconds) -> tuple[float, float, float]:
     """Lower quartile, median and upper quartile."""
     if isinstance(values, Summary):
         return values.low, values.median, values.high
-    ordered, quarter = sorted(values), len(values) // 4
-    return ordered[quarter], statistics.median(ordered), ordered[-1 - quarter]
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return low, middle, high
 
 
 def ratio(these: Seconds, those: Seconds) -> tuple[float, float, float]:
@@ -229,7 +242,7 @@ class Results:
         scale: float = 1.0,
         *,
         ours: str | None = None,
-        missing: Mapping[str, BaseException] | None = None,
+        missing: Mapping[str, Exception] | None = None,
         floor: str | Mapping[str, float] = "",
         at: Mapping[str, str | int] | None = None,
     ) -> None:
@@ -240,33 +253,26 @@ class Results:
             ours: the provider that others are compared with. missing: why providers have no time.
             floor: one of `times`, which then is no provider, or seconds by provider.
         """
-        for name, seconds in times.items():
-            if name == floor:
-                continue
-            values = sorted(value(each, unit, scale) for each in quartiles(seconds))
-            more: dict[str, Any] = {}
+        told: dict[str, Any] = {"at": at} if at else {}
+        for name in (name for name in times if name != floor):
+            values = sorted(value(each, unit, scale) for each in quartiles(times[name]))
+            more = dict(told)
             if ours in times and name != ours:
-                more["ratio"] = ratio(seconds, times[str(ours)])
+                more["ratio"] = ratio(times[name], times[str(ours)])
             held = times.get(floor) if isinstance(floor, str) else [floor[name]]
             if held is not None:
                 more["floor"] = value(quartiles(held)[1], unit, scale)
-                more["over_floor"] = ratio(seconds, held)[0]
-            rounds = seconds.samples if isinstance(seconds, Summary) else len(seconds)
-            self.add(case, name, unit, values, rounds, **more, **({"at": at} if at else {}))
+                more["over_floor"] = ratio(times[name], held)[0]
+            rounds = times[name].samples if isinstance(times[name], Summary) else len(times[name])
+            self.add(case, name, unit, values, rounds, **more)
         for name, error in (missing or {}).items():
-            self.add(case, name, unit, None, 0, missing=told(error), **({"at": at} if at else {}))
+            self.add(case, name, unit, None, 0, missing=reason(error), **told)
             if isinstance(error, Differs):
-                self.wrong.append(f"{name} at {case} {told(error)}")
+                self.wrong.append(f"{name} at {case} {reason(error)}")
         self.store()
 
     def add(
-        self,
-        case: str,
-        provider: str,
-        unit: str,
-        values: Sequence[float] | None,
-        rounds: int = 1,
-        **more: Any,
+        self, case: str, provider: str, unit: str, values: Sequence[float] | None, rounds: int, **more: Any
     ) -> None:
         """Lower quartile, median and upper quartile in the unit."""
         low, middle, high = (None,) * 3 if values is None else values
@@ -312,17 +318,18 @@ def line(entry: Mapping[str, Any]) -> str:
     return words + (f", {entry['over_floor']:.2f} of the floor's time" if "over_floor" in entry else "")
 
 
-def told(error: BaseException) -> str:
-    """A reason in one line."""
-    if out_of_memory(error):
+def reason(error: Exception) -> str:
+    """Why there is no time, in one line."""
+    words = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words):
         return "out of memory"
     name = "" if isinstance(error, Unavailable | ValueError | ImportError) else f"{type(error).__name__}: "
     return f"{name}{one_line(error)[:300]}"
 
 
-def out_of_memory(error: BaseException) -> bool:
-    words = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+def one_line(told: object) -> str:
+    """What was raised in a run may have several lines."""
+    return " ".join(str(told).split())
 
 
 # ---------------------------------------------------------------- files
@@ -371,36 +378,39 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
     path.write_text(json.dumps({**header(), **results}, indent=1) + "\n")
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, formats: Sequence[int] = (FORMAT,)) -> dict[str, Any]:
     """Results, whose header and measurements are as they should be; nothing else is looked at.
 
     Raises:
         Unreadable: no such file, no JSON of finite numbers, another format, or no measurements.
     """
-
-    def infinite(word: str) -> NoReturn:
-        raise ValueError(f"{word} is no figure")
-
     found: Any = None
     try:
-        found = json.loads(path.read_text(), parse_constant=infinite)
-        if found.get("format") != FORMAT:
-            raise ValueError(f"its format is {found.get('format', 'an older one')}, not {FORMAT}")
+        found = json.loads(path.read_text())
+        if found.get("format") not in formats:
+            told = found.get("format", "an older one")
+            raise ValueError(f"its format is {told}, not {' or '.join(map(str, formats))}")
         if not found["measurements"]:
             raise ValueError(f"it holds no measurements {found.get('reason', '')}")
+        _ = [found[key] for key in HEADER], found["versions"].get("torch"), found["date"][:10]
         for entry in found["measurements"]:
-            figures = [entry[key] for key in ("low", "high", "floor", "rounds")] + [*entry.get("ratio", ())]
-            figures += [0 if entry["value"] is None and str(entry["missing"]) else entry["value"]]
-            names = [entry[key] for key in ("case", "provider", "unit")]
-            if not all(isinstance(name, str) for name in names) or entry["better"] not in ("more", "less"):
-                raise ValueError(f"{names} is no measurement")
-            if not all(each is None or math.isfinite(each) for each in figures):
-                raise ValueError(f"{names} has a figure that is none")
-        texts = [found[key] for key in ("date", "cpu", "benchmark")]
-        if not (all(isinstance(text, str) for text in texts) and isinstance(found["versions"], dict)):
-            raise ValueError("its header is none")
-        _ = [found[key] for key in ("gpu", "cores", "torch_threads", "commit", "dirty")]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            _, _, figures = entry["case"] + entry["provider"] + entry["unit"], entry["better"], []
+            if entry["value"] is None:
+                _ = entry["missing"]
+            else:
+                figures = [entry["value"], entry["rounds"], *entry.get("ratio", ())]
+            figures += [entry[key] for key in ("low", "high", "floor") if entry.get(key) is not None]
+            if not all(map(math.isfinite, figures)):
+                raise ValueError(f"{entry['case']}, {entry['provider']} has a figure that is none")
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:
         why = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise Unreadable(f"{path} cannot be read ({one_line(why)}); {remedy(found, path)}") from None
     return dict(found)
@@ -428,8 +438,3 @@ def failures(result: Mapping[str, Any]) -> dict[str, str]:
     if (checked := result.get("equality")) not in (None, "passed"):
         found["failed equality check"] = f"its equality check {checked}"
     return found
-
-
-def one_line(reason: object) -> str:
-    """A reason as it is printed: what was raised in a run may have several lines."""
-    return " ".join(str(reason).split())

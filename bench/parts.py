@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from harness import interleave, quartiles
@@ -39,41 +39,36 @@ class Clocks:
         self.seconds[self.running] += now - self.since
         self.running, self.since = part, now
 
-    def product(self, name: str, function: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
-        self.switch(BACKWARD if self.backward else FORWARD)
-        try:
-            return function(*inputs, **named)
-        finally:
-            last = name in HEADS and not self.backward
-            self.switch(REST if last else BACKWARD_NORMS if self.backward else FORWARD_NORMS)
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with the clocks switched before it and after it."""
 
-    def op(self, name: str, function: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
-        self.switch(OPTIMIZERS if name == "adamw_" else OTHERS)
-        try:
-            return function(*inputs, **named)
-        finally:
-            self.backward = name in LOSSES or (self.backward and name != "adamw_")
-            self.switch(REST)
+        def call(*inputs: Any, **named: Any) -> Any:
+            if name in OPS:
+                self.switch(OPTIMIZERS if name == "adamw_" else OTHERS)
+            else:
+                self.switch(BACKWARD if self.backward else FORWARD)
+            try:
+                return function(*inputs, **named)
+            finally:
+                last = name in OPS or (name in HEADS and not self.backward)
+                self.switch(REST if last else BACKWARD_NORMS if self.backward else FORWARD_NORMS)
+                self.backward = name in LOSSES or (self.backward and name != "adamw_")
+
+        return call
 
 
 @contextmanager
 def clocks() -> Iterator[Clocks]:
     """The functions of an update with timers around them, while this is open."""
     found = Clocks()
-    wrapped: list[tuple[Any, str, Callable[..., Any]]] = [(torch, name, found.product) for name in PRODUCTS]
-    wrapped += [(torch.Tensor, "baddbmm_", found.product)] + [(kernels, name, found.op) for name in OPS]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in wrapped]
-    try:
-        for (owner, name, timer), (_, _, function) in zip(wrapped, before, strict=True):
-            # A method of a class binds like a function alone, not like a partial.
-            timed = partial(timer, name, function)
-            setattr(owner, name, lambda *inputs, timed=timed, **named: timed(*inputs, **named))
+    wrapped = [(torch, name) for name in PRODUCTS] + [(kernels, name) for name in OPS]
+    with ExitStack() as stack:
+        for owner, name in [*wrapped, (torch.Tensor, "baddbmm_")]:
+            timed = found.timed(name, getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, timed))
         found.since = time.perf_counter()
         yield found
         found.switch(REST)
-    finally:
-        for owner, name, function in before:
-            setattr(owner, name, function)
 
 
 def measured(update: Callable[[], object], seconds: float, updates: int = 1) -> dict[str, dict[str, float]]:

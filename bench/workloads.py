@@ -39,7 +39,7 @@ def _served(suite: str) -> bool:
 
 HUMANOID, DOGS = ("mjx/HumanoidRun", "dmc/humanoid-run"), ("dmc/dogs",)
 HANDS = ("humanoidbench/h1hand",)  # brc_fast.envs lists 20 of the 28
-
+CARTPOLE = Workload("cartpole", "mjx/CartpoleSwingup, which the demo learns", 5, 1)
 WORKLOADS = {
     workload.name: workload
     for workload in (
@@ -51,10 +51,3 @@ WORKLOADS = {
         Workload("wide-1b", "the four dogs with a billion parameters", 223, 38, 4, 1024, 11200, DOGS),
     )
 }
-
-
-def named(name: str) -> Workload:
-    """The workload of this name; ValueError with the names that there are where there is none."""
-    if name not in WORKLOADS:
-        raise ValueError(f"no workload {name!r}; there are {', '.join(WORKLOADS)}")
-    return WORKLOADS[name]

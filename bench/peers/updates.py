@@ -1,5 +1,4 @@
-"""Who makes the update of bench_update.py: ours, our critic in a plain agent, plain PyTorch, compiled or not,
-JAX; and its products alone by torch.bmm.
+"""Who makes the update of bench_update.py, and the one check that all compute the same.
 
 Each starts from the same parameters, is compared with plain PyTorch in float32, which knows nothing of ours,
 and is then called without waiting.
@@ -11,24 +10,21 @@ import gc
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
-from harness import Differs, Unavailable, wait
-from roofline import Sizes, products
+from harness import Differs, Unavailable, tensor_cores, wait
+from roofline import Sizes
 from torch import Tensor
 from workloads import Workload
 
 from brc_fast import BRC, ActorConfig, Batch, CriticConfig, Noise
-from peers.torch_plain import METRICS, CompiledBRC, PlainBRC
-from peers.torch_swapped import SwappedBRC
+from peers.torch_plain import METRICS, PlainBRC
 
-CARTPOLE = Workload("cartpole", "mjx/CartpoleSwingup", 5, 1, suites=("mjx/CartpoleSwingup",))
 OURS = ("ours", "ours-tf32", "ours-bf16")
-PROVIDERS = (*OURS, "critic", "plain", "compiled", "jax")
 # Of losses against those in float32, relative and absolute: of an update, and of one after a step of AdamW.
 # Such a step is at first the sign of the gradient, and small gradients turn over where products differ in
 # their last digits: from there on rounding is that of the weights, 3e-4 and not 1e-7. Hence losses alone are
@@ -48,7 +44,6 @@ class Subject(NamedTuple):
     workload: Workload
     updates: int = 1
     device: str = "cpu"
-    backend: str = "inductor"
 
     @property
     def case(self) -> str:
@@ -56,37 +51,32 @@ class Subject(NamedTuple):
 
     @property
     def at(self) -> dict[str, str | int]:
-        _, _, _, _, _, batch, width, _ = self.workload
-        return {"workload": self.workload.name, "width": width, "batch": batch}
+        work = self.workload
+        return {"workload": work.name, "width": work.width, "batch": work.batch}
 
     @property
     def sizes(self) -> Sizes:
-        _, _, observation, action, tasks, batch, width, _ = self.workload
-        critic, actor = CriticConfig(width=width), ActorConfig(width=min(width, 256))
-        return Sizes(batch, critic, actor, observation, action, tasks)
+        work = self.workload
+        critic, actor = CriticConfig(width=work.width), ActorConfig(width=min(work.width, 256))
+        return Sizes(work.batch, critic, actor, work.observation, work.action, work.tasks)
 
     def agent(self, precision: Any = "fp32", graphs: bool = False) -> BRC:
         _, critic, actor, *inputs = self.sizes
         more: Any = {"device": self.device, "precision": precision, "graphs": graphs}
-        with quickly():
+        with mock.patch("torch.nn.init.orthogonal_", normal):
             return BRC(*inputs, critic=critic, actor=actor, **more)
 
-    def batches(self, seed: int = 0) -> Batch:
-        """[U, B, ...] random transitions."""
-        _, _, observation, action, tasks, batch, *_ = self.workload
-        rng, shape = torch.Generator().manual_seed(seed), (self.updates, batch)
-        here, there = torch.randn(2, *shape, observation, generator=rng)
-        actions = 2.0 * torch.rand(*shape, action, generator=rng) - 1.0
-        rewards = torch.rand(shape, generator=rng)
-        masks = (torch.rand(shape, generator=rng) > 0.02).float()
-        ids = torch.randint(tasks, shape, generator=rng)
-        return Batch(here, actions, rewards, masks, there, ids).to(self.device)
-
-    def noise(self, seed: int | None = None) -> Noise:
-        shape = (2, self.updates, self.workload.batch, self.workload.action)
-        if seed is None:
-            return Noise(*torch.randn(shape, device=self.device))
-        return Noise(*torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device))
+    def inputs(self, seed: int = 0) -> tuple[Batch, Noise]:
+        """Random transitions [U, B, ...] and noise."""
+        work, shape = self.workload, (self.updates, self.workload.batch)
+        rng = torch.Generator().manual_seed(seed)
+        here, there = torch.randn(2, *shape, work.observation, generator=rng)
+        actions = 2.0 * torch.rand(*shape, work.action, generator=rng) - 1.0
+        rewards, drawn = torch.rand(2, *shape, generator=rng)
+        ids = torch.randint(work.tasks, shape, generator=rng)
+        batch = Batch(here, actions, rewards, (drawn > 0.02).float(), there, ids)
+        noise = torch.randn(2, *actions.shape, generator=rng)
+        return batch.to(self.device), Noise(*noise.to(self.device))
 
     def bytes(self, count: int) -> int:
         """About what so many providers take at most: parameters, and what passes keep of hidden layers."""
@@ -94,19 +84,9 @@ class Subject(NamedTuple):
         return (count + 1) * (HELD * self.sizes.parameters + kept)
 
 
-@contextmanager
-def quickly() -> Iterator[None]:
-    """Random kernels of the same size in place of orthogonal ones: no time depends on them, and the QR
-    decompositions of the largest take minutes."""
-
-    def normal(matrix: Tensor, gain: float, generator: torch.Generator) -> Tensor:
-        return matrix.normal_(0.0, gain / math.sqrt(max(matrix.shape)), generator=generator)
-
-    before, torch.nn.init.orthogonal_ = torch.nn.init.orthogonal_, normal  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.nn.init.orthogonal_ = before
+def normal(matrix: Tensor, gain: float, generator: torch.Generator) -> Tensor:
+    """Kernels like orthogonal ones: no time depends on them, and the largest QR decompositions take minutes."""
+    return matrix.normal_(0.0, gain / math.sqrt(max(matrix.shape)), generator=generator)
 
 
 # ---------------------------------------------------------------- providers
@@ -116,54 +96,56 @@ class Provider(NamedTuple):
     """U updates per call, on the same batches each time."""
 
     losses: Callable[[Batch, Noise], dict[str, Any]]  # those of a call with this noise
-    parameters: Callable[[], dict[str, Any]]  # all that an update changes, targets too, by the names of ours
+    parameters: Callable[[], dict[str, Tensor]]  # all that an update changes, targets too, by our names
     call: Callable[[], object]
     finish: Callable[[], object]  # waits for all calls
     precision: str
-    note: Callable[[], str | None] = lambda: None  # what else there is to know once it has run
 
 
-def ours(subject: Subject, precision: str, graphs: bool = True) -> Provider:
-    agent, data = subject.agent(precision, graphs), subject.batches()
+def ours(subject: Subject, precision: str) -> Provider:
+    agent, (data, _) = subject.agent(precision, graphs=True), subject.inputs()
 
-    def parameters() -> dict[str, Any]:
+    def parameters() -> dict[str, Tensor]:
         parts = ("critic", "target_critic", "actor", "temperature")
         named = {part: getattr(agent, part).named_parameters() for part in parts}
         return {f"{part}/{name}": value for part, values in named.items() for name, value in values}
 
-    def note() -> str | None:
-        return agent.updates.reason if subject.device == "cuda" else None
-
-    finish = partial(wait, subject.device)
-    return Provider(agent.update, parameters, lambda: agent.update(data), finish, precision, note)
+    call, finish = partial(agent.update, data), partial(wait, subject.device)
+    return Provider(agent.update, parameters, call, finish, precision)
 
 
-def plain(subject: Subject, kind: type[PlainBRC] = PlainBRC) -> Provider:
-    peer, data = kind(subject.agent()), subject.batches()
-
-    def call() -> object:
-        return peer.updates(data, subject.noise())
-
-    return Provider(peer.updates, peer.named, call, partial(wait, subject.device), _precision(subject))
+def plain(subject: Subject, **options: Any) -> Provider:
+    peer, (data, _) = PlainBRC(subject.agent(), **options), subject.inputs()
+    call, finish = partial(peer.updates, data), partial(wait, subject.device)
+    return Provider(peer.updates, peer.named, call, finish, others(subject))
 
 
-def compiled(subject: Subject) -> Provider:
-    peer, data = CompiledBRC(subject.agent(), subject.backend), subject.batches()
+def compiled(subject: Subject, backend: str = "inductor") -> Provider:
+    """On a GPU in a CUDA graph around the whole call: torch.compile's own graphs (mode="reduce-overhead")
+    would leave out the optimizers. mode="max-autotune" takes minutes for each size."""
+    if subject.device == "cpu":
+        return plain(subject, backend=backend)
+    stream = torch.cuda.Stream()  # also of the calls before, for what autograd keeps
+    graph, provider = torch.cuda.CUDAGraph(), plain(subject, backend=backend, capturable=True)
 
     def losses(batches: Batch, noise: Noise) -> dict[str, Any]:
-        with peer.captured.queue():  # the stream of the graph, also for what autograd keeps
-            out = peer.updates(batches, noise)
-        peer.captured.join()
-        return out
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            told = provider.losses(batches, noise)
+        torch.cuda.current_stream().wait_stream(stream)
+        return told
 
-    def note() -> str | None:
-        return peer.captured.reason if subject.device == "cuda" else None
+    def call() -> None:
+        with torch.cuda.stream(stream):
+            if not captured:
+                for _ in range(3):
+                    provider.call()
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    captured.append(provider.call())  # the losses stay in the graph's memory
+            graph.replay()
 
-    def call() -> object:
-        return peer.captured([*data])
-
-    finish = partial(wait, subject.device)
-    return Provider(losses, peer.named, call, finish, _precision(subject), note)
+    captured = list[object]()
+    return provider._replace(losses=losses, call=call)
 
 
 def in_jax(subject: Subject) -> Provider:
@@ -178,79 +160,32 @@ def in_jax(subject: Subject) -> Provider:
     from peers.jax_plain import JaxBRC
 
     peer = JaxBRC(subject.agent())
-    data = peer.feed(subject.batches())
+    data = peer.feed(subject.inputs()[0])
 
     def losses(batches: Batch, noise: Noise) -> dict[str, Any]:
-        return peer.update(peer.feed(batches), noise)
-
-    def parameters() -> dict[str, Any]:
-        return {name: torch.tensor(value) for name, value in jax.device_get(peer.named()).items()}
+        return peer.updates(peer.feed(batches), noise)
 
     def finish() -> object:
         return jax.block_until_ready(peer.state)
 
-    jax.block_until_ready((peer.state, data))  # then what they were copied from may go
-    return Provider(losses, parameters, lambda: peer.update(data), finish, _precision(subject))
+    finish()  # then what the state was copied from may go
+    return Provider(losses, peer.named, partial(peer.updates, data), finish, others(subject))
 
 
 BUILDERS: dict[str, Callable[[Subject], Provider]] = {
     "ours": partial(ours, precision="fp32"),
     "ours-tf32": partial(ours, precision="tf32"),
     "ours-bf16": partial(ours, precision="bf16"),
-    "critic": partial(plain, kind=SwappedBRC),
+    "critic": partial(plain, ours=True),
     "plain": plain,
     "compiled": compiled,
     "jax": in_jax,
 }
 
 
-def _precision(subject: Subject) -> str:
-    """Of float32 products of the others: what JAX has by default, and what `tensor_cores` gives PyTorch."""
+def others(subject: Subject) -> str:
+    """Precision of their float32 products: what JAX has by default, and what `tensor_cores` gives PyTorch."""
     return "tf32" if subject.device == "cuda" else "fp32"
-
-
-def floor(subject: Subject) -> Callable[[], object]:
-    """The products of U updates and nothing else, each a torch.bmm into memory that is there.
-
-    What a product makes is an input of the next one that takes its shape; weights are their own.
-    """
-    made: dict[tuple[int, ...], Tensor] = {}
-    work = list[Callable[[], object]]()
-
-    def tensor(n: int, rows: int, columns: int, turned: bool) -> Tensor:
-        shape = (n, columns, rows) if turned else (n, rows, columns)
-        drawn = torch.randn(shape, device=subject.device) / math.sqrt(columns)
-        return drawn.mT if turned else drawn
-
-    for kind, n, rows, inner, columns in (one for listed in products(subject.sizes) for one in listed):
-        left = made.get((n, rows, inner)) if kind != "xg" else None
-        left = tensor(n, rows, inner, kind == "xg") if left is None else left
-        right = tensor(n, inner, columns, kind == "gw")
-        out = torch.empty(n, rows, columns, device=subject.device)
-        made[n, rows, columns] = out
-        work.append(partial(torch.bmm, left, right, out=out))
-
-    def call() -> None:
-        for _ in range(subject.updates):
-            for one in work:
-                one()
-
-    return call
-
-
-@contextmanager
-def tensor_cores(device: str, precision: str = "high") -> Iterator[None]:
-    """PyTorch's float32 products in TF32 on a GPU, or not ("highest"); ours choose for themselves.
-
-    Set for all of PyTorch: compilers of some versions refuse to work where only CUDA's own flag is set
-    (pytorch issue 166387).
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision if device == "cuda" else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 # ---------------------------------------------------------------- equality
@@ -264,7 +199,15 @@ class Expected(NamedTuple):
 
 
 def expected(subject: Subject) -> Expected:
-    """What plain PyTorch in float32 gives."""
+    """What plain PyTorch in float32 gives.
+
+    Raises:
+        Unavailable: a CPU has no room for it; the system would end the process.
+    """
+    takes, has = subject.bytes(1), memory(subject.device)
+    if subject.device == "cpu" and takes > 0.85 * has:
+        told = f"takes about {takes / 1e9:.0f} GB of memory, this machine has {has / 1e9:.0f} GB"
+        raise Unavailable(f"{told}; run it on a larger one")
     with tensor_cores(subject.device, "highest"):
         return run(plain(subject), subject)
 
@@ -273,7 +216,7 @@ def run(provider: Provider, subject: Subject) -> Expected:
     """Two calls, where each is one update: losses after a step depend on its gradients and the optimizers."""
     found = Expected([], {})
     for index in range(2 if subject.updates == 1 else 1):
-        told = provider.losses(subject.batches(1 + index), subject.noise(1 + index))
+        told = provider.losses(*subject.inputs(1 + index))
         found.losses.append({name: float(told[name]) for name in METRICS})
         if index == 0 and subject.updates == 1:
             named = provider.parameters().items()
@@ -322,14 +265,6 @@ def memory(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def require_memory(subject: Subject, names: Sequence[str] = ("plain",)) -> None:
-    """Unavailable where a CPU has no room for these together: the system would end the process."""
-    takes, has = subject.bytes(len(names)), memory(subject.device)
-    if subject.device == "cpu" and takes > 0.85 * has:
-        told = f"takes about {takes / 1e9:.0f} GB of memory, this machine has {has / 1e9:.0f} GB"
-        raise Unavailable(f"{told}; run it on a larger one")
 
 
 def release(device: str) -> None:
