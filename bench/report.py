@@ -66,42 +66,38 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def pivot(entries: Sequence[Mapping[str, Any]], floor: str, cases: Sequence[str]) -> str:
-    """Cases, in this order, by providers, a table per unit, with ratios and the floor where there are any."""
-    tables = []
-    for unit in dict.fromkeys(entry["unit"] for entry in entries):
-        own = [entry for entry in entries if entry["unit"] == unit]
-        names = list(dict.fromkeys(entry["provider"] for entry in own if entry["value"] is not None))
-        others = [n for n in names if not n.startswith("ours") and any(_ratio(e, n) for e in own)]
-        over = any("over_floor" in entry for entry in own if "at" in entry)
-        floors = over or any(entry["floor"] is not None for entry in own)
-        head, rows = [unit], []
-        for case in cases:
-            cells = {entry["provider"]: entry for entry in own if entry["case"] == case}
-            if all(entry["value"] is None for entry in cells.values()):
-                continue
-            first = next(iter(cells.values()))
-            at = first.get("at", {unit: case})
-            head, row = list(at), [str(each) for each in at.values()]
-            row += [number(cells[name]["value"]) if name in cells else "" for name in names]
-            for name in others:
-                told = cells.get(name, {}).get("ratio")
-                row.append("{:.2f} ({:.2f} to {:.2f})".format(*told) if told else NOTHING)
-            if over:
-                row.append(f"{first['over_floor']:.2f}" if "over_floor" in first else NOTHING)
-            elif floors:
-                row.append(number(next((e["floor"] for e in cells.values() if e["floor"] is not None), None)))
-            rows.append(row)
-        head += [*map(label, names), *(f"x {label(name)} (quartiles)" for name in others)]
-        head += [f"time / {floor}"] * over + [floor] * (floors and not over)
-        if rows:
-            tables.append(grid(head, rows))
-    return "\n\n".join(tables)
-
-
-def _ratio(entry: Mapping[str, Any], provider: str) -> bool:
-    """Ratios stand in the tables of cases that say where they were measured."""
-    return entry["provider"] == provider and "ratio" in entry and "at" in entry
+def pivot(entries: Sequence[Mapping[str, Any]], floor: str) -> str:
+    """Cases of one unit by providers, with ratios to them and the floor where there are any."""
+    unit, cases = entries[0]["unit"], dict[str, dict[str, Mapping[str, Any]]]()
+    for entry in entries:
+        cases.setdefault(entry["case"], {})[entry["provider"]] = entry
+    cases = {case: cells for case, cells in cases.items() if any(e["value"] for e in cells.values())}
+    names = list(dict.fromkeys(entry["provider"] for entry in entries if entry["value"] is not None))
+    told = [
+        e for e in entries if "at" in e
+    ]  # ratios stand in tables whose cases say where they were measured
+    others = [n for n in names if any(e["provider"] == n and "ratio" in e for e in told)]
+    others = [name for name in others if not name.startswith("ours")]
+    over = any("over_floor" in entry for entry in told)
+    floors = not over and any(entry["floor"] is not None for entry in entries)
+    rows = []
+    for case, cells in cases.items():
+        first = next(iter(cells.values()))
+        columns = first.get("at", {unit: case})
+        row = [str(each) for each in columns.values()]
+        row += [number(cells[name]["value"]) if name in cells else "" for name in names]
+        for name in others:
+            each = cells.get(name, {}).get("ratio")
+            row.append("{:.2f} ({:.2f} to {:.2f})".format(*each) if each else NOTHING)
+        if over:
+            row.append(f"{first['over_floor']:.2f}" if "over_floor" in first else NOTHING)
+        if floors:
+            row.append(number(next((e["floor"] for e in cells.values() if e["floor"] is not None), None)))
+        rows.append(row)
+    if not rows:
+        return ""
+    head = [*columns, *map(label, names), *(f"x {label(name)} (quartiles)" for name in others)]
+    return grid(head + [f"time / {floor}"] * over + [floor] * floors, rows)
 
 
 def replay(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -129,28 +125,24 @@ def fits(axes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def missing(entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A line per reason and cases that it left out, with the providers."""
+    """A line per provider and reason, with the cases that it left out."""
     left: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
         if entry["value"] is None:
-            left.setdefault((entry["provider"], entry["missing"]), []).append(entry["case"])
-    together: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (provider, reason), cases in left.items():
-        together.setdefault((reason, tuple(cases)), []).append(label(provider))
-    for (reason, cases), names in together.items():
+            left.setdefault((label(entry["provider"]), entry["missing"]), []).append(entry["case"])
+    for (name, reason), cases in left.items():
         where = cases[0] if len(cases) == 1 else f"{len(cases)} cases"
-        yield f"Missing: {', '.join(names)} ({where}): {reason}."
+        yield f"Missing: {name} ({where}): {reason}."
 
 
 def table(result: Mapping[str, Any]) -> str:
     """The table of a result, with a line for each provider that has no value."""
     entries = result["measurements"]
-    chosen = replay(entries) if result.get("benchmark") == "replay" else []
-    cases = [REPLAY.get(entry["case"], entry["case"]) if chosen else entry["case"] for entry in entries]
+    shown = (result["benchmark"] == "replay" and replay(entries)) or entries
     parts = [fits(result["axes"])] if "axes" in result else []
-    parts.append(pivot(chosen or entries, result.get("floor", "floor"), list(dict.fromkeys(cases))))
-    parts += missing(entries)
-    return "\n\n".join(filter(None, parts))
+    for unit in dict.fromkeys(entry["unit"] for entry in shown):
+        parts.append(pivot([e for e in shown if e["unit"] == unit], result.get("floor", "floor")))
+    return "\n\n".join(filter(None, [*parts, *missing(entries)]))
 
 
 # ---------------------------------------------------------------- what may be cited
@@ -163,19 +155,13 @@ def refusals(path: Path, result: Mapping[str, Any]) -> Iterator[str]:
         yield "it compares providers without an equality check: measure again"
     if result["commit"] is None:
         yield "it was measured outside of a git checkout: commit and measure again"
-    elif result["dirty"] is None:
-        yield "it is not known whether it was measured with uncommitted changes: commit and measure again"
-    elif result["dirty"]:
-        yield "it was measured with uncommitted changes: commit and measure again"
-    if path.stem.startswith("gpu-") and (tests := path.parent / "gpu-test.json").exists():
-        try:
-            told = json.loads(tests.read_text())
-            failed = told.get("commit") == result["commit"] and told.get("status") == "failed"
-        except (OSError, ValueError, RecursionError, AttributeError):
-            yield f"{tests.name} beside it holds no result of tests: run the tests again"
-        else:
-            if failed:
-                yield f"the tests of its commit failed ({told.get('reason', tests.name)})"
+    elif result["dirty"] is not False:
+        yield "it was measured with uncommitted changes, or perhaps with some: commit and measure again"
+    tests = path.parent / "gpu-test.json"
+    if path.stem.startswith("gpu-") and tests.exists():
+        told = json.loads(tests.read_text())
+        if told.get("commit") == result["commit"] and told.get("status") == "failed":
+            yield f"the tests of its commit failed ({told.get('reason', tests.name)})"
 
 
 def trusted(path: Path) -> dict[str, Any]:
@@ -190,20 +176,6 @@ def trusted(path: Path) -> dict[str, Any]:
     return result
 
 
-@contextmanager
-def making(what: str, path: Path, found: Mapping[str, Any]) -> Iterator[None]:
-    """Around what makes a table or a picture of results, which may lack what it needs: Unreadable then."""
-    try:
-        yield
-    except ImportError as error:
-        raise Unreadable(f"a {what} needs {error.name}, which the [train] extra brings") from None
-    except OSError as error:
-        raise Unreadable(f"{error.filename or what} cannot be written ({error.strerror})") from None
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        told = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise Unreadable(f"{path} gives no {what} ({told}); {remedy(found, path)}") from None
-
-
 def stamp(result: Mapping[str, Any]) -> str:
     """When, where and with what it was measured."""
     threads = result["torch_threads"]
@@ -214,39 +186,47 @@ def stamp(result: Mapping[str, Any]) -> str:
     return ", ".join([result["date"][:10], machine, *used, result["commit"][:7]])
 
 
-def section(path: Path, result: Mapping[str, Any], beside: Path) -> str:
+def section(path: Path, beside: Path) -> str:
     """The table with its line; the link is relative to the folder of `beside`."""
+    result = trusted(path)
     link = Path(os.path.relpath(path.resolve(), beside.resolve().parent)).as_posix()
     with making("table", path, result):
         return f"{table(result)}\n\n{stamp(result)} ([{path.name}]({link})).\n"
 
 
-# ---------------------------------------------------------------- what is asked for
-
-
-def filled(readme: Path, given: Sequence[Path]) -> tuple[str, str]:
-    """The text of a README as it is and as its results want it."""
+@contextmanager
+def making(what: str, path: Path, found: Mapping[str, Any]) -> Iterator[None]:
+    """Around what makes a table or a picture of results, which may lack what it needs: Unreadable then."""
     try:
-        text = readme.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        told = error.strerror if isinstance(error, OSError) else "no text"
-        raise Refused(f"{readme} cannot be read ({told})") from None
-    opened, closed = len(BEGIN.findall(text)), len(PLACE.findall(text))
-    if opened != closed:
-        raise Refused(f"{readme}: {opened} places begin with <!-- report: NAME -->, {closed} have an end")
-    named = {path.stem: path for path in given}
+        yield
+    except (
+        ImportError,
+        OSError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise Unreadable(f"{path} gives no {what} ({told}); {remedy(found, path)}") from None
 
-    def fill(place: re.Match[str]) -> str:
-        path = named.get(place[2], RESULTS / f"{place[2]}.json")
-        return f"{place[1]}{section(path, trusted(path), readme)}{place[4]}"
 
-    return text, PLACE.sub(fill, text)
+# ---------------------------------------------------------------- what is asked for
 
 
 def update_readme(readme: Path, given: Sequence[Path], check: bool) -> None:
     """Write the tables; with `check`, refuse a README that says something else."""
-    old, new = filled(readme, given)
-    if old == new:
+    old, named = readme.read_text(), {path.stem: path for path in given}
+    opened, closed = len(BEGIN.findall(old)), len(PLACE.findall(old))
+    if opened != closed:
+        raise Refused(f"{readme}: {opened} places begin with <!-- report: NAME -->, {closed} have an end")
+
+    def fill(place: re.Match[str]) -> str:
+        path = named.get(place[2], RESULTS / f"{place[2]}.json")
+        return f"{place[1]}{section(path, readme)}{place[4]}"
+
+    if (new := PLACE.sub(fill, old)) == old:
         return
     if check:
         lines = zip(old.splitlines(), new.splitlines(), strict=False)
@@ -266,29 +246,25 @@ def main(words: Sequence[str] | None = None) -> int:
     readmes = given.readme is not None or given.check
     if not (given.results or readmes):
         parser.error("name results, or --readme, or --check")
-    code = 0
 
-    @contextmanager
-    def complaining() -> Iterator[None]:
-        """What is wrong with one file is a line, and costs the others nothing."""
-        nonlocal code
+    def show(path: Path) -> None:
+        if given.pictures is not None:
+            result = trusted(path)
+            with making("picture", path, result):
+                print(*draw(path.stem, result, stamp(result), given.pictures), sep="\n")
+        elif not readmes:
+            print(section(path, ROOT / "README.md"))
+
+    work = [(show, (path,)) for path in given.results]
+    for readme in (given.readme or READMES) if readmes else ():
+        work.append((update_readme, (readme, given.results, given.check)))
+    code = 0
+    for step, inputs in work:  # what is wrong with one file is a line, and costs the others nothing
         try:
-            yield
-        except (Refused, Unreadable, OSError) as reason:
+            step(*inputs)
+        except (Refused, Unreadable, OSError, ValueError) as reason:
             print(f"report: {one_line(reason)}", file=sys.stderr)
             code = 1
-
-    for path in given.results:
-        with complaining():
-            result = trusted(path)
-            if given.pictures is not None:
-                with making("picture", path, result):
-                    print(*draw(path.stem, result, stamp(result), given.pictures), sep="\n")
-            elif not readmes:
-                print(section(path, result, ROOT / "README.md"))
-    for readme in (given.readme or READMES) if readmes else ():
-        with complaining():
-            update_readme(readme, given.results, given.check)
     return code
 
 

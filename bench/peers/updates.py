@@ -85,7 +85,7 @@ class Subject(NamedTuple):
 
 
 def normal(matrix: Tensor, gain: float, generator: torch.Generator) -> Tensor:
-    """Kernels like orthogonal ones: no time depends on them, and the largest QR decompositions take minutes."""
+    """Like orthogonal kernels: no time depends on them, and QR decompositions of the largest take minutes."""
     return matrix.normal_(0.0, gain / math.sqrt(max(matrix.shape)), generator=generator)
 
 
