@@ -2,7 +2,6 @@
 
     python bench/bench_envs.py [--tasks TASK ...] [--workload NAME ...] [--num-envs N ...] [--device cpu|cuda]
         [--budget SECONDS] [--save NAME]
-    python bench/bench_envs.py --start [--tasks TASK] [--num-envs N] [--save NAME]
 
 ours      `brc_fast.envs.make`: tensors, true successors, ended slots started again
 library   mjx: Playground's step in jit(vmap), state donated, nothing restarted, waited for once per step
@@ -13,41 +12,27 @@ Both run in one process, interleaved, with the same actions; before timing, thei
 from the same start must agree. A step is that of one slot. A suite of several tasks is stepped by ours alone,
 for the libraries have no loop over tasks. --device is where the agent is whose actions come and whose
 observations go; MJX runs on the same kind of device, the other simulators on the CPU.
-
---start measures from the start of a process to the end of the first step of an MJX task, with an empty cache
-folder and again with what the first process left there.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import itertools
 import os
-import subprocess
 import sys
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
+import harness
 import numpy as np
 import torch
-from harness import (
-    Clock,
-    Differs,
-    Missing,
-    Parser,
-    Results,
-    Unavailable,
-    interleave,
-    positive,
-    versions,
-    wait,
-)
+from harness import Clock, Differs, Missing, Parser, Results, Unavailable, interleave, positive
 from numpy.typing import NDArray
+from workloads import WORKLOADS
 
 from brc_fast.envs import expand, make
 
@@ -60,7 +45,6 @@ SERIES = {"mjx/CartpoleSwingup": (16, 64, 256)}  # steps against slots, of one t
 SEVERAL = 4  # slots of each task of a suite
 COMPARED = 10  # steps before timing
 TOLERANCE = 1e-3  # of rewards, relative and absolute: programs of XLA differ in rounding
-LONGEST = 10.0  # seconds of timing of a task; a quiet machine needs no more
 ALONE = Unavailable("steps one task at a time; nothing to compare a suite with")
 SIMULATORS = ("gymnasium", "dm-control", "shimmy", "envpool", "playground")
 
@@ -123,53 +107,33 @@ def scaled(actions: Actions, space: Any) -> NDArray[Any]:
     return found
 
 
-@contextmanager
-def noted(owner: Any, name: str) -> Iterator[list[partial[Any]]]:
-    """The calls of a function of another library in this block, to be made again."""
-    function, calls = getattr(owner, name), list[partial[Any]]()
-
-    def noting(*words: Any, **options: Any) -> Any:
-        calls.append(partial(function, *words, **options))
-        return calls[-1]()
-
-    setattr(owner, name, noting)
-    try:
-        yield calls
-    finally:
-        setattr(owner, name, function)
-
-
 def started(tasks: str, num_envs: int, device: str) -> Any:
     """Ours; Unavailable where MJX would run on another kind of device than the agent."""
-    env = make(tasks, num_envs, quiet=True)
     if device == "cuda" and tasks.startswith("mjx/"):
         import jax
 
         if (backend := jax.default_backend()) != "gpu":
-            env.close()
             raise Unavailable(f"JAX sees no GPU, its backend is {backend}; install jax[cuda12]")
-    return env
+    return make(tasks, num_envs, quiet=True)
 
 
 def both(task: str, num_envs: int, device: str) -> tuple[Any, Library]:
-    """Ours after a reset, and the library's in the same start states."""
+    """Ours after a reset, and the library's in the same start states: from the seeds that ours gives it."""
     backend = task.partition("/")[0]
-    if backend in ("envpool", "metaworld"):
-        with suppress(ImportError), noted(importlib.import_module("envpool"), "make_gymnasium") as pools:
+    if backend in ("envpool", "metaworld") and importlib.util.find_spec("envpool"):
+        envpool = importlib.import_module("envpool")
+        with mock.patch.object(envpool, "make_gymnasium", wraps=envpool.make_gymnasium) as made:
             env = started(task, num_envs, device)
             env.reset_tensors(0)
-            return env, pooled(pools[-1])
+        words, options = made.call_args
+        return env, pooled(partial(envpool.make_gymnasium, *words, **options))
     env = started(task, num_envs, device)
-    try:
-        if backend == "mjx":
-            env.reset_tensors(0)
-            return env, playground(task, env)
-        with noted(env.venv, "reset") as resets:
-            env.reset_tensors(0)
-        return env, vectorized(task, env, resets[0].keywords["seed"])
-    except BaseException:
-        env.close()
-        raise
+    if backend == "mjx":
+        env.reset_tensors(0)
+        return env, playground(task, env)
+    with mock.patch.object(env.venv, "reset", wraps=env.venv.reset) as reset:
+        env.reset_tensors(0)
+    return env, vectorized(task, env, reset.call_args_list[0].kwargs["seed"])
 
 
 # ---------------------------------------------------------------- what is timed
@@ -178,45 +142,41 @@ def both(task: str, num_envs: int, device: str) -> tuple[Any, Library]:
 def compare(found: Results, task: str, num_envs: int, seconds: float, device: str = "cpu") -> None:
     """One case, actions from torch on `device`; a suite is stepped by ours alone."""
     clock, count = Clock(seconds), len(expand(task))
-    slots, missing, work = num_envs * count, Missing(), dict[str, Callable[[], object]]()
-    shown: Any = {"case": f"{task} num_envs={slots}", "unit": "steps/s"}
-    shown["at"] = {"steps/s": task, "slots": slots}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the simulators, on bounds and versions
-            made = (task, num_envs, device)
-            env, library = (started(*made), None) if count > 1 else both(*made)
-    except (ImportError, ValueError, Unavailable) as error:
-        found.case(times={}, missing=dict.fromkeys(("ours", "library"), error), **shown)
-        return
-    try:
-        shape = (16, slots, env.action_size)
-        actions = list(np.random.default_rng(0).uniform(-1.0, 1.0, shape).astype(np.float32))
-        tensors = itertools.cycle([torch.from_numpy(action).to(device) for action in actions])
+    slots, missing, times = num_envs * count, Missing(), dict[str, list[float]]()
+    shown: Any = {"case": f"{task} num_envs={slots}", "unit": "steps/s", "scale": slots}
+    with missing.of("ours", "library"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the simulators, on bounds and versions
+        made = (task, num_envs, device)
+        env, library = (started(*made), None) if count > 1 else both(*made)
+        with closing(env), closing(library or env):
+            times = timed(env, library, slots, clock, device)
+    if count > 1 and not missing:
+        missing["library"] = ALONE
+    at = {"steps/s": task, "slots": slots}
+    found.case(times=times, ours="ours", missing=missing, at=at, **shown)
 
-        def ours() -> None:
-            rewards = env.step_tensors(next(tensors)).rewards
-            wait(rewards.device.type)
-            rewards[0].item()
 
-        if library is None:
-            env.reset_tensors(0)
-            missing["library"] = ALONE
-        else:
-            check(env, library, actions)
-            prepared = itertools.cycle([library.prepare(action) for action in actions])
-            work["library"] = lambda: library.step(next(prepared))
-        work = {"ours": ours, **work}
-        for one in [*work.values()] * 2:
-            one()  # compiles; JAX perhaps once more
-        times = interleave(work, min(LONGEST, clock.left))
-        found.case(times=times, scale=slots, ours="ours", missing=missing, **shown)
-    except Differs as error:
-        found.case(times={}, missing=dict.fromkeys(("ours", "library"), error), **shown)
-    finally:
-        env.close()
-        if library is not None:
-            library.close()
+def timed(env: Any, library: Library | None, slots: int, clock: Clock, device: str) -> dict[str, list[float]]:
+    """Seconds per step of all slots, once the rewards of both have agreed."""
+    shape = (16, slots, env.action_size)
+    actions = list(np.random.default_rng(0).uniform(-1.0, 1.0, shape).astype(np.float32))
+    tensors = itertools.cycle([torch.from_numpy(action).to(device) for action in actions])
+
+    def ours() -> None:
+        rewards = env.step_tensors(next(tensors)).rewards
+        harness.wait(rewards.device.type)
+        rewards[0].item()
+
+    work: dict[str, Callable[[], object]] = {"ours": ours}
+    if library is None:
+        env.reset_tensors(0)
+    else:
+        check(env, library, actions)
+        prepared = itertools.cycle([library.prepare(action) for action in actions])
+        work["library"] = lambda: library.step(next(prepared))
+    for one in [*work.values()] * 2:
+        one()  # compiles; JAX perhaps once more
+    return interleave(work, clock.left)
 
 
 def check(env: Any, library: Library, actions: Sequence[Actions]) -> None:
@@ -234,47 +194,17 @@ def usual(task: str) -> Sequence[int]:
     return SERIES.get(task, (SLOTS.get(task.partition("/")[0], 8),))
 
 
-FIRST_STEP = """
-import torch
-from brc_fast.envs import make
-env = make({task!r}, {num_envs}, quiet=True)
-env.reset_tensors(0)
-env.step_tensors(torch.zeros(env.num_envs, env.action_size)).rewards[0].item()
-print("stepped", flush=True)
-"""
-
-
-def start(found: Results, task: str, num_envs: int) -> None:
-    """Seconds to the first step of a first process and of a second: of one start each."""
-    times = {}
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "XDG_CACHE_HOME": folder}
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-        words = [sys.executable, "-c", FIRST_STEP.format(task=task, num_envs=num_envs)]
-        for name in ("first process", "second"):
-            begin = time.perf_counter()
-            with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as process:
-                assert process.stdout is not None
-                stepped = process.stdout.readline().strip() == "stepped"
-                times[name] = [time.perf_counter() - begin]
-            if not stepped:
-                raise RuntimeError(f"{task} made no step, exit code {process.returncode}")
-    at = {"seconds to the first step": task, "slots": num_envs}
-    found.case(f"{task} num_envs={num_envs}", times, "s", at=at)
-
-
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.common(120.0, workloads="+")
     parser.add_argument("--tasks", nargs="+", default=[], help=f"or suites; default: {' '.join(TASKS)}")
     told = f"slots; default: {SERIES | SLOTS}"
     parser.add_argument("--num-envs", type=positive, nargs="+", default=[], help=told)
-    parser.add_argument("--start", action="store_true", help="time the start of a process")
     given = parser.parse_args(words)
     device = parser.device(given)
-    asked = [*given.tasks, *(workload.suite for workload in given.workload or ())]
+    asked = [*given.tasks, *(WORKLOADS[name].suite for name in given.workload or ())] or TASKS
     try:
-        [expand(task) for task in asked]
+        pairs = [(task, slots) for task in asked for slots in given.num_envs or usual(task)]
     except ValueError as error:
         parser.error(f"{error}")
     if device == "cpu":
@@ -283,12 +213,8 @@ def main(words: Sequence[str] | None = None) -> int:
         import mujoco
 
         mujoco.set_mju_user_warning(lambda message: None)  # else on the terminal and in a file in this folder
-    found = Results("envs", given.save, device=device, simulators=versions(SIMULATORS))
-    if given.start:
-        for task, slots in itertools.product(asked or TASKS[:1], given.num_envs or [SLOTS["mjx"]]):
-            start(found, task, slots)
-        return found.end()
-    clock, pairs = Clock(given.budget), [(t, n) for t in asked or TASKS for n in given.num_envs or usual(t)]
+    found, clock = Results("envs", given.save, device=device), Clock(given.budget)
+    found.found["simulators"] = harness.versions(SIMULATORS)
     for place, (task, slots) in enumerate(pairs):
         compare(found, task, slots, clock.left / (len(pairs) - place), device)
     return found.end()
