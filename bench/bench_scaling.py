@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+import harness
 import numpy as np
 import torch
-from bench_limits import machine
-from bench_update import FLOOR, INFINITE, compare, warm
-from harness import TIME_UP, Clock, Parser, Results, Unavailable, interleave, one_core
-from workloads import named
+from bench_update import compare, prepare
+from harness import TIME_UP, Clock, Missing, Parser, Results, Unavailable, interleave
+from workloads import WORKLOADS
 
-from peers.updates import Subject, tensor_cores
+from peers.updates import Subject
 
-BASE, TASK = named("dmc-single"), "mjx/CartpoleSwingup"
+BASE, TASK = WORKLOADS["dmc-single"], "mjx/CartpoleSwingup"
 SIZES = {
     "cpu": {
         "width": (64, 128, 192, 256, 384, 512),
@@ -71,13 +71,6 @@ def fit(xs: Sequence[float], values: Sequence[float], power: float | None = None
     return best
 
 
-def sentence(curve: Mapping[str, float] | None) -> str:
-    if curve is None:
-        return "too few sizes have a time for a curve; raise --budget"
-    growth = f"{1e6 * curve['fixed']:.3g} us + {1e6 * curve['rate']:.3g} us * x^{curve['power']:.2f}"
-    return f"{growth}, off by {100 * curve['residual']:.1f} % (root mean square)"
-
-
 def spread(sizes: Sequence[int]) -> list[int]:
     """Both ends first, then always the middle of the widest gap."""
     places = [0, len(sizes) - 1]
@@ -89,49 +82,45 @@ def spread(sizes: Sequence[int]) -> list[int]:
 
 def step(found: Results, case: str, count: int, clock: Clock) -> None:
     """One of so many environments, waited for."""
-    try:
+    missing, times = Missing(), dict[str, list[float]]()
+    with missing.of("ours"):
         from brc_fast.envs import make
 
         env = make(TASK, count, quiet=True)
         device = env.reset_tensors(0).device
         actions = 2.0 * torch.rand(count, env.action_size, device=device) - 1.0
-        work = {"ours": lambda: env.step_tensors(actions).rewards[0].item()}
-        found.case(case, interleave(work, clock.left), "us")
+        times = interleave({"ours": lambda: env.step_tensors(actions).rewards[0].item()}, clock.left)
         env.close()
-    except Exception as error:  # of one size: the others go on
-        found.case(case, {}, "us", missing={"ours": error})
+    found.case(case, times, "us", missing=missing)
 
 
 def run(found: Results, device: str, axes: Sequence[str], seconds: float, *, dry: bool = False) -> None:
     """One axis after the other, in equal shares of the time."""
     sizes, kept = (DRY, 8) if dry else (SIZES[device], KEPT[device])
-    roof = machine(device, dry=dry)
-    found.found |= {"axes": [], "workload": BASE.name, "floor": FLOOR[device], "limits": roof._asdict()}
-    if device == "cpu":
-        warm()
+    roof = prepare(found, device, dry)
+    found.found |= {"axes": [], "workload": BASE.name}
     clock, updates = Clock(seconds), 2 if device == "cuda" else 1
-    with tensor_cores(device):
-        for number, axis in enumerate(axes):
-            end, first = Clock(clock.left / (len(axes) - number)), len(found.entries)
-            what = "step" if axis == "environments" else "update"
-            for place, x in enumerate(spread(sizes[axis])):
-                case, share = f"{what}, {axis} {x}", Clock(end.left / (len(sizes[axis]) - place))
-                if place > 3 and end.left == 0.0:
-                    found.case(case, {}, "us", missing={OURS[device]: Unavailable(TIME_UP)})
-                elif what == "step":
-                    step(found, case, x, share)
-                else:
-                    shape = BASE._replace(**({"width": kept, "batch": kept} | {axis: x}))
+    for number, axis in enumerate(axes):
+        end, first = Clock(clock.left / (len(axes) - number)), len(found.entries)
+        what = "step" if axis == "environments" else "update"
+        for place, x in enumerate(spread(sizes[axis])):
+            case, share = f"{what}, {axis} {x}", Clock(end.left / (len(sizes[axis]) - place))
+            if place > 3 and end.left == 0.0:
+                found.case(case, {}, "us", missing={OURS[device]: Unavailable(TIME_UP)})
+            elif what == "step":
+                step(found, case, x, share)
+            else:
+                shape = BASE._replace(**({"width": kept, "batch": kept} | {axis: x}))
+                with harness.tensor_cores(device):
                     subject = Subject(shape, updates, device)
-                    left = INFINITE if dry else end.left
-                    compare(found, subject, [OURS[device]], share, roof, left, case=case, unit="us")
-            found.entries[first:] = sorted(found.entries[first:], key=lambda entry: size(entry["case"]))
-            known = {size(e["case"]): e["value"] / 1e6 for e in found.entries[first:] if e["value"]}
-            xs = [x for x in known if axis != "tasks" or x > 1]
-            curve = fit(xs, [known[x] for x in xs], None if axis == "width" else 1.0)
-            print(f"{what} against {axis}: {sentence(curve)}")
-            found.found["axes"].append({"axis": axis, "what": what, "fit": curve})
-            found.store()
+                    compare(found, subject, [OURS[device]], share, roof, case=case, unit="us")
+        found.entries[first:] = sorted(found.entries[first:], key=lambda entry: size(entry["case"]))
+        known = {size(e["case"]): e["value"] / 1e6 for e in found.entries[first:] if e["value"]}
+        xs = [x for x in known if axis != "tasks" or x > 1]
+        curve = fit(xs, [known[x] for x in xs], None if axis == "width" else 1.0)
+        print(f"{what} against {axis}: {curve or 'too few sizes have a time for a curve; raise --budget'}")
+        found.found["axes"].append({"axis": axis, "what": what, "fit": curve})
+        found.store()
 
 
 def size(case: str) -> int:
@@ -140,12 +129,11 @@ def size(case: str) -> int:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.common(120.0)
+    parser.common(120.0, dry=True)
     parser.add_argument("--axes", nargs="+", choices=tuple(DRY), default=tuple(DRY), help="default: all")
-    parser.add_argument("--dry", action="store_true", help="tiny sizes")
     given = parser.parse_args(words)
     if (device := parser.device(given)) == "cpu":
-        one_core()
+        harness.one_core()
     found = Results("scaling", given.save, device=device)
     run(found, device, given.axes, given.budget, dry=given.dry)
     return found.end()

@@ -4,7 +4,7 @@
         [--budget SECONDS] [--save NAME]
 
 ours    brc_fast.runs.trainer.Trainer, as `brc-fast train TASK` runs it
-plain   the same loop, environments, replay, settings, seeds and noise, but networks and update are those of
+plain   the same loop, environments, replay, settings and seeds, but networks and update are those of
         peers/torch_plain.py
 
 Both train in one process, in turns of SLICE seconds, until an evaluation's mean return passes the threshold.
@@ -25,19 +25,20 @@ import sys
 import time
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
+import harness
 import torch
-from harness import Clock, Differs, Missing, Parser, Results, Unavailable, wait
-from workloads import Workload
+from harness import Clock, Differs, Missing, Parser, Results, Unavailable
+from workloads import WORKLOADS, Workload
 
-from brc_fast import BRC, Batch, CriticConfig, Noise
-from brc_fast.agents.policy import LaggedPolicy
-from brc_fast.config import LearningConfig, TrainConfig, cpu_preset, gpu_preset
+from brc_fast import BRC, CriticConfig, LearningConfig, TrainConfig
+from brc_fast.config import cpu_preset, gpu_preset
 from brc_fast.envs import expand
 from brc_fast.runs.trainer import Trainer
 from brc_fast.spec import Spec
 from peers.torch_plain import METRICS, PlainAgent
-from peers.updates import AFTER_A_STEP, FIRST, release, tensor_cores
+from peers.updates import AFTER_A_STEP, FIRST, Subject, release
 
 AGENTS: dict[str, type[BRC]] = {"ours": BRC, "plain": PlainAgent}
 SLICE = 0.5  # seconds of a provider's turn
@@ -46,7 +47,6 @@ TASK = {"cpu": "gym/Pendulum-v1", "cuda": "mjx/CartpoleSwingup"}
 THRESHOLDS = {"gym/Pendulum-v1": -300.0, "mjx/CartpoleBalance": 800.0, "mjx/CartpoleSwingup": 500.0}
 MOST = 5  # seeds
 MORE = 1.2  # another seed is begun where there is this many times as much time left as the longest took
-BROKEN = (ImportError, ValueError, ArithmeticError, RuntimeError, MemoryError)
 
 
 def settings(task: str, device: str) -> TrainConfig:
@@ -73,23 +73,15 @@ def on_workload(workload: Workload, device: str) -> TrainConfig:
     return dataclasses.replace(config, **several)
 
 
-def check(config: TrainConfig, device: str, observation: int = 5, action: int = 2) -> None:
+def check(config: TrainConfig, device: str) -> None:
     """Differs unless two updates of every learner in float32, with the same noise on the same random batches,
     give the losses of ours."""
-    config, rng = dataclasses.replace(config, precision="fp32"), torch.Generator().manual_seed(0)
-    spec = Spec.vectors(observation, action, config.tasks)
+    shape = Workload("", "", 5, 2, len(config.tasks), config.transitions_per_update)
+    config, spec = dataclasses.replace(config, precision="fp32"), Spec.vectors(5, 2, config.tasks)
     agents = {name: kind.from_config(config, spec, device) for name, kind in AGENTS.items()}
-    shape = (1, config.transitions_per_update)
-    for relative, absolute in (FIRST, AFTER_A_STEP["fp32"]):
-        here, there = torch.randn(2, *shape, observation, generator=rng)
-        actions = torch.rand(*shape, action, generator=rng) * 2.0 - 1.0
-        rewards, ids = (
-            torch.rand(shape, generator=rng),
-            torch.randint(len(config.tasks), shape, generator=rng),
-        )
-        batch = Batch(here, actions, rewards, torch.ones(shape), there, ids).to(device)
-        noise = Noise(*torch.randn(2, *shape, action, generator=rng).to(device))
-        losses = {name: agent.update(batch, noise) for name, agent in agents.items()}
+    for seed, (relative, absolute) in enumerate((FIRST, AFTER_A_STEP["fp32"])):
+        inputs = Subject(shape, device=device).inputs(seed)
+        losses = {name: agent.update(*inputs) for name, agent in agents.items()}
         for metric in METRICS:
             a, b = (float(losses[name][metric]) for name in AGENTS)
             if not abs(a - b) <= absolute + relative * abs(a):
@@ -101,13 +93,11 @@ class Side:
 
     def __init__(self, name: str, config: TrainConfig, device: str, threshold: float) -> None:
         self.name, self.threshold, self.device = name, threshold, device
-        self.trainer = trainer = Trainer(config, device, say=lambda told: None)
-        if name != "ours":
-            trainer.agent = AGENTS[name].from_config(config, trainer.env.task_spec, device)
-            trainer.lagged = LaggedPolicy(trainer.agent) if trainer.lagged else None
+        with mock.patch("brc_fast.runs.trainer.BRC", AGENTS[name]):
+            self.trainer = Trainer(config, device, say=lambda told: None)
         self.seconds, self.evaluations = 0.0, list[dict[str, float]]()
         self.evaluate()
-        trainer.collect()  # which compiles
+        self.trainer.collect()  # which compiles
 
     @property
     def learning(self) -> bool:
@@ -131,7 +121,7 @@ class Side:
             if self.learning:
                 trainer.learn()
             due = self.threshold < math.inf and trainer.due(trainer.config.eval_every)
-        wait(self.device)
+        harness.wait(self.device)
         took = time.perf_counter() - start
         self.seconds += took
         trainer.agent.check_finite()
@@ -160,12 +150,10 @@ def train(sides: Sequence[Side], clock: Clock, rates: Rates, missing: Missing) -
     warm = False  # the first round of learning captures graphs
     while (running := [s for s in sides if not s.done and s.name not in missing]) and clock.left > 0.0:
         counts = len(running) == len(AGENTS) and all(side.learning for side in running)
-        found = {}
+        found = dict[str, tuple[float, float]]()
         for side in running:
-            try:
+            with missing.of(side.name):
                 found[side.name] = side.turn()
-            except BROKEN as error:  # the others go on
-                missing[side.name] = error
         if counts and warm and len(found) == len(AGENTS):
             for name, pair in found.items():
                 rates[name].append(pair)
@@ -180,21 +168,17 @@ def run(
     rates: Rates = {name: [] for name in AGENTS}
     sides, missing, clock, longest = list[Side](), Missing(), Clock(seconds), 0.0
     found.found |= {"task": task, "threshold": threshold, "settings": dataclasses.asdict(config), "runs": []}
-    try:
+    with missing.of(*AGENTS):
         check(config, device)
-    except Differs as error:
-        missing |= dict.fromkeys(AGENTS, error)
-    with tensor_cores(device):
+    with harness.tensor_cores(device):
         for number in range(0 if missing else MOST):
             start = time.perf_counter()
             if number and (missing or clock.left < MORE * longest):
                 break
             own, seeded = list[Side](), dataclasses.replace(config, seed=config.seed + number)
             for name in AGENTS:
-                try:
+                with missing.of(name):
                     own.append(Side(name, seeded, device, math.inf if threshold is None else threshold))
-                except BROKEN as error:
-                    missing[name] = error
             clock = clock if number else Clock(seconds)
             train(own, clock, rates, missing)
             found.found["runs"] += [side.close() for side in own]
@@ -224,13 +208,13 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.workload and given.task:
         parser.error("--task and --workload both say what to train on; give one of them")
     device = parser.device(given)
-    task = given.workload.name if given.workload else given.task or TASK[device]
-    threshold = given.threshold if given.threshold is not None else THRESHOLDS.get(task)
+    task = given.workload or given.task or TASK[device]
+    threshold = THRESHOLDS.get(task) if given.threshold is None else given.threshold
     if threshold is None and not given.workload:
         parser.error(f"no threshold is known for {task}; give --threshold")
     if device == "cpu":
         torch.set_num_threads(1)
-    config = on_workload(given.workload, device) if given.workload else settings(task, device)
+    config = on_workload(WORKLOADS[task], device) if given.workload else settings(task, device)
     found = Results("train", given.save, device=device)
     run(found, task, threshold, device, given.budget, config)
     return found.end()
