@@ -127,5 +127,5 @@ def test_the_command_refuses_what_it_cannot_do_in_one_line() -> None:
 
 
 def test_every_public_op_has_a_case() -> None:
-    public = set(kernels.__all__) - {"reference", "use"}
-    assert public <= {case.op for case in aot.cases()}
+    public = {name for name in kernels.__all__ if not name[0].isupper()} - {"reference", "use"}
+    assert public == {case.op for case in aot.cases()}

@@ -17,8 +17,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 from brc_fast import BroNet, Critic, CriticConfig, kernels
-from brc_fast.kernels import Stage, bronet_stages, reference
-from brc_fast.kernels.network import MOST_BYTES, Workspace
+from brc_fast.kernels import Stage, reference
+from brc_fast.kernels.network import MOST_BYTES, Workspace, bronet_stages
 from brc_fast.kernels.runtime.dispatch import watching
 from brc_fast.kernels.runtime.native import compiled
 from brc_fast.kernels.stages import KEEP_ALL, KEEP_FOR_INPUT, KEEP_NOTHING

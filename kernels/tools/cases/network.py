@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 
 import torch
+from torch import Tensor
 
-from ...network import bronet
+from ...network import bronet, bronet_stages, network
+from ...stages import Stage, Stages, shapes_of
 from .case import Case
 
 
+def pre_norm(width: int, depth: int, outputs: int) -> Stages:
+    """Residual blocks behind a norm of their own, four times as wide inside."""
+    stages = [Stage("input", width, reads=0)]
+    for block in range(depth):
+        x = len(stages)
+        stages.append(Stage(f"norm.{block}", width, reads=x, after="layer_norm", product=False))
+        stages.append(Stage(f"expand.{block}", 4 * width, reads=x + 1, relu=True))
+        stages.append(Stage(f"reduce.{block}", width, reads=x + 2, adds=x))
+    return (*stages, Stage("head", outputs, reads=len(stages)))
+
+
 def cases() -> Iterator[Case]:
-    """The critic and the actor of BRC, from the smallest width to one where products are all that counts."""
+    """The critic and the actor of BRC, from the smallest width to one where products are all that counts; and
+    critics of another body. (One without norms launches no kernel of ours.)"""
     for networks, inputs, width, depth, outputs, dtype in (
         (2, 123, 256, 2, 101, torch.bfloat16),
         (2, 128, 512, 2, 104, torch.bfloat16),
@@ -20,46 +35,44 @@ def cases() -> Iterator[Case]:
         (2, 123, 512, 2, 101, torch.float32),
         (1, 99, 256, 1, 48, torch.bfloat16),
     ):
-        sizes = [inputs] + [width] * (2 * depth)
-        weights = sum(i * width for i in sizes) + width * outputs
-        per_row = inputs + 6 * width * len(sizes) + 2 * outputs  # each activation and its gradient, each way
+        stages = bronet_stages(width, depth, outputs)
+        yield case("bronet", f"depth={depth}", stages, networks, inputs, width, dtype)
+    for inputs, width, outputs, dtype in ((128, 512, 104, torch.bfloat16), (23, 128, 1, torch.float32)):
+        yield case("network", "pre-norm", pre_norm(width, 2, outputs), 2, inputs, width, dtype)
 
-        def prepare(
-            device: torch.device,
-            batch: int,
-            impl: str,
-            sizes: list[int] = sizes,
-            shape: tuple[int, int, int] = (networks, width, outputs),
-            dtype: torch.dtype = dtype,
-        ) -> Callable[[], object]:
-            networks, width, outputs = shape
-            parameters = []
-            for size in sizes:
-                kernel = torch.randn(networks, size, width, device=device) / size**0.5
-                vectors = [torch.rand(networks, width, device=device) for _ in range(3)]
-                parameters += [kernel.to(dtype), *vectors]
-            head = torch.randn(networks, width, outputs, device=device) / width**0.5
-            parameters += [head.to(dtype), torch.zeros(networks, outputs, device=device)]
-            leaves = [p.requires_grad_() for p in parameters]
-            x = torch.randn(batch, sizes[0], device=device).to(dtype)
-            seed = torch.randn(networks, batch, outputs, device=device).to(dtype)
 
-            def call() -> object:
+def case(
+    op: str, told: str, stages: Stages, networks: int, inputs: int, width: int, dtype: torch.dtype
+) -> Case:
+    """Outputs and the gradients of every parameter."""
+    shapes, outputs = shapes_of(stages, inputs), stages[-1].outputs
+    weights = sum(prod(shape) for shape in shapes.values() if len(shape) == 2)
+    # each activation and its gradient, each way
+    per_row = inputs + 6 * sum(stage.outputs for stage in stages[:-1]) + 2 * outputs
+
+    def prepare(device: torch.device, batch: int, impl: str) -> Callable[[], object]:
+        parameters: dict[str, Tensor] = {}
+        for name, shape in shapes.items():
+            if len(shape) == 2:
+                kernel = torch.randn(networks, *shape, device=device) / shape[0] ** 0.5
+                parameters[name] = kernel.to(dtype).requires_grad_()
+            else:
+                parameters[name] = torch.rand(networks, *shape, device=device).requires_grad_()
+        leaves = list(parameters.values())
+        x = torch.randn(batch, inputs, device=device).to(dtype)
+        seed = torch.randn(networks, batch, outputs, device=device).to(dtype)
+
+        def call() -> object:
+            if op == "bronet":
                 out = bronet(x, *leaves, impl=impl)
-                return out, *torch.autograd.grad(out, leaves, seed)
+            else:
+                out = network(x, stages, parameters, impl=impl)
+            return out, *torch.autograd.grad(out, leaves, seed)
 
-            return call
+        return call
 
-        def moved(
-            batch: int,
-            networks: int = networks,
-            weights: int = weights,
-            per_row: int = per_row,
-            size: int = dtype.itemsize,
-        ) -> int:
-            return networks * size * (3 * weights + per_row * batch)
+    def moved(batch: int) -> int:
+        return networks * dtype.itemsize * (3 * weights + per_row * batch)
 
-        label = (
-            f"N={networks} I={inputs} H={width} depth={depth} K={outputs} {str(dtype).removeprefix('torch.')}"
-        )
-        yield Case("bronet", label, prepare, moved, ("norm_forward", "norm_backward"))
+    label = f"N={networks} I={inputs} H={width} {told} K={outputs} {str(dtype).removeprefix('torch.')}"
+    return Case(op, label, prepare, moved, ("norm_forward", "norm_backward"))
