@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from extras import needs, require
+from stepping import actions_for, equal, rollout, started
 
 require("gymnasium")
 from brc_fast.envs import make
@@ -76,19 +77,6 @@ def env(name):
     return shared(name, SHORT)
 
 
-def actions_for(env, count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, env.num_envs, env.action_size, generator=generator) * 2 - 1
-
-
-def rollout(env, actions):
-    return [env.step_tensors(action) for action in actions]
-
-
-def equal(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 # ---------------------------------------------------------------- the simulator's own API
 
 
@@ -101,11 +89,7 @@ class OwnGymnasium:
         backend, _, own_id = task.partition("/")
         if backend == "dmc":
             own_id = f"shimmy:dm_control/{own_id}-v0"
-        seeds = []
-        start = env._start
-        env._start = lambda used: seeds.extend(used) or start(used)
-        self.observations = env.reset_tensors(seed)
-        env._start = start
+        self.observations, seeds = started(env, seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.envs = [gymnasium.make(own_id) for _ in range(N)]
@@ -126,10 +110,7 @@ class OwnEnvPool:
     def __init__(self, task, env, seed):
         import envpool
 
-        seeds, make_pool = [], env.venv._make
-        env.venv._make = lambda seed: seeds.extend(seed) or make_pool(seed=seed)
-        self.observations = env.reset_tensors(seed)
-        env.venv._make = make_pool
+        self.observations, seeds = started(env, seed)
         pool_id, settings = task.removeprefix("envpool/"), {}
         if task == "metaworld/reach-v3":
             pool_id = "MetaWorld/Reach-v3"
@@ -251,7 +232,7 @@ def test_only_the_end_of_an_episode_parts_observation_and_successor(env):
 def test_tensors_of_earlier_steps_do_not_change(env):
     held = [(env.reset_tensors(0),)]
     copies = [tuple(x.clone() for x in held[0])]
-    for actions in actions_for(env, 50):
+    for actions in actions_for(env, 300):
         step = env.step_tensors(actions)
         held.append(step)
         copies.append(tuple(x.clone() for x in step))

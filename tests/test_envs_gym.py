@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from extras import needs, require
+from refusals import says
+from stepping import actions_for, equal, rollout, started
 
 require("gymnasium")
 
@@ -156,9 +158,7 @@ def run(env, steps):
 
 
 def same(first, second):
-    return all(
-        torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True)
-    )
+    return all(map(equal, first, second))
 
 
 def follow(env, steps):
@@ -277,9 +277,8 @@ def test_a_slot_that_is_not_finite_is_lost_and_starts_anew(trouble):
 def test_where_a_foreign_slot_cannot_be_reset_the_check_reports_it(mode):
     env = adapted(mode, trouble="nan")
     env.reset_tensors(0)
-    with pytest.raises(
-        InputError, match="observations of gym/Counter-v0 are not finite in environment 2 at step 9"
-    ):
+    told = "observations of gym/Counter-v0 are not finite in environment 2 at step 9"
+    with pytest.raises(InputError, match=told):
         check_finite(env.step_tensors(tripping(env, 2)), env, 9)
 
 
@@ -306,64 +305,45 @@ def test_spaces_are_those_of_the_contract():
     assert env.reset_tensors(0).dtype == torch.float32
 
 
+BOUNDS, VECTORS = "; only continuous actions with finite bounds", "; only vectors, or one image of uint8"
+
+
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("name", "value", "words"),
     [
+        ("single_action_space", MultiBinary(2), f"action space MultiBinary(2){BOUNDS}"),
+        ("single_action_space", Box(-np.inf, np.inf, (1,), np.float32), f"space Box(-inf, inf, ... {BOUNDS}"),
+        ("single_observation_space", Discrete(5), "Discrete(5) among its observations; only Box"),
+        ("single_observation_space", Box(0, 1, (8, 8, 1), np.float32), f"(8, 8, 1), ... an image{VECTORS}"),
         (
-            {"single_action_space": MultiBinary(2)},
-            "gym/Counter-v0 has the action space MultiBinary(2); only continuous actions with finite bounds, "
-            "and discrete ones, can be used",
+            "single_observation_space",
+            Box(0, 1, (0,), np.float32),
+            "cannot be learned: it has no observations",
         ),
-        (
-            {"single_action_space": Box(-np.inf, np.inf, (1,), np.float32)},
-            "gym/Counter-v0 has the action space Box(-inf, inf, (1,), float32); only continuous actions with "
-            "finite bounds, and discrete ones, can be used",
-        ),
-        (
-            {"single_observation_space": Discrete(5)},
-            "gym/Counter-v0 has Discrete(5) among its observations; only Box, and Dict and Tuple of Boxes, "
-            "can be used",
-        ),
-        (
-            {"single_observation_space": Box(0, 1, (8, 8, 1), np.float32)},
-            "gym/Counter-v0 has Box(0.0, 1.0, (8, 8, 1), float32) among its observations, an image; only "
-            "vectors, or one image of uint8 and nothing else, can be used: take the task's version without "
-            "pictures, or flatten them with Gymnasium's FlattenObservation",
-        ),
-        (
-            {"single_observation_space": Box(0, 1, (0,), np.float32)},
-            "gym/Counter-v0 cannot be learned: it has no observations",
-        ),
-        (
-            {"single_action_space": Box(0, 1, (0,), np.float32)},
-            "gym/Counter-v0 cannot be learned: it has no actions",
-        ),
-        (
-            {"metadata": {}},
-            "the vector environment of gym/Counter-v0 must say how it restarts: set "
-            "metadata['autoreset_mode'] to one of gymnasium.vector.AutoresetMode",
-        ),
+        ("single_action_space", Box(0, 1, (0,), np.float32), "cannot be learned: it has no actions"),
+        ("metadata", {}, "must say how it restarts: set metadata['autoreset_mode']"),
     ],
 )
-def test_what_cannot_be_used_is_refused(spoil, message):
+def test_what_cannot_be_used_is_refused(name, value, words):
     venv = SyncVectorEnv([Counted()])
-    for name, value in spoil.items():
-        setattr(venv, name, value)
-    with pytest.raises(InputError) as error:
+    setattr(venv, name, value)
+    with pytest.raises(InputError, match=says(f"gym/Counter-v0 ... {words}")):
         VectorAdapter(venv, "gym/Counter-v0", max_episode_steps=LENGTH)
-    assert str(error.value) == message
 
 
-def test_spaces_are_refused_before_any_worker_starts(monkeypatch):
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ("several choices", "has the action space MultiDiscrete"),
+        ("discrete", "has Discrete(3) among its observations"),
+        ("image", "has Box(0, 255, (8, 8, 3), uint8) among ... an image"),
+        ("graph", "has Graph( ... among its observations; only Box"),
+    ],
+)
+def test_spaces_are_refused_before_any_worker_starts(space, words, monkeypatch):
     monkeypatch.setattr("brc_fast.envs.gym.Workers", None)
-    with pytest.raises(InputError, match="has the action space MultiDiscrete"):
-        make_gym(registered(space="several choices"), N, processes=True)
-    with pytest.raises(InputError, match=r"has Discrete\(3\) among its observations"):
-        make_gym(registered(space="discrete"), N, processes=True)
-    with pytest.raises(InputError, match=r"has Box\(0, 255, \(8, 8, 3\), uint8\) among .*, an image"):
-        make_gym(registered(space="image"), N, processes=True)
-    with pytest.raises(InputError, match=r"has Graph\(.*\) among its observations; only Box"):
-        make_gym(registered(space="graph"), N, processes=True)
+    with pytest.raises(InputError, match=says(words)):
+        make_gym(registered(space=space), N, processes=True)
 
 
 def test_a_space_as_wide_as_its_type_and_one_of_nothing():
@@ -390,20 +370,18 @@ class Spoilt(SyncVectorEnv):
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
-        (0, np.zeros((N, 4)), "observations of gym/Counter-v0 must have shape [3, 3], got [3, 4]"),
-        (1, np.zeros((N, 1)), "rewards of gym/Counter-v0 must have shape [3], got [3, 1]"),
-        (2, False, "terminated of gym/Counter-v0 must have shape [3], got []"),
-        (3, np.ones(N, bool), "gym/Counter-v0 restarts in the same step, so its infos must hold final_obs"),
+        (0, np.zeros((N, 4)), "observations of gym/Counter-v0 ... [3, 3], got [3, 4]"),
+        (1, np.zeros((N, 1)), "rewards of gym/Counter-v0 ... [3], got [3, 1]"),
+        (2, False, "terminated of gym/Counter-v0 ... [3], got []"),
+        (3, np.ones(N, bool), "gym/Counter-v0 restarts in the same step ... must hold final_obs"),
     ],
 )
 def test_a_vector_environment_that_breaks_its_contract_is_told_with_task_and_step(entry, value, message):
     env = VectorAdapter(Spoilt(entry, value), "gym/Counter-v0", max_episode_steps=LENGTH)
     env.reset_tensors(0)
     run(env, 1)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=says(f"{message} ... at step 2 since the reset")):
         run(env, 1)
-    assert message in str(error.value)
-    assert str(error.value).endswith("at step 2 since the reset")
 
 
 def test_stepping_and_saving_need_a_reset_first():
@@ -451,16 +429,15 @@ def test_a_loaded_run_starts_new_episodes_that_are_those_of_the_next_reset():
     ("change", "message"),
     [
         ({"counts": np.array([5, 1, 0])}, "is that of 5 environments and does not fit 3"),
-        ({"key": np.zeros(2, np.uint32)}, "must hold key: uint32[4], counts: int64[3]; got key: uint32[2], "),
+        ({"key": np.zeros(2, np.uint32)}, "key: uint32[4], counts: int64[3]; got key: uint32[2], "),
         ({"more": np.zeros(1)}, "more: float64[1]"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(change, message):
     env = adapted()
     env.reset_tensors(0)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=says(message)):
         env.load_state_dict({**env.state_dict(), **change})
-    assert message in str(error.value)
 
 
 # Names
@@ -469,29 +446,20 @@ def test_a_state_that_does_not_fit_is_refused(change, message):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (
-            "gym/Pendulom-v1",
-            "gym/Pendulom-v1 cannot be made: Environment `Pendulom` doesn't exist. Did you mean: ",
-        ),
-        (
-            "gym/no_such_module:Foo-v0",
-            "needs a module that is not installed: No module named 'no_such_module'",
-        ),
+        ("gym/Pendulom-v1", "gym/Pendulom-v1 cannot be made: ... Did you mean: "),
+        ("gym/no_such_module:Foo-v0", "not installed: No module named 'no_such_module'"),
     ],
 )
 def test_a_name_that_cannot_be_used_is_an_input_error(task, message):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=says(message)):
         make_gym(task, 1)
-    assert message in str(error.value)
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("humanoid_bench") is not None, reason="humanoid_bench is installed"
 )
 def test_humanoidbench_says_where_it_comes_from():
-    with pytest.raises(
-        InputError, match="needs humanoid_bench, which is not on the package index: clone https"
-    ):
+    with pytest.raises(InputError, match=r"needs humanoid_bench, .*clone https"):
         make_gym("humanoidbench/h1-walk-v0", 1)
 
 
@@ -583,8 +551,9 @@ def test_a_broken_worker_costs_one_step_and_ends_the_run_when_it_goes_on(workers
     with caplog.at_level(logging.WARNING):
         step = break_worker(env, how)
     assert time.monotonic() - began < 20
-    at = f"{task}, at step 2 since the reset"
-    assert caplog.messages == [f"{at}: {what}; starting all 3 environments anew, 0 restarts left"]
+    (told,) = caplog.messages
+    assert told.startswith(f"{task}, at step 2 since the reset: {what}; ")
+    assert told.endswith("0 restarts left")
     assert step.dropped.all()
     assert step.truncated.all()
     assert not step.terminated.any()
@@ -594,12 +563,9 @@ def test_a_broken_worker_costs_one_step_and_ends_the_run_when_it_goes_on(workers
     assert env.nan_count.tolist() == [N]
     assert not run(env, 1)[0].dropped.any()
 
-    with pytest.raises(WorkerError) as error:
+    words = says(f"{task}, at step 4 since the reset: {what}, after 1 restarts; --env.processes False")
+    with pytest.raises(WorkerError, match=words):
         break_worker(env, how)
-    assert str(error.value) == (
-        f"{task}, at step 4 since the reset: {what}, after 1 restarts; "
-        "--env.processes False runs it in this process and shows the traceback"
-    )
     assert not multiprocessing.active_children()
     env.close()
 
@@ -608,12 +574,9 @@ def test_an_exception_in_this_process_is_told_with_task_slot_and_step_and_its_tr
     env = make_gym(registered(trouble="raise"), N, processes=False)
     env.reset_tensors(0)
     run(env, LENGTH + 1)
-    with pytest.raises(SimulatorError) as error:
+    told = f"{env.task_names[0]}, at step {LENGTH + 2} ... slot 1 raised OSError: the simulator is unwell"
+    with pytest.raises(SimulatorError, match=says(told)) as error:
         env.step_tensors(tripping(env, 1))
-    assert str(error.value) == (
-        f"{env.task_names[0]}, at step {LENGTH + 2} since the reset: "
-        "slot 1 raised OSError: the simulator is unwell"
-    )
     assert isinstance(error.value.__cause__, OSError)
     assert 'raise OSError("the simulator is unwell")' in caplog.text  # the command line shows no traceback
 
@@ -630,40 +593,32 @@ def test_an_environment_that_cannot_be_closed_does_not_hide_what_it_raised(caplo
 @pytest.mark.parametrize(
     ("trouble", "what"),
     [
-        ("short", "raised ValueError: an observation must have 3 numbers, got 1"),
-        ("long", "raised ValueError: an observation must have 3 numbers, got 4"),
-        ("text", "raised ValueError: could not convert string to float"),
-        ("no reward", "raised TypeError: must be real number, not NoneType"),
+        ("short", "ValueError: ... 3 numbers, got 1"),
+        ("long", "ValueError: ... 3 numbers, got 4"),
+        ("text", "ValueError: could not convert string to float"),
+        ("no reward", "TypeError: must be real number, not NoneType"),
     ],
 )
 def test_a_step_of_another_shape_or_type_is_told_with_task_slot_and_step(workers, trouble, what, processes):
     env = workers(trouble=trouble, restarts=0, processes=processes)
     env.reset_tensors(0)
     run(env, 1)
-    with pytest.raises(WorkerError) as error:
+    with pytest.raises(WorkerError, match=says(f"{env.task_names[0]}, at step 2 ... slot 2 raised {what}")):
         env.step_tensors(tripping(env, 2))
-    assert str(error.value).startswith(f"{env.task_names[0]}, at step 2 since the reset: slot 2 {what}")
 
 
 @pytest.mark.parametrize("processes", [False, True])
 @pytest.mark.parametrize(
     ("trouble", "what"),
     [
-        (
-            "short start",
-            ", in the reset: slot 0 raised ValueError: an observation must have 3 numbers, got 1",
-        ),
-        (
-            "nan start",
-            " are not finite in environment 0 in the reset; the task must start with finite numbers",
-        ),
+        ("short start", ", in the reset: slot 0 raised ValueError: ... 3 numbers, got 1"),
+        ("nan start", " are not finite in environment 0 in the reset; "),
     ],
 )
 def test_a_start_that_cannot_be_used_is_told_with_task_and_slot(workers, trouble, what, processes):
     env = workers(trouble=trouble, restarts=0, processes=processes, count=1)
-    with pytest.raises((WorkerError, InputError)) as error:
+    with pytest.raises((WorkerError, InputError), match=says(f"{env.task_names[0]}{what}")):
         env.reset_tensors(0)
-    assert f"{env.task_names[0]}{what}" in str(error.value)
 
 
 def test_a_constructor_that_raises_is_told_with_the_task():
@@ -678,10 +633,10 @@ def test_a_hung_worker_counts_as_dead_after_the_given_time(workers, caplog):
     os.kill(env.venv.processes[1].pid, signal.SIGSTOP)
     with caplog.at_level(logging.WARNING):
         step = run(env, 1)[0]
-    assert caplog.messages == [
-        f"{env.task_names[0]}, at step 3 since the reset: the process of slot 1 took longer than 0.5 s; "
-        "starting all 3 environments anew, 0 restarts left"
-    ]
+    (told,) = caplog.messages
+    assert told.startswith(
+        f"{env.task_names[0]}, at step 3 since the reset: the process of slot 1 took longer"
+    )
     assert step.dropped.all()
     assert not run(env, 1)[0].dropped.any()
 
@@ -774,18 +729,14 @@ def dm_episode(domain, task, seed, actions):
         pytest.param("dog", "run", True, marks=pytest.mark.slow),
     ],
 )
-def test_a_dmc_episode_is_that_of_dm_control(domain, task, processes, monkeypatch):
+def test_a_dmc_episode_is_that_of_dm_control(domain, task, processes):
     env = make_gym(f"dmc/{domain}-{task}", 2, processes=processes)
     assert env.max_episode_steps == 1000
-    seeds = []
-    start = env._start
-    monkeypatch.setattr(env, "_start", lambda given: (seeds.extend(given), start(given))[1])
-    observations = [env.reset_tensors(1)]
-    generator = torch.Generator().manual_seed(0)
-    actions = torch.rand(1000, 2, env.action_size, generator=generator) * 2 - 1
-    steps = [env.step_tensors(action) for action in actions]
+    first, seeds = started(env, 1)
+    actions = actions_for(env, 1000)
+    steps = rollout(env, actions)
     env.close()
-    observations += [step.successors for step in steps]
+    observations = [first, *(step.successors for step in steps)]
     for slot in range(2):
         flat, rewards, discount = dm_episode(domain, task, seeds[slot], actions[:, slot].double().numpy())
         np.testing.assert_array_equal(torch.stack(observations)[:, slot].numpy(), flat)
@@ -836,19 +787,14 @@ def test_making_a_task_without_a_display_prints_nothing(task, tmp_path):
 
 
 @needs_gym
-def test_a_gymnasium_episode_is_that_of_gymnasium(monkeypatch):
+def test_a_gymnasium_episode_is_that_of_gymnasium():
     env = make_gym("gym/InvertedPendulum-v5", 2)
-    seeds = []
-    start = env._start
-    monkeypatch.setattr(env, "_start", lambda given: (seeds.extend(given), start(given))[1])
-    acted_on = env.reset_tensors(2)
+    acted_on, seeds = started(env, 2)
     singles = [gymnasium.make("InvertedPendulum-v5") for _ in range(2)]
     now = [single.reset(seed=seed)[0] for single, seed in zip(singles, seeds, strict=True)]
-    generator = torch.Generator().manual_seed(0)
     terminated = 0
-    for _ in range(200):
+    for actions in actions_for(env, 200):
         np.testing.assert_array_equal(acted_on.numpy(), np.array(now, np.float32))
-        actions = torch.rand(2, 1, generator=generator) * 2 - 1
         step = env.step_tensors(actions)
         for slot, single in enumerate(singles):
             now[slot], reward, end, cut, _ = single.step(actions[slot].numpy() * np.float32(3))
