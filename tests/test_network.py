@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from kernel_harness import assert_follows_twin, guarded, outputs_and_gradients
+from kernel_harness import OPS, assert_follows_twin, guarded, outputs_and_gradients
 from stacks import ALL, BODIES, INPUTS, in_rows, parameters_of
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -39,6 +39,7 @@ CASES += [(name, (2, 9, INPUTS, shared)) for name in ALL if name not in BODIES f
 EACH_CASE = pytest.mark.parametrize(("body", "size"), CASES, ids=[f"{n}-{s}" for n, s in CASES])
 EACH_BODY = pytest.mark.parametrize("body", BODIES)
 EVERY_BODY = pytest.mark.parametrize("body", ALL)
+A_FEW_BODIES = pytest.mark.parametrize("body", [*BODIES, "values used several times"])
 
 
 class Problem:
@@ -263,7 +264,7 @@ def test_autocast_takes_its_dtype_for_the_products_and_gives_float32_gradients(p
         assert torch.equal(mine, other.float())
 
 
-@EVERY_BODY
+@A_FEW_BODIES
 @pytest.mark.parametrize("wanted", ["all", "input", "nothing"])
 @pytest.mark.parametrize("passes", ["passes_cpu", pytest.param("norm", marks=pytest.mark.gpu)])
 def test_the_library_ops_pass_opcheck(
@@ -275,11 +276,11 @@ def test_the_library_ops_pass_opcheck(
     x, *parameters = problem.to(device)
     keep = {"all": KEEP_ALL, "input": KEEP_FOR_INPUT, "nothing": KEEP_NOTHING}[wanted]
     how = module._encoded(problem.stages), passes, keep
-    torch.library.opcheck(torch.ops.brc_fast.network.default, (x, parameters, *how))
+    torch.library.opcheck(OPS.network.default, (x, parameters, *how))
     if wanted != "nothing":
-        kept = torch.ops.brc_fast.network(x, parameters, *how)[1:]
+        kept = OPS.network(x, parameters, *how)[1:]
         arguments = (problem.seeds[0].float().to(device), x, parameters, *kept, *how, True)
-        torch.library.opcheck(torch.ops.brc_fast.network_backward.default, arguments)
+        torch.library.opcheck(OPS.network_backward.default, arguments)
 
 
 @EACH_BODY
@@ -307,7 +308,7 @@ def test_compiled_and_transformed_calls_equal_plain_ones(place: str, body: str, 
         torch.testing.assert_close(mine, problem.op(x, *tensors[1:]))
 
 
-@EVERY_BODY
+@A_FEW_BODIES
 @pytest.mark.parametrize("trained", ["all", "input", "nothing"])
 def test_a_compiler_calls_the_passes_of_a_cpu(body: str, trained: str) -> None:
     """As one op each way, with the bits of a plain call; also where the vectors of a stage lie apart."""
