@@ -16,19 +16,12 @@ pytestmark = pytest.mark.slow
 
 
 def train(run: Path, *words: str) -> int:
-    sizes = ["--critic.width", "16", "--critic.num-atoms", "11", "--actor.width", "16", "--batch-size", "32"]
-    lengths = [
-        "--random-steps",
-        "200",
-        "--report-every",
-        "500",
-        "--eval-every",
-        "1000",
-        "--eval-episodes",
-        "1",
-    ]
-    few = ["--replay-capacity", "1000", "--env.episode-length", "100"]
-    return cli.main(["train", *words, "--run", str(run), "--device", "cpu", *sizes, *lengths, *few])
+    sizes = "--critic.width 16 --critic.num-atoms 11 --actor.width 16 --batch-size 32 --replay-capacity 1000"
+    lengths = (
+        "--random-steps 200 --report-every 500 --eval-every 1000 --eval-episodes 1 --env.episode-length 100"
+    )
+    words = (*words, "--run", str(run), "--device", "cpu", *sizes.split(), *lengths.split())
+    return cli.main(["train", *words])
 
 
 def rows(run: Path) -> list[dict[str, float]]:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from extras import require
+from run_folders import assert_one_line, make_run
 from torch import Tensor
 
 require("train")
-from brc_fast import BRC
 from brc_fast.command import main as cli
-from brc_fast.config import ActorConfig, CriticConfig, TrainConfig
+from brc_fast.config import TrainConfig
 from brc_fast.envs.base import Step
 from brc_fast.errors import InputError
 from brc_fast.published import normalization
@@ -172,9 +172,7 @@ def test_lost_episodes_are_played_again_and_leave_no_trace() -> None:
 
 def test_ten_lost_episodes_in_a_row_are_one_clear_error() -> None:
     env = Scripted(["toy/One", "toy/Two"], 2, lambda slot, number: 3, lost=lambda slot, number: slot == 3)
-    with pytest.raises(
-        InputError, match="toy/Two cannot be evaluated: environment 3 lost 10 episodes in a row"
-    ):
+    with pytest.raises(InputError, match=r"toy/Two .* environment 3 lost 10 episodes in a row"):
         play(env)
 
 
@@ -350,23 +348,6 @@ def test_estimates_are_the_same_for_the_same_seed() -> None:
 # the command
 
 
-def make_run(folder: Path, tasks: tuple[str, ...], seed: int = 0, sizes: tuple[int, int] = (2, 1)) -> Path:
-    """A run with the checkpoint of an untrained agent."""
-    config = TrainConfig(tasks=tasks, critic=CriticConfig(width=8), actor=ActorConfig(width=8), seed=seed)
-    run = RunFolder(folder)
-    run.create(config)
-    agent = BRC.from_config(config, Spec.vectors(*sizes, tasks), "cpu")
-
-    class NoReplay:
-        def save(self, folder: Path, *, previous: Path | None = None) -> None:
-            folder.mkdir()
-
-        def load(self, folder: Path) -> None: ...
-
-    run.save(500, {"agent": {name: value.numpy() for name, value in agent.state_dict().items()}}, NoReplay())
-    return folder
-
-
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Scripted]:
     """Replaces the environments; the list holds what the command made."""
@@ -475,10 +456,5 @@ def test_bad_input_is_one_line_and_writes_nothing(
     make_run(Path("a"), ("dmc/dog-run",))
     make_run(Path("b"), ("dmc/dog-walk",))
     RunFolder("empty").create(TrainConfig(tasks=("dmc/dog-run",)))
-    assert cli.main(["evaluate", *words]) == 2
-    captured = capsys.readouterr()
-    assert told in captured.err
-    assert len(captured.err.strip().splitlines()) == 1
-    assert captured.out == ""
+    assert_one_line(["evaluate", *words], told, capsys, tmp_path)
     assert not made
-    assert not list(tmp_path.rglob("evaluation.json"))

@@ -122,10 +122,12 @@ def test_humanoidbench_and_atari_have_a_random_and_a_reference_score() -> None:
 
 def test_importing_reads_no_table() -> None:
     code = (
-        "from brc_fast import published as p; "
-        "print([read.cache_info().currsize for read in (p._scores, p._normalization, p._task_lists)])"
+        "import sys; seen = []; sys.addaudithook(lambda event, told: seen.append(f'{event} {told[:1]}'))\n"
+        "from brc_fast import published as p\n"
+        "def opened(): return sum(told.startswith('open ') and str(p.DATA) in told for told in seen)\n"
+        "print(opened()); p.curve('dmc/dog-run'); print(opened())"
     )
-    assert fresh.run(code).stdout.strip() == "[0, 0, 0]"
+    assert fresh.run(code).stdout.split() == ["0", "1"]
 
 
 def test_the_tables_are_small_and_their_licence_lies_beside_them() -> None:

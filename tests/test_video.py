@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from extras import require
-from test_evaluate import Scripted, make_run
+from run_folders import assert_one_line, make_run
+from test_evaluate import Scripted
 
 from brc_fast import envs
-from brc_fast.command import main as cli
 from brc_fast.errors import InputError, MissingExtraError
 from brc_fast.runs import video
 from brc_fast.spec import Spec
@@ -260,12 +260,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     monkeypatch.setattr(video, "ffmpeg", lambda: None)
     monkeypatch.setattr(video, "require_renderer", lambda: pytest.fail("the input was not checked first"))
     make_run(Path("run"), ("dmc/dog-run",))
-    before = sorted(tmp_path.rglob("*"))
-    assert cli.main(["video", *words]) == 2
-    captured = capsys.readouterr()
-    assert told in captured.err
-    assert len(captured.err.strip().splitlines()) == 1
-    assert sorted(tmp_path.rglob("*")) == before
+    assert_one_line(["video", *words], told, capsys, tmp_path)
 
 
 def test_a_camera_that_the_model_lacks_is_refused_with_those_it_has() -> None:
@@ -278,7 +273,5 @@ def test_a_camera_that_the_model_lacks_is_refused_with_those_it_has() -> None:
     )
     found = [video._camera(model, wanted) for wanted in (None, "side", "top", "1", "-1")]
     assert found == [0, 0, 1, 1, -1]
-    with pytest.raises(
-        InputError, match=r"camera must be one of 0 side, 1 top, or -1 for a free view, got '2'"
-    ):
+    with pytest.raises(InputError, match=r"camera must be one of 0 side, 1 top, or -1 .*, got '2'"):
         video._camera(model, "2")
