@@ -16,7 +16,7 @@ import pytest
 import torch
 from extras import require
 from run_folders import assert_one_line, make_run
-from test_evaluate import Scripted
+from scripted import Scripted
 
 from brc_fast import envs
 from brc_fast.errors import InputError, MissingExtraError
