@@ -121,7 +121,7 @@ def machine(
     for folder in () if dry else folders:
         try:
             found = harness.read(folder / FILES[device])
-        except harness.Unreadable:
+        except harness.Refused:
             continue
         if all(found[key] == here[key] for key in SAME[device]):
             files.append(found)
@@ -154,7 +154,7 @@ def made(entries: Sequence[Mapping[str, Any]], source: str) -> Machine:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.common(30.0, dry=True)
+    parser.common(30.0)
     parser.add_argument("--threads", type=harness.positive, default=1, help="threads of torch on a CPU")
     given = parser.parse_args(words)
     if (device := parser.device(given)) == "cpu":

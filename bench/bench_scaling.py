@@ -129,7 +129,7 @@ def size(case: str) -> int:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.common(120.0, dry=True)
+    parser.common(120.0)
     parser.add_argument("--axes", nargs="+", choices=tuple(DRY), default=tuple(DRY), help="default: all")
     given = parser.parse_args(words)
     if (device := parser.device(given)) == "cpu":

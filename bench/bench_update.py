@@ -13,8 +13,8 @@ jax         the same in JAX with optax, jitted as a whole
 
 Each workload (workloads.py) at its own width and batch size, or at all pairs of --width and --batch. Without
 --workload it is mjx/CartpoleSwingup; --workload alone means all of them, on a CPU those that are small.
-In one process, interleaved; where memory is too small for all, one after the other. All start from the same
-parameters, and updates on the same batches must agree with plain PyTorch's before anything is timed.
+In one process, interleaved. All start from the same parameters, and updates on the same batches must agree
+with plain PyTorch's before anything is timed.
 Products of the others are in float32 on a CPU, in TF32 on a GPU.
 The floor: on a CPU the time of the update's matrix products alone by torch.bmm, interleaved with the rest;
 another library of products may beat it. On a GPU the roofline of its kernels (roofline.py), of this machine's
@@ -35,7 +35,7 @@ from harness import TIME_UP, Clock, Missing, Parser, Results, Unavailable, inter
 from workloads import CARTPOLE, WORKLOADS, Workload
 
 from peers import updates
-from peers.updates import BUILDERS, OURS, Expected, Provider, Subject, release
+from peers.updates import BUILDERS, OURS, Provider, Subject, release
 
 DEFAULTS = {"cpu": ("ours", "plain"), "cuda": ("ours-bf16", "ours-tf32", "plain", "compiled", "jax")}
 FLOOR = {"cpu": "torch.bmm", "cuda": "roofline"}
@@ -54,20 +54,19 @@ def compare(
     """
     shown = {"case": subject.case, "unit": "updates/s"} | (shown or {"at": subject.at})
     missing, times, precisions = Missing(), dict[str, list[float]](), dict[str, str]()
-    groups = list[list[str]]()
     with missing.of(*names):
-        known = updates.expected(subject)
-        together = subject.bytes(len(names)) < 0.85 * updates.memory(subject.device)
-        groups = [[*names]] if together else [[name] for name in names]
-    release(subject.device)
-    for place, group in enumerate(groups):
-        share = Clock(clock.left / (len(groups) - place))
-        providers = built(group, subject, known, share, missing)
-        with missing.of(*providers):
-            times |= timed(found, subject, providers, share, roof)
-            precisions |= {name: provider.precision for name, provider in providers.items()}
+        known, providers = updates.expected(subject), dict[str, Provider]()
+        for name in sorted(names, key=lambda name: name == "compiled"):  # which may take long
+            with missing.of(name):
+                if name == "compiled" and subject.device == "cpu" and clock.left < COMPILING:
+                    told = f"compiling takes about {COMPILING:.0f} s, more than is left; raise --budget"
+                    raise Unavailable(told)
+                providers[name] = updates.checked(name, subject, known)
+            release(subject.device)
+        times = timed(found, subject, providers, clock, roof)
+        precisions = {name: provider.precision for name, provider in providers.items()}
         del providers
-        release(subject.device)
+    release(subject.device)
     best, floors = next((name for name in OURS if name in times), None), FLOOR["cpu"]
     if subject.device == "cuda":
         each = {name: roofline.parts(subject.sizes, precisions[name], roof) for name in times}
@@ -75,21 +74,6 @@ def compare(
         keep_parts(found, subject, each[best] if best else {})
     order = {name: times[name] for name in (*BUILDERS, FLOOR["cpu"]) if name in times}
     found.case(times=order, ours=best, missing=missing, floor=floors, **shown)
-
-
-def built(
-    names: Sequence[str], subject: Subject, known: Expected, clock: Clock, missing: Missing
-) -> dict[str, Provider]:
-    """Those that compute what plain PyTorch does; what compiles for long comes last."""
-    found = dict[str, Provider]()
-    for name in sorted(names, key=lambda name: name == "compiled"):
-        with missing.of(name):
-            if name == "compiled" and subject.device == "cpu" and clock.left < COMPILING:
-                told = f"compiling takes about {COMPILING:.0f} s, more than is left; raise --budget"
-                raise Unavailable(told)
-            found[name] = updates.checked(name, subject, known)
-        release(subject.device)
-    return found
 
 
 def timed(

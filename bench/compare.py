@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import FORMAT, ROOT, Parser, Unreadable, failures, one_line, positive, read
+from harness import FORMAT, ROOT, Parser, Refused, failures, one_line, positive, read
 
 MACHINE = ("cpu", "gpu", "cores", "torch_threads")
 FOLDER = ROOT / "build" / "compare"
@@ -45,10 +45,6 @@ runpy.run_path(script, run_name="__main__")
 """
 
 Entry = Mapping[str, Any]
-
-
-class Refused(Exception):
-    """Nothing can be compared; the message is one line."""
 
 
 class Ratio(NamedTuple):
@@ -232,7 +228,7 @@ def main(words: Sequence[str] | None = None) -> int:
             found, marks = compare_files(given)
         if not found:
             raise Refused("no case and provider has a ratio; give results of the same benchmark and options")
-    except (Refused, Unreadable, OSError, OverflowError) as reason:
+    except (Refused, OSError, OverflowError) as reason:
         parser.error(one_line(reason))
     print(f"{'case':<44} {'provider':<22} {'x':>8} (bounds)")
     for line in found:

@@ -18,12 +18,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, ROOT, Parser, bounded, write
+import torch
+from harness import RESULTS, ROOT, Parser, seconds, write
 
 SHORT, LONGEST, END = 40.0, 420.0, 540.0  # seconds: of the limits; of a part; when it is stopped
 DRY_SECONDS = 4.0
@@ -57,6 +58,10 @@ def site(dry: bool) -> Path:
     return ROOT / "build" / "gpu-dry-site" if dry else ROOT / ".site"
 
 
+def there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 def command(part: str, seconds: float, dry: bool, path: Path) -> list[str]:
     """What a part runs; a benchmark writes its result to `path`."""
     if part == "build":  # with what is installed: no network, no isolation
@@ -67,28 +72,25 @@ def command(part: str, seconds: float, dry: bool, path: Path) -> list[str]:
         files = [str(file) for file in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in file.read_text()]
         code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # keeps the checkout off sys.path
         words = ["-m", "gpu", "-q", "--import-mode=importlib", "-p", "no:cacheprovider"]
-        if importlib.util.find_spec("xdist") is not None and not dry:  # most time goes into compiling kernels
+        if there("xdist") and not dry:  # most time goes into compiling kernels
             words += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
         return [sys.executable, "-P", "-c", code, *words, *files]
-    script, words = ROOT / f"bench/bench_{part}.py", COMMANDS[part][dry].split()
-    words += ["--budget", f"{seconds:g}", "--save", f"{path.with_suffix('')}"]
-    return [sys.executable, str(script), *words]
+    words = [*COMMANDS[part][dry].split(), "--budget", f"{seconds:g}", "--save", str(path.with_suffix(""))]
+    return [sys.executable, str(ROOT / f"bench/bench_{part}.py"), *words]
 
 
 def run(part: str, seconds: float, dry: bool, path: Path) -> dict[str, Any]:
     """Run a part in a process of its own; its result with how it ended."""
     start, found = time.perf_counter(), dict[str, Any]()
     path.unlink(missing_ok=True)
-    if (name := missing(part)) is not None:
-        told: dict[str, Any] = {"status": "skipped", "reason": f"{name} is not installed"}
+    if absent := lacks(part):
+        told: dict[str, Any] = {"status": "skipped", "reason": f"{absent[0]} is not installed"}
     else:
         environment, words = os.environ | {"BRC_FAST_GPU_DRY": f"{dry:d}"}, command(part, seconds, dry, path)
         process = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True)
         try:
             code = process.wait(END)
-            told = {"status": "ok"} | (
-                {"status": "failed", "reason": f"it ended with {code}"} if code else {}
-            )
+            told = {"status": "failed", "reason": f"it ended with {code}"} if code else {"status": "ok"}
         except subprocess.TimeoutExpired:
             told = {"status": "failed", "reason": f"it was stopped after {END:.0f} s"}
         finally:  # and, at Ctrl-C too, whatever it started
@@ -104,39 +106,37 @@ def run(part: str, seconds: float, dry: bool, path: Path) -> dict[str, Any]:
     return told
 
 
-def missing(part: str) -> str | None:
-    """The first module that this part needs and that is not installed."""
-    return next((name for name in NEEDS.get(part, ()) if importlib.util.find_spec(name) is None), None)
+def lacks(part: str) -> list[str]:
+    """Modules that this part needs and that are not installed."""
+    return [name for name in NEEDS.get(part, ()) if not there(name)]
 
 
-def shares(parts: Sequence[str], budget: float) -> Mapping[str, float]:
+def shares(parts: Sequence[str], budget: float) -> dict[str, float]:
     """Seconds of every part: equal, but for limits, which need less; building takes what it takes."""
-    timed = [name for name in parts if name != "build" and not missing(name)]
-    short = {name: min(SHORT, budget / len(timed)) for name in timed if name == "limits"}
-    each = (budget - sum(short.values())) / max(1, len(timed) - len(short))
-    return {name: min(LONGEST, short.get(name, each)) for name in parts}
+    timed = [name for name in parts if name != "build" and not lacks(name)]
+    each = budget / max(1, len(timed))
+    short = min(SHORT, each) if "limits" in timed else 0.0
+    each = (budget - short) / max(1, len(timed) - ("limits" in timed))
+    return {name: short if name == "limits" else min(LONGEST, each) for name in parts}
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--budget", type=bounded(0.0), default=480.0, help="seconds in all (default 480)")
+    parser.add_argument("--budget", type=seconds, default=480.0, help="seconds in all (default 480)")
     parser.add_argument("--parts", nargs="+", choices=tuple(COMMANDS), default=tuple(COMMANDS))
     parser.add_argument("--dry", action="store_true", help="tiny sizes, on the CPU")
     given = parser.parse_args(words)
-    import torch
-
     if not given.dry and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --dry runs on the CPU")
     built, folder = site(given.dry), ROOT / "build" / "gpu-dry" if given.dry else RESULTS
-    if "build" in given.parts or (built.exists() and importlib.util.find_spec("brc_fast") is None):
+    if "build" in given.parts or (built.exists() and not there("brc_fast")):
         # Later parts use what was just built, or built by an earlier call.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(built), os.environ.get("PYTHONPATH")]))
-    folder.mkdir(parents=True, exist_ok=True)
-    seconds, table = shares(given.parts, given.budget), list[str]()
+    share, table = shares(given.parts, given.budget), list[str]()
     for part in given.parts:
         path = folder / f"gpu-{part}.json"
         print(f"{part} ...", flush=True)
-        told = run(part, DRY_SECONDS if given.dry else seconds[part], given.dry, path)
+        told = run(part, DRY_SECONDS if given.dry else share[part], given.dry, path)
         shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         head = f"{part:<8}{told['status']:<9}{told['seconds']:7.1f} s"
         table.append(f"{head}  {shown}  {told.get('reason', '')}".rstrip())

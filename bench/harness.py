@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import time
@@ -56,8 +57,8 @@ class Differs(Unavailable):
     """A provider computed something else; the message says what."""
 
 
-class Unreadable(Exception):
-    """A file holds no results that can be used; the message has the remedy."""
+class Refused(Exception):
+    """Results that cannot or must not be used; the message is one line, with the remedy."""
 
 
 class Missing(dict[str, Exception]):
@@ -85,17 +86,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
-    def common(self, budget: float, workloads: str = "", dry: bool = False) -> None:
-        """Add --device, --budget and --save, and where they are wanted --workload and --dry."""
+    def common(self, budget: float, workloads: str = "") -> None:
+        """Add the options that most benchmarks have; --workload where it is wanted, of so many names."""
         self.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
         told = f"starts and what compiles may come on top (default {budget:g})"
         self.add_argument("--budget", type=seconds, default=budget, metavar="SECONDS", help=told)
-        told = "of a file under bench/results"
-        self.add_argument("--save", type=lambda name: RESULTS / f"{name}.json", metavar="NAME", help=told)
+        self.add_argument("--save", metavar="NAME", help="of a file under bench/results")
         if workloads:
             told = f"among {', '.join(WORKLOADS)}"
             self.add_argument("--workload", nargs=workloads, choices=WORKLOADS, metavar="NAME", help=told)
-        if dry:
+        else:
             self.add_argument("--dry", action="store_true", help="tiny sizes")
 
     def device(self, given: argparse.Namespace) -> str:
@@ -229,8 +229,8 @@ class Results:
     takes, and `at`, the columns of its table; and `missing`, the reason, where `value` is None.
     """
 
-    def __init__(self, benchmark: str, path: Path | None = None, quiet: bool = False, **more: Any) -> None:
-        self.path, self.quiet, self.wrong = path, quiet, list[str]()
+    def __init__(self, benchmark: str, save: str | None = None, **more: Any) -> None:
+        self.path, self.wrong = RESULTS / f"{save}.json" if save else None, list[str]()
         self.found: dict[str, Any] = {"benchmark": benchmark, **more}
         self.entries = list[dict[str, Any]]()
 
@@ -279,8 +279,7 @@ class Results:
         better = "more" if unit.endswith("/s") else "less"
         entry = {"case": case, "provider": provider, "value": middle, "unit": unit, "better": better}
         self.entries.append(entry | {"low": low, "high": high, "rounds": rounds, "floor": None} | more)
-        if not self.quiet:
-            print(line(self.entries[-1]), flush=True)
+        print(line(self.entries[-1]), flush=True)
 
     @property
     def equality(self) -> str:
@@ -337,21 +336,20 @@ def one_line(told: object) -> str:
 
 def header() -> dict[str, Any]:
     """Machine, versions and commit: what a number needs to mean something."""
-    status = _git("status", "--porcelain", "--", ".", ":!bench/results")
+    status = git("status", "--porcelain", "--", ".", ":!bench/results")
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = (each.partition(":")[2].strip() for each in lines if each.startswith("model name"))
+    models = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
     return {
         "format": FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": next(models, platform.processor() or platform.machine()),
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": versions(PACKAGES),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
     }
 
@@ -364,11 +362,11 @@ def versions(names: Sequence[str]) -> dict[str, str | None]:
     return found
 
 
-def _git(*words: str) -> str | None:
+def git(*words: str) -> str | None:
     with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(
-            ["git", *words], capture_output=True, text=True, check=True, cwd=ROOT
-        ).stdout.strip()
+        return subprocess.check_output(
+            ["git", *words], text=True, cwd=ROOT, stderr=subprocess.DEVNULL
+        ).strip()
     return None
 
 
@@ -378,30 +376,29 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
     path.write_text(json.dumps({**header(), **results}, indent=1) + "\n")
 
 
+def no_figure(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no figure")
+
+
 def read(path: Path, formats: Sequence[int] = (FORMAT,)) -> dict[str, Any]:
-    """Results, whose header and measurements are as they should be; nothing else is looked at.
+    """Results, with a header and with measurements that have what all readers take from them.
 
     Raises:
-        Unreadable: no such file, no JSON of finite numbers, another format, or no measurements.
+        Refused: no such file, no JSON of finite numbers, another format, or no measurements.
     """
     found: Any = None
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(), parse_constant=no_figure)
         if found.get("format") not in formats:
-            told = found.get("format", "an older one")
-            raise ValueError(f"its format is {told}, not {' or '.join(map(str, formats))}")
+            raise ValueError(f"its format is {found.get('format')}, not {formats[-1]}")
         if not found["measurements"]:
             raise ValueError(f"it holds no measurements {found.get('reason', '')}")
-        _ = [found[key] for key in HEADER], found["versions"].get("torch"), found["date"][:10]
+        _ = [found[key] for key in HEADER]
         for entry in found["measurements"]:
-            _, _, figures = entry["case"] + entry["provider"] + entry["unit"], entry["better"], []
-            if entry["value"] is None:
-                _ = entry["missing"]
-            else:
-                figures = [entry["value"], entry["rounds"], *entry.get("ratio", ())]
-            figures += [entry[key] for key in ("low", "high", "floor") if entry.get(key) is not None]
-            if not all(map(math.isfinite, figures)):
-                raise ValueError(f"{entry['case']}, {entry['provider']} has a figure that is none")
+            _ = [
+                entry[key] for key in ("case", "provider", "unit", "better", "rounds", "low", "high", "floor")
+            ]
+            _ = entry["missing"] if entry["value"] is None else float(entry["value"])
     except (
         OSError,
         ValueError,
@@ -411,30 +408,24 @@ def read(path: Path, formats: Sequence[int] = (FORMAT,)) -> dict[str, Any]:
         AttributeError,
         OverflowError,
     ) as error:
-        why = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise Unreadable(f"{path} cannot be read ({one_line(why)}); {remedy(found, path)}") from None
+        why = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        raise Refused(f"{path} cannot be read ({why}); {remedy(found, path)}") from None
     return dict(found)
 
 
 def remedy(found: object, path: Path) -> str:
     """What to do where a result cannot be used."""
     found = found if isinstance(found, dict) else {}
-    name = str(found.get("benchmark"))
     if "command" in found:  # put together by hand from runs of it
         return f"no benchmark writes it; it holds runs of `{found['command']}`"
-    if path.stem.startswith("gpu-"):
-        return f"measure again with bench/gpu.py --parts {path.stem.removeprefix('gpu-')}"
-    if name.isidentifier() and (ROOT / f"bench/bench_{name}.py").exists():
-        return f"measure again with bench/bench_{name}.py --save {path.stem}"
-    return "measure again with the benchmark that wrote it; --save NAME makes one"
+    return f"measure again with the benchmark that wrote it and --save {path.stem}"
 
 
 def failures(result: Mapping[str, Any]) -> dict[str, str]:
     """Why the figures of a result must not be trusted: in a word or two, and in full."""
     found = {}
     if result.get("status") == "failed":
-        why = result.get("reason", "no reason given")
-        found["failed run"] = f"its run failed ({why}): repair that and measure again"
+        found["failed run"] = f"its run failed ({result.get('reason')}): repair that and measure again"
     if (checked := result.get("equality")) not in (None, "passed"):
         found["failed equality check"] = f"its equality check {checked}"
     return found

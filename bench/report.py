@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, ROOT, Parser, Unreadable, failures, one_line, read, remedy
+from harness import RESULTS, ROOT, Parser, Refused, failures, one_line, read, remedy
 from pictures import draw, label
 
 READMES = tuple(ROOT / name for name in ("README.md", "bench/README.md", "docs/critic.md", "docs/replay.md"))
@@ -45,10 +45,6 @@ REPLAY = {  # the cases of the table; the file has them all
 BUFFERS = ("brc-fast", "brc-fast, tensors")  # stand first, and the bare gather last
 SLOWER = ", both stacks"  # of a buffer that also keeps frames once: what nobody would choose
 NOTHING = "–"
-
-
-class Refused(Exception):
-    """A result must not be cited; the message has the reasons and the remedy."""
 
 
 # ---------------------------------------------------------------- tables
@@ -165,11 +161,7 @@ def refusals(path: Path, result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def trusted(path: Path) -> dict[str, Any]:
-    """A result that may be cited.
-
-    Raises:
-        Refused, Unreadable: with the reason in a line.
-    """
+    """A result that may be cited; else Refused."""
     result = read(path)
     if reasons := list(refusals(path, result)):
         raise Refused(f"{path} is refused: {'; '.join(reasons)}")
@@ -196,7 +188,7 @@ def section(path: Path, beside: Path) -> str:
 
 @contextmanager
 def making(what: str, path: Path, found: Mapping[str, Any]) -> Iterator[None]:
-    """Around what makes a table or a picture of results, which may lack what it needs: Unreadable then."""
+    """Around what makes a table or a picture of results, which may lack what it needs."""
     try:
         yield
     except (
@@ -209,7 +201,7 @@ def making(what: str, path: Path, found: Mapping[str, Any]) -> Iterator[None]:
         AttributeError,
     ) as error:
         told = f"{type(error).__name__}: {error}"
-        raise Unreadable(f"{path} gives no {what} ({told}); {remedy(found, path)}") from None
+        raise Refused(f"{path} gives no {what} ({told}); {remedy(found, path)}") from None
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -262,7 +254,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for step, inputs in work:  # what is wrong with one file is a line, and costs the others nothing
         try:
             step(*inputs)
-        except (Refused, Unreadable, OSError, ValueError) as reason:
+        except (Refused, OSError, ValueError) as reason:
             print(f"report: {one_line(reason)}", file=sys.stderr)
             code = 1
     return code
