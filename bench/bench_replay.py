@@ -33,12 +33,17 @@ from native.row_gather import RowGather
 from workloads import WORKLOADS, Workload
 
 from brc_fast import DeviceReplayBuffer, Field, ReplayBuffer
-from peers.replay import PEERS, Authors, Ours, OursTensors, Peer, Stored, filled
+from peers.replay import KINDS, Peer, Stored, filled, ours
 
 FIRST = Workload("", "the first case", 67, 24)
 STREAMS = 64
 MIN_CAPACITY = 20_480  # 1024 transitions with wide observations
-OURS, LIMIT = Ours.name, "row gather (limit)"
+OURS, TENSORS, AUTHORS, LIMIT = (
+    "brc-fast",
+    "brc-fast, tensors",
+    "authors' layout (numpy)",
+    "row gather (limit)",
+)
 UNIT = "ns per transition"
 SLICE = 0.004  # seconds of one buffer's turn
 
@@ -75,29 +80,32 @@ def timed(
 # ---------------------------------------------------------------- sampling
 
 
-def check(peer: Peer, batches: int, size: int) -> None:
-    peer.work.check(peer.columns(peer.sample(batches, size)))
-
-
 def sampled(
     found: Results, clock: Clock, grid: Mapping[str, tuple[int, int]], work: Stored, gathered: int = 0
 ) -> None:
     """Batches of several sizes, by case, beside the bare gather of at most so many rows."""
-    missing, gather = Missing(), None
-    peers = filled((Ours, *PEERS), work, missing)
-    with missing.of(LIMIT):
-        gather = RowGather(work.rows, work.row_bytes, gathered) if gathered else None
+    missing, calls = Missing(), dict[str, Callable[[int, int], Provider]]()
+    for name in (name for name in KINDS if name != TENSORS):
+        with missing.of(name):
+            peer = filled(name, work)
+            shown = name if work.tasks == 1 or KINDS[name].tasks else f"{name} x {work.tasks}"
+            calls[shown] = lambda *size, peer=peer: Provider(
+                partial(peer.sample, *size), partial(peer.check, *size)
+            )
+    if gathered:
+        with missing.of(LIMIT):
+            gather = RowGather(work.rows, work.row_bytes, gathered)
+            calls[LIMIT] = lambda u, b: Provider(partial(gather.gather, u * b), partial(gather.check, u * b))
     rows = f"{work.tasks} tasks x {work.rows:,}" if work.tasks > 1 else f"{work.rows:,}"
     for place, (case, size) in enumerate(grid.items()):
         title = (
             f"Sampling {size[0]} x {size[1]} from {rows} transitions, O={work.observation}, A={work.action}"
         )
-        count, providers = size[0] * size[1], dict[str, Provider]()
-        for name, peer in peers.items():
-            providers[name] = Provider(partial(peer.sample, *size), partial(check, peer, *size))
-        if gather is not None:
-            providers[LIMIT] = Provider(partial(gather.gather, count), partial(gather.check, count))
-        timed(found, case, title, providers, count, missing, clock.left / (len(grid) - place))
+        providers, share = (
+            {name: call(*size) for name, call in calls.items()},
+            clock.left / (len(grid) - place),
+        )
+        timed(found, case, title, providers, size[0] * size[1], missing, share)
 
 
 def held(shape: Workload, capacity: int) -> Stored:
@@ -134,14 +142,14 @@ def inserting(peer: Peer) -> Callable[[], object]:
     return lambda: peer.add(next(prepared))
 
 
-def check_insert(kind: type[Peer], work: Stored) -> None:
-    """A small buffer of `kind` that was overwritten by `add` more than once must return what was added."""
+def check_insert(name: str, work: Stored) -> None:
+    """A small buffer that was overwritten by `add` more than once must return what was added."""
     steps = max(8, 2048 // work.lanes)
-    peer = kind(work._replace(steps=steps))
+    peer = KINDS[name].make(work._replace(steps=steps))
     add = inserting(peer)
     for _ in range(2 * steps + 3):
         add()
-    check(peer, 1, 1024)
+    peer.check(1, 1024)
 
 
 def insert(found: Results, capacity: int, clock: Clock) -> None:
@@ -151,11 +159,11 @@ def insert(found: Results, capacity: int, clock: Clock) -> None:
         share = Clock(clock.left / (len(grid) - place))
         missing, providers = Missing(), dict[str, Provider]()
         work = Stored(FIRST.observation, FIRST.action, 1, count, capacity // count)
-        for kind in (Ours, OursTensors, *PEERS):
+        for name in KINDS:
             # The authors' buffer takes one transition per task at a time.
-            own = work._replace(tasks=count, streams=1) if kind is Authors else work
-            for name, peer in filled((kind,), own, missing).items():
-                providers[name] = Provider(inserting(peer), partial(check_insert, kind, own))
+            own = work._replace(tasks=count, streams=1) if name == AUTHORS else work
+            with missing.of(name):
+                providers[name] = Provider(inserting(filled(name, own)), partial(check_insert, name, own))
         title = f"Adding a step of {count} environments to {capacity:,} transitions, O={FIRST.observation}"
         timed(found, f"insert {count}", title, providers, count, missing, share.left)
         del providers
@@ -166,7 +174,7 @@ def memory(found: Results, capacity: int, clock: Clock) -> None:
     """Bytes reserved, against arrays with both observations: float32, and stacks of 4 frames in uint8."""
     work, frames = held(FIRST, capacity), max(2048, capacity // 40)
     stacks = ReplayBuffer(frames, Field((84, 84), "uint8", stack=4), Field((), "int64"), task_ids=[0])
-    held_bytes = {OURS: Ours(work).buffer.nbytes / work.rows, "float32 arrays": work.row_bytes}
+    held_bytes = {OURS: ours(work).buffer.nbytes / work.rows, "float32 arrays": work.row_bytes}
     of_frames = {OURS: stacks.nbytes / frames, "both stacks, uint8": 2 * 4 * 84 * 84 + 8 + 4 + 4}
     for case, own in (("memory", held_bytes), ("atari memory", of_frames)):
         for name, value in own.items():
@@ -176,11 +184,9 @@ def memory(found: Results, capacity: int, clock: Clock) -> None:
 def files(found: Results, capacity: int, clock: Clock) -> None:
     """Saving, loading and saving again after 10,000 further transitions, in turns with numpy.savez."""
     work, numpy, missing = held(FIRST, capacity), "numpy.savez + numpy.load", Missing()
-    ours, other, plain = Ours(work), Ours(work), Authors(work)
-    ours.fill()
-    plain.fill()
-    add = inserting(ours)
-    arrays = {f"{number}": array for number, array in enumerate(plain.arrays)}
+    mine, other, plain = filled(OURS, work), ours(work), filled(AUTHORS, work)
+    add = inserting(mine)
+    arrays = {f"{number}": array for number, array in enumerate(plain.buffer)}
     times: dict[str, dict[str, list[float]]] = {"save": {}, "load": {}, "again": {}}
 
     def note(what: str, name: str, call: Callable[[], object]) -> None:
@@ -200,15 +206,15 @@ def files(found: Results, capacity: int, clock: Clock) -> None:
             path = Path(folder, "replay.npz")
             note("save", numpy, partial(np.savez, path, **arrays))
             note("load", numpy, partial(load, path))
-            note("save", OURS, partial(ours.buffer.save, Path(folder, "ours")))
+            note("save", OURS, partial(mine.buffer.save, Path(folder, "ours")))
             note("load", OURS, partial(other.buffer.load, Path(folder, "ours")))
-            one, two = ours.buffer.sample(1024), other.buffer.sample(1024)
-            if len(other.buffer) != len(ours.buffer) or not all(map(torch.equal, one, two)):
+            one, two = mine.buffer.sample(1024), other.buffer.sample(1024)
+            if len(other.buffer) != len(mine.buffer) or not all(map(torch.equal, one, two)):
                 raise Differs("what was loaded is not what was saved")
-            work.check(ours.columns(two))
+            work.check(other.columns(two))
             for _ in range(10_000 // work.lanes):
                 add()
-            note("again", OURS, partial(ours.buffer.save, Path(folder, "ours")))
+            note("again", OURS, partial(mine.buffer.save, Path(folder, "ours")))
         took = time.perf_counter() - start
     for what, own in times.items():
         kept = {name: values for name, values in own.items() if name not in missing}
@@ -233,7 +239,7 @@ def on_device(found: Results, shape: Workload, capacity: int, device: str, clock
     work, before = held(shape, capacity), f"{shape.name}: " if shape.name else ""
     sizes = [(2, shape.batch)] if shape.name else [(1, 1024), (16, 1024)]
     options: Any = {"finish": lambda name: harness.wait(device)}
-    host, missing = Ours(work), Missing()
+    host, missing = ours(work), Missing()
     ids = np.repeat(np.arange(work.tasks), work.streams)
     with missing.of("device", "prefetched", "copied"):
         there = DeviceReplayBuffer(work.rows, work.observation, work.action, task_ids=ids, device=device)
@@ -259,16 +265,16 @@ def on_device(found: Results, shape: Workload, capacity: int, device: str, clock
         found.case(case, times, UNIT, updates * batch, ours="device", missing=missing)
     if not missing:
         tensors = [[torch.from_numpy(column).to(device) for column in step] for step in work.each_step()]
-        ours, theirs = itertools.cycle(tensors), itertools.cycle(tensors)
+        mine, theirs = itertools.cycle(tensors), itertools.cycle(tensors)
         adding = {
-            "device": lambda: there.add(*next(ours)),
+            "device": lambda: there.add(*next(mine)),
             "copied": lambda: host.buffer.add(*(value.cpu() for value in next(theirs))),
         }
         case = f"{before}add from {work.lanes} environments on the device"
         found.case(case, interleave(adding, clock.left, **options), UNIT, work.lanes, ours="device")
 
 
-def agree(host: Ours, there: DeviceReplayBuffer, size: tuple[int, int], device: str) -> None:
+def agree(host: Peer, there: DeviceReplayBuffer, size: tuple[int, int], device: str) -> None:
     """Differs where the next batches do, or were never stored; equal seeds draw equal batches."""
     with host.buffer.prefetch(size[1], size[0], device=device) as batches:
         for _ in range(3):
@@ -299,7 +305,9 @@ def main(words: Sequence[str] | None = None) -> int:
             on_device(found, shape, capacity, device, Clock(given.budget / len(asked)))
         return found.end()
     harness.one_core()
-    found.found["versions"] = harness.versions([*harness.PACKAGES, *(kind.package for kind in PEERS)])
+    found.found["versions"] = harness.versions(
+        [*harness.PACKAGES, *(kind.package for kind in KINDS.values())]
+    )
     groups = [GROUPS[name] for name in given.cases or ([] if shapes else GROUPS)]
     groups += [(partial(on_workload, shape), 0.1) for shape in shapes]
     whole = sum(share for _, share in groups) or 1.0

@@ -70,7 +70,7 @@ class Missing(dict[str, Exception]):
         try:
             yield
         except Exception as error:
-            self.update(dict.fromkeys(names, error))
+            self.update(dict.fromkeys(names, error) | self)  # the first reason stays
 
 
 # ---------------------------------------------------------------- options

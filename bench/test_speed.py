@@ -14,12 +14,12 @@ import pytest
 pytest.importorskip("pytest_benchmark", reason='needs pytest-benchmark: pip install "brc-fast[bench]"')
 
 import torch
-from bench_replay import check, check_insert, held, inserting
+from bench_replay import OURS, check_insert, held, inserting
 from bench_update import HEAVY
 from harness import tensor_cores
 from workloads import WORKLOADS, Workload
 
-from peers.replay import Ours
+from peers.replay import filled, ours
 from peers.updates import Subject, checked, expected
 
 CUDA = torch.cuda.is_available()
@@ -51,15 +51,14 @@ def test_update(workload: Workload, benchmark: Any) -> None:
 
 
 def test_sample(workload: Workload, benchmark: Any) -> None:
-    peer = Ours(held(workload, CAPACITY))
-    peer.fill()
-    check(peer, 2, workload.batch)
+    peer = filled(OURS, held(workload, CAPACITY))
+    peer.check(2, workload.batch)
     benchmark.extra_info["transitions"] = 2 * workload.batch
     benchmark.pedantic(peer.sample, (2, workload.batch), **CALLS)
 
 
 def test_insert(workload: Workload, benchmark: Any) -> None:
     work = held(workload, CAPACITY)
-    check_insert(Ours, work)
+    check_insert(OURS, work)
     benchmark.extra_info["transitions"] = work.lanes
-    benchmark.pedantic(inserting(Ours(work)), **CALLS)
+    benchmark.pedantic(inserting(ours(work)), **CALLS)

@@ -7,14 +7,13 @@ again and again; the first of them follows the last one without a break.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from harness import Differs, Missing
+from harness import Differs
 from numpy.typing import NDArray
 
 from brc_fast import ReplayBuffer
@@ -35,15 +34,9 @@ class Steps(NamedTuple):
     successors: Array
 
 
-class Columns(NamedTuple):
-    """A sampled batch for the check: [n, O], [n, A], [n], [n], [n, O], and [n] where tasks are told apart."""
-
-    observations: Array
-    actions: Array
-    rewards: Array
-    masks: Array
-    next_observations: Array
-    task_ids: Array | None = None
+# A sampled batch for the check: [n, O], [n, A], [n], [n], [n, O], and [n] where tasks are told apart
+COLUMNS = ("observations", "actions", "rewards", "masks", "next_observations", "task_ids")
+Columns = Sequence[Array]
 
 
 class Stored(NamedTuple):
@@ -64,6 +57,11 @@ class Stored(NamedTuple):
     def rows(self) -> int:
         """Transitions per task."""
         return self.streams * self.steps
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of a row in each column but the last."""
+        return [(self.observation,), (self.action,), (), (), (self.observation,)]
 
     @property
     def row_bytes(self) -> int:
@@ -92,16 +90,13 @@ class Stored(NamedTuple):
 
     def check(self, batch: Columns) -> None:
         """Differs unless `batch` holds stored transitions, whole ones and not always the same."""
-        tags = np.rint(batch.observations[:, 0] * 2.0).astype(np.int64)
+        tags = np.rint(batch[0][:, 0] * 2.0).astype(np.int64)
         if tags.min() < 0 or tags.max() >= self.different:
             raise Differs("an observation was never stored")
         masks = (tags % (2 * EPISODE) != 0).astype(np.float32)
-        following = values(self.successors(tags), self.observation)
-        right = values(tags, self.observation), values(tags, self.action), tags.astype(np.float32)
-        ids = None if batch.task_ids is None else tags % self.lanes // self.streams
-        for name, got, wanted in zip(Columns._fields, batch, (*right, masks, following, ids), strict=True):
-            if wanted is None:
-                continue
+        right = values(tags, self.observation), values(tags, self.action), tags.astype(np.float32), masks
+        right = *right, values(self.successors(tags), self.observation), tags % self.lanes // self.streams
+        for name, got, wanted in zip(COLUMNS, batch, right, strict=False):
             if got.shape != wanted.shape:
                 raise Differs(f"{name} have shape {list(got.shape)} instead of {list(wanted.shape)}")
             if wrong := np.count_nonzero((got != wanted).reshape(len(tags), -1).any(1)):
@@ -118,300 +113,239 @@ def values(tags: Array, width: int) -> Array:
 # ---------------------------------------------------------------- buffers
 
 
-class Peer:
-    """A buffer. `sample` and `add` are timed; what a user prepares once per step anyway (a TensorDict, an
+class Peer(NamedTuple):
+    """A buffer. `add` and `sample` are timed; what a user prepares once per step anyway (a TensorDict, an
     `infos` list, arrays on JAX's device), filling it and `columns` are not."""
 
-    name: str
-    package: str  # to name its version
-    buffer: Any
-    tasks = False  # knows tasks itself; otherwise PerTask holds one for each
-    any_rows = True  # `add` takes any number of transitions, not only a step of all environments
+    work: Stored
+    prepare: Callable[[Steps], Any]  # one step [S, ...] in the form that `add` takes
+    add: Callable[[Any], object]
+    sample: Callable[[int, int], Any]  # U batches of B: U * B rows, or [U, B, ...], as the library has it
+    columns: Callable[[Any], Columns]  # of what `sample` returned, as arrays of U * B rows
+    buffer: Any = None
 
-    def __init__(self, work: Stored) -> None:
-        """Makes the empty buffer."""
-        self.work = work
-
-    def fill(self) -> None:
-        if not self.any_rows:
-            prepared = [self.prepare(step) for step in self.work.each_step()]
-            for step in range(self.work.steps):
-                self.add(prepared[step % len(prepared)])
-            return
+    def fill(self, any_rows: bool) -> None:
+        """By `add`, as many rows at once as it takes: of all steps, or those of one."""
         whole, rows = self.work.all_steps(), self.work.rows * self.work.tasks
-        for first in range(0, rows, self.work.different):
-            self.add(self.prepare(Steps(*(column[: rows - first] for column in whole))))
+        if any_rows:
+            for first in range(0, rows, self.work.different):
+                self.add(self.prepare(Steps(*(column[: rows - first] for column in whole))))
+            return
+        prepared = [self.prepare(step) for step in self.work.each_step()]
+        for step in range(self.work.steps):
+            self.add(prepared[step % len(prepared)])
 
-    def sample(self, batches: int, size: int) -> Any:
-        """U batches of B transitions, as the library gives them: U * B rows, or [U, B, ...]."""
-        return self.buffer.sample(batches * size)
-
-    def columns(self, sampled: Any) -> Columns:
-        """What `sample` returned, as arrays of U * B rows."""
-        raise NotImplementedError(self.name)
-
-    def prepare(self, step: Steps) -> Any:
-        """One step [S, ...] in the form that `add` takes."""
-        return step
-
-    def add(self, prepared: Any) -> Any:
-        raise NotImplementedError(self.name)
+    def check(self, batches: int, size: int) -> None:
+        """Differs unless a sample holds what was stored."""
+        self.work.check(self.columns(self.sample(batches, size)))
 
 
-class Ours(Peer):
-    name, package, tasks, any_rows = "brc-fast", "brc-fast", True, False
+def ours(work: Stored, tensors: bool = False) -> Peer:
+    """`tensors`: `add` is given torch tensors."""
+    ids = np.repeat(np.arange(work.tasks), work.streams)
+    buffer = ReplayBuffer(work.rows, work.observation, work.action, task_ids=ids)
 
-    def __init__(self, work: Stored) -> None:
-        ids = np.repeat(np.arange(work.tasks), work.streams)
-        self.work, self.buffer = work, ReplayBuffer(work.rows, work.observation, work.action, task_ids=ids)
+    def prepare(step: Steps) -> Sequence[Any]:
+        return list(map(torch.from_numpy, step)) if tensors else step
 
-    def sample(self, batches: int, size: int) -> Any:
-        return self.buffer.sample(size, batches)
+    def columns(sampled: Any) -> Columns:
+        return [field.flatten(0, 1).cpu().numpy() for field in sampled]
 
-    def columns(self, sampled: Any) -> Columns:
-        return Columns(*(field.flatten(0, 1).cpu().numpy() for field in sampled))
-
-    def add(self, prepared: Sequence[Any]) -> None:
-        self.buffer.add(*prepared)
+    sample = lambda batches, size: buffer.sample(size, batches)  # noqa: E731
+    return Peer(work, prepare, lambda step: buffer.add(*step), sample, columns, buffer)
 
 
-class OursTensors(Ours):
-    """With torch tensors as arguments of `add`."""
-
-    name = "brc-fast, tensors"
-
-    def prepare(self, step: Steps) -> Any:
-        return tuple(map(torch.from_numpy, step))
+def masked(step: Steps) -> list[Array]:
+    """The columns of a step."""
+    masks = 1.0 - step.terminated.astype(np.float32)
+    return [step.observations, step.actions, step.rewards, masks, step.successors]
 
 
-class Authors(Peer):
+def authors(work: Stored) -> Peer:
     """The layout of the BRC authors' buffer: [T, capacity, ...] arrays, both observations, one pointer."""
+    arrays = [np.empty((work.tasks, work.rows, *shape), np.float32) for shape in work.shapes]
+    pointer = 0
 
-    name, package, tasks, any_rows = "authors' layout (numpy)", "numpy", True, False
+    def prepare(step: Steps) -> list[Array]:
+        return [column.reshape(work.tasks, work.streams, *column.shape[1:]) for column in masked(step)]
 
-    def __init__(self, work: Stored) -> None:
-        widths = (work.observation,), (work.action,), (), (), (work.observation,)
-        self.arrays = [np.empty((work.tasks, work.rows, *width), np.float32) for width in widths]
-        self.work, self.pointer = work, 0
+    def add(columns: list[Array]) -> None:
+        nonlocal pointer
+        for array, column in zip(arrays, columns, strict=True):
+            array[:, pointer : pointer + work.streams] = column
+        pointer = (pointer + work.streams) % work.rows
 
-    def sample(self, batches: int, size: int) -> list[Array]:
-        drawn = [self._draw(size) for _ in range(batches)]
+    def draw(size: int) -> list[Array]:
+        task = np.random.randint(0, work.tasks, size)  # noqa: NPY002  as the authors draw
+        step = np.random.randint(0, work.rows, size)  # noqa: NPY002
+        return [array[task, step] for array in arrays]
+
+    def sample(batches: int, size: int) -> list[Array]:
+        drawn = [draw(size) for _ in range(batches)]
         return drawn[0] if batches == 1 else [np.stack(parts) for parts in zip(*drawn, strict=True)]
 
-    def _draw(self, size: int) -> list[Array]:
-        task = np.random.randint(0, self.work.tasks, size)  # noqa: NPY002  as the authors draw
-        step = np.random.randint(0, self.work.rows, size)  # noqa: NPY002
-        return [array[task, step] for array in self.arrays]
+    def columns(sampled: list[Array]) -> Columns:
+        return [array.reshape(-1, *shape) for array, shape in zip(sampled, work.shapes, strict=True)]
 
-    def columns(self, sampled: list[Array]) -> Columns:
-        lead = sampled[2].ndim
-        return Columns(*(array.reshape(-1, *array.shape[lead:]) for array in sampled))
-
-    def prepare(self, step: Steps) -> list[Array]:
-        masks, shape = 1.0 - step.terminated.astype(np.float32), (self.work.tasks, self.work.streams)
-        columns = step.observations, step.actions, step.rewards, masks, step.successors
-        return [column.reshape(*shape, *column.shape[1:]) for column in columns]
-
-    def add(self, prepared: list[Array]) -> None:
-        stop = self.pointer + self.work.streams
-        for array, column in zip(self.arrays, prepared, strict=True):
-            array[:, self.pointer : stop] = column
-        self.pointer = stop % self.work.rows
+    return Peer(work, prepare, add, sample, columns, arrays)
 
 
-class IndexSelect(Peer):
+def index_select(work: Stored) -> Peer:
     """Separate torch tensors, both observations; a batch is one torch.index_select from each, into memory
     that the next one of its size overwrites."""
+    rows, pointer = work.rows * work.tasks, 0
+    tensors = [torch.empty(rows, *shape) for shape in work.shapes]
+    if work.tasks > 1:
+        tensors.append(torch.arange(work.tasks).repeat_interleave(work.streams).repeat(work.steps))
+    batches_of: dict[int, list[torch.Tensor]] = {}
 
-    name, package, tasks = "torch.index_select", "torch", True
+    def add(columns: list[torch.Tensor]) -> None:
+        nonlocal pointer
+        for tensor, column in zip(tensors, columns, strict=False):
+            tensor[pointer : pointer + len(column)] = column
+        pointer = (pointer + len(columns[2])) % rows
 
-    def __init__(self, work: Stored) -> None:
-        rows, widths = (
-            work.rows * work.tasks,
-            ((work.observation,), (work.action,), (), (), (work.observation,)),
-        )
-        self.tensors = [torch.empty(rows, *width) for width in widths]
-        if work.tasks > 1:
-            self.tensors.append(torch.arange(work.tasks).repeat_interleave(work.streams).repeat(work.steps))
-        self.work, self.pointer, self.batches = work, 0, dict[int, list[torch.Tensor]]()
-
-    def sample(self, batches: int, size: int) -> list[torch.Tensor]:
-        rows = batches * size
-        if rows not in self.batches:
-            self.batches[rows] = [tensor.new_empty(rows, *tensor.shape[1:]) for tensor in self.tensors]
-        index = torch.randint(len(self.tensors[2]), (rows,))
-        for tensor, batch in zip(self.tensors, self.batches[rows], strict=True):
+    def sample(batches: int, size: int) -> list[torch.Tensor]:
+        if (count := batches * size) not in batches_of:
+            batches_of[count] = [tensor.new_empty(count, *tensor.shape[1:]) for tensor in tensors]
+        index = torch.randint(rows, (count,))
+        for tensor, batch in zip(tensors, batches_of[count], strict=True):
             torch.index_select(tensor, 0, index, out=batch)
-        return self.batches[rows]
+        return batches_of[count]
 
-    def columns(self, sampled: list[torch.Tensor]) -> Columns:
-        return Columns(*(tensor.numpy() for tensor in sampled))
-
-    def prepare(self, step: Steps) -> tuple[torch.Tensor, ...]:
-        observations, actions, rewards, terminated, _, successors = map(torch.from_numpy, step)
-        return observations, actions, rewards, 1.0 - terminated.float(), successors
-
-    def add(self, prepared: tuple[torch.Tensor, ...]) -> None:
-        start, stop = self.pointer, self.pointer + len(prepared[2])
-        for tensor, column in zip(self.tensors, prepared, strict=False):
-            tensor[start:stop] = column
-        self.pointer = stop % len(self.tensors[2])
+    return Peer(work, lambda step: list(map(torch.from_numpy, masked(step))), add, sample, arrays_of)
 
 
-class Cpprb(Peer):
-    name, package = "cpprb", "cpprb"
-
-    def __init__(self, work: Stored) -> None:
-        from cpprb import ReplayBuffer as Buffer
-
-        wide = {"shape": work.observation}
-        fields = {"obs": wide, "act": {"shape": work.action}, "rew": {}, "next_obs": wide, "done": {}}
-        self.work, self.buffer = work, Buffer(work.rows, fields)
-
-    def columns(self, sampled: dict[str, Array]) -> Columns:
-        rewards, masks = sampled["rew"][:, 0], 1.0 - sampled["done"][:, 0]
-        return Columns(sampled["obs"], sampled["act"], rewards, masks, sampled["next_obs"])
-
-    def prepare(self, step: Steps) -> dict[str, Array]:
-        here, actions, rewards, done, _, there = step
-        return {"obs": here, "act": actions, "rew": rewards, "next_obs": there, "done": done}
-
-    def add(self, prepared: dict[str, Array]) -> None:
-        self.buffer.add(**prepared)
+def arrays_of(tensors: Sequence[torch.Tensor]) -> Columns:
+    return [tensor.numpy() for tensor in tensors]
 
 
-class TorchRL(Peer):
+def cpprb(work: Stored) -> Peer:
+    from cpprb import ReplayBuffer as Buffer
+
+    wide = {"shape": work.observation}
+    fields = {"obs": wide, "act": {"shape": work.action}, "rew": {}, "done": {}, "next_obs": wide}
+    buffer = Buffer(work.rows, fields)
+
+    def prepare(step: Steps) -> dict[str, Array]:
+        columns = step.observations, step.actions, step.rewards, step.terminated, step.successors
+        return dict(zip(fields, columns, strict=True))
+
+    def columns(sampled: dict[str, Array]) -> Columns:
+        here, actions, rewards, done, there = (sampled[name] for name in fields)
+        return [here, actions, rewards[:, 0], 1.0 - done[:, 0], there]
+
+    return Peer(work, prepare, lambda step: buffer.add(**step), lambda u, b: buffer.sample(u * b), columns)
+
+
+def torchrl(work: Stored) -> Peer:
     """ReplayBuffer with LazyTensorStorage and RandomSampler; TensorDictReplayBuffer takes a little longer."""
+    from tensordict import TensorDict
+    from torchrl import torchrl_logger
+    from torchrl.data import LazyTensorStorage, RandomSampler
+    from torchrl.data import ReplayBuffer as Buffer
 
-    name, package = "TorchRL", "torchrl"
+    torchrl_logger.setLevel("WARNING")
+    buffer = Buffer(storage=LazyTensorStorage(work.rows, device="cpu"), sampler=RandomSampler())
 
-    def __init__(self, work: Stored) -> None:
-        from torchrl import torchrl_logger
-        from torchrl.data import LazyTensorStorage, RandomSampler
-        from torchrl.data import ReplayBuffer as Buffer
+    def prepare(step: Steps) -> Any:
+        here, actions, rewards, done, _, there = map(torch.from_numpy, step)
+        after = {"observation": there, "reward": rewards[:, None], "terminated": done[:, None]}
+        content = {"observation": here, "action": actions, "next": TensorDict(after, [len(rewards)])}
+        return TensorDict(content, [len(rewards)])
 
-        torchrl_logger.setLevel("WARNING")
-        storage = LazyTensorStorage(work.rows, device="cpu")
-        self.work, self.buffer = work, Buffer(storage=storage, sampler=RandomSampler())
-
-    def columns(self, sampled: Any) -> Columns:
+    def columns(sampled: Any) -> Columns:
         after = sampled["next"]
         rewards, masks = after["reward"][:, 0], 1.0 - after["terminated"].float()[:, 0]
-        parts = sampled["observation"], sampled["action"], rewards, masks, after["observation"]
-        return Columns(*(part.numpy() for part in parts))
+        return arrays_of([sampled["observation"], sampled["action"], rewards, masks, after["observation"]])
 
-    def prepare(self, step: Steps) -> Any:
-        from tensordict import TensorDict
-
-        observations, actions, rewards, terminated, _, successors = map(torch.from_numpy, step)
-        after = {"observation": successors, "reward": rewards[:, None], "terminated": terminated[:, None]}
-        size = [len(rewards)]
-        content = {"observation": observations, "action": actions, "next": TensorDict(after, size)}
-        return TensorDict(content, size)
-
-    def add(self, prepared: Any) -> None:
-        self.buffer.extend(prepared)
+    return Peer(work, prepare, buffer.extend, lambda u, b: buffer.sample(u * b), columns)
 
 
-class StableBaselines3(Peer):
-    name, package, any_rows = "Stable-Baselines3", "stable-baselines3", False
+def stable_baselines3(work: Stored) -> Peer:
+    from gymnasium.spaces import Box
+    from stable_baselines3.common.buffers import ReplayBuffer as Buffer
 
-    def __init__(self, work: Stored) -> None:
-        from gymnasium.spaces import Box
-        from stable_baselines3.common.buffers import ReplayBuffer as Buffer
+    observations = Box(-np.inf, np.inf, (work.observation,), np.float32)
+    actions = Box(-1.0, 1.0, (work.action,), np.float32)
+    buffer = Buffer(work.rows, observations, actions, device="cpu", n_envs=work.lanes)
 
-        observations = Box(-np.inf, np.inf, (work.observation,), np.float32)
-        actions = Box(-1.0, 1.0, (work.action,), np.float32)
-        self.work = work
-        self.buffer = Buffer(work.rows, observations, actions, device="cpu", n_envs=work.lanes)
-
-    def columns(self, sampled: Any) -> Columns:
-        rewards, masks = sampled.rewards[:, 0], 1.0 - sampled.dones[:, 0]
-        parts = sampled.observations, sampled.actions, rewards, masks, sampled.next_observations
-        return Columns(*(part.numpy() for part in parts))
-
-    def prepare(self, step: Steps) -> tuple[Any, ...]:
+    def prepare(step: Steps) -> tuple[Any, ...]:
         infos = [{"TimeLimit.truncated": True} if cut else {} for cut in step.truncated.tolist()]
         done = step.terminated | step.truncated
         return step.observations, step.successors, step.actions, step.rewards, done, infos
 
-    def add(self, prepared: tuple[Any, ...]) -> None:
-        self.buffer.add(*prepared)
+    def columns(got: Any) -> Columns:
+        rewards, masks = got.rewards[:, 0], 1.0 - got.dones[:, 0]
+        return arrays_of([got.observations, got.actions, rewards, masks, got.next_observations])
+
+    return Peer(work, prepare, lambda step: buffer.add(*step), lambda u, b: buffer.sample(u * b), columns)
 
 
-@cache
-def flashbax_functions(capacity: int, rows: int) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
-    """The item buffer for samples of `rows` transitions, and its add and sample under jit."""
+def flashbax(work: Stored) -> Peer:
+    """The item buffer, every function under jit, its state donated where it changes."""
     import flashbax
     import jax
 
-    buffer = flashbax.make_item_buffer(capacity, 1, rows, add_batches=True)
+    def buffer(rows: int) -> Any:
+        return flashbax.make_item_buffer(work.rows, 1, rows, add_batches=True)
 
-    def sample(state: Any, key: Any) -> Any:
+    @partial(jax.jit, static_argnums=2)
+    def draw(state: Any, key: Any, rows: int) -> Any:
         key, now = jax.random.split(key)
-        return key, buffer.sample(state, now).experience
+        return key, buffer(rows).sample(state, now).experience
 
-    return buffer, jax.jit(buffer.add, donate_argnums=0), jax.jit(sample)
+    def prepare(step: Steps) -> list[Any]:
+        return list(map(jax.numpy.array, masked(step)))
 
+    def add(columns: Any) -> None:
+        nonlocal state
+        state = jax.block_until_ready(added(state, columns))
 
-class Flashbax(Peer):
-    """The item buffer, every function under jit, its state donated where it changes."""
+    def sample(batches: int, size: int) -> Any:
+        nonlocal key
+        key, sampled = draw(state, key, batches * size)
+        return jax.block_until_ready(sampled)
 
-    name, package = "flashbax (jit)", "flashbax"
-
-    def __init__(self, work: Stored) -> None:
-        self.work, self.jax = work, importlib.import_module("jax")
-        buffer, self.add_jit, _ = flashbax_functions(work.rows, 1)
-        self.key = self.jax.random.key(np.random.default_rng().integers(2**31))  # PerTask has several
-        self.state = buffer.init(self.prepare(Steps(*(column[0] for column in work.each_step()[0]))))
-
-    def sample(self, batches: int, size: int) -> Any:
-        draw = flashbax_functions(self.work.rows, batches * size)[2]
-        self.key, sampled = draw(self.state, self.key)
-        return self.jax.block_until_ready(sampled)
-
-    def columns(self, sampled: Any) -> Columns:
-        here, actions, rewards, terminated, there = map(np.asarray, sampled)
-        return Columns(here, actions, rewards, 1.0 - terminated.astype(np.float32), there)
-
-    def prepare(self, step: Steps) -> Any:
-        here, actions, rewards, terminated, _, there = step
-        return tuple(map(self.jax.numpy.array, (here, actions, rewards, terminated, there)))
-
-    def add(self, prepared: Any) -> None:
-        self.state = self.jax.block_until_ready(self.add_jit(self.state, prepared))
+    added = jax.jit(buffer(1).add, donate_argnums=0)
+    key = jax.random.key(np.random.default_rng().integers(2**31))  # tasks have buffers of their own
+    state = buffer(1).init(prepare(Steps(*(column[0] for column in work.each_step()[0]))))
+    return Peer(work, prepare, add, sample, lambda sampled: list(map(np.asarray, sampled)))
 
 
-class PerTask(Peer):
-    """One buffer per task for those that know no tasks: each gives its share, and the shares are joined."""
+class Kind(NamedTuple):
+    """How to make a buffer, and the distribution whose version is told."""
 
-    def __init__(self, kind: type[Peer], work: Stored) -> None:
-        self.name, self.work = f"{kind.name} x {work.tasks}", work._replace(tasks=1)
-        self.parts = [kind(self.work) for _ in range(work.tasks)]
-
-    def fill(self) -> None:
-        for part in self.parts:
-            part.fill()
-
-    def sample(self, batches: int, size: int) -> Columns:
-        share, more = divmod(size, len(self.parts))
-        sizes = [share + (task < more) for task in range(len(self.parts))]
-        drawn = [part.columns(part.sample(batches, one)) for part, one in zip(self.parts, sizes, strict=True)]
-        return Columns(*(np.concatenate(column) for column in zip(*(d[:5] for d in drawn), strict=True)))
-
-    def columns(self, sampled: Columns) -> Columns:
-        return sampled
+    make: Callable[[Stored], Peer]
+    package: str
+    tasks: bool = False  # knows tasks; otherwise there is one buffer for each
+    any_rows: bool = True  # `add` takes any number of transitions, not only a step of all environments
 
 
-PEERS: tuple[type[Peer], ...] = (Authors, Cpprb, IndexSelect, TorchRL, StableBaselines3, Flashbax)
+KINDS = {
+    "brc-fast": Kind(ours, "brc-fast", tasks=True, any_rows=False),
+    "brc-fast, tensors": Kind(partial(ours, tensors=True), "brc-fast", tasks=True, any_rows=False),
+    "authors' layout (numpy)": Kind(authors, "numpy", tasks=True, any_rows=False),
+    "cpprb": Kind(cpprb, "cpprb"),
+    "torch.index_select": Kind(index_select, "torch", tasks=True),
+    "TorchRL": Kind(torchrl, "torchrl"),
+    "Stable-Baselines3": Kind(stable_baselines3, "stable-baselines3", any_rows=False),
+    "flashbax (jit)": Kind(flashbax, "flashbax"),
+}
 
 
-def filled(kinds: Sequence[type[Peer]], work: Stored, missing: Missing) -> dict[str, Peer]:
-    """Full buffers by name, or why there are none."""
-    peers: dict[str, Peer] = {}
-    for kind in kinds:
-        with missing.of(kind.name):
-            peer = kind(work) if kind.tasks or work.tasks == 1 else PerTask(kind, work)
-            peer.fill()
-            peers[peer.name] = peer
-    return peers
+def filled(name: str, work: Stored) -> Peer:
+    """A full buffer; one per task where it knows no tasks: each gives its share, and these are joined."""
+    kind, apart = KINDS[name], not KINDS[name].tasks
+    parts = [kind.make(work._replace(tasks=1) if apart else work) for _ in range(work.tasks if apart else 1)]
+    for part in parts:
+        part.fill(kind.any_rows)
+    if len(parts) == 1:
+        return parts[0]
+
+    def sample(batches: int, size: int) -> Columns:
+        share, more = divmod(size, len(parts))
+        drawn = [p.columns(p.sample(batches, share + (task < more))) for task, p in enumerate(parts)]
+        return [np.concatenate(column) for column in zip(*drawn, strict=True)]
+
+    return parts[0]._replace(sample=sample, columns=lambda sampled: sampled)
