@@ -8,10 +8,9 @@ library   mjx: Playground's step in jit(vmap), state donated, nothing restarted,
           gym, dmc: Gymnasium's SyncVectorEnv and AsyncVectorEnv, whichever ours runs in
           envpool, metaworld: the pool's own `step`
 
-Both run in one process, interleaved, with the same actions; before timing, their rewards over the first steps
-from the same start must agree. A step is that of one slot. A suite of several tasks is stepped by ours alone,
-for the libraries have no loop over tasks. --device is where the agent is whose actions come and whose
-observations go; MJX runs on the same kind of device, the other simulators on the CPU.
+Before timing, their rewards over the first steps from the same start must agree. A step is that of one slot.
+A suite of several tasks is stepped by ours alone, for the libraries have no loop over tasks. --device is
+where the agent is whose actions come; MJX runs on the same kind of device, the others on the CPU.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from bench_limits import machine
+from bench_limits import bandwidth
 from harness import TIME_UP, Clock, Differs, Missing, Parser, Results, Summary, Unavailable
 from torch import Tensor
 
@@ -142,7 +142,7 @@ def measure(
             torch.cuda.synchronize()
         if name != "kernels" and isinstance(missing.get(name), Differs):  # costs no more than its own time
             missing[name] = Unavailable(str(missing[name]))
-    floor = dict.fromkeys(names, case.bytes(batch) / found.found["limits"]["bandwidth"])
+    floor = dict.fromkeys(names, case.bytes(batch) / found.found["bandwidth"])
     label = f"{case.op} {case.label} B={batch}" + ("" if cold(case.bytes(batch), device) else " L2")
     found.case(label, times, "us", ours="kernels", missing=missing, floor=floor)
 
@@ -151,7 +151,7 @@ def run(
     found: Results, cases: Mapping[Case, Sequence[int]], device: torch.device, seconds: float, dry: bool
 ) -> int:
     """Every case at its first batch size, then at the others, until the time is up; the exit code."""
-    clock, found.found["limits"] = Clock(seconds), machine(device.type, dry=dry)._asdict()
+    clock, found.found["bandwidth"] = Clock(seconds), bandwidth(device.type, dry)
     order = spread([case for case in cases if "float64" not in case.label])  # that one serves tests
     rows = [(case, batch) for case in order for batch in cases[case][:1]]
     rows += [(case, batch) for case in order for batch in cases[case][1:] if not dry]

@@ -16,26 +16,20 @@ On a CPU everything runs in one thread unless --threads says otherwise. What has
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import harness
 import torch
-from harness import RESULTS, ROOT, Clock, Missing, Parser, Results, Seconds, Summary
+from harness import Clock, Missing, Parser, Results, Seconds, Summary
 from native.row_gather import RowGather
-from roofline import Machine
 
 from brc_fast.kernels.tools.timing import seconds_per_call
 
 MACHINE = "machine"  # the provider of every figure
 ROW_BYTES = 4 * (2 * 67 + 24 + 2)  # a transition with both observations, reward and mask
 SQUARES = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 4096, 8192)}
-FILES = {"cpu": "limits-cpu.json", "cuda": "gpu-limits.json"}  # as `make bench` and `make gpu` name them
-SAME = {"cpu": ("cpu", "cores", "torch_threads"), "cuda": ("gpu",)}  # what tells one machine from another
-EACH = 0.2  # seconds of a limit that is measured for a floor
-
 Calls = Sequence[Callable[[], object]]
 
 
@@ -110,46 +104,18 @@ def measure(found: Results, listed: Sequence[Limit], seconds: float) -> None:
             torch.cuda.empty_cache()
 
 
-# ---------------------------------------------------------------- what floors are made of
-
-
-def machine(
-    device: str, *, dry: bool = False, folders: Sequence[Path] = (ROOT / "build/bench", RESULTS)
-) -> Machine:
-    """The limits of this machine: of the newest file that holds them, else measured now, as `source` says."""
-    here, files = harness.header(), list[dict[str, Any]]()
-    for folder in () if dry else folders:
-        try:
-            found = harness.read(folder / FILES[device])
-        except harness.Refused:
-            continue
-        if all(found[key] == here[key] for key in SAME[device]):
-            files.append(found)
-    if files:
-        newest = max(files, key=lambda found: str(found["date"]))
-        return made(newest["measurements"], f"{FILES[device]} of {newest['date'][:16]}")
-    now = Results("limits")
-    wanted = [x for x in limits(device, dry) if x.case.startswith(("copy", "product"))]
-    measure(now, wanted, 0.0 if dry else EACH * len(wanted))
-    return made(now.entries, "measured in this run")
-
-
-def made(entries: Sequence[Mapping[str, Any]], source: str) -> Machine:
-    """The best rate of each kind of product; one that was not measured counts as the next more exact one.
+def bandwidth(device: str, dry: bool) -> float:
+    """Bytes read and written per second by a copy, measured now.
 
     Raises:
-        RuntimeError: the copy or the product in float32 has no figure, with its reason.
+        RuntimeError: there is no figure, with its reason.
     """
-    best: dict[str, float] = {}
-    for entry in entries:
-        kind = " ".join(entry["case"].split()[:2])
-        if entry["value"] is not None:
-            best[kind] = max(best.get(kind, 0.0), 1e9 * entry["value"])
-        elif kind in ("copy", "product float32"):
-            raise RuntimeError(f"no floor without the limit {entry['case']}: {entry['missing']}")
-    single = best["product float32"]
-    tf32 = best.get("product tf32", single)
-    return Machine(best.get("product bfloat16", tf32), tf32, single, best["copy"], source)
+    copy, found = next(limits(device, dry)), Results("limits")
+    measure(found, [copy], 0.0 if dry else 0.5)
+    (entry,) = found.entries
+    if entry["value"] is None:
+        raise RuntimeError(f"no floor without the limit {copy.case}: {entry['missing']}")
+    return 1e9 * float(entry["value"])
 
 
 def main(words: Sequence[str] | None = None) -> int:

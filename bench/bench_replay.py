@@ -4,9 +4,8 @@
         [--save NAME]
     python bench/bench_replay.py --device cuda|cpu [--workload ...] [--capacity ...] [--budget ...] [--save]
 
-Buffers run in turns in one process, and the figures are medians of process CPU time. Before a buffer is
-timed, the transitions that it returns must be transitions that were stored. A buffer that is not installed,
-fails or returns something else is listed with its reason.
+Figures are medians of process CPU time. Before a buffer is timed, the transitions that it returns must be
+transitions that were stored.
 
 --device asks for batches there instead, and times our two buffers: `device` (DeviceReplayBuffer),
 `prefetched` (ReplayBuffer, which copies the next batches while the learner has this one) and `copied`

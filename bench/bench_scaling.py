@@ -97,7 +97,7 @@ def step(found: Results, case: str, count: int, clock: Clock) -> None:
 def run(found: Results, device: str, axes: Sequence[str], seconds: float, *, dry: bool = False) -> None:
     """One axis after the other, in equal shares of the time."""
     sizes, kept = (DRY, 8) if dry else (SIZES[device], KEPT[device])
-    roof = prepare(found, device, dry)
+    prepare(found, device)
     found.found |= {"axes": [], "workload": BASE.name}
     clock, updates = Clock(seconds), 2 if device == "cuda" else 1
     for number, axis in enumerate(axes):
@@ -113,7 +113,7 @@ def run(found: Results, device: str, axes: Sequence[str], seconds: float, *, dry
                 shape = BASE._replace(**({"width": kept, "batch": kept} | {axis: x}))
                 with harness.tensor_cores(device):
                     subject = Subject(shape, updates, device)
-                    compare(found, subject, [OURS[device]], share, roof, case=case, unit="us")
+                    compare(found, subject, [OURS[device]], share, case=case, unit="us")
         found.entries[first:] = sorted(found.entries[first:], key=lambda entry: size(entry["case"]))
         known = {size(e["case"]): e["value"] / 1e6 for e in found.entries[first:] if e["value"]}
         xs = [x for x in known if axis != "tasks" or x > 1]

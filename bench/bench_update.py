@@ -11,14 +11,12 @@ plain       PyTorch without anything of ours, with fused optimizers, targets mov
 compiled    plain through torch.compile, on a GPU in a CUDA graph
 jax         the same in JAX with optax, jitted as a whole
 
-Each workload (workloads.py) at its own width and batch size, or at all pairs of --width and --batch. Without
---workload it is mjx/CartpoleSwingup; --workload alone means all of them, on a CPU those that are small.
-In one process, interleaved. All start from the same parameters, and updates on the same batches must agree
-with plain PyTorch's before anything is timed.
-Products of the others are in float32 on a CPU, in TF32 on a GPU.
-The floor: on a CPU the time of the update's matrix products alone by torch.bmm, interleaved with the rest;
-another library of products may beat it. On a GPU the roofline of its kernels (roofline.py), of this machine's
-limits (bench_limits.py). A tenth of the time goes into the parts of ours on a CPU (parts.py).
+Each workload (workloads.py) at its own width and batch size, or at all pairs of --width and --batch;
+--workload alone means all of them, on a CPU those that are small. All start from the same parameters, and
+updates on the same batches must agree with plain PyTorch's before anything is timed, in turns. Products of
+the others are in float32 on a CPU, in TF32 on a GPU. The floor is the time of the update's products alone by
+torch.bmm, on a CPU in turns with the rest, on a GPU in a CUDA graph; another library of products may beat it.
+A tenth of the time goes into the parts of ours on a CPU (parts.py).
 """
 
 from __future__ import annotations
@@ -29,31 +27,30 @@ from typing import Any
 
 import harness
 import parts
-import roofline
-from bench_limits import machine
+import torch
 from harness import TIME_UP, Clock, Missing, Parser, Results, Unavailable, interleave, positive
+from products import alone
 from workloads import CARTPOLE, WORKLOADS, Workload
 
+from brc_fast.kernels.tools.timing import seconds_per_call
 from peers import updates
 from peers.updates import BUILDERS, OURS, Provider, Subject, release
 
 DEFAULTS = {"cpu": ("ours", "plain"), "cuda": ("ours-bf16", "ours-tf32", "plain", "compiled", "jax")}
-FLOOR = {"cpu": "torch.bmm", "cuda": "roofline"}
+FLOOR = "torch.bmm"
 HEAVY = 4e9  # bytes of plain PyTorch; a CPU is not given more unless it is asked to
 COMPILING = 30.0  # seconds of torch.compile at one size, on one core with an empty cache
 KEPT = 0.1  # share of the time for parts
 
 
-def compare(
-    found: Results, subject: Subject, names: Sequence[str], clock: Clock, roof: roofline.Machine, **shown: Any
-) -> None:
+def compare(found: Results, subject: Subject, names: Sequence[str], clock: Clock, **shown: Any) -> None:
     """One size: providers are built, compared with plain PyTorch, and timed in turns; then the parts of ours.
 
     Args:
         shown: `case`, `unit` and `at` of its table.
     """
     shown = {"case": subject.case, "unit": "updates/s"} | (shown or {"at": subject.at})
-    missing, times, precisions = Missing(), dict[str, list[float]](), dict[str, str]()
+    missing, times, floors = Missing(), dict[str, list[float]](), dict[str, float]()
     with missing.of(*names):
         known, providers = updates.expected(subject), dict[str, Provider]()
         for name in sorted(names, key=lambda name: name == "compiled"):  # which may take long
@@ -63,59 +60,56 @@ def compare(
                     raise Unavailable(told)
                 providers[name] = updates.checked(name, subject, known)
             release(subject.device)
-        times = timed(found, subject, providers, clock, roof)
-        precisions = {name: provider.precision for name, provider in providers.items()}
+        times = timed(found, subject, providers, clock)
+        if subject.device == "cuda":
+            each = {
+                precision: floor(subject, precision)
+                for precision in {p.precision for p in providers.values()}
+            }
+            floors = {name: each[provider.precision] for name, provider in providers.items()}
         del providers
     release(subject.device)
-    best, floors = next((name for name in OURS if name in times), None), FLOOR["cpu"]
-    if subject.device == "cuda":
-        each = {name: roofline.parts(subject.sizes, precisions[name], roof) for name in times}
-        floors = {name: sum(own.values()) for name, own in each.items()}
-        keep_parts(found, subject, each[best] if best else {})
-    order = {name: times[name] for name in (*BUILDERS, FLOOR["cpu"]) if name in times}
-    found.case(times=order, ours=best, missing=missing, floor=floors, **shown)
+    best = next((name for name in OURS if name in times), None)
+    order = {name: times[name] for name in (*BUILDERS, FLOOR) if name in times}
+    found.case(times=order, ours=best, missing=missing, floor=floors or FLOOR, **shown)
 
 
 def timed(
-    found: Results, subject: Subject, providers: Mapping[str, Provider], clock: Clock, roof: roofline.Machine
+    found: Results, subject: Subject, providers: Mapping[str, Provider], clock: Clock
 ) -> dict[str, list[float]]:
     """Seconds per update of the providers, and on a CPU of their products alone, in turns."""
     work = {name: provider.call for name, provider in providers.items()}
     ends = {name: provider.finish for name, provider in providers.items()}
     if providers and subject.device == "cpu":
-        alone = roofline.alone(subject.sizes, subject.device)
-        work[FLOOR["cpu"]] = lambda: [alone() for _ in range(subject.updates)]
-        ends[FLOOR["cpu"]] = lambda: None
+        once = alone(subject.workload, subject.device)
+        work[FLOOR] = lambda: [once() for _ in range(subject.updates)]
+        ends[FLOOR] = lambda: None
     kept = KEPT * clock.left if "ours" in providers else 0.0
     times = interleave(work, clock.left - kept, finish=lambda name: ends[name]())
     if "ours" in providers:
-        floors = roofline.parts(subject.sizes, "fp32", roof)
-        keep_parts(found, subject, floors, parts.measured(providers["ours"].call, kept, subject.updates))
+        measured = parts.measured(providers["ours"].call, kept, subject.updates)
+        rows = [{"case": subject.case, "part": part, **seconds} for part, seconds in measured.items()]
+        found.found.setdefault("parts", []).extend(rows)
     return {name: [seconds / subject.updates for seconds in own] for name, own in times.items()}
 
 
-def keep_parts(
-    found: Results, subject: Subject, floors: Mapping[str, float], measured: Mapping[str, Any] | None = None
-) -> None:
-    """The floor of each part of an update, and what it takes where that was measured."""
-    rows = [{"case": subject.case, "part": part, "floor": floors.get(part)} for part in measured or floors]
-    found.found.setdefault("parts", []).extend(row | (measured or {}).get(row["part"], {}) for row in rows)
+def floor(subject: Subject, precision: str) -> float:
+    """Seconds of an update's products alone on a GPU."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    with harness.tensor_cores("cuda", "highest" if precision == "fp32" else "high"):
+        return seconds_per_call([alone(subject.workload, "cuda", dtype)], torch.device("cuda")).median
 
 
-def prepare(found: Results, device: str, dry: bool) -> roofline.Machine:
-    """Before anything is timed: the limits of the machine; the first optimizer loads modules for seconds."""
-    roof = machine(device, dry=dry)
-    found.found |= {"limits": roof._asdict(), "floor": FLOOR[device]}
+def prepare(found: Results, device: str) -> None:
+    """Before anything is timed: the first optimizer of a process loads modules for seconds."""
+    found.found["floor"] = FLOOR
     if device == "cpu":
         updates.expected(Subject(CARTPOLE._replace(width=8, batch=8)))
-    return roof
 
 
-def run(
-    found: Results, subjects: Sequence[Subject], names: Sequence[str], seconds: float, *, dry: bool = False
-) -> None:
-    """Size after size, in equal shares of the time, once the limits of the machine are known."""
-    roof = prepare(found, subjects[0].device, dry)
+def run(found: Results, subjects: Sequence[Subject], names: Sequence[str], seconds: float) -> None:
+    """Size after size, in equal shares of the time."""
+    prepare(found, subjects[0].device)
     clock = Clock(seconds)
     with harness.tensor_cores(subjects[0].device):
         for place, subject in enumerate(subjects):
@@ -123,8 +117,7 @@ def run(
                 missing = dict.fromkeys(names, Unavailable(TIME_UP))
                 found.case(subject.case, {}, "updates/s", missing=missing, at=subject.at)
             else:
-                compare(found, subject, names, Clock(clock.left / (len(subjects) - place)), roof)
-    print(f"limits of this machine: {roof.source}")
+                compare(found, subject, names, Clock(clock.left / (len(subjects) - place)))
 
 
 def asked(names: Sequence[str] | None, device: str) -> Sequence[Workload]:

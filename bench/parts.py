@@ -15,11 +15,13 @@ from unittest import mock
 
 import torch
 from harness import interleave, quartiles
-from roofline import BACKWARD, BACKWARD_NORMS, FORWARD, FORWARD_NORMS, OPTIMIZERS, OTHERS, PARTS
 
 from brc_fast import kernels
 
-REST = "rest"
+FORWARD, FORWARD_NORMS = "forward: products", "forward: norms"
+BACKWARD, BACKWARD_NORMS = "backward: products", "backward: norms"
+OPTIMIZERS, OTHERS, REST = "optimizers", "losses, inputs, noise", "rest"
+PARTS = (FORWARD, FORWARD_NORMS, BACKWARD, BACKWARD_NORMS, OPTIMIZERS, OTHERS, REST)
 PRODUCTS = ("mm", "bmm", "baddbmm", "addmm")
 HEADS = ("baddbmm", "addmm")  # of a forward pass: its last product has a bias
 LOSSES = ("categorical_bellman_loss_and_gradient", "expected_value_and_gradient")
@@ -31,7 +33,7 @@ class Clocks:
     """Seconds of each part."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys((*PARTS, REST), 0.0)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
         self.running, self.backward, self.since = REST, False, time.perf_counter()
 
     def switch(self, part: str) -> None:
@@ -82,7 +84,7 @@ def measured(update: Callable[[], object], seconds: float, updates: int = 1) -> 
 
     interleave({"": split}, seconds, turn=0.0)
     found = {}
-    for part in (*PARTS, REST):
+    for part in PARTS:
         low, middle, high = quartiles([one[part] / updates for one in rounds[1:]])
         found[part] = {"seconds": middle, "low": low, "high": high}
     return found

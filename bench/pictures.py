@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,79 +70,91 @@ def logarithmic(panel: Any, places: Sequence[float]) -> None:
     panel.yaxis.set_minor_formatter(NullFormatter())
 
 
-def limit(result: Result) -> str:
-    """For the line of floors."""
-    return "limit: roofline" if result["floor"] == "roofline" else f"its products by {result['floor']}"
-
-
 # ---------------------------------------------------------------- what is drawn
 
 
-def curves(result: Result, x: str, names: Sequence[str], below: str, beside: str) -> Any:
-    """Values against the column x, a line per provider, and the floor of the first one; a panel for each
-    that agree in the columns `names`, at most three, those with most points first."""
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for entry in result["measurements"]:
-        if entry["value"] is not None and x in entry.get("at", {}):
-            groups.setdefault(tuple(entry["at"].get(name) for name in names), []).append(entry)
-    groups = {key: own for key, own in groups.items() if len({e["at"][x] for e in own}) > 1}
-    shown = sorted(groups.items(), key=lambda item: -len(item[1]))[:3]
-    if not shown:
+def curves(
+    result: Result,
+    groups: Mapping[str, list[Mapping[str, Any]]],
+    x: Callable[[Mapping[str, Any]], int],
+    words: tuple[str, str],
+    fits: Mapping[str, Mapping[str, float]] | None = None,
+) -> Any:
+    """Values against x, a line per provider, and the floor of the first one; a panel for each group.
+
+    Args:
+        words: for both axes. fits: a curve through the points of a group, in the place of lines.
+    """
+    if not groups:
         return None
-    figure, axes = panels(len(shown))
-    for panel, (key, own) in zip(axes, shown, strict=True):
+    figure, axes = panels(len(groups), columns=3 if fits is None else 2)
+    for panel, (title, own) in zip(axes, groups.items(), strict=True):
+        fit = (fits or {}).get(title)
         for name in dict.fromkeys(entry["provider"] for entry in own):
-            points = sorted((e["at"][x], e["value"]) for e in own if e["provider"] == name)
+            points = sorted((x(e), e["value"]) for e in own if e["provider"] == name)
             style = {"color": COLOURS[name], "label": label(name), "ms": 4, "lw": 1.6}
-            panel.plot(*zip(*points, strict=True), "o-", **style)
+            panel.plot(*zip(*points, strict=True), "o" if fit else "o-", **style)
         first = own[0]["provider"]
-        floors = sorted((e["at"][x], e["floor"]) for e in own if e["provider"] == first and e["floor"])
-        if floors:
-            panel.plot(*zip(*floors, strict=True), label=limit(result), **DASHED)
-        logarithmic(panel, sorted({entry["at"][x] for entry in own}))
-        panel.set(
-            title=", ".join([str(key[0]), *(f"{n} {v}" for n, v in zip(names[1:], key[1:], strict=True))])
-        )
-        panel.set_xlabel(below)
-    axes[0].set_ylabel(beside)
+        if floors := sorted((x(e), e["floor"]) for e in own if e["provider"] == first and e["floor"]):
+            panel.plot(*zip(*floors, strict=True), label=f"its products by {result['floor']}", **DASHED)
+        places = sorted(set(map(x, own)))
+        if fit:
+            xs = [places[0] * (places[-1] / places[0]) ** (step / 60) for step in range(61)]
+            ys = [1e6 * (fit["fixed"] + fit["rate"] * each ** fit["power"]) for each in xs]
+            panel.plot(xs, ys, color=BLUE, lw=1, label="fit")
+        logarithmic(panel, places)
+        panel.set(title=title, xlabel=words[0])
+    axes[0].set_ylabel(words[1])
     legend(figure, axes[0])
     return figure
 
 
+def grouped(result: Result, x: str, *names: str) -> dict[str, list[Mapping[str, Any]]]:
+    """Measurements by title: those that agree in the columns `names`, where they differ in x; at most three,
+    those with most points first."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in result["measurements"]:
+        if entry["value"] is not None and x in (at := entry.get("at", {})):
+            title = ", ".join([str(at[names[0]]), *(f"{name} {at[name]}" for name in names[1:])])
+            groups.setdefault(title, []).append(entry)
+    several = {title: own for title, own in groups.items() if len({e["at"][x] for e in own}) > 1}
+    return dict(sorted(several.items(), key=lambda item: -len(item[1]))[:3])
+
+
 def update(result: Result) -> Any:
     words = "width of the critics", "updates per second, more is better"
-    return curves(result, "width", ("workload", "batch"), *words)
+    return curves(result, grouped(result, "width", "workload", "batch"), lambda e: e["at"]["width"], words)
 
 
 def envs(result: Result) -> Any:
     words = "environments side by side", "steps per second, more is better"
-    return curves(result, "slots", ("steps/s",), *words)
+    return curves(result, grouped(result, "slots", "steps/s"), lambda e: e["at"]["slots"], words)
+
+
+def scaling(result: Result) -> Any:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in (entry for entry in result["measurements"] if entry["value"] is not None):
+        groups.setdefault(" against ".join(entry["case"].rpartition(" ")[0].split(", ")), []).append(entry)
+    fits = {f"{axis['what']} against {axis['axis']}": axis["fit"] for axis in result["axes"] if axis["fit"]}
+    return curves(result, groups, lambda e: int(e["case"].split()[-1]), ("", "microseconds"), fits)
 
 
 def parts(result: Result) -> Any:
-    """Share of an update's time by part, a bar per size; under one that was measured the parts' floors."""
+    """Share of an update's time by part, a bar per size."""
     bars: dict[str, list[Mapping[str, Any]]] = {}
     for part in result.get("parts", ()):
         bars.setdefault(part["case"], []).append(part)
     if not bars:
         return None
-    kinds, told = {"floor": (0.0, 0.68, 1.0)}, "% of the least time that the parts can take (roofline)"
-    if any("seconds" in part for own in bars.values() for part in own):
-        kinds = {"seconds": (-0.14, 0.4, 1.0), "floor": (0.26, 0.24, 0.5)}  # place, height, opacity
-        told = "% of the measured time; below, paler: the floor of each part by the model"
-    figure, (panel,) = panels(1, (7.6, 1.3 + (0.18 + 0.17 * len(kinds)) * len(bars)))
-    for place, own in enumerate(bars.values()):
-        whole = sum(part[next(iter(kinds))] for part in own)
-        for kind, (shift, height, alpha) in kinds.items():
-            left = 0.0
-            for colour, part in zip(PART_COLOURS, own, strict=False):
-                share = 100.0 * (part.get(kind) or 0.0) / whole
-                name = part["part"] if place == 0 and kind == next(iter(kinds)) else None
-                panel.barh(place + shift, share, height, left, color=colour, alpha=alpha, label=name)
-                left += share
-    panel.set_yticks(range(len(bars)), list(bars))
+    figure, (panel,) = panels(1, (7.6, 1.3 + 0.34 * len(bars)))
+    for place, (case, own) in enumerate(bars.items()):
+        left, whole = 0.0, sum(part["seconds"] for part in own)
+        for colour, part in zip(PART_COLOURS, own, strict=False):
+            share, name = 100.0 * part["seconds"] / whole, part["part"] if place == 0 else None
+            panel.barh(case, share, 0.68, left, color=colour, label=name)
+            left += share
     panel.invert_yaxis()
-    panel.set_xlabel(told)
+    panel.set_xlabel("% of the time of an update")
     panel.margins(x=0.0)
     legend(figure, panel, 4)
     return figure
@@ -173,45 +184,6 @@ def replay(result: Result) -> Any:
     return figure
 
 
-def scaling(result: Result) -> Any:
-    """A panel per axis with points, fitted curve and floor; both scales are logarithmic."""
-    points: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for entry in result["measurements"]:
-        if entry["value"] is not None:
-            axis, x = entry["case"].partition(", ")[2].split()
-            points.setdefault(axis, {})[int(x)] = entry
-    rows = [axis for axis in result["axes"] if axis["axis"] in points]
-    if not rows:
-        return None
-    figure, axes = panels(len(rows), (3.9, 2.7), 2)
-    for panel, axis in zip(axes, rows, strict=True):
-        own = dict(sorted(points[axis["axis"]].items()))
-        middle = [e["value"] / 1e3 for e in own.values()]
-        bounds = [[abs(e["value"] - e[end]) / 1e3 for e in own.values()] for end in ("low", "high")]
-        style: dict[str, Any] = {"color": BLUE, "lw": 1, "ms": 4.5, "label": "medians and quartiles"}
-        panel.errorbar([*own], middle, bounds, fmt="o", **style)
-        title = f"{axis['what']} against {axis['axis']}"
-        if (fit := axis["fit"]) is not None:
-            first = min(x for x in own if axis["axis"] != "tasks" or x > 1)
-            places = [first * (max(own) / first) ** (step / 60) for step in range(61)]
-            curve = [1e3 * (fit["fixed"] + fit["rate"] * math.pow(x, fit["power"])) for x in places]
-            panel.plot(places, curve, color=BLUE, lw=1, alpha=0.6, label="fit")
-            title += f"\n{formula(fit)}"
-        floors = {x: e["floor"] / 1e3 for x, e in own.items() if e["floor"] is not None}
-        panel.plot([*floors], [*floors.values()], label=limit(result), **DASHED)
-        logarithmic(panel, [*own])
-        panel.set(title=title, ylabel="milliseconds")
-        panel.set_ylim(min([*middle, *floors.values()]) / 1.6, 1.6 * max(middle))
-    legend(figure, axes[0])
-    return figure
-
-
-def formula(fit: Mapping[str, float]) -> str:
-    power = "x" if fit["power"] == 1.0 else f"x$^{{{fit['power']:.2f}}}$"
-    growth = f" + {1e6 * fit['rate']:.3g} µs · {power}" if fit["rate"] > 0.0 else " whatever x"
-    return f"{1e3 * fit['fixed']:.3g} ms{growth}, off by {100 * fit['residual']:.1f} %"
-
-
 DRAWN: dict[str, dict[str, Callable[[Result], Any]]] = {
     "update": {"": update, "-parts": parts},
     "envs": {"": envs},
@@ -230,11 +202,10 @@ def draw(stem: str, result: Result, stamp: str, folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for ending, picture in DRAWN.get(result["benchmark"], {}).items():
         with plt.rc_context(STYLE):
-            if (figure := picture(result)) is None:
-                continue
-            figure.supxlabel(stamp, fontsize=7.5, color="#57606a")
-            for suffix in (".png", ".svg"):
-                path = folder / f"{stem}{ending}{suffix}"
-                figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
-                yield path
-            plt.close(figure)
+            if (figure := picture(result)) is not None:
+                figure.supxlabel(stamp, fontsize=7.5, color="#57606a")
+                for suffix, more in ((".png", {}), (".svg", {"metadata": {"Date": None}})):
+                    path = folder / f"{stem}{ending}{suffix}"
+                    figure.savefig(path, dpi=150, **more)
+                    yield path
+                plt.close(figure)

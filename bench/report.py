@@ -21,11 +21,10 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, ROOT, Parser, Refused, failures, one_line, read, remedy
+from harness import RESULTS, ROOT, Parser, Refused, failures, one_line, read
 from pictures import draw, label
 
 READMES = tuple(ROOT / name for name in ("README.md", "bench/README.md", "docs/critic.md", "docs/replay.md"))
@@ -182,26 +181,7 @@ def section(path: Path, beside: Path) -> str:
     """The table with its line; the link is relative to the folder of `beside`."""
     result = trusted(path)
     link = Path(os.path.relpath(path.resolve(), beside.resolve().parent)).as_posix()
-    with making("table", path, result):
-        return f"{table(result)}\n\n{stamp(result)} ([{path.name}]({link})).\n"
-
-
-@contextmanager
-def making(what: str, path: Path, found: Mapping[str, Any]) -> Iterator[None]:
-    """Around what makes a table or a picture of results, which may lack what it needs."""
-    try:
-        yield
-    except (
-        ImportError,
-        OSError,
-        ArithmeticError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:
-        told = f"{type(error).__name__}: {error}"
-        raise Refused(f"{path} gives no {what} ({told}); {remedy(found, path)}") from None
+    return f"{table(result)}\n\n{stamp(result)} ([{path.name}]({link})).\n"
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -242,8 +222,7 @@ def main(words: Sequence[str] | None = None) -> int:
     def show(path: Path) -> None:
         if given.pictures is not None:
             result = trusted(path)
-            with making("picture", path, result):
-                print(*draw(path.stem, result, stamp(result), given.pictures), sep="\n")
+            print(*draw(path.stem, result, stamp(result), given.pictures), sep="\n")
         elif not readmes:
             print(section(path, ROOT / "README.md"))
 
@@ -254,8 +233,20 @@ def main(words: Sequence[str] | None = None) -> int:
     for step, inputs in work:  # what is wrong with one file is a line, and costs the others nothing
         try:
             step(*inputs)
-        except (Refused, OSError, ValueError) as reason:
+        except Refused as reason:
             print(f"report: {one_line(reason)}", file=sys.stderr)
+            code = 1
+        except (
+            ImportError,
+            OSError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:
+            told = f"{type(error).__name__}: {one_line(error)}; measure again if the result lacks it"
+            print(f"report: {inputs[0]} gives no table or picture ({told})", file=sys.stderr)
             code = 1
     return code
 

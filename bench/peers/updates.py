@@ -17,11 +17,11 @@ from unittest import mock
 
 import torch
 from harness import Differs, Unavailable, tensor_cores, wait
-from roofline import Sizes
+from products import configs
 from torch import Tensor
 from workloads import Workload
 
-from brc_fast import BRC, ActorConfig, Batch, CriticConfig, Noise
+from brc_fast import BRC, Batch, Noise
 from peers.torch_plain import METRICS, PlainBRC
 
 OURS = ("ours", "ours-tf32", "ours-bf16")
@@ -54,17 +54,11 @@ class Subject(NamedTuple):
         work = self.workload
         return {"workload": work.name, "width": work.width, "batch": work.batch}
 
-    @property
-    def sizes(self) -> Sizes:
-        work = self.workload
-        critic, actor = CriticConfig(width=work.width), ActorConfig(width=min(work.width, 256))
-        return Sizes(work.batch, critic, actor, work.observation, work.action, work.tasks)
-
     def agent(self, precision: Any = "fp32", graphs: bool = False) -> BRC:
-        _, critic, actor, *inputs = self.sizes
+        work, (critic, actor) = self.workload, configs(self.workload)
         more: Any = {"device": self.device, "precision": precision, "graphs": graphs}
         with mock.patch("torch.nn.init.orthogonal_", normal):
-            return BRC(*inputs, critic=critic, actor=actor, **more)
+            return BRC(work.observation, work.action, work.tasks, critic=critic, actor=actor, **more)
 
     def inputs(self, seed: int = 0) -> tuple[Batch, Noise]:
         """Random transitions [U, B, ...] and noise."""
@@ -80,8 +74,9 @@ class Subject(NamedTuple):
 
     def bytes(self, count: int) -> int:
         """About what so many providers take at most: parameters, and what passes keep of hidden layers."""
-        kept = 4 * 40 * self.workload.batch * self.workload.width
-        return (count + 1) * (HELD * self.sizes.parameters + kept)
+        work, (critic, _) = self.workload, configs(self.workload)
+        held = critic.members * work.width * (2 * critic.depth * work.width + work.observation + 256)
+        return (count + 1) * (HELD * held + 4 * 40 * work.batch * work.width)
 
 
 def normal(matrix: Tensor, gain: float, generator: torch.Generator) -> Tensor:
