@@ -36,7 +36,7 @@ from peers.replay import KINDS, Peer, Stored, filled, ours
 
 FIRST = Workload("", "the first case", 67, 24)
 STREAMS = 64
-MIN_CAPACITY = 20_480  # 1024 transitions with wide observations
+MIN_CAPACITY = 20_480
 OURS, TENSORS, AUTHORS, LIMIT = (
     "brc-fast",
     "brc-fast, tensors",
@@ -108,9 +108,9 @@ def sampled(
 
 
 def held(shape: Workload, capacity: int) -> Stored:
-    """What a buffer of a workload holds: as many bytes as in the first case."""
+    """What a buffer of a workload holds: as many bytes as in the first case, and a batch of 1024."""
     streams = STREAMS if shape.tasks == 1 else 8
-    rows = capacity * FIRST.observation // max(FIRST.observation, shape.observation)
+    rows = max(1024, capacity * FIRST.observation // max(FIRST.observation, shape.observation))
     return Stored(shape.observation, shape.action, shape.tasks, streams, rows // (shape.tasks * streams))
 
 

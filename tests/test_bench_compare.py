@@ -67,7 +67,9 @@ def numbers(capsys: Captured) -> list[float]:
 def test_a_ratio_above_one_is_better_in_rates_and_in_times(
     unit: str, better: str, new: float, write: Write, capsys: Captured
 ) -> None:
-    files = [write(name, entry(value, unit=unit, better=better)) for name, value in (("a", 100.0), ("b", new))]
+    files = [
+        write(name, entry(value, unit=unit, better=better)) for name, value in (("a", 100.0), ("b", new))
+    ]
     assert compare.main(files) == 0
     assert numbers(capsys) == [2.0, 2.0, 2.0]
 
@@ -108,7 +110,11 @@ def test_a_busy_machine_cancels_against_what_did_not_change(write: Write, capsys
     ("keys", "reason", "mark"),
     [
         ({"cpu": "New"}, "the machines differ (cpu: ", "different machines"),
-        ({"equality": "failed: plain differs"}, "its equality check failed: plain", "failed equality check of B"),
+        (
+            {"equality": "failed: plain differs"},
+            "its equality check failed: plain",
+            "failed equality check of B",
+        ),
         ({"status": "failed", "reason": "no\nroom"}, "its run failed (no room)", "failed run of B"),
     ],
 )

@@ -8,27 +8,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from extras import require
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import gpu
-
-    return gpu
+sys.path.append(str(ROOT / "bench"))
+import gpu
+import harness
 
 
 def test_parts_share_the_budget_and_none_takes_more_than_nine_minutes(
-    gpu: Any, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gpu, "missing", lambda name: "mujoco" if name == "envs" else None)
+    monkeypatch.setattr(gpu, "lacks", lambda name: ["mujoco"] if name == "envs" else [])
     shares = gpu.shares(tuple(gpu.COMMANDS), 480.0)
     assert shares["limits"] == gpu.SHORT
     timed = [name for name in shares if name not in ("build", "envs")]
@@ -40,7 +34,7 @@ def test_parts_share_the_budget_and_none_takes_more_than_nine_minutes(
 
 
 @pytest.mark.parametrize("dry", [True, False])
-def test_every_command_is_a_script_with_options_that_it_knows(dry: bool, gpu: Any, tmp_path: Path) -> None:
+def test_every_command_is_a_script_with_options_that_it_knows(dry: bool, tmp_path: Path) -> None:
     for part in gpu.COMMANDS:
         command = gpu.command(part, 7.0, dry, tmp_path / f"gpu-{part}.json")
         if part in ("build", "test"):
@@ -54,24 +48,20 @@ def test_every_command_is_a_script_with_options_that_it_knows(dry: bool, gpu: An
 
 @pytest.mark.exhaustive
 def test_a_dry_run_measures_and_stores_the_parts_that_make_gpu_dry_leaves_out(
-    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from harness import read
-
     require("mjx", "train")
     for part in ("scaling", "train"):
         told = gpu.run(part, 4.0, True, tmp_path / f"gpu-{part}.json")
         assert told["status"] == "ok", told
-        stored = read(tmp_path / f"gpu-{part}.json")
+        stored = harness.read(tmp_path / f"gpu-{part}.json")
         assert (stored["status"], stored["equality"], stored["dry"]) == ("ok", "passed", True)
 
 
-def test_a_part_stores_its_measurements_with_how_it_ended(gpu: Any, tmp_path: Path) -> None:
-    from harness import read
-
+def test_a_part_stores_its_measurements_with_how_it_ended(tmp_path: Path) -> None:
     path = tmp_path / "gpu-limits.json"
     told = gpu.run("limits", 1.0, True, path)
-    stored = read(path)
+    stored = harness.read(path)
     assert told["status"] == stored["status"] == "ok"
     assert (stored["benchmark"], stored["part"]) == ("limits", "limits")
     assert {entry["provider"] for entry in stored["measurements"]} == {"machine"}
@@ -85,7 +75,7 @@ def runs(process: int) -> bool:
 
 
 def test_what_a_part_measured_stays_when_it_dies_or_is_stopped_with_all_that_it_started(
-    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = f"open({str(tmp_path / 'gpu-update.json')!r}, 'w').write('{{\"measurements\": [1]}}')"
     child = f"open({str(tmp_path / 'child')!r}, 'w').write(str(p.pid))"
@@ -108,7 +98,7 @@ def test_what_a_part_measured_stays_when_it_dies_or_is_stopped_with_all_that_it_
 
 
 def test_a_failed_equality_check_and_what_is_not_installed_are_told(
-    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "gpu-update.json"
     code = f"import json; open({str(path)!r}, 'w').write(json.dumps({{'equality': 'failed: jax'}})); exit(1)"
@@ -121,7 +111,7 @@ def test_a_failed_equality_check_and_what_is_not_installed_are_told(
 
 
 def test_the_exit_code_and_a_line_per_part_tell_what_failed(
-    gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ends = {"limits": {"status": "ok"}, "update": {"status": "failed", "reason": "it ended with 1"}}
     monkeypatch.setattr(gpu, "run", lambda part, *_: ends[part] | {"seconds": 1.0})
@@ -134,7 +124,7 @@ def test_the_exit_code_and_a_line_per_part_tell_what_failed(
 
 
 def test_without_a_gpu_there_is_one_line(
-    gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
@@ -171,10 +161,8 @@ runpy.run_path(script, run_name="__main__")
     ],
 )
 def test_whatever_is_not_installed_is_listed_with_its_reason(
-    script: str, hidden: str, words: str, absent: set[str], gpu: Any, tmp_path: Path
+    script: str, hidden: str, words: str, absent: set[str], tmp_path: Path
 ) -> None:
-    from harness import read
-
     path = ROOT / "bench" / f"bench_{script}.py"
     command = [sys.executable, "-c", HIDING, str(path), hidden, *words.split(), "--budget", "1"]
     done = subprocess.run(
@@ -185,6 +173,6 @@ def test_whatever_is_not_installed_is_listed_with_its_reason(
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode in (0, 1), done.stderr[-2000:]
-    found = read(tmp_path / "found.json")["measurements"]
+    found = harness.read(tmp_path / "found.json")["measurements"]
     assert {one["provider"] for one in found if one["value"] is None} == absent
     assert all(one["missing"] for one in found if one["value"] is None)

@@ -15,6 +15,10 @@ from brc_fast.kernels import reference
 from brc_fast.kernels.tools.cases import Case
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "bench"))
+import bench_kernels
+import harness
+
 CPU = torch.device("cpu")
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
@@ -22,9 +26,6 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module, as if kernels ran here."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import bench_kernels
-
     monkeypatch.setattr(bench_kernels, "INTERPRETED", True)
     return bench_kernels
 
@@ -57,7 +58,7 @@ def test_every_provider_has_its_time_a_ratio_and_the_floor_of_a_copy(bench: Any)
     found, code = run(bench, case())
     kernels, eager = found.entries
     assert (code, kernels["provider"], eager["provider"]) == (0, "kernels", "eager")
-    assert kernels["floor"] == pytest.approx(1e6 * 2**22 / found.found["limits"]["bandwidth"])
+    assert kernels["floor"] == pytest.approx(1e6 * 2**22 / found.found["bandwidth"])
     assert kernels["case"].startswith("expected_value E=2 K=51 B=4")
     middle, low, high = eager["ratio"]
     assert low <= middle <= high
@@ -106,7 +107,7 @@ def test_a_peer_that_differs_costs_no_more_than_its_own_time(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def only(name: str) -> Any:
-        found = bench.Results("kernels", limits={"bandwidth": 1e9})
+        found = bench.Results("kernels", bandwidth=1e9)
         bench.measure(found, case(lambda x, z: 2 * expected_value(x, z)), CPU, 4, [name, "eager"], 0.0)
         return found
 
@@ -124,8 +125,8 @@ def test_kernels_do_not_run_on_a_cpu_without_the_interpreter(
     found, _ = run(bench, case(), case(op="bias_layer_norm"))
     told = {one["provider"]: one["missing"] for one in found.entries if one["value"] is None}
     assert told["kernels"] == "not on this device"
-    absent = 'liger_kernel is not installed; pip install "brc-fast[bench]"'
-    assert told["liger"] in ("not on this device", absent)
+    absent = 'pip install "brc-fast[bench]"'
+    assert told["liger"] == "not on this device" or told["liger"].endswith(absent)
 
 
 def test_liger_in_the_twins_place_computes_what_the_twin_does(
@@ -183,32 +184,20 @@ def test_all_ops_come_first_and_cases_from_all_over_their_lists(bench: Any) -> N
     assert order == [("a", "0"), ("b", "0"), *(("a", n) for n in "4261537")]
 
 
-@pytest.mark.parametrize("name", ["dmc-single", "dogs-multitask"])
-def test_the_ops_of_a_workload_are_computed_by_their_twins_and_count_what_they_move(
-    name: str, bench: Any
-) -> None:
-    from harness import named
-
-    for each in bench.of_update(named(name)._replace(width=16)):
-        torch.manual_seed(0)
-        found = bench.results(each.prepare(CPU, 4, "reference"))
-        assert all(torch.isfinite(x.float()).all() for x in found), each
-        assert each.bytes(8) >= each.bytes(4) > 0
-
-
 def test_the_command_line_writes_a_result_and_knows_its_ops(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from harness import read
-
-    monkeypatch.setattr(bench, "all_cases", lambda: iter([case()]))
-    path = tmp_path / "kernels.json"
-    assert bench.main(["--dry", "--ops", "expected_value", "--json", str(path)]) == 0
-    assert read(path)["measurements"][0]["provider"] == "kernels"
+    monkeypatch.setattr(bench, "all_cases", lambda: iter([case(), case(op="other")]))
+    path = tmp_path / "kernels"
+    assert bench.main(["--dry", "--ops", "expected_value", "--save", str(path)]) == 0
+    stored = harness.read(path.with_suffix(".json"))["measurements"]
+    assert [(one["case"].split()[0], one["provider"]) for one in stored] == [
+        ("expected_value", name) for name in ("kernels", "eager")
+    ]
     capsys.readouterr()
-    for words, told in ((["--dry", "--ops", "nothing"], "unknown op nothing; there are expected_value"),
+    for words, told in ((["--dry", "--ops", "nothing"], "(choose from 'expected_value', 'other')"),
                         ([], "torch sees no CUDA device; --dry runs on the CPU")):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(SystemExit, match="2"):
             bench.main(words)
-        assert capsys.readouterr().err.endswith(f": {told}\n")
+        assert capsys.readouterr().err.endswith(f"{told}\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +11,24 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "bench"))
+import bench_replay
+import harness
+from workloads import Workload
+
+from peers import replay
+
+AUTHORS = bench_replay.AUTHORS
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ours and the peers that need no package."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import bench_replay
-
-    monkeypatch.setattr(bench_replay, "one_core", lambda: None)
-    kept = [kind for kind in bench_replay.PEERS if kind.package in ("numpy", "torch")]
-    monkeypatch.setattr(bench_replay, "PEERS", tuple(kept))
+    monkeypatch.setattr(harness, "one_core", lambda: None)
+    for name in [
+        name for name, kind in replay.KINDS.items() if kind.package not in ("brc-fast", "numpy", "torch")
+    ]:
+        monkeypatch.delitem(replay.KINDS, name)
     return bench_replay
 
 
@@ -29,15 +38,21 @@ def group(bench: Any, name: str) -> Any:
     return found
 
 
-def wrong_sample(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = bench.Ours.sample
+def changed(monkeypatch: pytest.MonkeyPatch, name: str, part: str, change: Callable[[Any], Any]) -> None:
+    """Has what a part of a peer returns go through this."""
+    kind = replay.KINDS[name]
 
-    def wrong(self: Any, batches: int, size: int) -> Any:
-        sampled = right(self, batches, size)
-        sampled.rewards.mul_(1.01)
-        return sampled
+    def make(work: Any) -> Any:
+        peer = kind.make(work)
+        right = getattr(peer, part)
+        return peer._replace(**{part: lambda *inputs: change(right(*inputs))})
 
-    monkeypatch.setattr(bench.Ours, "sample", wrong)
+    monkeypatch.setitem(replay.KINDS, name, kind._replace(make=make))
+
+
+def more_reward(columns: Any) -> Any:
+    first, second, rewards, *rest = columns
+    return [first, second, rewards * 1.01, *rest]
 
 
 @pytest.mark.parametrize("name", ["locomotion", "ten-tasks", "insert"])
@@ -46,7 +61,7 @@ def test_every_buffer_is_timed_beside_ours(name: str, bench: Any) -> None:
     cases = list(dict.fromkeys(one["case"] for one in found.entries))
     assert len(cases) == {"locomotion": 4, "ten-tasks": 1, "insert": 3}[name]
     timed = {one["provider"] for one in found.entries if one["case"] == cases[-1]}
-    assert timed >= {bench.OURS, "authors' layout (numpy)", "torch.index_select"}
+    assert timed >= {bench.OURS, AUTHORS, "torch.index_select"}
     assert ("row gather (limit)" in timed) == (name == "locomotion")
     assert ("brc-fast, tensors" in timed) == (name == "insert")
     for one in found.entries:
@@ -60,9 +75,10 @@ def test_every_buffer_is_timed_beside_ours(name: str, bench: Any) -> None:
 def test_ours_that_returns_something_else_has_no_time_and_fails_the_result(
     name: str, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for one in (bench.OURS, bench.TENSORS):
+        changed(monkeypatch, one, "columns", more_reward)
     if name == "files":
         monkeypatch.setattr(bench.ReplayBuffer, "load", lambda self, folder: None)
-    wrong_sample(bench, monkeypatch)
     found = group(bench, name)
     ours = [one for one in found.entries if one["provider"].startswith(bench.OURS)]
     assert ours
@@ -71,50 +87,53 @@ def test_ours_that_returns_something_else_has_no_time_and_fails_the_result(
     assert "brc-fast at " in found.equality
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "reason"),
+    [
+        ("columns", more_reward, "sampled rewards do not belong to their observations"),
+        ("columns", lambda columns: [*(column[::-1] for column in columns[:4]), columns[4]], "next_obs"),
+        ("columns", lambda columns: [c[:1].repeat(len(c), 0) for c in columns], "drawn again and again"),
+        ("prepare", lambda step: [step[0], step[1] + 1, *step[2:]], "do not belong to their observations"),
+    ],
+    ids=["values", "rows", "one row", "what is stored"],
+)
 def test_a_peer_that_returns_something_else_costs_no_more_than_its_own_time(
-    bench: Any, monkeypatch: pytest.MonkeyPatch
+    part: str, change: Any, reason: str, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    authors, _ = bench.PEERS
-    right = authors.columns
-    monkeypatch.setattr(authors, "columns", lambda self, sampled: right(self, sampled)._replace(
-        rewards=right(self, sampled).rewards + 1
-    ))  # fmt: skip
+    changed(monkeypatch, AUTHORS, part, change)
     found = group(bench, "ten-tasks")
     told = {one["provider"]: one.get("missing") for one in found.entries}
-    assert "sampled rewards do not belong to their observations" in told[authors.name]
+    assert reason in told[AUTHORS]
     assert [name for name, missing in told.items() if missing is None] == [bench.OURS, "torch.index_select"]
     assert found.equality == "passed"
 
 
-def test_what_is_added_as_tensors_is_checked(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = bench.OursTensors.prepare
-
-    def wrong(self: Any, step: Any) -> Any:
-        observations, actions, rewards, *rest = right(self, step)
-        return observations, actions, rewards * 1.01, *rest
-
-    monkeypatch.setattr(bench.OursTensors, "prepare", wrong)
-    values = {one["provider"]: one["value"] for one in group(bench, "insert").entries}
-    assert values[bench.OURS] > 0
-    assert values["brc-fast, tensors"] is None
+def test_a_buffer_per_task_gives_its_share_of_every_batch(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = replay.KINDS["torch.index_select"]._replace(tasks=False)
+    monkeypatch.setitem(replay.KINDS, "torch.index_select", kind)
+    found = group(bench, "ten-tasks")
+    assert found.entries[-1]["provider"] == "torch.index_select x 10"
+    assert all(one["value"] > 0 for one in found.entries)
+    peer = replay.filled("torch.index_select", replay.Stored(3, 2, 3, 4, 400))
+    assert [len(column) for column in peer.sample(2, 8)] == [16] * 5
 
 
 def test_the_peer_of_index_select_draws_new_batches_into_the_same_memory(bench: Any) -> None:
-    _, kind = bench.PEERS
-    (peer,) = bench.filled((kind,), bench.Workload(3, 2, 1, 4, 100), {}).values()
-    batches = [peer.sample(*size) for size in ((2, 8), (1, 8), (2, 8), (1, 16))]
-    for rows, drawn in zip((16, 8, 16, 16), batches, strict=True):
-        assert [len(column) for column in drawn] == [rows] * 5
-    for first, again in zip(batches[0], batches[2], strict=True):
-        assert first.data_ptr() == again.data_ptr()
-    seen = batches[0][0].clone()
-    peer.workload.check(peer.columns(peer.sample(2, 8)))
-    assert not torch.equal(batches[0][0], seen)
+    peer = replay.filled("torch.index_select", replay.Stored(3, 2, 1, 4, 100))
+    first, other, again, wide = (peer.sample(*size) for size in ((2, 8), (1, 8), (2, 8), (1, 16)))
+    assert [len(column) for column in other] == [8] * 5
+    assert [x.data_ptr() for x in first] == [x.data_ptr() for x in again] == [x.data_ptr() for x in wide]
+    seen = first[0].clone()
+    peer.check(2, 8)
+    assert not torch.equal(first[0], seen)
 
 
 def test_memory_is_exact_and_files_are_compared_in_turns(bench: Any) -> None:
-    ours, other = group(bench, "memory").entries
+    ours, other, frames, stacks = group(bench, "memory").entries
     assert 0 < ours["value"] < other["value"] == 4 * (2 * 67 + 24) + 8
+    assert frames["value"] < stacks["value"] / 7
     found = group(bench, "files")
     told = [(one["case"], one["provider"]) for one in found.entries]
     numpy = "numpy.savez + numpy.load"
@@ -123,15 +142,9 @@ def test_memory_is_exact_and_files_are_compared_in_turns(bench: Any) -> None:
     assert found.equality == "passed"
 
 
-def test_images_are_checked_and_held_once(bench: Any) -> None:
-    (ours, _, memory, both) = group(bench, "atari").entries
-    assert ours["value"] > 0
-    assert memory["value"] < both["value"] / 7
-
-
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_every_way_to_a_batch_on_a_device_has_a_time(tasks: int, bench: Any) -> None:
-    found, shape = bench.Results("replay"), bench.Named("small", "", 5, 2, tasks, 16)
+    found, shape = bench.Results("replay"), Workload("small", "", 5, 2, tasks, 16)
     bench.on_device(found, shape, 2000, "cpu", bench.Clock(0.0))
     told = [(one["case"], one["provider"]) for one in found.entries]
     sample, count = "small: sample 2 x 16 on the device", (64 if tasks == 1 else 8 * tasks)
@@ -145,26 +158,24 @@ def test_every_way_to_a_batch_on_a_device_has_a_time(tasks: int, bench: Any) -> 
 def test_batches_on_a_device_that_differ_or_were_never_stored_are_not_timed(
     both: bool, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("DeviceReplayBuffer", "ReplayBuffer")[: 1 + both]:  # equal ones, but not what was stored
+    for module, name in ((bench, "DeviceReplayBuffer"), (replay, "ReplayBuffer"))[: 1 + both]:
 
-        class Wrong(getattr(bench, name)):  # type: ignore[misc]
+        class Wrong(getattr(module, name)):  # type: ignore[misc]
             def add(self, observations: Any, actions: Any, *rest: Any) -> None:
                 super().add(observations, actions + 1, *rest)
 
-        monkeypatch.setattr(bench, name, Wrong)
+        monkeypatch.setattr(module, name, Wrong)
     found = bench.Results("replay")
-    bench.on_device(found, bench.Named("", "", 5, 2), 2000, "cpu", bench.Clock(0.0))
+    bench.on_device(found, Workload("", "", 5, 2), 2000, "cpu", bench.Clock(0.0))
     assert all(one["value"] is None for one in found.entries)
     reason = "do not belong to their observations" if both else "the buffers return different batches"
     assert reason in found.equality
 
 
 def test_the_command_line_takes_workloads_with_their_sizes_and_tasks(bench: Any, tmp_path: Path) -> None:
-    from harness import read
-
     words = ["--workload", "dogs-multitask", "--capacity", f"{bench.MIN_CAPACITY}", "--budget", "0"]
     assert bench.main([*words, "--save", str(tmp_path / "replay")]) == 0
-    stored = read(tmp_path / "replay.json")
+    stored = harness.read(tmp_path / "replay.json")
     assert {one["case"] for one in stored["measurements"]} == {"dogs-multitask"}
     told = "Sampling 2 x 1024 from 4 tasks x 1,536 transitions, O=223, A=38"
     assert stored["titles"]["dogs-multitask"] == told
@@ -173,7 +184,7 @@ def test_the_command_line_takes_workloads_with_their_sizes_and_tasks(bench: Any,
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--capacity", "10"], "--capacity must lie in 20480.."),
+        (["--capacity", "10"], "--capacity must be at least 20480"),
         (["--device", "cpu", "--cases", "insert"], "--device knows no --cases"),
     ],
 )

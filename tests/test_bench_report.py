@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,16 @@ import pytest
 from extras import require
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "bench"))
+import harness
+import report
+
 Write = Callable[..., Path]
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import report
-
-    return report
-
-
-@pytest.fixture
-def write(report: Any, tmp_path: Path) -> Write:
+def write(tmp_path: Path) -> Write:
     """Write a result; further keys replace those of the header."""
-    import harness
 
     def written(name: str = "update", content: dict[str, Any] | None = None, **keys: Any) -> Path:
         clean = {"commit": "0123456789", "dirty": False, "gpu": None, "equality": "passed"}
@@ -55,8 +51,10 @@ def update() -> dict[str, Any]:
             entry(f"H {width}", "plain", 2e4 / width, over_floor=2.0, ratio=[1.5, 1.4, 1.625], **told),
             entry(f"H {width}", "jax", None, at=at),
         ]
-    parts = [{"case": "H 128", "part": "optimizers", "seconds": 3.0, "floor": 2.0}]
-    parts += [{"case": "H 128", "part": "rest", "seconds": 1.0, "floor": None}]
+    parts = [
+        {"case": "H 128", "part": name, "seconds": took}
+        for name, took in (("optimizers", 3.0), ("rest", 1.0))
+    ]
     return {"benchmark": "update", "floor": "torch.bmm", "measurements": entries, "parts": parts}
 
 
@@ -85,7 +83,7 @@ def scaling() -> dict[str, Any]:
     return {"benchmark": "scaling", "floor": "torch.bmm", "axes": axes, "measurements": entries}
 
 
-def rows(report: Any, path: Path) -> list[list[str]]:
+def rows(path: Path) -> list[list[str]]:
     lines = report.table(report.trusted(path)).splitlines()
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
 
@@ -93,10 +91,8 @@ def rows(report: Any, path: Path) -> list[list[str]]:
 # ---------------------------------------------------------------- tables
 
 
-def test_the_table_of_updates_has_rates_ratios_with_quartiles_and_times_over_the_floor(
-    report: Any, write: Write
-) -> None:
-    head, _, first, second = rows(report, write())
+def test_the_table_of_updates_has_rates_ratios_with_quartiles_and_times_over_the_floor(write: Write) -> None:
+    head, _, first, second = rows(write())
     ratios = ["x plain PyTorch (quartiles)", "time / torch.bmm"]
     assert head == ["workload", "width", "batch", "brc-fast", "plain PyTorch", *ratios]
     assert first == ["dmc-single", "128", "256", "234", "156", "1.50 (1.40 to 1.62)", "1.33"]
@@ -104,16 +100,14 @@ def test_the_table_of_updates_has_rates_ratios_with_quartiles_and_times_over_the
     assert "Missing: JAX (2 cases): jax is not installed." in report.table(report.trusted(write()))
 
 
-def test_the_table_of_environments_shows_a_ratio_below_one_like_any_other(report: Any, write: Write) -> None:
-    head, _, row = rows(report, write(content=envs(8)))
+def test_the_table_of_environments_shows_a_ratio_below_one_like_any_other(write: Write) -> None:
+    head, _, row = rows(write(content=envs(8)))
     assert head == ["steps/s", "slots", "brc-fast", "its own loop", "x its own loop (quartiles)"]
     assert row == ["gym/Pendulum-v1", "8", "800", "1,000", "0.80 (0.75 to 0.85)"]
 
 
-def test_buffers_of_several_tasks_stand_in_their_own_columns_and_the_gather_last(
-    report: Any, write: Write
-) -> None:
-    head, _, *found = rows(report, write(content=replay()))
+def test_buffers_of_several_tasks_stand_in_their_own_columns_and_the_gather_last(write: Write) -> None:
+    head, _, *found = rows(write(content=replay()))
     buffers = ["brc-fast", "brc-fast, tensors", "cpprb", "another", "copying one row"]
     assert head == ["CPU ns per transition", *buffers]
     assert ["sample 1 x 1024", "170", "", "520", "", "137"] in found
@@ -122,14 +116,14 @@ def test_buffers_of_several_tasks_stand_in_their_own_columns_and_the_gather_last
     assert len(found) == 3
 
 
-def test_the_table_of_scaling_begins_with_the_curves_and_has_the_floors(report: Any, write: Write) -> None:
-    _, _, curve, head, _, first, _ = rows(report, write(content=scaling()))
+def test_the_table_of_scaling_begins_with_the_curves_and_has_the_floors(write: Write) -> None:
+    _, _, curve, head, _, first, _ = rows(write(content=scaling()))
     assert curve == ["update, x = batch", "100 + 30 x", "5.0 %"]
     assert head == ["us", "brc-fast", "torch.bmm"]
     assert first == ["update, batch 32", "1,060", "640"]
 
 
-def test_a_line_says_when_where_with_what_and_of_which_commit(report: Any, write: Write) -> None:
+def test_a_line_says_when_where_with_what_and_of_which_commit(write: Write) -> None:
     keys = {"date": "2026-01-02T03:04:05+00:00", "cpu": "Some CPU", "cores": 2, "torch_threads": 1}
     path = write(**keys, versions={"torch": "2.13.0+cpu", "jax": None})
     line = "2026-01-02, Some CPU, 2 cores, 1 thread of torch, torch 2.13.0, 0123456"
@@ -147,13 +141,13 @@ def test_a_line_says_when_where_with_what_and_of_which_commit(report: Any, write
         ({"equality": None}, "it compares providers without an equality check: measure again"),
         ({"equality": "failed: plain differs"}, "its equality check failed: plain differs"),
         ({"status": "failed", "reason": "no\nmemory"}, "its run failed (no memory)"),
-        ({"dirty": True}, "it was measured with uncommitted changes: commit and measure again"),
+        ({"dirty": True}, "it was measured with uncommitted changes"),
         ({"commit": None, "dirty": None}, "it was measured outside of a git checkout"),
-        ({"dirty": None}, "it is not known whether it was measured with uncommitted changes"),
+        ({"dirty": None}, "it was measured with uncommitted changes, or perhaps with some"),
     ],
 )
 def test_what_must_not_be_cited_is_refused_in_one_line_and_costs_the_others_nothing(
-    keys: dict[str, Any], reason: str, report: Any, write: Write, capsys: pytest.CaptureFixture[str]
+    keys: dict[str, Any], reason: str, write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, good = write("wrong", **keys), write("good")
     assert report.main([str(path), str(good)]) == 1
@@ -165,16 +159,13 @@ def test_what_must_not_be_cited_is_refused_in_one_line_and_costs_the_others_noth
 
 
 def test_results_of_a_gpu_are_refused_where_the_tests_of_their_commit_failed(
-    report: Any, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, tests = write("gpu-update"), tmp_path / "gpu-test.json"
     told = {"status": "failed", "reason": "it ended with 1", "commit": "0123456789"}
     tests.write_text(json.dumps(told))
     assert report.main([str(path)]) == 1
     assert "the tests of its commit failed (it ended with 1)" in capsys.readouterr().err
-    tests.write_text("[")
-    assert report.main([str(path)]) == 1
-    assert "gpu-test.json beside it holds no result of tests" in capsys.readouterr().err
     for other in ({"status": "ok"}, {"commit": "an older one"}):
         tests.write_text(json.dumps({**told, **other}))
         assert report.main([str(path)]) == 0
@@ -189,14 +180,13 @@ def test_results_of_a_gpu_are_refused_where_the_tests_of_their_commit_failed(
     ],
 )
 def test_a_result_without_what_its_table_needs_is_one_line_and_costs_the_others_nothing(
-    content: dict[str, Any], report: Any, write: Write, capsys: pytest.CaptureFixture[str]
+    content: dict[str, Any], write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong, good = write("wrong", content), write("good")
     assert report.main([str(wrong), str(good)]) == 1
     told = capsys.readouterr()
     (line,) = told.err.splitlines()
-    assert line.startswith(f"report: {wrong} gives no table (")
-    assert f"; measure again with bench/bench_{content['benchmark']}.py" in line
+    assert line.startswith(f"report: {wrong} gives no table or picture (")
     assert "[good.json](" in told.out
 
 
@@ -204,7 +194,7 @@ def test_a_result_without_what_its_table_needs_is_one_line_and_costs_the_others_
 
 
 def test_a_readme_takes_its_table_in_place_and_is_checked_against_it(
-    report: Any, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, readme = write(), tmp_path / "README.md"
     readme.write_text("before\n\n<!-- report: update -->\nold\n<!-- end -->\n\nafter\n")
@@ -222,20 +212,20 @@ def test_a_readme_takes_its_table_in_place_and_is_checked_against_it(
 
 
 def test_a_place_without_an_end_or_a_result_is_refused(
-    report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("<!-- report: update -->\n")
     assert report.main(["--readme", str(readme)]) == 1
     assert "1 places begin with <!-- report: NAME -->, 0 have an end" in capsys.readouterr().err
     assert report.main(["--readme", str(tmp_path / "none.md")]) == 1
-    assert "none.md cannot be read (No such file or directory)" in capsys.readouterr().err
+    assert "none.md gives no table or picture (FileNotFoundError" in capsys.readouterr().err
     readme.write_text("<!-- report: no-such-result -->\n<!-- end -->\n")
     assert report.main(["--readme", str(readme)]) == 1
     assert "no-such-result.json cannot be read" in capsys.readouterr().err
 
 
-def test_every_table_of_the_readmes_is_what_its_committed_result_gives(report: Any) -> None:
+def test_every_table_of_the_readmes_is_what_its_committed_result_gives() -> None:
     assert report.main(["--check"]) == 0
     texts = [readme.read_text() for readme in report.READMES]
     names = {place[1] for text in texts for place in report.PLACE.findall(text)}
@@ -261,7 +251,6 @@ def test_every_table_of_the_readmes_is_what_its_committed_result_gives(report: A
 def test_pictures_are_png_and_svg_and_carry_machine_and_commit(
     content: dict[str, Any],
     names: list[str],
-    report: Any,
     write: Write,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -281,25 +270,25 @@ def test_pictures_are_png_and_svg_and_carry_machine_and_commit(
             assert "0123456" in path.read_text()
 
 
-def test_the_picture_of_parts_has_a_bar_for_what_was_measured_and_one_for_floors(report: Any) -> None:
+def test_the_picture_of_parts_shows_their_shares() -> None:
     require("matplotlib")
     from matplotlib import pyplot as plt
     from pictures import parts
 
     drawn = parts(update())
-    assert [bar.get_width() for bar in drawn.axes[0].patches] == [75.0, 25.0, 50.0, 0.0]
+    assert [bar.get_width() for bar in drawn.axes[0].patches] == [75.0, 25.0]
     plt.close(drawn)
 
 
 def test_pictures_that_cannot_be_drawn_or_written_are_one_line_each(
-    report: Any, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     require("matplotlib")
     wrong, good = write("wrong", scaling(), axes=[1]), write("good")
     assert report.main([str(wrong), str(good), "--pictures", str(tmp_path)]) == 1
     told = capsys.readouterr()
-    assert told.err.startswith(f"report: {wrong} gives no picture (")
+    assert told.err.startswith(f"report: {wrong} gives no table or picture (")
     assert len(told.err.splitlines()) == 1
     assert str(tmp_path / "good.png") in told.out
     assert report.main([str(good), "--pictures", str(good / "docs")]) == 1
-    assert capsys.readouterr().err == f"report: {good / 'docs'} cannot be written (Not a directory)\n"
+    assert "NotADirectoryError" in capsys.readouterr().err

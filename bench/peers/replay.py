@@ -101,7 +101,10 @@ class Stored(NamedTuple):
                 raise Differs(f"{name} have shape {list(got.shape)} instead of {list(wanted.shape)}")
             if wrong := np.count_nonzero((got != wanted).reshape(len(tags), -1).any(1)):
                 raise Differs(f"{wrong} of {len(tags)} sampled {name} do not belong to their observations")
-        if tags.size * 4 <= min(self.different, self.rows) and np.unique(tags).size < tags.size // 2:
+        if (
+            tags.size * 4 <= min(self.different, self.rows * self.tasks)
+            and np.unique(tags).size < tags.size // 2
+        ):
             raise Differs("the same few transitions are drawn again and again")
 
 
