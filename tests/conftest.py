@@ -182,6 +182,16 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
 
 
 @pytest.fixture
+def gpu() -> str:
+    """A CUDA device, or the CPU where BRC_FAST_GPU_DRY=1 sends the tests of a GPU to it."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if os.environ.get("BRC_FAST_GPU_DRY") == "1":
+        return "cpu"
+    pytest.skip("torch sees no CUDA device (BRC_FAST_GPU_DRY=1 runs this on the CPU)")
+
+
+@pytest.fixture
 def kernel_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where kernels run: on CUDA, or on the CPU through Triton's interpreter with an honest bfloat16.
 

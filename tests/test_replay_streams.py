@@ -6,7 +6,6 @@ kept busy (BRC_FAST_GPU_DRY=1 sends the same tests to the CPU).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -180,15 +179,6 @@ def test_only_a_copy_to_a_gpu_may_still_be_under_way() -> None:
 
 
 # ---- On a GPU
-
-
-@pytest.fixture
-def gpu() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    if os.environ.get("BRC_FAST_GPU_DRY") == "1":
-        return "cpu"
-    pytest.skip("torch sees no CUDA device (BRC_FAST_GPU_DRY=1 runs this on the CPU)")
 
 
 def keep_busy(device: str) -> None:

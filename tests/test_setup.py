@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,10 +52,7 @@ def refused(done: Done) -> str:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (
-            "echo 3.9",
-            "is Python 3.9, and Python 3.11 to 3.13 is needed; name another: make PYTHON=python3.11",
-        ),
+        ("echo 3.9", "is Python 3.9, and Python 3.11 to 3.13 is needed; name another: make PYTHON="),
         ("echo 3.14", "is Python 3.14, and Python 3.11 to 3.13 is needed; "),
         ("echo 2.7", "is Python 2.7, and Python 3.11 to 3.13 is needed; "),
         ("echo not found >&2; exit 127", "; install Python 3.11 to 3.13, or name it: make PYTHON=python3.11"),
@@ -74,7 +72,7 @@ def test_a_machine_without_a_compiler_is_told_so_before_anything_is_fetched(fold
         assert found is not None
         (tools / name).symlink_to(found)
     line = refused(setup(folder, PYTHON=str(BASE), PATH=str(tools)))
-    assert line == "setup: there is no C++ compiler; install one (Debian, Ubuntu: g++), or name it: CXX=..."
+    assert re.match(r"setup: there is no C\+\+ compiler; install one .*: g\+\+.*name it: CXX=", line)
     old = program(folder / "old", "case $* in *c++20*) exit 1;; esac")
     told = f"setup: {old} does not compile C++20; "
     assert refused(setup(folder, PYTHON=str(BASE), CXX=str(old))).startswith(told)
@@ -82,16 +80,10 @@ def test_a_machine_without_a_compiler_is_told_so_before_anything_is_fetched(fold
 
 
 def test_without_a_network_one_line_says_so_and_the_next_try_goes_on(folder: Path) -> None:
-    offline = {
-        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
-        "PIP_RETRIES": "0",
-        "PIP_CONFIG_FILE": os.devnull,
-    }
-    offline |= {"PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PYTHON": str(BASE)}
+    offline = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PYTHON": str(BASE)}
+    offline |= {"PIP_CONFIG_FILE": os.devnull, "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
     line = refused(setup(folder, "no-such-thing", **offline))
-    assert line.startswith(
-        "setup: pip cannot get no-such-thing: go online, or set PIP_INDEX_URL or PIP_PROXY; "
-    )
+    assert line.startswith("setup: pip cannot get no-such-thing: go online, or set PIP_INDEX_URL or ")
     assert "no-such-thing" in (folder / "build" / "setup.log").read_text()
     (folder / "venv" / "kept").touch()
     done = setup(folder, "--no-index", str(wheel(folder)), PYTHON=str(BASE))
