@@ -98,6 +98,17 @@ def learn(
     return state
 
 
+def assert_follows_twin(mine: State, dtype: torch.dtype, through: torch.dtype, **case: Any) -> None:
+    """As near to the twin in float64 as the twin in `dtype`; copies are rounded from `through`."""
+    exact, plain = (learn(reference.adamw_, dtype=kind, device="cpu", **case) for kind in (F64, dtype))
+    assert mine.keys() == exact.keys()
+    for part in mine.keys() - {"low", "target_low"}:
+        assert_close_to_truth(mine[part], exact[part], plain[part], part)
+    for copy, of in (("low", "param"), ("target_low", "target")):
+        if copy in mine:
+            assert torch.equal(mine[copy], mine[of].to(through).to(mine[copy].dtype)), copy
+
+
 CASES: dict[str, dict[str, Any]] = {
     # a temperature: one parameter, one program, nothing else wanted
     "alone": {"size": 1, "moves": False, "norm": False},
@@ -123,14 +134,7 @@ def test_twenty_steps_of_the_kernels_follow_the_twin(
 ) -> None:
     with small_blocks("adamw"), small_blocks("squares", 512, 1):
         mine = learn(kernel_adamw, dtype=dtype, device=kernel_device, **CASES[name])
-    exact = learn(reference.adamw_, dtype=F64, device="cpu", **CASES[name])
-    plain = learn(reference.adamw_, dtype=dtype, device="cpu", **CASES[name])
-    assert mine.keys() == exact.keys()
-    for part in mine.keys() - {"low", "target_low"}:
-        assert_close_to_truth(mine[part], exact[part], plain[part], part)
-    for copy, of in (("low", "param"), ("target_low", "target")):
-        if copy in mine:
-            assert torch.equal(mine[copy], mine[of].float().to(mine[copy].dtype)), copy
+    assert_follows_twin(mine, dtype, F32, **CASES[name])
     assert mine["step"] == 20
     start = buffers(CASES[name]["size"], dtype, kernel_device)
     for part in mine.keys() & {"param", "target"}:
@@ -160,20 +164,24 @@ def test_the_kernels_do_what_torch_does(kernel_device: str, max_norm: float | No
         torch.testing.assert_close(state[name], torchs.state[leaf][name], rtol=1e-11, atol=1e-14)
 
 
+def assert_bias_corrections(
+    op: Callable[..., None], t: int, step: Tensor, dtype: torch.dtype, rel: float
+) -> None:
+    """The t-th step, from moments of 1 and with a gradient of 0."""
+    rule = RULE | {"learning_rate": 1.0, "eps": 0.0, "weight_decay": 0.0}
+    param, grad = (torch.zeros(1, dtype=dtype, device=step.device) for _ in range(2))
+    op(param, grad, torch.ones_like(param), torch.ones_like(param), step.fill_(t - 1), **rule)
+    mean, root = 0.9 / -math.expm1(t * math.log(0.9)), math.sqrt(0.999 / -math.expm1(t * math.log(0.999)))
+    assert param.item() == pytest.approx(-mean / root, rel=rel), t
+    assert step == t
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_the_bias_corrections_hold_at_every_step(kernel_device: str, dtype: torch.dtype) -> None:
-    beta1, beta2 = 0.9, 0.999
-    rule = RULE | {"learning_rate": 1.0, "eps": 0.0, "weight_decay": 0.0, "betas": (beta1, beta2)}
     for t in (1, 2, 3, 9, 10, 30, 500, 1000, 1001, 3000, 10**5, 2**24 - 1):
-        param, grad = (torch.zeros(1, dtype=dtype, device=kernel_device) for _ in range(2))
-        exp_avg, exp_avg_sq = torch.ones_like(param), torch.ones_like(param)
-        step = torch.full((), t - 1.0, device=kernel_device)
-        kernel_adamw(param, grad, exp_avg, exp_avg_sq, step, **rule)
-        m, v = (math.expm1(t * math.log(b)) for b in (beta1, beta2))
-        expected = (exp_avg.item() / m) / math.sqrt(exp_avg_sq.item() / -v)
-        assert param.item() == pytest.approx(expected, rel=1e-6 if dtype == F32 else 1e-12), t
-        assert step == t
+        step = torch.zeros((), device=kernel_device)
+        assert_bias_corrections(kernel_adamw, t, step, dtype, 1e-6 if dtype == F32 else 1e-12)
 
 
 @pytest.mark.gpu
@@ -306,41 +314,51 @@ def test_no_parameters_are_a_step_too(kernel_device: str, max_norm: float | None
     optimizer.ema_(empty, empty, 0.5, impl="triton")
 
 
-def one_step(device: str, grads: list[float], size: int = 600, **rule: Any) -> State:
-    """One step from zero moments; the first gradients are `grads`, the others 1."""
-    state = buffers(size, F32, device)
-    grad = torch.ones(size)
+def two_steps(
+    op: Callable[..., None], device: str, grads: list[float], max_norm: float | None = None
+) -> State:
+    """Two steps from zero moments; the first gradients are `grads`, the others 1."""
+    state = buffers(600, F32, device)
+    grad = torch.ones(600)
     grad[: len(grads)] = torch.tensor(grads)
-    norm = state["gradient_norm"] = torch.zeros((), device=device)
+    state["gradient_norm"] = torch.zeros((), device=device)
+    extras = {name: state[name] for name in ("target", "gradient_norm")}
     with small_blocks("adamw"), small_blocks("squares"):
         for _ in range(2):
             moments = (state[name] for name in MADE[1:4])
-            kernel_adamw(state["param"], grad.to(device), *moments, **RULE | rule, gradient_norm=norm)
+            op(state["param"], grad.to(device), *moments, **RULE, max_norm=max_norm, **extras)
+    assert torch.equal(state["target"].isnan(), state["param"].isnan())
     return {name: x.cpu() for name, x in state.items()}
 
 
-@pytest.mark.gpu
-def test_extreme_gradients_stay_where_they_are(kernel_device: str) -> None:
+def assert_extreme_gradients_stay(op: Callable[..., None], device: str) -> None:
     start = buffers(600, F32, "cpu")["param"]
-    zero = one_step(kernel_device, [0.0] * 600, max_norm=1.0)
+    zero = two_steps(op, device, [0.0] * 600, 1.0)
     decay = 1.0 - RULE["learning_rate"] * RULE["weight_decay"]
     torch.testing.assert_close(zero["param"], start * decay * decay)
     assert zero["gradient_norm"] == 0
     # 1e30: its square is infinite, and the step 0; NaN and infinity: NaN in that place alone
-    wild = one_step(kernel_device, [1e30, -1e30, math.nan, math.inf])["param"]
+    state = two_steps(op, device, [1e30, -1e30, math.nan, math.inf])
+    wild = state["param"]
     torch.testing.assert_close(wild[:2], start[:2] * decay * decay)
-    assert wild[2:4].isnan().all()
+    assert wild.isnan().nonzero().flatten().tolist() == [2, 3]
     assert wild[4:].isfinite().all()
     assert (wild[4:] - start[4:]).abs().min() > 1e-3
+    assert state["gradient_norm"].isnan()
     # the norm is infinite: nothing moves, but for infinity times 0
-    clipped = one_step(kernel_device, [math.inf], max_norm=1.0)
+    clipped = two_steps(op, device, [math.inf], 1.0)
     assert clipped["gradient_norm"] == math.inf
     assert clipped["param"][0].isnan()
     torch.testing.assert_close(clipped["param"][1:], start[1:] * decay * decay)
     # NaN in the norm reaches everything, as with torch.nn.utils.clip_grad_norm_
-    poisoned = one_step(kernel_device, [1.0, math.nan], max_norm=1.0)
+    poisoned = two_steps(op, device, [1.0, math.nan], 1.0)
     assert poisoned["gradient_norm"].isnan()
     assert poisoned["param"].isnan().all()
+
+
+@pytest.mark.gpu
+def test_extreme_gradients_stay_where_they_are(kernel_device: str) -> None:
+    assert_extreme_gradients_stay(kernel_adamw, kernel_device)
 
 
 @pytest.mark.gpu
@@ -588,13 +606,7 @@ def test_a_step_takes_two_launches_at_most(size: int, extra: dict[str, Any], nam
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_steps_on_a_cpu_follow_the_twin(name: str, dtype: torch.dtype) -> None:
     mine = learn(optimizer.adamw_, dtype=dtype, device="cpu", **CASES[name])
-    exact = learn(reference.adamw_, dtype=F64, device="cpu", **CASES[name])
-    plain = learn(reference.adamw_, dtype=dtype, device="cpu", **CASES[name])
-    for part in mine.keys() - {"low", "target_low"}:
-        assert_close_to_truth(mine[part], exact[part], plain[part], part)
-    for copy, of in (("low", "param"), ("target_low", "target")):
-        if copy in mine:
-            assert torch.equal(mine[copy], mine[of].to(mine[copy].dtype)), copy
+    assert_follows_twin(mine, dtype, dtype, **CASES[name])
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
@@ -633,13 +645,7 @@ def test_compiled_steps_follow_the_twin_in_float64(
     calls = native_calls(monkeypatch)
     mine = learn(optimizer.adamw_, size, F32, "cpu", steps=5, **rule)
     assert calls == ([*["sum_of_squares"] * ("max_norm" in rule), "adamw"] * 5)
-    exact = learn(reference.adamw_, size, F64, "cpu", steps=5, **rule | {"grad_dtype": F32})
-    plain = learn(reference.adamw_, size, F32, "cpu", steps=5, **rule)
-    for part in mine.keys() - {"low", "target_low"} if size else ():
-        assert_close_to_truth(mine[part], exact[part], plain[part], part)
-    for copy, of in (("low", "param"), ("target_low", "target")):
-        if copy in mine:
-            assert torch.equal(mine[copy], mine[of].to(BF16)), copy
+    assert_follows_twin(mine, F32, F32, size=size, steps=5, **rule)
     assert mine["step"] == 5
     if size == 0 and "gradient_norm" in mine:
         assert mine["gradient_norm"] == 0
@@ -657,43 +663,11 @@ def test_a_compiled_step_with_tau_1_gives_the_target_the_bits_of_the_parameters(
 @pytest.mark.parametrize("step_dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("t", [1, 2, 10, 1000, 10000, 10**6])
 def test_bias_corrections_of_a_compiled_step_hold(t: int, step_dtype: torch.dtype) -> None:
-    param, exp_avg, exp_avg_sq = torch.zeros(1), torch.ones(1), torch.ones(1)
-    step = torch.full((), t - 1.0, dtype=step_dtype)
-    rule = RULE | {"learning_rate": 1.0, "eps": 0.0, "weight_decay": 0.0}
-    optimizer.adamw_(param, torch.zeros(1), exp_avg, exp_avg_sq, step, **rule)
-    mean, root = 0.9 / -math.expm1(t * math.log(0.9)), math.sqrt(0.999 / -math.expm1(t * math.log(0.999)))
-    assert param.item() == pytest.approx(-mean / root, rel=3e-7)
-    assert step == t
+    assert_bias_corrections(optimizer.adamw_, t, torch.zeros((), dtype=step_dtype), F32, 3e-7)
 
 
 def test_extreme_gradients_of_a_compiled_step_stay_where_they_are() -> None:
-    decay = 1.0 - RULE["learning_rate"] * RULE["weight_decay"]
-
-    def stepped(grads: list[float], max_norm: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        state = buffers(600, F32, "cpu")
-        grad, norm = torch.ones(600), torch.zeros(())
-        grad[: len(grads)] = torch.tensor(grads)
-        moments = (state[name] for name in MADE[1:4])
-        rule = RULE | {"max_norm": max_norm, "gradient_norm": norm}
-        start = state["param"].clone()
-        optimizer.adamw_(state["param"], grad, *moments, **rule, target=state["target"])
-        assert torch.equal(state["target"].isnan(), state["param"].isnan())
-        return start, state["param"], norm
-
-    start, wild, norm = stepped([1e30, -1e30, math.nan, math.inf])
-    torch.testing.assert_close(wild[:2], start[:2] * decay)
-    assert wild.isnan().nonzero().flatten().tolist() == [2, 3]
-    assert norm.isnan()
-    start, clipped, norm = stepped([math.inf], 1.0)
-    assert norm == math.inf
-    assert clipped[0].isnan()
-    torch.testing.assert_close(clipped[1:], start[1:] * decay)
-    _, poisoned, norm = stepped([1.0, math.nan], 1.0)
-    assert norm.isnan()
-    assert poisoned.isnan().all()
-    start, still, norm = stepped([0.0] * 600, 1.0)
-    torch.testing.assert_close(still, start * decay)
-    assert norm == 0
+    assert_extreme_gradients_stay(optimizer.adamw_, "cpu")
 
 
 @pytest.mark.parametrize("max_norm", [None, 1.0])
