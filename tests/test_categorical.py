@@ -98,6 +98,12 @@ def bellman_inputs(
     return logits, next_logits, rest
 
 
+def bellman_tensors(device: str, *sizes: int) -> list[Tensor]:
+    """The same on a device, in float32 and in one list."""
+    logits, next_logits, rest = bellman_inputs(*sizes)
+    return on(device, torch.float32, logits, next_logits, *rest)
+
+
 def on(device: str, dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     return [guarded(x.to(dtype).to(device)) for x in tensors]
 
@@ -207,8 +213,7 @@ def test_the_bellman_loss_and_its_gradient_follow_their_twin(
 
 @pytest.mark.gpu
 def test_only_the_logits_get_a_gradient_and_a_loss_alone_needs_none(kernel_device: str) -> None:
-    logits, next_logits, rest = bellman_inputs(2, 5, 11)
-    tensors = on(kernel_device, torch.float32, logits, next_logits, *rest)
+    tensors = bellman_tensors(kernel_device, 2, 5, 11)
     free = LOSS(*tensors)
     assert not free.requires_grad
     leaves = [x.requires_grad_() for x in tensors]
@@ -273,8 +278,7 @@ def test_a_temperature_may_be_a_number_or_a_tensor(kernel_device: str, dtype: to
 @pytest.mark.filterwarnings("error:invalid value")  # the interpreter's, on NaN from beyond the batch
 @pytest.mark.parametrize("block", [1, 2, 8])
 def test_the_rows_of_a_program_do_not_matter(kernel_device: str, block: int) -> None:
-    logits, next_logits, rest = bellman_inputs(2, 5, 21)
-    tensors = on(kernel_device, torch.float32, logits, next_logits, *rest)
+    tensors = bellman_tensors(kernel_device, 2, 5, 21)
     values, grad = on(kernel_device, torch.float32, normal(5), normal(2, 5))
     calls = {
         "categorical_bellman_loss": lambda: PAIR(*tensors),
@@ -293,15 +297,14 @@ def test_the_rows_of_a_program_do_not_matter(kernel_device: str, block: int) -> 
 
 @pytest.mark.gpu
 def test_every_op_is_one_launch_each_way(kernel_device: str) -> None:
-    logits, next_logits, rest = bellman_inputs(2, 5, 11)
-    tensors = on(kernel_device, torch.float32, logits, next_logits, *rest)
+    tensors = bellman_tensors(kernel_device, 2, 5, 11)
     with recording() as launches:
         LOSS(*tensors)
         assert len(launches) == 1
         assert launches[0].arguments[10] is None  # without a gradient, none is written
         loss = LOSS(tensors[0].requires_grad_(), *tensors[1:])
         assert len(launches) == 2
-        assert launches[1].arguments[10].shape == logits.shape
+        assert launches[1].arguments[10].shape == tensors[0].shape
         torch.autograd.grad(loss.sum(), tensors[0])
         assert len(launches) == 3
         TARGET(*tensors[1:])
@@ -315,8 +318,7 @@ def test_every_op_is_one_launch_each_way(kernel_device: str) -> None:
 
 @pytest.mark.gpu
 def test_two_runs_give_the_same_bits(kernel_device: str) -> None:
-    logits, next_logits, rest = bellman_inputs(2, 21, 101)
-    inputs = on(kernel_device, torch.float32, logits, next_logits, *rest)
+    inputs = bellman_tensors(kernel_device, 2, 21, 101)
     seed = torch.randn(2, 21, device=kernel_device)
     first, second = (outputs_and_gradients(LOSS, inputs, [seed], [0]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -548,8 +550,7 @@ def test_rows_may_lie_anyhow_in_memory(kernel_device: str) -> None:
 
 @pytest.mark.gpu
 def test_incoming_gradients_and_vectors_may_lie_anyhow_in_memory(kernel_device: str) -> None:
-    logits, next_logits, rest = bellman_inputs(2, 3, 5)
-    tensors = on(kernel_device, torch.float32, logits, next_logits, *rest)
+    tensors = bellman_tensors(kernel_device, 2, 3, 5)
     atoms = atoms_of(tensors[0])
     ops: list[Callable[[Tensor], Tensor]] = [
         lambda x: LOSS(x, *tensors[1:]),
@@ -621,8 +622,7 @@ def test_only_memory_of_its_own_is_read_beyond_a_row() -> None:
 
 @pytest.mark.gpu
 def test_an_empty_batch_gives_empty_results(kernel_device: str) -> None:
-    logits, next_logits, rest = bellman_inputs(2, 0, 5)
-    tensors = on(kernel_device, torch.float32, logits, next_logits, *rest)
+    tensors = bellman_tensors(kernel_device, 2, 0, 5)
     none, atoms = tensors[2], atoms_of(tensors[0])
     leaf = tensors[0].requires_grad_()
     target = TARGET(*tensors[1:])

@@ -26,7 +26,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from brc_fast.envs import make
 from brc_fast.envs.base import check_finite
-from brc_fast.envs.gym import GymAdapter, SimulatorError, WorkerError, make_gym
+from brc_fast.envs.gym import SimulatorError, WorkerError, make_gym
 from brc_fast.envs.vector import VectorAdapter
 from brc_fast.errors import InputError, MissingExtraError
 
@@ -805,16 +805,6 @@ def test_a_gymnasium_episode_is_that_of_gymnasium():
                 terminated += end
         acted_on = step.observations
     assert terminated > 5
-
-
-def test_the_gymnasium_face_gives_final_observations():
-    env = make_gym(registered(), N)
-    assert isinstance(env, GymAdapter)
-    env.reset(seed=1)
-    for _ in range(LENGTH):
-        _, _, _, truncated, infos = env.step(np.zeros((N, 1), np.float32))
-    assert truncated.all()
-    assert [final[2] for final in infos["final_obs"]] == [LENGTH] * N
 
 
 CHECKOUT = """

@@ -29,13 +29,13 @@ NARROW = {
 
 
 def arguments(
-    shape: tuple[int, ...], of_parameters: tuple[int, ...], dtype: torch.dtype = FLOAT64
+    shape: tuple[int, ...], of_parameters: tuple[int, ...], dtype: torch.dtype = FLOAT64, device: str = "cpu"
 ) -> tuple[list[Tensor], Tensor]:
     """x, bias, weight, shift and residual; then a gradient of the output."""
     torch.manual_seed(0)
     x, residual, seed = (torch.randn(shape, dtype=dtype) for _ in range(3))
     bias, weight, shift = (torch.randn(of_parameters, dtype=dtype) for _ in range(3))
-    return [x, bias, weight + 0.5, shift, residual], seed
+    return [t.to(device) for t in (x, bias, weight + 0.5, shift, residual)], seed.to(device)
 
 
 def an_op(function: Callable[..., Tensor], relu: bool, **more: Any) -> Callable[..., Tensor]:
@@ -274,8 +274,7 @@ def test_gradcheck_accepts_the_kernels_in_float64(kernel_device: str) -> None:
 
 @pytest.mark.gpu
 def test_inputs_in_any_layout_give_what_their_contiguous_copies_give(kernel_device: str) -> None:
-    inputs, seed = arguments((3, 5, 6), (3, 6), FLOAT32)
-    inputs, seed = [t.to(kernel_device) for t in inputs], seed.to(kernel_device)
+    inputs, seed = arguments((3, 5, 6), (3, 6), FLOAT32, kernel_device)
     count = 0
     for (told, x), (_, residual) in zip(layouts(inputs[0]), layouts(inputs[4]), strict=True):
         strided = [x, *inputs[1:4], residual]
@@ -291,8 +290,8 @@ def test_inputs_in_any_layout_give_what_their_contiguous_copies_give(kernel_devi
 def test_gradients_that_arrive_in_any_layout_give_what_their_contiguous_copies_give(
     kernel_device: str,
 ) -> None:
-    inputs, seed = arguments((3, 5, 6), (3, 6), FLOAT32)
-    leaves = [t.to(kernel_device).requires_grad_() for t in inputs]
+    inputs, seed = arguments((3, 5, 6), (3, 6), FLOAT32, kernel_device)
+    leaves = [t.requires_grad_() for t in inputs]
     out = by_kernels(True)(*leaves)
     for told, strided in layouts(seed.to(kernel_device)):
         mine = torch.autograd.grad(out, leaves, strided, retain_graph=True)
@@ -303,8 +302,8 @@ def test_gradients_that_arrive_in_any_layout_give_what_their_contiguous_copies_g
 
 @pytest.mark.gpu
 def test_the_gradient_of_a_sum_is_read_as_ones(kernel_device: str) -> None:
-    inputs, _ = arguments((2, 4, 6), (2, 6), FLOAT32)
-    leaves = [t.to(kernel_device).requires_grad_() for t in inputs]
+    inputs, _ = arguments((2, 4, 6), (2, 6), FLOAT32, kernel_device)
+    leaves = [t.requires_grad_() for t in inputs]
     mine = torch.autograd.grad(by_kernels(True)(*leaves).sum(), leaves)
     ones = torch.autograd.grad(by_kernels(True)(*leaves), leaves, torch.ones_like(leaves[0]))
     assert all(torch.equal(a, b) for a, b in zip(mine, ones, strict=True))
@@ -312,8 +311,7 @@ def test_the_gradient_of_a_sum_is_read_as_ones(kernel_device: str) -> None:
 
 @pytest.mark.gpu
 def test_parameters_in_any_layout_give_what_their_contiguous_copies_give(kernel_device: str) -> None:
-    inputs, seed = arguments((3, 5, 6), (3, 6), FLOAT32)
-    inputs, seed = [t.to(kernel_device) for t in inputs], seed.to(kernel_device)
+    inputs, seed = arguments((3, 5, 6), (3, 6), FLOAT32, kernel_device)
     flat = torch.full((3, 30), float("nan"), device=kernel_device)
     flat[:, 11:17] = inputs[1]
     strided = [flat[:, 11:17], inputs[2].T.contiguous().T, inputs[3][:1].expand(3, 6)]
@@ -409,8 +407,7 @@ def test_a_nan_stays_in_its_row_and_reaches_the_parameters(kernel_device: str, n
 
 @pytest.mark.gpu
 def test_two_runs_give_the_same_bits(kernel_device: str) -> None:
-    inputs, seed = arguments((2, 200, 48), (2, 48), FLOAT32)
-    inputs, seed = [t.to(kernel_device) for t in inputs], seed.to(kernel_device)
+    inputs, seed = arguments((2, 200, 48), (2, 48), FLOAT32, kernel_device)
     first, second = (outputs_and_gradients(by_kernels(True), inputs, [seed], range(5)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -442,8 +439,7 @@ def test_an_empty_input_gives_an_empty_output_and_zero_gradients(
 def test_no_launch_serves_a_gradient_that_nobody_wants(
     kernel_device: str, wanted: tuple[int, ...], kernels: list[str]
 ) -> None:
-    inputs, seed = arguments((2, 5, 16), (2, 16), FLOAT32)
-    inputs, seed = [t.to(kernel_device) for t in inputs], seed.to(kernel_device)
+    inputs, seed = arguments((2, 5, 16), (2, 16), FLOAT32, kernel_device)
     names = ("forward", *kernels)
     with dispatch.recording() as launches:
         outputs_and_gradients(by_kernels(True), inputs, [seed], wanted)
@@ -458,8 +454,8 @@ def test_no_launch_serves_a_gradient_that_nobody_wants(
 
 @pytest.mark.gpu
 def test_a_second_derivative_is_refused(kernel_device: str) -> None:
-    inputs, seed = arguments((2, 3, 8), (2, 8), FLOAT32)
-    leaves = [t.to(kernel_device).requires_grad_() for t in inputs]
+    inputs, seed = arguments((2, 3, 8), (2, 8), FLOAT32, kernel_device)
+    leaves = [t.requires_grad_() for t in inputs]
     for out in (by_kernels(True)(*leaves), by_kernels(True)(*leaves).square()):
         with pytest.raises(RuntimeError, match="bias_layer_norm has no second derivative"):
             torch.autograd.grad(out, leaves[0], seed.to(kernel_device), create_graph=True)

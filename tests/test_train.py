@@ -459,20 +459,6 @@ def test_settings_that_would_change_the_numbers_cannot_change_on_resume(
     one_line(words, "seed cannot change when a run is resumed", capsys, tmp_path)
 
 
-def test_evaluate_prints_and_keeps_each_tasks_return(
-    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    assert train(run, tasks=("toy/One", "toy/Two")) == 0
-    assert cli.main(["evaluate", str(run), "--episodes", "3"]) == 0
-    told = capsys.readouterr().out
-    assert "toy/One" in told
-    assert "toy/Two" in told
-    kept = json.loads((run / "evaluation.json").read_text())
-    assert [len(kept["returns"][name]) for name in ("toy/One", "toy/Two")] == [3, 3]
-    assert kept["eval/return/toy/One"] == pytest.approx(np.mean(kept["returns"]["toy/One"]))
-
-
 def test_a_run_that_cannot_be_written_to_is_evaluated_all_the_same(
     toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
