@@ -60,8 +60,8 @@ def limits(device: str, dry: bool) -> Iterator[Limit]:
         dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
         sets = [torch.randn(3, size, size, device=device).to(dtype) for _ in range(4)]
         calls = [partial(torch.mm, left, right, out=out) for left, right, out in sets]
-        with harness.tensor_cores(device, "high" if kind == "tf32" else "highest"):
-            return rotating(lambda: calls, seconds)
+        harness.tensor_cores(device, "high" if kind == "tf32" else "highest")
+        return rotating(lambda: calls, seconds)
 
     def dependent(number: int) -> Calls:
         return [partial(torch.zeros(1, device=device).add_, 1.0)] * number

@@ -111,9 +111,8 @@ def run(found: Results, device: str, axes: Sequence[str], seconds: float, *, dry
                 step(found, case, x, share)
             else:
                 shape = BASE._replace(**({"width": kept, "batch": kept} | {axis: x}))
-                with harness.tensor_cores(device):
-                    subject = Subject(shape, updates, device)
-                    compare(found, subject, [OURS[device]], share, case=case, unit="us")
+                subject = Subject(shape, updates, device)
+                compare(found, subject, [OURS[device]], share, case=case, unit="us")
         found.entries[first:] = sorted(found.entries[first:], key=lambda entry: size(entry["case"]))
         known = {size(e["case"]): e["value"] / 1e6 for e in found.entries[first:] if e["value"]}
         xs = [x for x in known if axis != "tasks" or x > 1]

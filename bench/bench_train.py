@@ -168,23 +168,23 @@ def run(
     rates: Rates = {name: [] for name in AGENTS}
     sides, missing, clock, longest = list[Side](), Missing(), Clock(seconds), 0.0
     found.found |= {"task": task, "threshold": threshold, "settings": dataclasses.asdict(config), "runs": []}
+    harness.tensor_cores(device)
     with missing.of(*AGENTS):
         check(config, device)
-    with harness.tensor_cores(device):
-        for number in range(0 if missing else MOST):
-            start = time.perf_counter()
-            if number and (missing or clock.left < MORE * longest):
-                break
-            own, seeded = list[Side](), dataclasses.replace(config, seed=config.seed + number)
-            for name in AGENTS:
-                with missing.of(name):
-                    own.append(Side(name, seeded, device, math.inf if threshold is None else threshold))
-            clock = clock if number else Clock(seconds)
-            train(own, clock, rates, missing)
-            found.found["runs"] += [side.close() for side in own]
-            sides += own
-            release(device)
-            longest = max(longest, time.perf_counter() - start)
+    for number in range(MOST):
+        if missing or (number and clock.left < MORE * longest):
+            break
+        start, own = time.perf_counter(), list[Side]()
+        seeded = dataclasses.replace(config, seed=config.seed + number)
+        for name in AGENTS:
+            with missing.of(name):
+                own.append(Side(name, seeded, device, math.inf if threshold is None else threshold))
+        clock = clock if number else Clock(seconds)
+        train(own, clock, rates, missing)
+        found.found["runs"] += [side.close() for side in own]
+        sides += own
+        release(device)
+        longest = max(longest, time.perf_counter() - start)
     if threshold is not None:
         late = {
             s.name: f"not reached in {s.seconds:.0f} s, best return {s.best:.0f}" for s in sides if not s.done

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import harness
@@ -81,8 +82,8 @@ def timed(
     work = {name: provider.call for name, provider in providers.items()}
     ends = {name: provider.finish for name, provider in providers.items()}
     if providers and subject.device == "cpu":
-        once = alone(subject.workload, subject.device)
-        work[FLOOR] = lambda: [once() for _ in range(subject.updates)]
+        agent, (batch, _) = subject.agent(), subject.inputs()
+        work[FLOOR] = alone(partial(agent.update, batch))
         ends[FLOOR] = lambda: None
     kept = KEPT * clock.left if "ours" in providers else 0.0
     times = interleave(work, clock.left - kept, finish=lambda name: ends[name]())
@@ -94,15 +95,16 @@ def timed(
 
 
 def floor(subject: Subject, precision: str) -> float:
-    """Seconds of an update's products alone on a GPU."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    with harness.tensor_cores("cuda", "highest" if precision == "fp32" else "high"):
-        return seconds_per_call([alone(subject.workload, "cuda", dtype)], torch.device("cuda")).median
+    """Seconds of a call's products alone on a GPU."""
+    agent, (batch, _) = subject.agent(precision), subject.inputs()
+    work = alone(partial(agent.update, batch))
+    return seconds_per_call([work], torch.device("cuda")).median / subject.updates
 
 
 def prepare(found: Results, device: str) -> None:
     """Before anything is timed: the first optimizer of a process loads modules for seconds."""
     found.found["floor"] = FLOOR
+    harness.tensor_cores(device)
     if device == "cpu":
         updates.expected(Subject(CARTPOLE._replace(width=8, batch=8)))
 
@@ -111,13 +113,12 @@ def run(found: Results, subjects: Sequence[Subject], names: Sequence[str], secon
     """Size after size, in equal shares of the time."""
     prepare(found, subjects[0].device)
     clock = Clock(seconds)
-    with harness.tensor_cores(subjects[0].device):
-        for place, subject in enumerate(subjects):
-            if place and clock.left == 0.0:
-                missing = dict.fromkeys(names, Unavailable(TIME_UP))
-                found.case(subject.case, {}, "updates/s", missing=missing, at=subject.at)
-            else:
-                compare(found, subject, names, Clock(clock.left / (len(subjects) - place)))
+    for place, subject in enumerate(subjects):
+        if place and clock.left == 0.0:
+            missing = dict.fromkeys(names, Unavailable(TIME_UP))
+            found.case(subject.case, {}, "updates/s", missing=missing, at=subject.at)
+        else:
+            compare(found, subject, names, Clock(clock.left / (len(subjects) - place)))
 
 
 def asked(names: Sequence[str] | None, device: str) -> Sequence[Workload]:

@@ -12,7 +12,7 @@ the span over the rounds. Options after -- go to the benchmark (-- --width 128 -
 --threshold: exit code 1 if a ratio lies below it with all of its bounds. --ratio-floor: the same for ours to
 another provider of one result; its bounds are quartiles of the ratios round by round.
 Exit code 2: there is nothing to compare, or what must not be: files of different machines, of a run that
-failed or whose equality check did. --force compares such files all the same and marks every line.
+failed or whose equality check did. --force compares such files all the same, and says so.
 """
 
 from __future__ import annotations
@@ -105,41 +105,40 @@ def ratios(
     return over, lines
 
 
-def trusted(path: Path, force: bool) -> dict[str, Any]:
-    """Results of a run that did not fail and that passed its equality check, or of any if it is forced."""
-    result = read(path)
-    if not force and (reasons := failures(result)):
-        told = "; ".join(reasons.values())
-        raise Refused(f"{path} must not be compared: {told}; --force compares all the same")
-    return result
+def checked(force: bool, *results: dict[str, Any]) -> None:
+    """Refuses results that must not be compared; if it is forced, says why not."""
+    reasons = [why for result in results for why in failures(result)]
+    kinds = {name: {str(result[name]) for result in results} for name in MACHINE}
+    reasons += [f"the machines differ ({n}: {', '.join(sorted(s))})" for n, s in kinds.items() if len(s) > 1]
+    if reasons and not force:
+        raise Refused(f"these must not be compared: {'; '.join(reasons)}; --force compares all the same")
+    if reasons:
+        print(f"compared all the same, by --force: {one_line('; '.join(reasons))}")
 
 
-def compare_files(given: argparse.Namespace) -> tuple[list[Ratio], list[str]]:
-    """Prints all but the ratios; returns them, and what to mark each line with."""
-    one, other = (trusted(path, given.force) for path in given.results)
-    differing = "; ".join(f"{n}: {one[n]}, {other[n]}" for n in MACHINE if one[n] != other[n])
-    if differing and not given.force:
-        raise Refused(f"the machines differ ({differing}); --force compares all the same")
+def compare_files(given: argparse.Namespace) -> list[Ratio]:
+    """Prints all but the ratios, and returns them."""
+    one, other = map(read, given.results)
+    checked(given.force, one, other)
     found, lines = ratios(one, other, given.providers, given.against)
-    marks = ["different machines"] if differing else []
-    for name, result in zip("AB", (one, other), strict=True):
+    for name, result in (("A", one), ("B", other)):
         commit = (result["commit"] or "no commit")[:7] + (", dirty" if result["dirty"] else "")
         print(f"{name}: {result['date'][:10]}, {result['gpu'] or result['cpu']}, {commit}")
-        marks += [f"{short} of {name}" for short in failures(result)]
     print(*lines, sep="\n", end="\n" if lines else "")
-    return found, marks
+    return found
 
 
-def compare_providers(path: Path, other: str, force: bool) -> tuple[list[Ratio], list[str]]:
+def compare_providers(given: argparse.Namespace) -> list[Ratio]:
     """How many times as good ours is as the other, round by round, in every case."""
-    result, found = trusted(path, force), list[Ratio]()
+    (result,), found = map(read, given.results), list[Ratio]()
+    checked(given.force, result)
     cells = keyed(result)
     for case in dict.fromkeys(case for case, _ in cells):
-        entry = cells.get((case, other), {})
+        entry = cells.get((case, given.to), {})
         if "ratio" not in entry:
-            raise Refused(f"{case} has no ratio to {other}: {entry.get('missing', 'it was not timed')}")
-        found.append(Ratio(case, f"ours / {other}", *entry["ratio"]))
-    return found, list(failures(result))
+            raise Refused(f"{case} has no ratio to {given.to}: {entry.get('missing', 'it was not timed')}")
+        found.append(Ratio(case, f"ours / {given.to}", *entry["ratio"]))
+    return found
 
 
 # ---------------------------------------------------------------- two revisions
@@ -216,25 +215,21 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"{files} files are expected, got {len(given.results)}")
     if rest and not given.revisions:
         parser.error(f"only --revisions runs a benchmark that could take {' '.join(rest)}")
-    threshold, marks = given.threshold, list[str]()
-    if threshold is None:
-        threshold = -math.inf if given.ratio_floor is None else given.ratio_floor
+    threshold = given.threshold if given.ratio_floor is None else given.ratio_floor
+    threshold = -math.inf if threshold is None else threshold
     try:
         if given.revisions:
             found = compare_revisions(given, rest)
-        elif given.ratio_floor is not None:
-            found, marks = compare_providers(given.results[0], given.to, given.force)
         else:
-            found, marks = compare_files(given)
+            found = (compare_files if given.ratio_floor is None else compare_providers)(given)
         if not found:
             raise Refused("no case and provider has a ratio; give results of the same benchmark and options")
     except (Refused, OSError, OverflowError) as reason:
         parser.error(one_line(reason))
     print(f"{'case':<44} {'provider':<22} {'x':>8} (bounds)")
     for line in found:
-        below = [] if line.high >= threshold else [f"below {threshold:g}"]
-        print(f"{line}  {', '.join(marks + below)}".rstrip())
-    return 1 if any(not line.high >= threshold for line in found) else 0
+        print(line, *([] if line.high >= threshold else [f" below {threshold:g}"]))
+    return 0 if all(line.high >= threshold for line in found) else 1
 
 
 if __name__ == "__main__":

@@ -148,19 +148,14 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-@contextmanager
-def tensor_cores(device: str, precision: str = "high") -> Iterator[None]:
-    """PyTorch's float32 products in TF32 on a GPU, or not ("highest"); ours choose for themselves.
+def tensor_cores(device: str, precision: str = "high") -> None:
+    """Float32 products of PyTorch in TF32 on a GPU from here on, or not ("highest"); ours choose themselves.
 
     Set for all of PyTorch: compilers of some versions refuse to work where only CUDA's own flag is set
     (pytorch issue 166387).
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision if device == "cuda" else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    if device == "cuda":
+        torch.set_float32_matmul_precision(precision)
 
 
 def interleave(
@@ -421,11 +416,11 @@ def remedy(found: object, path: Path) -> str:
     return f"measure again with the benchmark that wrote it and --save {path.stem}"
 
 
-def failures(result: Mapping[str, Any]) -> dict[str, str]:
-    """Why the figures of a result must not be trusted: in a word or two, and in full."""
-    found = {}
+def failures(result: Mapping[str, Any]) -> list[str]:
+    """Why the figures of a result must not be trusted."""
+    found = []
     if result.get("status") == "failed":
-        found["failed run"] = f"its run failed ({result.get('reason')}): repair that and measure again"
+        found.append(f"its run failed ({result.get('reason')}): repair that and measure again")
     if (checked := result.get("equality")) not in (None, "passed"):
-        found["failed equality check"] = f"its equality check {checked}"
+        found.append(f"its equality check {checked}")
     return found

@@ -145,7 +145,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def refusals(path: Path, result: Mapping[str, Any]) -> Iterator[str]:
     """Every reason why a result must not be cited."""
-    yield from failures(result).values()
+    yield from failures(result)
     if result.get("equality") is None and len({entry["provider"] for entry in result["measurements"]}) > 1:
         yield "it compares providers without an equality check: measure again"
     if result["commit"] is None:

@@ -16,7 +16,6 @@ pytest.importorskip("pytest_benchmark", reason='needs pytest-benchmark: pip inst
 import torch
 from bench_replay import OURS, check_insert, held, inserting
 from bench_update import HEAVY
-from harness import tensor_cores
 from workloads import WORKLOADS, Workload
 
 from peers.replay import filled, ours
@@ -44,10 +43,9 @@ def test_update(workload: Workload, benchmark: Any) -> None:
     size, room = subject.bytes(2), torch.cuda.mem_get_info()[0] if CUDA else 2 * HEAVY
     if size > room:
         pytest.skip(f"takes {size / 1e9:.0f} GB, more than the {room / 1e9:.0f} GB for it here")
-    with tensor_cores(DEVICE):
-        provider = checked(PROVIDER, subject, expected(subject))
-        benchmark.extra_info["updates"] = UPDATES
-        benchmark.pedantic(lambda: (provider.call(), provider.finish()), rounds=5, warmup_rounds=1)
+    provider = checked(PROVIDER, subject, expected(subject))
+    benchmark.extra_info["updates"] = UPDATES
+    benchmark.pedantic(lambda: (provider.call(), provider.finish()), rounds=5, warmup_rounds=1)
 
 
 def test_sample(workload: Workload, benchmark: Any) -> None:

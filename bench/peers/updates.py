@@ -17,11 +17,10 @@ from unittest import mock
 
 import torch
 from harness import Differs, Unavailable, tensor_cores, wait
-from products import configs
 from torch import Tensor
 from workloads import Workload
 
-from brc_fast import BRC, Batch, Noise
+from brc_fast import BRC, ActorConfig, Batch, CriticConfig, Noise
 from peers.torch_plain import METRICS, PlainBRC
 
 OURS = ("ours", "ours-tf32", "ours-bf16")
@@ -55,10 +54,11 @@ class Subject(NamedTuple):
         return {"workload": work.name, "width": work.width, "batch": work.batch}
 
     def agent(self, precision: Any = "fp32", graphs: bool = False) -> BRC:
-        work, (critic, actor) = self.workload, configs(self.workload)
+        work, wide = self.workload, self.workload.width
+        sizes: Any = {"critic": CriticConfig(width=wide), "actor": ActorConfig(width=min(wide, 256))}
         more: Any = {"device": self.device, "precision": precision, "graphs": graphs}
         with mock.patch("torch.nn.init.orthogonal_", normal):
-            return BRC(work.observation, work.action, work.tasks, critic=critic, actor=actor, **more)
+            return BRC(work.observation, work.action, work.tasks, **sizes, **more)
 
     def inputs(self, seed: int = 0) -> tuple[Batch, Noise]:
         """Random transitions [U, B, ...] and noise."""
@@ -74,7 +74,7 @@ class Subject(NamedTuple):
 
     def bytes(self, count: int) -> int:
         """About what so many providers take at most: parameters, and what passes keep of hidden layers."""
-        work, (critic, _) = self.workload, configs(self.workload)
+        work, critic = self.workload, CriticConfig(width=self.workload.width)
         held = critic.members * work.width * (2 * critic.depth * work.width + work.observation + 256)
         return (count + 1) * (HELD * held + 4 * 40 * work.batch * work.width)
 
@@ -203,8 +203,10 @@ def expected(subject: Subject) -> Expected:
     if subject.device == "cpu" and takes > 0.85 * has:
         told = f"takes about {takes / 1e9:.0f} GB of memory, this machine has {has / 1e9:.0f} GB"
         raise Unavailable(f"{told}; run it on a larger one")
-    with tensor_cores(subject.device, "highest"):
-        return run(plain(subject), subject)
+    tensor_cores(subject.device, "highest")
+    found = run(plain(subject), subject)
+    tensor_cores(subject.device)
+    return found
 
 
 def run(provider: Provider, subject: Subject) -> Expected:
