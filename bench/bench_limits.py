@@ -10,7 +10,7 @@ launch      one operation on one number, called from Python; on a GPU also one m
 row gather  a random row of a million, of the size of a transition (O=67, A=24): with prefetching on a CPU
             (native/row_gather.cpp), by index_select on a GPU
 
-On a CPU everything runs in one thread unless --threads says otherwise. What has no figure has its reason.
+On a CPU everything runs in one thread. What has no figure has its reason.
 """
 
 from __future__ import annotations
@@ -121,10 +121,9 @@ def bandwidth(device: str, dry: bool) -> float:
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.common(30.0)
-    parser.add_argument("--threads", type=harness.positive, default=1, help="threads of torch on a CPU")
     given = parser.parse_args(words)
     if (device := parser.device(given)) == "cpu":
-        torch.set_num_threads(given.threads)
+        torch.set_num_threads(1)
     found = Results("limits", given.save, device=device, row_bytes=ROW_BYTES)
     measure(found, list(limits(device, given.dry)), given.budget)
     return found.end()

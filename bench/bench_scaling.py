@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import harness
 import numpy as np
 import torch
-from bench_update import compare, prepare
+from bench_update import UPDATES, compare, prepare
 from harness import TIME_UP, Clock, Missing, Parser, Results, Unavailable, interleave
 from workloads import WORKLOADS
 
@@ -99,7 +99,7 @@ def run(found: Results, device: str, axes: Sequence[str], seconds: float, *, dry
     sizes, kept = (DRY, 8) if dry else (SIZES[device], KEPT[device])
     prepare(found, device)
     found.found |= {"axes": [], "workload": BASE.name}
-    clock, updates = Clock(seconds), 2 if device == "cuda" else 1
+    clock = Clock(seconds)
     for number, axis in enumerate(axes):
         end, first = Clock(clock.left / (len(axes) - number)), len(found.entries)
         what = "step" if axis == "environments" else "update"
@@ -111,7 +111,7 @@ def run(found: Results, device: str, axes: Sequence[str], seconds: float, *, dry
                 step(found, case, x, share)
             else:
                 shape = BASE._replace(**({"width": kept, "batch": kept} | {axis: x}))
-                subject = Subject(shape, updates, device)
+                subject = Subject(shape, UPDATES[device], device)
                 compare(found, subject, [OURS[device]], share, case=case, unit="us")
         found.entries[first:] = sorted(found.entries[first:], key=lambda entry: size(entry["case"]))
         known = {size(e["case"]): e["value"] / 1e6 for e in found.entries[first:] if e["value"]}

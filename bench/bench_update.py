@@ -1,8 +1,7 @@
 """Updates per second of `brc_fast.BRC` and of the same mathematics by others, beside a floor.
 
     python bench/bench_update.py [--device cpu|cuda] [--providers ours critic plain compiled jax]
-        [--workload [NAME ...]] [--width 128 ...] [--batch 128 ...] [--updates U]
-        [--budget SECONDS] [--save NAME]
+        [--workload [NAME ...]] [--width 128 ...] [--batch 128 ...] [--budget SECONDS] [--save NAME]
 
 ours        float32 on a CPU; on a GPU ours-tf32 and ours-bf16, in CUDA graphs
 critic      plain, but for the critic, its loss and its target, which are `brc_fast.Critic` (docs/critic.md)
@@ -39,6 +38,7 @@ from peers.updates import BUILDERS, OURS, Provider, Subject, release
 
 DEFAULTS = {"cpu": ("ours", "plain"), "cuda": ("ours-bf16", "ours-tf32", "plain", "compiled", "jax")}
 FLOOR = "torch.bmm"
+UPDATES = {"cpu": 1, "cuda": 2}  # per call
 HEAVY = 4e9  # bytes of plain PyTorch; a CPU is not given more unless it is asked to
 COMPILING = 30.0  # seconds of torch.compile at one size, on one core with an empty cache
 KEPT = 0.1  # share of the time for parts
@@ -140,13 +140,11 @@ def main(words: Sequence[str] | None = None) -> int:
     told = "of the critics; 128 256 without a workload"
     parser.add_argument("--width", type=positive, nargs="+", help=told)
     parser.add_argument("--batch", type=positive, nargs="+", help="128 without a workload")
-    parser.add_argument("--updates", type=positive, help="updates per call: 1 on a CPU, 2 on a GPU")
-    parser.add_argument("--threads", type=positive, default=1, help="of torch, and of JAX if it is one")
     given = parser.parse_args(words)
     if (device := parser.device(given)) == "cpu":
-        harness.one_core(given.threads)
+        harness.one_core()
     usual = ([128, 256], [128]) if given.workload is None else ([], [])
-    number, names = given.updates or (2 if device == "cuda" else 1), set(given.providers or DEFAULTS[device])
+    number, names = UPDATES[device], set(given.providers or DEFAULTS[device])
     if not names & set(OURS) or (device == "cuda" and "ours" in names):
         names = names - {"ours"} | {"ours-tf32" if device == "cuda" else "ours"}
     subjects = [

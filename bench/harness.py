@@ -119,12 +119,12 @@ def positive(word: str) -> int:
     return value
 
 
-def one_core(threads: int = 1) -> None:
-    """Asks every library for so many threads; JAX takes every core that it sees, so one keeps to one."""
+def one_core() -> None:
+    """Asks every library for one thread; JAX takes every core that it sees, so it is shown one."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = f"{threads}"
-    torch.set_num_threads(threads)
-    if threads == 1 and hasattr(os, "sched_setaffinity"):
+        os.environ[name] = "1"
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 

@@ -91,14 +91,3 @@ def test_mjx_on_another_device_than_the_agent_is_the_reason_of_a_case(bench, mon
     monkeypatch.setattr(bench, "make", lambda *words, **named: SimpleNamespace(close=lambda: None))
     found = compared(bench, "mjx/CartpoleSwingup", 1, "cuda")
     assert found.entries[0]["missing"].startswith("JAX sees no GPU, its backend is cpu; ")
-
-
-def test_an_option_that_cannot_be_is_one_line(bench, capsys):
-    for words, told in (
-        (["--num-envs", "2", "0"], "invalid positive value: '0'"),
-        (["--tasks", "nope/x"], "nope"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            bench.main(["--device", "cpu", *words])
-        (line,) = capsys.readouterr().err.splitlines()
-        assert told in line

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from extras import require
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,15 +120,6 @@ def test_the_exit_code_and_a_line_per_part_tell_what_failed(
     assert update.split()[:2] == ["update", "failed"]
     assert update.endswith("it ended with 1")
     assert gpu.main(["--dry", "--parts", "limits"]) == 0
-
-
-def test_without_a_gpu_there_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="2"):
-        gpu.main([])
-    assert capsys.readouterr().err.endswith(": torch sees no CUDA device; --dry runs on the CPU\n")
 
 
 HIDING = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import sys
@@ -153,27 +154,34 @@ def test_a_file_that_is_none_is_refused_in_one_line(content: bytes | None, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("script", "words", "told"),
     [
-        (["--budget", "-1"], "argument --budget: invalid seconds value: '-1'"),
-        (["--budget", "nan"], "argument --budget: invalid seconds value: 'nan'"),
-        (["--device", "cuda"], "torch sees no CUDA device"),
-        (["--workload", "dogs"], "argument --workload: invalid choice: 'dogs' (choose from "),
+        ("update", "--budget -1", "argument --budget: invalid seconds value: '-1'"),
+        ("update", "--budget nan", "argument --budget: invalid seconds value: 'nan'"),
+        ("update", "--device cuda", "torch sees no CUDA device"),
+        ("update", "--workload dogs", "argument --workload: invalid choice: 'dogs' (choose from "),
+        ("replay", "--capacity 10", "--capacity must be at least 20480"),
+        ("replay", "--device cpu --cases insert", "--device knows no --cases"),
+        ("envs", "--device cpu --num-envs 2 0", "argument --num-envs: invalid positive value: '0'"),
+        ("envs", "--device cpu --tasks nope/x", "nope"),
+        ("train", "--device cpu --workload dmc-single --task gym/Pendulum-v1", "both say what to train on"),
+        ("train", "--device cpu --task gym/Other-v1", "no threshold is known for gym/Other-v1"),
+        ("kernels", "--dry --ops nothing", "argument --ops: invalid choice: 'nothing'"),
+        ("kernels", "", "torch sees no CUDA device; --dry runs on the CPU"),
+        ("gpu", "", "torch sees no CUDA device; --dry runs on the CPU"),
     ],
 )
 def test_an_option_that_cannot_be_is_one_line_and_exit_code_2(
-    words: list[str],
-    told: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    script: str, words: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    name = script if script == "gpu" else f"bench_{script}"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    parser = harness.Parser("told")
-    parser.common(1.0, workloads="+")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     with pytest.raises(SystemExit, match="2"):
-        parser.device(parser.parse_args(words))
+        importlib.import_module(name).main(words.split())
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{parser.prog}: {told}")
+    assert line.startswith(f"{name}.py: ")
+    assert told in line
 
 
 def test_a_suite_is_that_of_the_first_simulator_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

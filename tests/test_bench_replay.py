@@ -179,19 +179,3 @@ def test_the_command_line_takes_workloads_with_their_sizes_and_tasks(bench: Any,
     assert {one["case"] for one in stored["measurements"]} == {"dogs-multitask"}
     told = "Sampling 2 x 1024 from 4 tasks x 1,536 transitions, O=223, A=38"
     assert stored["titles"]["dogs-multitask"] == told
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--capacity", "10"], "--capacity must be at least 20480"),
-        (["--device", "cpu", "--cases", "insert"], "--device knows no --cases"),
-    ],
-)
-def test_an_option_that_cannot_be_is_one_line(
-    words: list[str], told: str, bench: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        bench.main(words)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert told in line

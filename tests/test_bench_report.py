@@ -278,17 +278,3 @@ def test_the_picture_of_parts_shows_their_shares() -> None:
     drawn = parts(update())
     assert [bar.get_width() for bar in drawn.axes[0].patches] == [75.0, 25.0]
     plt.close(drawn)
-
-
-def test_pictures_that_cannot_be_drawn_or_written_are_one_line_each(
-    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    require("matplotlib")
-    wrong, good = write("wrong", scaling(), axes=[1]), write("good")
-    assert report.main([str(wrong), str(good), "--pictures", str(tmp_path)]) == 1
-    told = capsys.readouterr()
-    assert told.err.startswith(f"report: {wrong} gives no table or picture (")
-    assert len(told.err.splitlines()) == 1
-    assert str(tmp_path / "good.png") in told.out
-    assert report.main([str(good), "--pictures", str(good / "docs")]) == 1
-    assert "NotADirectoryError" in capsys.readouterr().err

@@ -134,19 +134,10 @@ def test_a_learner_that_fails_costs_the_other_nothing(
     assert told["ours"]["missing"].startswith("not reached in ")
 
 
-def test_a_workload_brings_its_tasks_and_on_a_gpu_its_sizes(
-    bench: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_workload_brings_its_tasks_and_on_a_gpu_its_sizes(bench: Any) -> None:
     dogs = WORKLOADS["dogs-multitask"]
     small, large = (bench.on_workload(dogs, device) for device in ("cpu", "cuda"))
     assert small.tasks == large.tasks == expand("dmc/dogs")
     assert (large.critic.width, large.batch_size) == (4096, 1024)
     assert small.critic.width < 4096
     bench.check(small, "cpu")
-    for words, told in (
-        (["--workload", "dmc-single", "--task", TASK], "both say what to train on; give one of them"),
-        (["--task", "gym/Other-v1"], "no threshold is known for gym/Other-v1; give --threshold"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            bench.main(["--device", "cpu", *words])
-        assert capsys.readouterr().err.endswith(f"{told}\n")

@@ -289,7 +289,7 @@ def test_a_part_that_takes_longer_is_the_one_that_is_longer(monkeypatch: pytest.
 def test_the_command_line_stores_every_size_with_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "one_core", lambda threads: None)
+    monkeypatch.setattr(harness, "one_core", lambda: None)
     words = ["--device", "cpu", "--width", "16", "--batch", "8", "16", "--budget", "3"]
     assert bench.main([*words, "--save", str(tmp_path / "update")]) == 0
     stored = harness.read(tmp_path / "update.json")
