@@ -118,6 +118,21 @@ def bandwidth(device: str, dry: bool) -> float:
     return 1e9 * float(entry["value"])
 
 
+def product_rate(device: str, kind: str, dry: bool) -> float:
+    """Operations per second of the largest square product in float32, tf32 or bfloat16, measured now.
+
+    Raises:
+        RuntimeError: there is no figure, with its reason.
+    """
+    found = Results("limits")
+    product = [limit for limit in limits(device, dry) if limit.case.startswith(f"product {kind} ")][-1]
+    measure(found, [product], 0.0 if dry else 0.5)
+    (entry,) = found.entries
+    if entry["value"] is None:
+        raise RuntimeError(f"no floor without the limit {product.case}: {entry['missing']}")
+    return 1e9 * float(entry["value"])
+
+
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.common(30.0)

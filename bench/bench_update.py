@@ -13,8 +13,9 @@ jax         the same in JAX with optax, jitted as a whole
 Each workload (workloads.py) at its own width and batch size, or at all pairs of --width and --batch;
 --workload alone means all of them, on a CPU those that are small. All start from the same parameters, and
 updates on the same batches must agree with plain PyTorch's before anything is timed, in turns. Products of
-the others are in float32 on a CPU, in TF32 on a GPU. The floor is the time of the update's products alone by
-torch.bmm, on a CPU in turns with the rest, on a GPU in a CUDA graph; another library of products may beat it.
+the others are in float32 on a CPU, in TF32 on a GPU. The floor on a CPU is the time of the update's products
+alone by torch.bmm, in turns with the rest; another library may beat it. On a GPU it is a roofline, of the
+products and AdamW at the rates that the machine reaches in a large product and in a copy.
 A tenth of the time goes into the parts of ours on a CPU (parts.py).
 """
 
@@ -22,17 +23,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import bench_limits
 import harness
 import parts
-import torch
 from harness import TIME_UP, Clock, Missing, Parser, Results, Unavailable, interleave, positive
-from products import alone
+from products import alone, least, noted
 from workloads import CARTPOLE, WORKLOADS, Workload
 
-from brc_fast.kernels.tools.timing import seconds_per_call
 from peers import updates
 from peers.updates import BUILDERS, OURS, Provider, Subject, release
 
@@ -64,7 +64,7 @@ def compare(found: Results, subject: Subject, names: Sequence[str], clock: Clock
         times = timed(found, subject, providers, clock)
         if subject.device == "cuda":
             each = {
-                precision: floor(subject, precision)
+                precision: roofline(subject, precision)
                 for precision in {p.precision for p in providers.values()}
             }
             floors = {name: each[provider.precision] for name, provider in providers.items()}
@@ -94,16 +94,29 @@ def timed(
     return {name: [seconds / subject.updates for seconds in own] for name, own in times.items()}
 
 
-def floor(subject: Subject, precision: str) -> float:
-    """Seconds of a call's products alone on a GPU."""
-    agent, (batch, _) = subject.agent(precision), subject.inputs()
-    work = alone(partial(agent.update, batch))
-    return seconds_per_call([work], torch.device("cuda")).median / subject.updates
+@cache
+def limits(device: str, precision: str) -> tuple[float, float]:
+    """Operations of products, and bytes of a copy, per second on this machine."""
+    kind = {"fp32": "float32", "tf32": "tf32", "bf16": "bfloat16"}[precision]
+    dry = device == "cpu"  # there are no products in tf32: a CPU tries the code
+    return bench_limits.product_rate(device, kind, dry), bench_limits.bandwidth(device, dry)
+
+
+def roofline(subject: Subject, precision: str) -> float:
+    """Seconds that this machine needs at least for the products of an update and for what AdamW reads and
+    writes (kernels/README.md); what lies between the products is left out."""
+    agent = subject.agent(precision)
+    rate, bandwidth = limits(subject.device, precision)
+    pairs = noted(partial(agent.update, *subject.inputs()))  # with noise, and so without a graph
+    low = 2 if precision == "bf16" else 0  # bytes more: copies are written, and gradients are as wide
+    critic, actor = (sum(p.numel() for p in net.parameters()) for net in (agent.critic, agent.actor))
+    moved = critic * (36 + low) + actor * 28
+    return least(pairs, rate, bandwidth) / subject.updates + moved / bandwidth
 
 
 def prepare(found: Results, device: str) -> None:
     """Before anything is timed: the first optimizer of a process loads modules for seconds."""
-    found.found["floor"] = FLOOR
+    found.found["floor"] = FLOOR if device == "cpu" else "roofline"
     harness.tensor_cores(device)
     if device == "cpu":
         updates.expected(Subject(CARTPOLE._replace(width=8, batch=8)))

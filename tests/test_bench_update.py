@@ -76,6 +76,28 @@ def test_the_list_of_products_is_what_an_update_multiplies(width: int, batch: in
     assert alone.get_total_flops() == made.get_total_flops() > 0
 
 
+def test_a_roofline_is_operations_or_bytes_whichever_takes_longer() -> None:
+    """Of [2, 4, 8] times [2, 8, 16]: 2 * 2 * 4 * 8 * 16 operations, and 4 * 2 * (32 + 128 + 64) bytes."""
+    pairs = products.noted(lambda: torch.bmm(torch.ones(2, 4, 8), torch.ones(2, 8, 16)))
+    assert products.least(pairs, 1.0, math.inf) == 2048
+    assert products.least(pairs, math.inf, 1.0) == 1792
+    assert products.least([*pairs, *pairs], 1.0, 1.0) == 4096
+
+
+def test_a_roofline_of_an_update_counts_its_products_and_what_adamw_moves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = subject(16, 8, 1)
+    agent = size.agent()
+    critic, actor = (sum(p.numel() for p in net.parameters()) for net in (agent.critic, agent.actor))
+    monkeypatch.setattr(bench, "limits", lambda device, precision: (math.inf, 1.0))
+    by_bytes = bench.roofline(size, "fp32")
+    monkeypatch.setattr(bench, "limits", lambda device, precision: (1.0, math.inf))
+    pairs = products.noted(lambda: agent.update(*size.inputs()))
+    assert bench.roofline(size, "fp32") * size.updates == products.least(pairs, 1.0, math.inf) > 1e5
+    assert by_bytes > 36 * critic + 28 * actor
+
+
 # ---------------------------------------------------------------- equality
 
 
