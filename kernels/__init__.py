@@ -1,6 +1,7 @@
 """The ops of the BRC update: fused Triton kernels, each with a plain PyTorch twin of its name in `reference`.
 
-Kernels run on CUDA, twins elsewhere; `use`, the argument `impl` and BRC_FAST_KERNELS choose (`_dispatch`).
+Kernels run on CUDA, twins elsewhere; `use`, the argument `impl` and BRC_FAST_KERNELS choose
+(runtime/dispatch.py).
 The files of kernels, and Triton with them, are imported when the first of their ops is used.
 """
 

@@ -21,7 +21,7 @@ from brc_fast.learner.optimizer import FlatAdamW
 from brc_fast.learner.precision import check_precision, low_dtype
 from brc_fast.nn import bodies, conditioning
 from brc_fast.nn.inputs import ObservationStatistics
-from brc_fast.nn.losses import Categorical
+from brc_fast.nn.losses import Backup, Categorical
 from brc_fast.nn.modules import Actor, Critic, Temperature
 from brc_fast.spec import Spec
 
@@ -309,13 +309,12 @@ class BRC(Acting, Agent):
         x = plans.critic_input(self.critic, batch.observations, batch.actions, ids)
         next_x = plans.critic_input(self.target_critic, batch.next_observations, next_sample.actions, ids)
         out, next_out = plans.critics.forward(x, next_x).chunk(2)  # online, target
+        if discounts is None:
+            discounts = self.learning.discount * batch.masks
         losses, dout = self.loss.bellman_and_gradient(
             plans.choose(out, ids),  # [E, B, K]
             plans.choose(next_out, ids),
-            batch.rewards,
-            self.learning.discount * batch.masks if discounts is None else discounts,
-            next_sample.log_probs,
-            alpha,
+            Backup(batch.rewards, discounts, next_sample.log_probs, alpha),
             self.atoms,
             scale=1.0 / len(ids),
             columns=plans.gradient_columns,

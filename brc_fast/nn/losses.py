@@ -7,7 +7,7 @@ Dims: E members, B rows, K outputs of a member.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,16 @@ from brc_fast import config as names
 from brc_fast import kernels
 from brc_fast.config import CriticConfig, require_known
 
-__all__ = ["LOSSES", "Categorical", "CriticLoss", "MeanSquared", "make", "register"]
+__all__ = ["LOSSES", "Backup", "Categorical", "CriticLoss", "MeanSquared", "make", "register"]
+
+
+class Backup(NamedTuple):
+    """What makes a target of the next value Q': rewards + discounts * (Q' - alpha * next_log_probs)."""
+
+    rewards: Tensor  # [B]
+    discounts: Tensor  # [B], the discount, and 0 where the episode ended
+    next_log_probs: Tensor  # [B]
+    alpha: Tensor | float
 
 
 class CriticLoss(Protocol):
@@ -40,23 +49,17 @@ class CriticLoss(Protocol):
         self,
         out: Tensor,
         next_out: Tensor,
-        rewards: Tensor,
-        discounts: Tensor,
-        next_log_probs: Tensor,
-        alpha: Tensor | float,
+        backup: Backup,
         support: Tensor | None,
     ) -> Tensor:
-        """Losses [E, B] towards rewards + discounts * (Q' - alpha * next_log_probs), with gradients."""
+        """Losses [E, B] towards the backup of Q', with gradients."""
         ...
 
     def bellman_and_gradient(
         self,
         out: Tensor,
         next_out: Tensor,
-        rewards: Tensor,
-        discounts: Tensor,
-        next_log_probs: Tensor,
-        alpha: Tensor,
+        backup: Backup,
         support: Tensor | None,
         *,
         scale: float,
@@ -101,31 +104,25 @@ class Categorical:
         self,
         out: Tensor,
         next_out: Tensor,
-        rewards: Tensor,
-        discounts: Tensor,
-        next_log_probs: Tensor,
-        alpha: Tensor | float,
+        backup: Backup,
         support: Tensor | None,
     ) -> Tensor:
         assert support is not None
-        given = rewards, discounts, next_log_probs, alpha, support, self.v_max
-        return kernels.categorical_bellman_loss(out, self.target(next_out, support), *given)
+        target = self.target(next_out, support)
+        return kernels.categorical_bellman_loss(out, target, *backup, support, self.v_max)
 
     def bellman_and_gradient(
         self,
         out: Tensor,
         next_out: Tensor,
-        rewards: Tensor,
-        discounts: Tensor,
-        next_log_probs: Tensor,
-        alpha: Tensor,
+        backup: Backup,
         support: Tensor | None,
         *,
         scale: float,
         columns: int,
     ) -> tuple[Tensor, Tensor]:
         assert support is not None
-        given = rewards, discounts, next_log_probs, alpha, support, self.v_max
+        given = *backup, support, self.v_max
         target = self.target(next_out, support)
         return kernels.categorical_bellman_loss_and_gradient(
             out, target, *given, scale=scale, columns=columns
@@ -161,42 +158,34 @@ class MeanSquared:
         self,
         out: Tensor,
         next_out: Tensor,
-        rewards: Tensor,
-        discounts: Tensor,
-        next_log_probs: Tensor,
-        alpha: Tensor | float,
+        backup: Backup,
     ) -> Tensor:
         wide = torch.promote_types(out.dtype, torch.float32)
         members = next_out.squeeze(-1).to(wide)
         next_q = members.mean(0) if self.reduction == "mean" else members.amin(0)
+        rewards, discounts, next_log_probs, alpha = backup
         return out.squeeze(-1).to(wide) - (rewards + discounts * (next_q - alpha * next_log_probs))
 
     def bellman(
         self,
         out: Tensor,
         next_out: Tensor,
-        rewards: Tensor,
-        discounts: Tensor,
-        next_log_probs: Tensor,
-        alpha: Tensor | float,
+        backup: Backup,
         support: Tensor | None,
     ) -> Tensor:
-        return self._error(out, next_out, rewards, discounts, next_log_probs, alpha).square()
+        return self._error(out, next_out, backup).square()
 
     def bellman_and_gradient(
         self,
         out: Tensor,
         next_out: Tensor,
-        rewards: Tensor,
-        discounts: Tensor,
-        next_log_probs: Tensor,
-        alpha: Tensor,
+        backup: Backup,
         support: Tensor | None,
         *,
         scale: float,
         columns: int,
     ) -> tuple[Tensor, Tensor]:
-        error = self._error(out, next_out, rewards, discounts, next_log_probs, alpha)
+        error = self._error(out, next_out, backup)
         dout = out.new_zeros(*error.shape, columns)
         dout[..., 0] = 2.0 * scale * error
         return error.square(), dout

@@ -273,8 +273,8 @@ class Critic(nn.Module):
         with torch.no_grad():
             next_logits = target(next_observations, next_actions, task_ids)
         logits = self(observations, actions, task_ids)
-        given = rewards, discounts, next_log_probs, temperature
-        return self.loss.bellman(logits, next_logits, *given, self.atoms)
+        backup = losses.Backup(rewards, discounts, next_log_probs, temperature)
+        return self.loss.bellman(logits, next_logits, backup, self.atoms)
 
     @torch.no_grad()
     def soft_update_(self, online: Critic, tau: float) -> None:

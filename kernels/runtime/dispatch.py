@@ -3,7 +3,7 @@
     auto        kernels on CUDA, otherwise the twin (with the compiled passes of a CPU where they apply)
     triton      kernels, or an error that says why not; on a CPU only through Triton's interpreter
     reference   the plain PyTorch twin
-    compile     the twin through torch.compile, checked against the plain one (_compiled.py)
+    compile     the twin through torch.compile, checked against the plain one (twins.py)
 
 The argument `impl` of an op goes before `use(...)`, which goes before the environment variable
 BRC_FAST_KERNELS, which is read when this is imported. Only auto may choose: the others do what they say.
