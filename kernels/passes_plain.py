@@ -59,6 +59,11 @@ class Pass:
         """x [N, B, I] times kernel [N, I, H]."""
         return partial(torch.bmm, x, kernel, out=out)
 
+    def formula(self, product: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+        """What it is, with gradients, for reference.network: of the product [N, B, H] and vectors [N, H],
+        before a ReLU."""
+        raise NotImplementedError
+
     def forward(self, held: Held) -> Call | None:
         """From the product to the value; None where nothing is left to do."""
         raise NotImplementedError

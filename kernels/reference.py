@@ -117,6 +117,12 @@ def network(x: Tensor, stages: Sequence[Stage], parameters: Mapping[str, Tensor]
             assert bias is not None
             y = y + bias.to(y.dtype).unsqueeze(1)
             y = y.relu() if relu else y
+        elif after not in ("norm", "layer_norm"):  # one that was added
+            from .passes_plain import PASSES
+
+            own = [parameters[f"{name}.{vector}"] for vector in PASSES[after].vectors]
+            y = PASSES[after].formula(y, own)
+            y = y.relu() if relu else y
         else:
             assert weight is not None
             assert shift is not None

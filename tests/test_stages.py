@@ -15,7 +15,7 @@ from kernel_harness import assert_close_to_truth, bytes_beside, tensors_of
 from stacks import ALL, BODIES, INPUTS, ODD, in_rows, parameters_of
 from torch import Tensor
 
-from brc_fast.kernels import Plan, Stage, reference, use
+from brc_fast.kernels import Plan, Stage, network, passes_plain, reference, use
 from brc_fast.kernels.network import bronet_stages
 from brc_fast.kernels.runtime import native
 from brc_fast.kernels.stages import check_stages, shapes_of
@@ -656,3 +656,50 @@ def test_parameters_and_gradients_that_do_not_fit_are_refused_by_name(name: str)
     narrow = Problem(ALL["bronet"], Size(inputs=7)).gradients
     with pytest.raises(ValueError, match=r"the gradient of input.kernel must have shape .* 11, 33\], got"):
         Plan(stages, parameters, rows, narrow)
+
+
+class Doubled(passes_plain.Bias):
+    """Twice the product plus bias: a pass that this package does not have."""
+
+    def product(self, x: Tensor, kernel: Tensor, vectors: Any, out: Tensor) -> Any:
+        def call() -> None:
+            torch.baddbmm(vectors[0].unsqueeze(1), x, kernel, out=out)
+            out.mul_(2.0)
+
+        return call
+
+    def writes(self, relu: bool) -> bool:
+        return True
+
+    def formula(self, product: Tensor, vectors: Any) -> Tensor:
+        return 2.0 * (product + vectors[0].unsqueeze(1))
+
+    def backward(self, held: Any, dout: Tensor, dproduct: Tensor, into: Any, pieces: Any) -> Any:
+        def call() -> None:
+            torch.mul(dout, 2.0, out=dproduct)
+            if into is not None:
+                torch.sum(dproduct, 1, out=into[0])
+
+        return call
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_pass_that_is_added_runs_beside_those_that_were_loaded(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """As an op too, whose gradients are those of the pass's formula."""
+    stages = (Stage("a", 8, 0, "doubled"), Stage("b", 8, 1, "norm", relu=True), Stage("head", 3, 2))
+    before = bronet_stages(8, 1, 3)
+    x = torch.randn(7, 5, dtype=dtype)
+    network(x, before, {n: torch.rand(2, *s, dtype=dtype) for n, s in shapes_of(before, 5).items()})
+    monkeypatch.setitem(passes_plain.PASSES, "doubled", Doubled())
+    leaves = {n: torch.rand(2, *s, dtype=dtype).requires_grad_() for n, s in shapes_of(stages, 5).items()}
+    gradients = {name: torch.full_like(p, math.nan) for name, p in leaves.items()}
+    plan, seed = Plan(stages, leaves, 7, gradients), torch.randn(2, 7, 3, dtype=dtype)
+    out = reference.network(x, stages, leaves)
+    torch.testing.assert_close(plan.forward(x), out.detach())
+    torch.testing.assert_close(network(x, stages, leaves), out)
+    plan.backward(seed)
+    expected = torch.autograd.grad(out, list(leaves.values()), seed)
+    for mine, exact in zip(gradients.values(), expected, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-5)
