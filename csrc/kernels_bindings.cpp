@@ -1,15 +1,19 @@
 // Python module brc_fast.kernels._cpu: the functions of
-// csrc/{layer_norm,categorical,optimizer,policy,summary}.hpp with buffers as addresses, 0 for null, and
-// distances in floats. Nothing is checked here: the Python modules that call it check and own the buffers.
+// csrc/{layer_norm,categorical,optimizer,policy,products,summary,workers}.hpp with buffers as addresses, 0 for
+// null, and distances in elements. Nothing is checked here: the Python modules that call it check and own the buffers.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
+#include <utility>
 
 #include "categorical.hpp"
 #include "layer_norm.hpp"
 #include "optimizer.hpp"
 #include "policy.hpp"
+#include "products.hpp"
 #include "summary.hpp"
+#include "workers.hpp"
 
 namespace py = pybind11;
 
@@ -21,21 +25,105 @@ float* at(Address address) {
   return reinterpret_cast<float*>(address);
 }
 
-void forward(std::int64_t networks, std::int64_t batch, std::int64_t width, std::int64_t bias_stride,
-             std::int64_t parameter_stride, Address x, Address bias, Address weight, Address shift,
-             Address residual, bool relu, float eps, Address y, Address mean, Address rstd) {
-  brc::bias_layer_norm_forward({networks, batch, width}, bias_stride, parameter_stride, at(x), at(bias),
-                               at(weight), at(shift), at(residual), relu, eps, at(y), at(mean), at(rstd));
+// A pass with all that it takes bound, to be called.
+class Step {
+ public:
+  Step() = default;
+  Step(const Step&) = delete;
+  Step& operator=(const Step&) = delete;
+  virtual ~Step() = default;
+  virtual void operator()() = 0;
+};
+
+class RowStep final : public Step {
+ public:
+  explicit RowStep(std::unique_ptr<brc::RowPass> pass) : pass_(std::move(pass)) {}
+  void operator()() override { pass_->run(); }
+
+ private:
+  std::unique_ptr<brc::RowPass> pass_;
+};
+
+template <class T>
+T* of(Address address) {
+  return reinterpret_cast<T*>(address);
 }
 
-void backward(std::int64_t networks, std::int64_t batch, std::int64_t width, std::int64_t bias_stride,
-              std::int64_t parameter_stride, std::int64_t dbias_stride, std::int64_t grad_stride, Address dy,
-              Address x, Address bias, Address weight, Address shift, bool relu, Address mean, Address rstd,
-              Address dx, Address dbias, Address dweight, Address dshift) {
-  brc::bias_layer_norm_backward({networks, batch, width}, bias_stride, parameter_stride, dbias_stride,
-                                grad_stride, at(dy), at(x), at(bias), at(weight), at(shift), relu, at(mean),
-                                at(rstd), at(dx), at(dbias), at(dweight), at(dshift));
+template <class T>
+brc::Norm<T> norm_of(std::int64_t networks, std::int64_t rows, std::int64_t width, std::int64_t bias_stride,
+                     std::int64_t vector_stride, Address x, Address bias, Address weight, Address shift,
+                     bool relu) {
+  return {{networks, rows, width}, of<T>(x),   of<T>(bias),   of<T>(weight),
+          of<T>(shift),            bias_stride, vector_stride, relu};
 }
+
+template <class T>
+std::unique_ptr<Step> forward_step(const brc::Norm<T>& norm, Address residual, float eps, Address y,
+                                      Address mean, Address rstd) {
+  auto pass = std::make_unique<brc::NormForward<T>>(norm, of<T>(residual), eps, of<T>(y), at(mean), at(rstd));
+  return std::make_unique<RowStep>(std::move(pass));
+}
+
+template <class T>
+std::unique_ptr<Step> backward_step(const brc::Norm<T>& norm, std::int64_t dbias_stride,
+                                       std::int64_t grad_stride, Address dy, Address mean, Address rstd,
+                                       Address dx, Address dbias, Address dweight, Address dshift) {
+  const brc::NormGradients<T> gradients = {of<T>(dbias), of<T>(dweight), of<T>(dshift), dbias_stride,
+                                           grad_stride};
+  auto pass =
+      std::make_unique<brc::NormBackward<T>>(norm, at(mean), at(rstd), of<T>(dy), of<T>(dx), gradients);
+  return std::make_unique<RowStep>(std::move(pass));
+}
+
+std::unique_ptr<Step> forward(bool low, std::int64_t networks, std::int64_t rows, std::int64_t width,
+                                 std::int64_t bias_stride, std::int64_t vector_stride, Address x,
+                                 Address bias, Address weight, Address shift, bool relu, Address residual,
+                                 float eps, Address y, Address mean, Address rstd) {
+  const auto made = [&]<class T>(T) {
+    const auto norm = norm_of<T>(networks, rows, width, bias_stride, vector_stride, x, bias, weight, shift, relu);
+    return forward_step<T>(norm, residual, eps, y, mean, rstd);
+  };
+  return low ? made(brc::BFloat16{}) : made(float{});
+}
+
+std::unique_ptr<Step> backward(bool low, std::int64_t networks, std::int64_t rows, std::int64_t width,
+                                  std::int64_t bias_stride, std::int64_t vector_stride, Address x,
+                                  Address bias, Address weight, Address shift, bool relu,
+                                  std::int64_t dbias_stride, std::int64_t grad_stride, Address dy,
+                                  Address mean, Address rstd, Address dx, Address dbias, Address dweight,
+                                  Address dshift) {
+  const auto made = [&]<class T>(T) {
+    const auto norm = norm_of<T>(networks, rows, width, bias_stride, vector_stride, x, bias, weight, shift, relu);
+    return backward_step<T>(norm, dbias_stride, grad_stride, dy, mean, rstd, dx, dbias, dweight, dshift);
+  };
+  return low ? made(brc::BFloat16{}) : made(float{});
+}
+
+class Multiply final : public Step {
+ public:
+  Multiply(std::int64_t networks, std::int64_t rows, std::int64_t depth, std::int64_t columns, bool low,
+           Address a, std::int64_t a_network, std::int64_t a_row, std::int64_t a_column, Address b,
+           std::int64_t b_network, std::int64_t b_row, std::int64_t b_column, Address bias,
+           std::int64_t bias_network, Address out, bool low_out, std::int64_t out_network,
+           std::int64_t out_row, bool accumulate)
+      : shape_{networks, rows, columns, depth},
+        kind_(kind(low)),
+        a_{at(a), a_network, a_row, a_column},
+        b_{at(b), b_network, b_row, b_column},
+        bias_{at(bias), bias_network},
+        out_{at(out), kind(low_out), out_network, out_row, accumulate} {}
+
+  void operator()() override { brc::multiply(shape_, kind_, a_, b_, bias_, out_); }
+
+ private:
+  static brc::Number kind(bool low) { return low ? brc::Number::bfloat16 : brc::Number::float32; }
+
+  brc::ProductShape shape_;
+  brc::Number kind_;
+  brc::Factor a_, b_;
+  brc::Bias bias_;
+  brc::Product out_;
+};
 
 void projection(std::int64_t rows, std::int64_t atoms, Address probs, Address positions, float v_max,
                 Address out) {
@@ -99,10 +187,15 @@ double squares(std::int64_t count, Address x) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "Fused float32 kernels for the CPU; private to brc_fast.kernels.";
+  m.doc() = "Fused kernels for the CPU; private to brc_fast.kernels.";
   const auto released = py::call_guard<py::gil_scoped_release>();
-  m.def("bias_layer_norm_forward", &forward, released);
-  m.def("bias_layer_norm_backward", &backward, released);
+  py::class_<Step>(m, "Step", py::dynamic_attr()).def("__call__", &Step::operator(), released);
+  using I = std::int64_t;
+  using A = Address;
+  py::class_<Multiply, Step>(m, "Multiply")
+      .def(py::init<I, I, I, I, bool, A, I, I, I, A, I, I, I, A, I, A, bool, I, I, bool>());
+  m.def("bias_layer_norm_forward", &forward);
+  m.def("bias_layer_norm_backward", &backward);
   m.def("categorical_projection", &projection, released);
   m.def("categorical_bellman", &bellman, released);
   m.def("categorical_bellman_scratch", &brc::bellman_scratch);
@@ -110,6 +203,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("tanh_gaussian", &sample, released);
   m.def("tanh_gaussian_backward", &sample_backward, released);
   m.def("adamw", &adamw, released);
+  m.def("multiplies", [](bool low) {
+    return brc::multiplies(low ? brc::Number::bfloat16 : brc::Number::float32);
+  });
+  m.def("set_threads", &brc::set_threads);
   m.def("sum_of_squares", &squares, released);
   m.def("update_summary", &summary, released);
 }

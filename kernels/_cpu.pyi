@@ -1,35 +1,71 @@
+from collections.abc import Sequence
+
+from torch import Tensor
+
+class Step:
+    tensors: Sequence[Tensor | None]
+    def __call__(self) -> None: ...
+
+class Multiply(Step):
+    def __init__(
+        self,
+        networks: int,
+        rows: int,
+        depth: int,
+        columns: int,
+        low: bool,
+        a: int,
+        a_network: int,
+        a_row: int,
+        a_column: int,
+        b: int,
+        b_network: int,
+        b_row: int,
+        b_column: int,
+        bias: int,
+        bias_network: int,
+        out: int,
+        low_out: bool,
+        out_network: int,
+        out_row: int,
+        accumulate: bool,
+        /,
+    ) -> None: ...
+
 def bias_layer_norm_forward(
+    low: bool,
     networks: int,
-    batch: int,
+    rows: int,
     width: int,
     bias_stride: int,
-    parameter_stride: int,
+    vector_stride: int,
     x: int,
     bias: int,
     weight: int,
     shift: int,
-    residual: int,
     relu: bool,
+    residual: int,
     eps: float,
     y: int,
     mean: int,
     rstd: int,
     /,
-) -> None: ...
+) -> Step: ...
 def bias_layer_norm_backward(
+    low: bool,
     networks: int,
-    batch: int,
+    rows: int,
     width: int,
     bias_stride: int,
-    parameter_stride: int,
-    dbias_stride: int,
-    grad_stride: int,
-    dy: int,
+    vector_stride: int,
     x: int,
     bias: int,
     weight: int,
     shift: int,
     relu: bool,
+    dbias_stride: int,
+    grad_stride: int,
+    dy: int,
     mean: int,
     rstd: int,
     dx: int,
@@ -37,7 +73,7 @@ def bias_layer_norm_backward(
     dweight: int,
     dshift: int,
     /,
-) -> None: ...
+) -> Step: ...
 def categorical_projection(
     rows: int, atoms: int, probs: int, positions: int, v_max: float, out: int, /
 ) -> None: ...
@@ -127,6 +163,8 @@ def adamw(
     grad_scale: float,
     /,
 ) -> float: ...
+def multiplies(low: bool, /) -> bool: ...
+def set_threads(count: int, /) -> None: ...
 def sum_of_squares(count: int, x: int, /) -> float: ...
 def update_summary(
     rows: int,

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from . import passes_plain, reference
-from .passes_plain import Call, Held, Pass
+from .passes_plain import Call, Held, Pass, multiply
 from .runtime.dispatch import launch, takes_kernels
 from .runtime.language import jit, tl, triton
 from .runtime.library import Op
@@ -40,10 +40,12 @@ from .runtime.tables import configuration, next_power_of_2, processors
 from .runtime.twins import twin
 
 __all__ = [
+    "BATCHED",
     "PASSES",
     "backward_into",
     "bias_layer_norm",
     "forward_into",
+    "multiply",
     "partial_shape",
     "reduce_partials",
 ]

@@ -1,23 +1,24 @@
 """The passes between the products of stacked networks on a CPU, compiled (csrc/layer_norm.hpp).
 
 Memory:  a pass reads its inputs once and writes its output once.
-Numbers: float32.
+Numbers: float32 and bfloat16, computed in float32.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Sequence
-from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from . import passes_plain
 from .passes_plain import Call, Held, Pass
+from .products import LOW, multiply
 from .reference import EPS
 from .runtime import native
 
-__all__ = ["PASSES", "Norm"]
+__all__ = ["BATCHED", "PASSES", "Norm", "multiply"]
 
 
 class Norm(passes_plain.Norm):
@@ -27,17 +28,22 @@ class Norm(passes_plain.Norm):
         bias, weight, shift = self.split(held.vectors)
         return weight.new_zeros(weight.shape[1]).expand_as(weight) if bias is None else bias, weight, shift
 
+    def _read(self, held: Held, vectors: tuple[Tensor, Tensor, Tensor]) -> tuple[Any, ...]:
+        """What both directions read."""
+        bias, weight, _ = vectors
+        places = (x.data_ptr() for x in (held.product, *vectors))
+        low = LOW[held.product.dtype]
+        return low, *held.product.shape, bias.stride(0), weight.stride(0), *places, held.relu
+
     def forward(self, held: Held) -> Call:
-        product, _, relu, added, out, stats = held
-        assert stats is not None
-        bias, weight, shift = self._vectors(held)
-        mean = stats.data_ptr()
-        arguments = (
-            *product.shape, bias.stride(0), weight.stride(0), product.data_ptr(), bias.data_ptr(),
-            weight.data_ptr(), shift.data_ptr(), 0 if added is None else added.data_ptr(), relu, EPS,
-            out.data_ptr(), mean, mean + 4 * stats.stride(0),
-        )  # fmt: skip
-        return _kept(partial(native.compiled.bias_layer_norm_forward, *arguments), bias)
+        assert held.stats is not None
+        vectors = self._vectors(held)
+        mean, rstd = (x.data_ptr() for x in held.stats)
+        added = 0 if held.added is None else held.added.data_ptr()
+        out = held.out.data_ptr()
+        step = native.compiled.bias_layer_norm_forward(*self._read(held, vectors), added, EPS, out, mean, rstd)
+        step.tensors = vectors
+        return step
 
     def backward(
         self,
@@ -47,29 +53,21 @@ class Norm(passes_plain.Norm):
         into: Sequence[Tensor] | None,
         pieces: Tensor | None,
     ) -> Call:
-        product, _, relu, _, _, stats = held
-        assert stats is not None
-        bias, weight, shift = self._vectors(held)
-        mean = stats.data_ptr()
+        assert held.stats is not None
+        vectors = self._vectors(held)
+        mean, rstd = (x.data_ptr() for x in held.stats)
         places, strides, unused = [0, 0, 0], [0, 0], None
         if into is not None:
             *given, dweight, dshift = into
-            unused = None if given else product.new_empty(weight.shape[1]).expand_as(dweight)
+            unused = None if given else dweight.new_empty(dweight.shape[1]).expand_as(dweight)
             dbias = given[0] if unused is None else unused
             places = [x.data_ptr() for x in (dbias, dweight, dshift)]
             strides = [dbias.stride(0), dweight.stride(0)]
-        arguments = (
-            *product.shape, bias.stride(0), weight.stride(0), *strides, dout.data_ptr(), product.data_ptr(),
-            bias.data_ptr(), weight.data_ptr(), shift.data_ptr(), relu, mean, mean + 4 * stats.stride(0),
-            dproduct.data_ptr(), *places,
-        )  # fmt: skip
-        return _kept(partial(native.compiled.bias_layer_norm_backward, *arguments), bias, unused)
-
-
-def _kept(call: partial[None], *tensors: Tensor | None) -> Call:
-    """The call, which keeps the memory of these alive."""
-    call.tensors = tensors  # type: ignore[attr-defined]
-    return call
+        places = [dproduct.data_ptr(), *places]
+        read = *self._read(held, vectors), *strides, dout.data_ptr(), mean, rstd
+        step = native.compiled.bias_layer_norm_backward(*read, *places)
+        step.tensors = *vectors, unused
+        return step
 
 
 BATCHED = False

@@ -1,25 +1,26 @@
 """What runs between the products of stacked networks, in PyTorch: any dtype, any device, seen by whatever
 watches. `PASSES` names every pass there is; passes_cpu.py and norm.py have faster ones of the same names.
-BATCHED, of each of the three: whether a launch costs more than memory for gradients of products.
+Each of the three has `multiply`, which makes the products, and BATCHED: whether a launch costs more
+than memory for gradients of products.
 
 Formulas: norm.py. Numbers: computed in float32, in float64 for float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .products import Call
+from .products import by_torch as multiply
 from .reference import EPS
 from .runtime.twins import twin
 
-__all__ = ["PASSES", "Bias", "Call", "Held", "Norm", "Pass"]
-
-Call = Callable[[], object]
+__all__ = ["BATCHED", "PASSES", "Bias", "Call", "Held", "Norm", "Pass", "multiply"]
 
 
 class Held(NamedTuple):
@@ -45,7 +46,8 @@ class Pass:
 
     Attributes:
         vectors: names of its parameters [N, H].
-        in_place: the product is made where the value will be, and the backward pass does not read it.
+        in_place: the product, with the first vector for its bias, is made where the value will be, and the
+            backward pass does not read it.
         keeps_stats: two numbers of each row are kept for the backward pass.
         partial_sums: sums over rows are left in pieces, which `reduce` of the module adds up at the end.
     """
@@ -54,10 +56,6 @@ class Pass:
     in_place = False
     keeps_stats = False
     partial_sums = False
-
-    def product(self, x: Tensor, kernel: Tensor, vectors: Sequence[Tensor], out: Tensor) -> Call:
-        """x [N, B, I] times kernel [N, I, H]."""
-        return partial(torch.bmm, x, kernel, out=out)
 
     def formula(self, product: Tensor, vectors: Sequence[Tensor]) -> Tensor:
         """What it is, with gradients, for reference.network: of the product [N, B, H] and vectors [N, H],
@@ -122,9 +120,6 @@ class Bias(Pass):
     vectors = ("bias",)
     in_place = True
 
-    def product(self, x: Tensor, kernel: Tensor, vectors: Sequence[Tensor], out: Tensor) -> Call:
-        return partial(_affine, x, kernel, vectors[0].unsqueeze(1), out)
-
     def forward(self, held: Held) -> Call | None:
         if held.added is not None:
             return partial(held.out.add_, held.added)
@@ -149,14 +144,6 @@ class Bias(Pass):
 
 BATCHED = False
 PASSES: dict[str, Pass] = {"norm": Norm(), "layer_norm": Norm(bias=False), "bias": Bias()}
-
-
-def _affine(x: Tensor, kernel: Tensor, bias: Tensor, out: Tensor) -> None:
-    bias = bias if bias.dtype == x.dtype else bias.to(x.dtype)
-    if len(x) == 1:  # one kernel on CUDA: baddbmm copies the bias first
-        torch.addmm(bias[0, 0], x[0], kernel[0], out=out[0])
-    else:
-        torch.baddbmm(bias, x, kernel, out=out)
 
 
 def _bias_backward(dout: Tensor, out: Tensor | None, dproduct: Tensor, into: Tensor | None) -> None:

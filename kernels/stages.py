@@ -327,6 +327,11 @@ def module(name: str) -> Any:
     return importlib.import_module(f".{name}", __package__)
 
 
+def _bias(after: Pass, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What its product is made with."""
+    return vectors[:1] if after.in_place else ()
+
+
 def _vectors(stage: Stage, parameters: Mapping[str, Tensor]) -> list[Tensor]:
     return [parameters[name] for name in stage.vectors]
 
@@ -336,8 +341,11 @@ class Given:
     no pass, so that its memory goes with the last reference to it.
 
     inputs: one [N, B, I], or [B, I] of all networks, or several [B, I]. grad: [N, B, K], that of the outputs.
-    columns: of the input, of which the gradient dx is wanted.
+    columns: of the input, of which the gradient dx is wanted. multiply: of the module of passes.
     """
+
+    def __init__(self, multiply: Callable[..., Call]) -> None:
+        self.multiply = multiply
 
     inputs: Sequence[Tensor]
     grad: Tensor
@@ -347,17 +355,17 @@ class Given:
     def forward(self, after: Pass, places: Sequence[Sequence[Tensor]]) -> None:
         """Products of the inputs; places: kernel, out and vectors, for each of them."""
         for x, (kernel, out, *vectors) in zip(self.inputs, places, strict=True):
-            after.product(x.expand(len(kernel), *x.shape[-2:]), kernel, vectors, out)()
+            self.multiply(x.expand(len(kernel), *x.shape[-2:]), kernel, out, *_bias(after, vectors))()
 
     def value(self, kernel: Tensor, out: Tensor) -> None:
         """The gradient of what the head multiplies."""
-        torch.bmm(self.grad, kernel, out=out)
+        self.multiply(self.grad, kernel, out)()
 
     def kernel(self, x: Tensor | None, dproduct: Tensor | None, out: Tensor) -> None:
         """The gradient of a kernel that multiplies x or, where that is None, the input; of the head without
         dproduct."""
         dproduct, x = self.grad if dproduct is None else dproduct, self.inputs[0] if x is None else x
-        torch.bmm(x.expand(len(out), *x.shape[-2:]).mT, dproduct, out=out)
+        self.multiply(x.expand(len(out), *x.shape[-2:]).mT, dproduct, out)()
 
     def bias(self, out: Tensor) -> None:
         """The gradient of the head's."""
@@ -372,7 +380,10 @@ class Given:
     def input(self, dproduct: Tensor | None, kernel: Tensor) -> None:
         """Add to the gradient of the input."""
         dproduct, kernel = self.grad if dproduct is None else dproduct, kernel[..., self.columns]
-        self.dx = torch.bmm(dproduct, kernel) if self.dx is None else self.dx.baddbmm_(dproduct, kernel)
+        there = self.dx is not None
+        if self.dx is None:
+            self.dx = dproduct.new_empty(*dproduct.shape[:2], kernel.shape[-1])
+        self.multiply(dproduct, kernel, self.dx, add=there)()
 
 
 class Forward:
@@ -395,7 +406,7 @@ class Forward:
         self.stages, self.parameters, self.memory, self.module = stages, parameters, memory, module
         self.out, self.parts = out, parts
         self.values = memory.values | {len(stages): out}
-        self.given = Given()
+        self.given = Given(module.multiply)
 
     def held(self, number: int) -> Held:
         """What the pass of a stage is over."""
@@ -412,7 +423,8 @@ class Forward:
         if stage.product and not (product_alone and after.in_place):
             product, kernel = held.product, self.parameters[f"{stage.name}.kernel"]
             if stage.reads in self.values:
-                calls.append(after.product(self.values[stage.reads], kernel, held.vectors, product))
+                bias = _bias(after, held.vectors)
+                calls.append(self.module.multiply(self.values[stage.reads], kernel, product, *bias))
             else:
                 places = zip(*(y.chunk(self.parts) for y in (kernel, product, *held.vectors)), strict=True)
                 calls.append(partial(self.given.forward, after, list(places)))
@@ -534,20 +546,22 @@ class Backward:
 
     def _arrive(self, value: int, dproduct: Tensor | None, kernel: Tensor) -> None:
         """Add dproduct @ kernel to the gradient of a value; dproduct None is the gradient of the outputs."""
-        there = self.arrived.get(value)
+        there, multiply = self.arrived.get(value), self.forward.module.multiply
         if not self._wanted(value):
             return
         if value not in self.values:
             self.calls.append(partial(self.given.input, dproduct, kernel))
         elif there is None or dproduct is None:
             out = self.arrived[value] = self._slot(kernel.shape[-1], dproduct)
-            product = self.given.value if dproduct is None else partial(torch.bmm, dproduct)
-            self.calls.append(partial(product, kernel, out=out))
+            if dproduct is None:
+                self.calls.append(partial(self.given.value, kernel, out))
+            else:
+                self.calls.append(multiply(dproduct, kernel, out))
         elif there is dproduct:  # of a stage without a ReLU that adds what it reads
             out = self.arrived[value] = self._slot(kernel.shape[-1], dproduct)
-            self.calls.append(partial(torch.baddbmm, there, dproduct, kernel, out=out))
+            self.calls += [partial(out.copy_, there), multiply(dproduct, kernel, out, add=True)]
         else:
-            self.calls.append(partial(there.baddbmm_, dproduct, kernel))
+            self.calls.append(multiply(dproduct, kernel, there, add=True))
 
     def _add(self, value: int, gradient: Tensor) -> bool:
         """Add a gradient to that of a value; whether it is that from now on."""
@@ -586,7 +600,7 @@ class Backward:
         if x is None or dproduct is None:
             self.calls.append(partial(self.given.kernel, x, dproduct, out))
         else:
-            self.calls.append(partial(torch.bmm, x.mT, dproduct, out=out))
+            self.calls.append(self.forward.module.multiply(x.mT, dproduct, out))
 
     def __call__(self, grad: Tensor, x: Tensor, columns: slice = slice(None)) -> Tensor | None:
         """The gradient of x [N, B, I] in these columns, where it is wanted; in memory that stays where the

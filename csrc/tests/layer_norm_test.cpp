@@ -14,7 +14,7 @@ using namespace checks;
 constexpr double EPS = 1e-6;
 
 struct Case {
-  brc::NormShape shape;
+  brc::RowShape shape;
   bool relu;
   bool residual;
   std::int64_t parameter_stride;
@@ -84,9 +84,11 @@ void check(const Case& c) {
   Floats dy = normal(size);
   const Floats bias = normal(last), weight = normal(last), shift = normal(last);
   Floats y(x.size()), mean(index(rows)), rstd(mean);
-  brc::bias_layer_norm_forward(c.shape, c.parameter_stride, c.parameter_stride, x.data(), bias.data(),
-                               weight.data(), shift.data(), c.residual ? residual.data() : nullptr, c.relu,
-                               1e-6f, y.data(), mean.data(), rstd.data());
+  const brc::Norm<float> norm = {c.shape,      x.data(),           bias.data(),        weight.data(),
+                                 shift.data(), c.parameter_stride, c.parameter_stride, c.relu};
+  brc::NormForward<float>(norm, c.residual ? residual.data() : nullptr, 1e-6f, y.data(), mean.data(),
+                          rstd.data())
+      .run();
   const Truth exact = truth(c, x, dy, residual, bias, weight, shift);
   // Two numbers that nearly agree have a variance of few bits.
   const double tolerance = width == 2 ? 1e-3 : 3e-5;
@@ -97,10 +99,9 @@ void check(const Case& c) {
   Floats dx(x.size());
   Floats dbias = guards(networks * c.grad_stride), dweight(dbias), dshift(dbias);
   const auto backward = [&](const Floats& given, Floats& out, bool wanted) {
-    brc::bias_layer_norm_backward(
-        c.shape, c.parameter_stride, c.parameter_stride, c.grad_stride, c.grad_stride, given.data(), x.data(),
-        bias.data(), weight.data(), shift.data(), c.relu, mean.data(), rstd.data(), out.data(),
-        wanted ? dbias.data() : nullptr, wanted ? dweight.data() : nullptr, wanted ? dshift.data() : nullptr);
+    brc::NormGradients<float> into = {};
+    if (wanted) into = {dbias.data(), dweight.data(), dshift.data(), c.grad_stride, c.grad_stride};
+    brc::NormBackward<float>(norm, mean.data(), rstd.data(), given.data(), out.data(), into).run();
   };
   backward(dy, dx, true);
   expect_all(dx, exact.dx, tolerance, "gradient", width);
@@ -135,12 +136,10 @@ void check_nan(std::int64_t width) {
     Floats mean(index(batch)), rstd(mean);
     const Floats& x = run == 0 ? clean : spoilt;
     y[run] = dx[run] = Floats(x.size());
-    brc::bias_layer_norm_forward({1, batch, width}, width, width, x.data(), parameters.data(),
-                                 parameters.data(), parameters.data(), nullptr, true, 1e-6f, y[run].data(),
-                                 mean.data(), rstd.data());
-    brc::bias_layer_norm_backward({1, batch, width}, width, width, width, width, dy.data(), x.data(),
-                                  parameters.data(), parameters.data(), parameters.data(), true, mean.data(),
-                                  rstd.data(), dx[run].data(), nullptr, nullptr, nullptr);
+    const float* vector = parameters.data();
+    const brc::Norm<float> norm = {{1, batch, width}, x.data(), vector, vector, vector, width, width, true};
+    brc::NormForward<float>(norm, nullptr, 1e-6f, y[run].data(), mean.data(), rstd.data()).run();
+    brc::NormBackward<float>(norm, mean.data(), rstd.data(), dy.data(), dx[run].data(), {}).run();
   }
   for (std::int64_t at = 0; at < batch * width; ++at) {
     const bool hit = at / width == 2;
@@ -164,13 +163,12 @@ void check_shared_bias(std::int64_t width) {
     y[run] = dx[run] = Floats(index(count));
     dbias[run] = guards(run == 0 ? networks * width : width);
     dweight[run] = dshift;
-    brc::bias_layer_norm_forward({networks, batch, width}, stride, width, x.data(), given.data(),
-                                 vectors.data(), vectors.data(), nullptr, false, 1e-6f, y[run].data(),
-                                 mean.data(), rstd.data());
-    brc::bias_layer_norm_backward({networks, batch, width}, stride, width, stride, width, dy.data(), x.data(),
-                                  given.data(), vectors.data(), vectors.data(), false, mean.data(),
-                                  rstd.data(), dx[run].data(), dbias[run].data(), dweight[run].data(),
-                                  dshift.data());
+    const brc::Norm<float> norm = {{networks, batch, width}, x.data(), given.data(), vectors.data(),
+                                   vectors.data(),           stride,   width,        false};
+    brc::NormForward<float>(norm, nullptr, 1e-6f, y[run].data(), mean.data(), rstd.data()).run();
+    const brc::NormGradients<float> into = {dbias[run].data(), dweight[run].data(), dshift.data(), stride,
+                                            width};
+    brc::NormBackward<float>(norm, mean.data(), rstd.data(), dy.data(), dx[run].data(), into).run();
   }
   expect(y[0] == y[1] && dx[0] == dx[1] && dweight[0] == dweight[1], "shared bias", width);
   expect(std::equal(dbias[1].begin(), dbias[1].begin() + width, dbias[0].end() - width),
@@ -185,6 +183,7 @@ int main() {
       check({{2, 7, width}, relu, residual, width, width});
       check({{3, 4, width}, relu, residual, 3 * width + 5, 2 * width + 1});
       check({{1, 1, width}, relu, residual, width, width + 3});
+      if (width > 2) check({{2, 2 * brc::PIECE + 3, width}, relu, residual, width, width});
     }
     check_nan(width);
     check_shared_bias(width);

@@ -1,4 +1,4 @@
-"""The compiled float32 passes for the CPU, and when they apply."""
+"""The compiled passes for the CPU, and when they apply."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ try:
 except ImportError:  # a checkout that was not built
     compiled = None  # type: ignore[assignment]
 
-__all__ = ["compiled", "serves", "takes"]
+__all__ = ["compiled", "serves", "share_threads", "takes"]
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the compiled passes exist and serve these tensors: float32, on the CPU, in a plain call."""
-    return not observed(*tensors) and serves(*tensors)
+    """Whether the compiled passes exist and serve these tensors: float32, on the CPU, in a plain call. They
+    share as many threads as torch has now."""
+    if observed(*tensors) or not serves(*tensors):
+        return False
+    share_threads()
+    return True
+
+
+def share_threads() -> None:
+    """Let compiled passes use as many threads as torch does."""
+    compiled.set_threads(torch.get_num_threads())
 
 
 def serves(*tensors: Tensor) -> bool:

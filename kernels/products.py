@@ -1,0 +1,88 @@
+"""Products of stacked networks into memory that stays: by torch, or by this package's own (csrc/products.hpp).
+
+Ours are faster than the libraries that torch carries wherever they run: on a CPU with AVX-512 (bfloat16: with
+AVX512-BF16, and without AMX, which torch uses and ours do not). The choice follows from the processor alone;
+BRC_FAST_PRODUCTS, read when this is imported, sets another: auto, native or torch.
+
+Numbers: sums in float32 (torch: of the dtype), whose bits do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from .runtime.native import compiled
+
+__all__ = ["Call", "by_torch", "chosen_products", "multiply"]
+
+Call = Callable[[], object]
+
+WAYS = ("auto", "native", "torch")
+LOW = {torch.float32: False, torch.bfloat16: True}  # what the compiled ones take
+
+
+@lru_cache
+def chosen_products(dtype: torch.dtype) -> str:
+    """Who makes products of this dtype on this CPU: native or torch.
+
+    Raises:
+        ValueError for a BRC_FAST_PRODUCTS that is none, or that asks for products which the processor lacks.
+    """
+    wanted = os.environ.get("BRC_FAST_PRODUCTS", "auto")
+    if wanted not in WAYS:
+        raise ValueError(f"BRC_FAST_PRODUCTS must be one of {', '.join(WAYS)}, got {wanted!r}")
+    can = dtype in LOW and compiled is not None and compiled.multiplies(LOW[dtype])
+    if wanted == "native" and dtype == torch.float32 and not can:
+        lacks = "the package's compiled part" if compiled is None else "a processor with AVX-512"
+        raise ValueError(f"BRC_FAST_PRODUCTS=native needs {lacks}, which is not there; use auto")
+    if wanted == "torch" or not can:
+        return "torch"
+    amx = dtype == torch.bfloat16 and wanted == "auto" and torch.cpu._is_amx_tile_supported()
+    return "torch" if amx else "native"
+
+
+def by_torch(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False) -> Call:
+    """What fills `out` with x y, plus a bias, or adds x y to it.
+
+    Args:
+        x: [N, B, I]. y: [N, I, H]. out: [N, B, H]. bias: [N, H]. Any strides.
+    """
+    if add:
+        return partial(out.baddbmm_, x, y)
+    if bias is None:
+        return partial(torch.bmm, x, y, out=out)
+    return partial(_affine, x, y, bias, out)
+
+
+def _affine(x: Tensor, y: Tensor, bias: Tensor, out: Tensor) -> None:
+    bias = bias if bias.dtype == x.dtype else bias.to(x.dtype)
+    if len(x) == 1:  # one kernel on CUDA: baddbmm copies the bias first
+        torch.addmm(bias[0], x[0], y[0], out=out[0])
+    else:
+        torch.baddbmm(bias.unsqueeze(1), x, y, out=out)
+
+
+def multiply(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False) -> Call:
+    """`by_torch`, or the same by the compiled products, on a CPU. The tensors must be kept as long as what is
+    returned: it holds addresses."""
+    if not _fits(x, y, out, bias):
+        return by_torch(x, y, out, bias, add)
+    shift, distance = (0, 0) if bias is None else (bias.data_ptr(), bias.stride(0))
+    return compiled.Multiply(
+        *x.shape, out.shape[-1], LOW[x.dtype], x.data_ptr(), *x.stride(), y.data_ptr(),
+        *y.stride(), shift, distance, out.data_ptr(), LOW[out.dtype], *out.stride()[:2], add,
+    )  # fmt: skip
+
+
+def _fits(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None) -> bool:
+    if chosen_products(x.dtype) == "torch" or not x.shape[-1] or y.dtype != x.dtype:
+        return False
+    if out.dtype not in (x.dtype, torch.float32) or (bias is not None and bias.dtype != x.dtype):
+        return False
+    dense = bias is None or bias.stride(-1) == 1
+    return dense and out.stride(-1) == 1 and 1 in x.stride()[1:] and 1 in y.stride()[1:]
