@@ -59,7 +59,7 @@ IF_THERE = {
     "bench/bench_envs.py": {"envpool", "playground"},
 }
 # Imported, but declared by another distribution, which pip follows.
-BROUGHT_BY = {"ml-dtypes": "jax", "packaging": "pytest", "pytest": "pytest-benchmark"}
+BROUGHT_BY = {"ml-dtypes": "jax", "packaging": "pytest"}
 # Declared, but imported by no line of ours: Gymnasium's id of a task names Shimmy; Playground builds on Brax.
 NEVER_IMPORTED = {"brax", "pytest-xdist", "shimmy"}
 
@@ -149,7 +149,7 @@ def test_what_is_not_declared_here_is_declared_by_what_brings_it(name: str, othe
     try:
         texts = requires(other) or []
     except ModuleNotFoundError:
-        require({"jax": "jax", "pytest-benchmark": "bench"}[other])
+        require(other)
         raise
     assert name in names(filter(applies, map(Requirement, texts)))
 
@@ -218,7 +218,6 @@ COMPARING = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "bench")!r})
 import liger_kernel.ops
-import pytest_benchmark
 import torch
 from peers import jax_plain
 from peers.replay import KINDS, Stored, filled
