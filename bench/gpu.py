@@ -1,12 +1,12 @@
 """Tests and timings on a CUDA machine, with what is installed there: a list of commands with their seconds.
 
-    python bench/gpu.py [--budget SECONDS] [--parts build limits test kernels update ...] [--dry]
+    python bench/gpu.py [--parts build limits test kernels update ...] [--budget SECONDS] [--dry]
 
 Builds the package into .site, measures the machine's limits, runs `pytest -m gpu`, then the benchmarks, and
 writes bench/results/gpu-<part>.json. Each part is a process of its own: what breaks one, or the GPU's state
-in it, does not reach the others. Parts have equal shares of the budget; none takes more than nine minutes,
-its start included; what it had measured until then stays. What is not installed is skipped with its reason
-and has no share. `--dry` runs the same on the CPU at tiny sizes and writes to build/gpu-dry.
+in it, does not reach the others. None takes more than nine minutes, its start included; what it had measured
+until then stays. What is not installed is skipped with its reason. `--dry` runs the same on the CPU at tiny
+sizes and writes to build/gpu-dry.
 """
 
 from __future__ import annotations
@@ -21,35 +21,42 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from harness import RESULTS, ROOT, Parser, seconds, write
 
-SHORT, LONGEST, END = 40.0, 420.0, 540.0  # seconds: of the limits; of a part; when it is stopped
+END = 540.0  # seconds after which a part is stopped
 DRY_SECONDS = 4.0
-SIMULATOR = ("jax", "mujoco", "mujoco_playground", "gymnasium")
-NEEDS = {
-    "build": ("scikit_build_core", "pybind11", "pip"),
-    "test": ("pytest",),
-    "kernels": ("triton",),
-    "envs": SIMULATOR,
-    "train": (*SIMULATOR, "safetensors", "tyro", "tqdm", "matplotlib"),
-}
-ENVIRONMENTS = "--tasks mjx/CheetahRun mjx/HumanoidRun mjx/WalkerRun --num-envs 1024 4096 128"
-COMMANDS = {  # what matters most first; and in a dry run
-    "build": ("pip install", "pip install"),
-    "limits": ("--device cuda", "--device cpu --dry"),
-    "test": ("pytest -m gpu", "pytest -m gpu"),
-    "kernels": ("", "--dry"),
-    "update": (
-        "--device cuda --batch 1024 256 4096 --width 256 512 1024 2048 4096 8192 11200",
-        "--device cpu --batch 16 --width 32 --providers ours ours-bf16 critic plain jax",
+
+
+class Part(NamedTuple):
+    needs: str  # a module
+    seconds: float  # of its budget
+    gpu: str = ""  # options of its benchmark
+    dry: str = ""
+
+
+WIDTHS = "256 512 1024 2048 4096 8192 11200"
+TASKS = "mjx/CheetahRun mjx/HumanoidRun mjx/WalkerRun"
+DRY_UPDATE = "--batch 16 --width 32 --providers ours ours-bf16 critic plain jax"
+PARTS = {  # what matters most first
+    "build": Part("scikit_build_core", 0.0),
+    "limits": Part("torch", 40.0, "--device cuda", "--device cpu --dry"),
+    "test": Part("pytest", 0.0),
+    "kernels": Part("triton", 90.0, "", "--dry"),
+    "update": Part(
+        "torch", 120.0, f"--device cuda --batch 1024 256 4096 --width {WIDTHS}", f"--device cpu {DRY_UPDATE}"
     ),
-    "scaling": ("--device cuda", "--device cpu --dry"),
-    "replay": ("--device cuda", "--device cpu --capacity 20480"),
-    "envs": (f"--device cuda {ENVIRONMENTS}", "--device cpu --tasks mjx/CartpoleSwingup --num-envs 4"),
-    "train": ("--device cuda", "--device cpu"),
+    "scaling": Part("torch", 60.0, "--device cuda", "--device cpu --dry"),
+    "replay": Part("torch", 60.0, "--device cuda", "--device cpu --capacity 20480"),
+    "envs": Part(
+        "mujoco_playground",
+        60.0,
+        f"--device cuda --tasks {TASKS} --num-envs 1024 4096 128",
+        "--device cpu --tasks mjx/CartpoleSwingup --num-envs 4",
+    ),
+    "train": Part("mujoco_playground", 60.0, "--device cuda", "--device cpu"),
 }
 
 
@@ -75,7 +82,8 @@ def command(part: str, seconds: float, dry: bool, path: Path) -> list[str]:
         if there("xdist") and not dry:  # most time goes into compiling kernels
             words += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
         return [sys.executable, "-P", "-c", code, *words, *files]
-    words = [*COMMANDS[part][dry].split(), "--budget", f"{seconds:g}", "--save", str(path.with_suffix(""))]
+    options = PARTS[part].dry if dry else PARTS[part].gpu
+    words = [*options.split(), "--budget", f"{seconds:g}", "--save", str(path.with_suffix(""))]
     return [sys.executable, str(ROOT / f"bench/bench_{part}.py"), *words]
 
 
@@ -83,8 +91,8 @@ def run(part: str, seconds: float, dry: bool, path: Path) -> dict[str, Any]:
     """Run a part in a process of its own; its result with how it ended."""
     start, found = time.perf_counter(), dict[str, Any]()
     path.unlink(missing_ok=True)
-    if absent := lacks(part):
-        told: dict[str, Any] = {"status": "skipped", "reason": f"{absent[0]} is not installed"}
+    if not there(PARTS[part].needs):
+        told: dict[str, Any] = {"status": "skipped", "reason": f"{PARTS[part].needs} is not installed"}
     else:
         environment, words = os.environ | {"BRC_FAST_GPU_DRY": f"{dry:d}"}, command(part, seconds, dry, path)
         process = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True)
@@ -106,24 +114,10 @@ def run(part: str, seconds: float, dry: bool, path: Path) -> dict[str, Any]:
     return told
 
 
-def lacks(part: str) -> list[str]:
-    """Modules that this part needs and that are not installed."""
-    return [name for name in NEEDS.get(part, ()) if not there(name)]
-
-
-def shares(parts: Sequence[str], budget: float) -> dict[str, float]:
-    """Seconds of every part: equal, but for limits, which need less; building takes what it takes."""
-    timed = [name for name in parts if name != "build" and not lacks(name)]
-    each = budget / max(1, len(timed))
-    short = min(SHORT, each) if "limits" in timed else 0.0
-    each = (budget - short) / max(1, len(timed) - ("limits" in timed))
-    return {name: short if name == "limits" else min(LONGEST, each) for name in parts}
-
-
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--budget", type=seconds, default=480.0, help="seconds in all (default 480)")
-    parser.add_argument("--parts", nargs="+", choices=tuple(COMMANDS), default=tuple(COMMANDS))
+    parser.add_argument("--budget", type=seconds, help="seconds of each part, in place of its own")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     parser.add_argument("--dry", action="store_true", help="tiny sizes, on the CPU")
     given = parser.parse_args(words)
     if not given.dry and not torch.cuda.is_available():
@@ -132,14 +126,14 @@ def main(words: Sequence[str] | None = None) -> int:
     if "build" in given.parts or (built.exists() and not there("brc_fast")):
         # Later parts use what was just built, or built by an earlier call.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(built), os.environ.get("PYTHONPATH")]))
-    share, table = shares(given.parts, given.budget), list[str]()
+    table = list[str]()
     for part in given.parts:
         path = folder / f"gpu-{part}.json"
         print(f"{part} ...", flush=True)
-        told = run(part, DRY_SECONDS if given.dry else share[part], given.dry, path)
-        shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        budget = PARTS[part].seconds if given.budget is None else given.budget
+        told = run(part, DRY_SECONDS if given.dry else budget, given.dry, path)
         head = f"{part:<8}{told['status']:<9}{told['seconds']:7.1f} s"
-        table.append(f"{head}  {shown}  {told.get('reason', '')}".rstrip())
+        table.append(f"{head}  {path.relative_to(ROOT)}  {told.get('reason', '')}".rstrip())
     print("", *table, sep="\n")
     return 1 if any(" failed " in line for line in table) else 0
 

@@ -18,23 +18,26 @@ import gpu
 import harness
 
 
-def test_parts_share_the_budget_and_none_takes_more_than_nine_minutes(
+def test_no_part_takes_more_than_nine_minutes_and_a_budget_replaces_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gpu, "lacks", lambda name: ["mujoco"] if name == "envs" else [])
-    shares = gpu.shares(tuple(gpu.COMMANDS), 480.0)
-    assert shares["limits"] == gpu.SHORT
-    timed = [name for name in shares if name not in ("build", "envs")]
-    assert sum(shares[name] for name in timed) == pytest.approx(480.0)
-    assert len({shares[name] for name in timed if name != "limits"}) == 1
-    assert max(gpu.shares(tuple(gpu.COMMANDS), 1e6).values()) == gpu.LONGEST < gpu.END <= 540
-    assert gpu.shares(["limits"], 10.0) == {"limits": 10.0}
-    assert gpu.shares(["envs"], 100.0)["envs"] > 0.0  # to say that it is skipped
+    given = dict[str, float]()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        gpu,
+        "run",
+        lambda part, seconds, *_: given.update({part: seconds}) or {"status": "ok", "seconds": 1.0},
+    )
+    assert gpu.main([]) == 0
+    assert list(given) == list(gpu.PARTS)
+    assert all(seconds < gpu.END <= 540 for seconds in given.values())
+    assert gpu.main(["--parts", "update", "--budget", "420"]) == 0
+    assert given["update"] == 420.0
 
 
 @pytest.mark.parametrize("dry", [True, False])
 def test_every_command_is_a_script_with_options_that_it_knows(dry: bool, tmp_path: Path) -> None:
-    for part in gpu.COMMANDS:
+    for part in gpu.PARTS:
         command = gpu.command(part, 7.0, dry, tmp_path / f"gpu-{part}.json")
         if part in ("build", "test"):
             continue
@@ -104,9 +107,11 @@ def test_a_failed_equality_check_and_what_is_not_installed_are_told(
     monkeypatch.setattr(gpu, "command", lambda part, *_: [sys.executable, "-S", "-c", code])
     told = gpu.run("update", 1.0, True, path)
     assert (told["status"], told["reason"]) == ("failed", "failed: jax")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "jax" else object())
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "mujoco_playground" else object()
+    )
     told = gpu.run("train", 1.0, True, path)
-    assert (told["status"], told["reason"]) == ("skipped", "jax is not installed")
+    assert (told["status"], told["reason"]) == ("skipped", "mujoco_playground is not installed")
 
 
 def test_the_exit_code_and_a_line_per_part_tell_what_failed(
