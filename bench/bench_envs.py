@@ -29,7 +29,7 @@ from unittest import mock
 import harness
 import numpy as np
 import torch
-from harness import Clock, Differs, Missing, Parser, Results, Unavailable, interleave, positive
+from harness import Clock, Differs, Missing, Parser, Results, Unavailable, interleave, positive, shares
 from numpy.typing import NDArray
 from workloads import WORKLOADS
 
@@ -138,9 +138,9 @@ def both(task: str, num_envs: int, device: str) -> tuple[Any, Library]:
 # ---------------------------------------------------------------- what is timed
 
 
-def compare(found: Results, task: str, num_envs: int, seconds: float, device: str = "cpu") -> None:
+def compare(found: Results, task: str, num_envs: int, clock: Clock, device: str = "cpu") -> None:
     """One case, actions from torch on `device`; a suite is stepped by ours alone."""
-    clock, count = Clock(seconds), len(expand(task))
+    count = len(expand(task))
     slots, missing, times = num_envs * count, Missing(), dict[str, list[float]]()
     shown: Any = {"case": f"{task} num_envs={slots}", "unit": "steps/s", "scale": slots}
     with missing.of("ours", "library"), warnings.catch_warnings():
@@ -212,10 +212,10 @@ def main(words: Sequence[str] | None = None) -> int:
         import mujoco
 
         mujoco.set_mju_user_warning(lambda message: None)  # else on the terminal and in a file in this folder
-    found, clock = Results("envs", given.save, device=device), Clock(given.budget)
+    found = Results("envs", given.save, device=device)
     found.found["simulators"] = harness.versions(SIMULATORS)
-    for place, (task, slots) in enumerate(pairs):
-        compare(found, task, slots, clock.left / (len(pairs) - place), device)
+    for (task, slots), clock in shares(pairs, given.budget):
+        compare(found, task, slots, clock, device)
     return found.end()
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from bench_limits import bandwidth
+from bench_limits import rate
 from harness import TIME_UP, Clock, Differs, Missing, Parser, Results, Summary, Unavailable
 from torch import Tensor
 
@@ -140,8 +140,6 @@ def measure(
             times[name] = Summary(*seconds_per_call(calls, device, each))
         if name in missing and device.type == "cuda":
             torch.cuda.synchronize()
-        if name != "kernels" and isinstance(missing.get(name), Differs):  # costs no more than its own time
-            missing[name] = Unavailable(str(missing[name]))
     floor = dict.fromkeys(names, case.bytes(batch) / found.found["bandwidth"])
     label = f"{case.op} {case.label} B={batch}" + ("" if cold(case.bytes(batch), device) else " L2")
     found.case(label, times, "us", ours="kernels", missing=missing, floor=floor)
@@ -151,7 +149,7 @@ def run(
     found: Results, cases: Mapping[Case, Sequence[int]], device: torch.device, seconds: float, dry: bool
 ) -> int:
     """Every case at its first batch size, then at the others, until the time is up; the exit code."""
-    clock, found.found["bandwidth"] = Clock(seconds), bandwidth(device.type, dry)
+    clock, found.found["bandwidth"] = Clock(seconds), rate(device.type, "copy", dry)
     order = spread([case for case in cases if "float64" not in case.label])  # that one serves tests
     rows = [(case, batch) for case in order for batch in cases[case][:1]]
     rows += [(case, batch) for case in order for batch in cases[case][1:] if not dry]
@@ -185,7 +183,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if not given.dry and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --dry runs on the CPU")
     cases = {case: batches_of(case) for case in all_cases() if case.op in (given.ops or [case.op])}
-    found = Results("kernels", given.save, dry=given.dry)
+    found = Results("kernels", given.save, judged="kernels", dry=given.dry)
     return run(found, cases, torch.device("cpu" if given.dry else "cuda"), given.budget, given.dry)
 
 

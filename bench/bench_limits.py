@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import harness
 import torch
-from harness import Clock, Missing, Parser, Results, Seconds, Summary
+from harness import Missing, Parser, Results, Seconds, Summary, shares
 from native.row_gather import RowGather
 
 from brc_fast.kernels.tools.timing import seconds_per_call
@@ -94,42 +94,28 @@ def limits(device: str, dry: bool) -> Iterator[Limit]:
 
 def measure(found: Results, listed: Sequence[Limit], seconds: float) -> None:
     """Every limit, in equal shares of the time that is left; of one that fails the reason."""
-    clock = Clock(seconds)
-    for place, limit in enumerate(listed):
+    for limit, clock in shares(listed, seconds):
         times, missing = dict[str, Seconds](), Missing()
         with missing.of(MACHINE):
-            times[MACHINE] = limit.timed(clock.left / (len(listed) - place))
+            times[MACHINE] = limit.timed(clock.left)
         found.case(limit.case, times, limit.unit, limit.scale, missing=missing)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def bandwidth(device: str, dry: bool) -> float:
-    """Bytes read and written per second by a copy, measured now.
+@cache
+def rate(device: str, case: str, dry: bool = False) -> float:
+    """Of the last limit whose case begins so, measured now: bytes or operations per second.
 
     Raises:
         RuntimeError: there is no figure, with its reason.
     """
-    copy, found = next(limits(device, dry)), Results("limits")
-    measure(found, [copy], 0.0 if dry else 0.5)
-    (entry,) = found.entries
-    if entry["value"] is None:
-        raise RuntimeError(f"no floor without the limit {copy.case}: {entry['missing']}")
-    return 1e9 * float(entry["value"])
-
-
-def product_rate(device: str, kind: str, dry: bool) -> float:
-    """Operations per second of the largest square product in float32, tf32 or bfloat16, measured now.
-
-    Raises:
-        RuntimeError: there is no figure, with its reason.
-    """
+    limit = [limit for limit in limits(device, dry) if limit.case.startswith(case)][-1]
     found = Results("limits")
-    product = [limit for limit in limits(device, dry) if limit.case.startswith(f"product {kind} ")][-1]
-    measure(found, [product], 0.0 if dry else 0.5)
+    measure(found, [limit], 0.0 if dry else 0.5)
     (entry,) = found.entries
     if entry["value"] is None:
-        raise RuntimeError(f"no floor without the limit {product.case}: {entry['missing']}")
+        raise RuntimeError(f"no floor without the limit {limit.case}: {entry['missing']}")
     return 1e9 * float(entry["value"])
 
 

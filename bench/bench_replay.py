@@ -5,11 +5,11 @@
     python bench/bench_replay.py --device cuda|cpu [--workload ...] [--capacity ...] [--budget ...] [--save]
 
 Figures are medians of process CPU time. Before a buffer is timed, the transitions that it returns must be
-transitions that were stored.
+transitions that were stored. Ours that fails this fails the result; a peer loses its own time.
 
 --device asks for batches there instead, and times our two buffers: `device` (DeviceReplayBuffer),
 `prefetched` (ReplayBuffer, which copies the next batches while the learner has this one) and `copied`
-(sampled, then copied). All three must give the same batches. On a CPU nothing is copied.
+(sampled, then copied). On a CPU nothing is copied.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import harness
 import numpy as np
 import torch
-from harness import ROOT, Clock, Differs, Missing, Parser, Results, Unavailable, interleave, positive
+from harness import ROOT, Clock, Differs, Missing, Parser, Results, interleave, positive, shares
 from native.row_gather import RowGather
 from workloads import WORKLOADS, Workload
 
@@ -37,12 +37,8 @@ from peers.replay import KINDS, Peer, Stored, filled, ours
 FIRST = Workload("", "the first case", 67, 24)
 STREAMS = 64
 MIN_CAPACITY = 20_480
-OURS, TENSORS, AUTHORS, LIMIT = (
-    "brc-fast",
-    "brc-fast, tensors",
-    "authors' layout (numpy)",
-    "row gather (limit)",
-)
+OURS, TENSORS = "brc-fast", "brc-fast, tensors"
+AUTHORS, LIMIT = "authors' layout (numpy)", "row gather (limit)"
 UNIT = "ns per transition"
 SLICE = 0.004  # seconds of one buffer's turn
 
@@ -54,15 +50,9 @@ class Provider(NamedTuple):
     check: Callable[[], None]
 
 
-def blamed(missing: Missing) -> dict[str, Exception]:
-    """Whatever is wrong with ours fails the result; a peer's costs no more than its own time."""
-    kinds = {name: Differs if name.startswith(OURS) else Unavailable for name in missing}
-    return {name: kinds[name](harness.reason(error)) for name, error in missing.items()}
-
-
 def timed(
     found: Results, case: str, title: str, providers: Mapping[str, Provider], size: int, missing: Missing,
-    seconds: float,
+    clock: Clock,
 ) -> None:  # fmt: skip
     """Checks, times and notes one case of `size` transitions per call."""
     good, missing = dict[str, Callable[[], object]](), Missing(missing)
@@ -72,39 +62,8 @@ def timed(
             good[name] = provider.call
     print(f"\n{title}")
     found.found.setdefault("titles", {})[case] = title
-    times = interleave(good, seconds, turn=SLICE, timer=time.process_time)
-    found.case(case, times, UNIT, size, ours=OURS, missing=blamed(missing))
-
-
-# ---------------------------------------------------------------- sampling
-
-
-def sampled(
-    found: Results, clock: Clock, grid: Mapping[str, tuple[int, int]], work: Stored, gathered: int = 0
-) -> None:
-    """Batches of several sizes, by case, beside the bare gather of at most so many rows."""
-    missing, calls = Missing(), dict[str, Callable[[int, int], Provider]]()
-    for name in (name for name in KINDS if name != TENSORS):
-        with missing.of(name):
-            peer = filled(name, work)
-            shown = name if work.tasks == 1 or KINDS[name].tasks else f"{name} x {work.tasks}"
-            calls[shown] = lambda *size, peer=peer: Provider(
-                partial(peer.sample, *size), partial(peer.check, *size)
-            )
-    if gathered:
-        with missing.of(LIMIT):
-            gather = RowGather(work.rows, work.row_bytes, gathered)
-            calls[LIMIT] = lambda u, b: Provider(partial(gather.gather, u * b), partial(gather.check, u * b))
-    rows = f"{work.tasks} tasks x {work.rows:,}" if work.tasks > 1 else f"{work.rows:,}"
-    for place, (case, size) in enumerate(grid.items()):
-        title = (
-            f"Sampling {size[0]} x {size[1]} from {rows} transitions, O={work.observation}, A={work.action}"
-        )
-        providers, share = (
-            {name: call(*size) for name, call in calls.items()},
-            clock.left / (len(grid) - place),
-        )
-        timed(found, case, title, providers, size[0] * size[1], missing, share)
+    times = interleave(good, clock.left, turn=SLICE, timer=time.process_time)
+    found.case(case, times, UNIT, size, ours=OURS, missing=missing)
 
 
 def held(shape: Workload, capacity: int) -> Stored:
@@ -114,22 +73,38 @@ def held(shape: Workload, capacity: int) -> Stored:
     return Stored(shape.observation, shape.action, shape.tasks, streams, rows // (shape.tasks * streams))
 
 
-def locomotion(found: Results, capacity: int, clock: Clock) -> None:
-    grid = {f"{u} x {b}": (u, b) for u, b in ((1, 256), (1, 1024), (2, 1024), (16, 1024))}
-    sampled(found, clock, grid, held(FIRST, capacity), 16 * 1024)
+# ---------------------------------------------------------------- sampling
+
+Sizes = Mapping[str, tuple[int, int]]  # U and B by case
+BATCHES = {f"{u} x {b}": (u, b) for u, b in ((1, 256), (1, 1024), (2, 1024), (16, 1024))}
+TEN = FIRST._replace(tasks=10)  # a tenth of the transitions each
+WIDE = FIRST._replace(observation=1500)
 
 
-def ten_tasks(found: Results, capacity: int, clock: Clock) -> None:
-    """A tenth of the transitions each."""
-    sampled(found, clock, {"ten tasks": (1, 1024)}, held(FIRST._replace(tasks=10), capacity))
+def sampling(shape: Workload, sizes: Sizes, found: Results, capacity: int, clock: Clock) -> None:
+    """Batches of these sizes; where there is one task, beside the bare gather of as many rows."""
+    work, missing = held(shape, capacity), Missing()
+    calls = dict[str, tuple[Callable[..., object], Callable[..., None]]]()
+    for name in (name for name in KINDS if name != TENSORS):
+        with missing.of(name):
+            peer = filled(name, work)
+            shown = name if work.tasks == 1 or KINDS[name].tasks else f"{name} x {work.tasks}"
+            calls[shown] = peer.sample, peer.check
+    if work.tasks == 1:
+        with missing.of(LIMIT):
+            calls[LIMIT] = bare(RowGather(work.rows, work.row_bytes, max(u * b for u, b in sizes.values())))
+    rows = f"{work.tasks} tasks x {work.rows:,}" if work.tasks > 1 else f"{work.rows:,}"
+    for (case, (updates, batch)), share in shares(list(sizes.items()), clock.left):
+        title = f"Sampling {updates} x {batch} from {rows} transitions, O={work.observation}, A={work.action}"
+        providers = {
+            name: Provider(partial(sample, updates, batch), partial(check, updates, batch))
+            for name, (sample, check) in calls.items()
+        }
+        timed(found, case, title, providers, updates * batch, missing, share)
 
 
-def wide(found: Results, capacity: int, clock: Clock) -> None:
-    sampled(found, clock, {"wide": (1, 1024)}, held(FIRST._replace(observation=1500), capacity), 1024)
-
-
-def on_workload(shape: Workload, found: Results, capacity: int, clock: Clock) -> None:
-    sampled(found, clock, {shape.name: (2, shape.batch)}, held(shape, capacity))
+def bare(rows: RowGather) -> tuple[Callable[..., object], Callable[..., None]]:
+    return lambda u, b: rows.gather(u * b), lambda u, b: rows.check(u * b)
 
 
 # ---------------------------------------------------------------- adding, memory, files
@@ -153,9 +128,7 @@ def check_insert(name: str, work: Stored) -> None:
 
 def insert(found: Results, capacity: int, clock: Clock) -> None:
     """One step of 1, 64 and 1024 environments in lockstep to full buffers."""
-    grid = (1, 64, 1024)
-    for place, count in enumerate(grid):
-        share = Clock(clock.left / (len(grid) - place))
+    for count, share in shares((1, 64, 1024), clock.left):
         missing, providers = Missing(), dict[str, Provider]()
         work = Stored(FIRST.observation, FIRST.action, 1, count, capacity // count)
         for name in KINDS:
@@ -164,7 +137,7 @@ def insert(found: Results, capacity: int, clock: Clock) -> None:
             with missing.of(name):
                 providers[name] = Provider(inserting(filled(name, own)), partial(check_insert, name, own))
         title = f"Adding a step of {count} environments to {capacity:,} transitions, O={FIRST.observation}"
-        timed(found, f"insert {count}", title, providers, count, missing, share.left)
+        timed(found, f"insert {count}", title, providers, count, missing, share)
         del providers
         gc.collect()
 
@@ -183,9 +156,8 @@ def memory(found: Results, capacity: int, clock: Clock) -> None:
 def files(found: Results, capacity: int, clock: Clock) -> None:
     """Saving, loading and saving again after 10,000 further transitions, in turns with numpy.savez."""
     work, numpy, missing = held(FIRST, capacity), "numpy.savez + numpy.load", Missing()
-    mine, other, plain = filled(OURS, work), ours(work), filled(AUTHORS, work)
-    add = inserting(mine)
-    arrays = {f"{number}": array for number, array in enumerate(plain.buffer)}
+    mine, other = filled(OURS, work), ours(work)
+    add, arrays = inserting(mine), {f"{n}": array for n, array in enumerate(filled(AUTHORS, work).buffer)}
     times: dict[str, dict[str, list[float]]] = {"save": {}, "load": {}, "again": {}}
 
     def note(what: str, name: str, call: Callable[[], object]) -> None:
@@ -197,33 +169,34 @@ def files(found: Results, capacity: int, clock: Clock) -> None:
         with np.load(path) as stored:
             return [stored[name] for name in arrays]
 
-    base, took = ROOT / "build" / "bench", 0.0
+    def turn(folder: Path) -> None:
+        note("save", numpy, partial(np.savez, folder / "replay.npz", **arrays))
+        note("load", numpy, partial(load, folder / "replay.npz"))
+        note("save", OURS, partial(mine.buffer.save, folder / "ours"))
+        note("load", OURS, partial(other.buffer.load, folder / "ours"))
+        if len(other.buffer) != len(mine.buffer):
+            raise Differs("what was loaded is not what was saved")
+        other.check(1, 1024)
+        for _ in range(10_000 // work.lanes):
+            add()
+        note("again", OURS, partial(mine.buffer.save, folder / "ours"))
+
+    base = ROOT / "build" / "bench"
     base.mkdir(parents=True, exist_ok=True)
-    while not missing and (took == 0.0 or clock.left > took):
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=base) as folder, missing.of(OURS):
-            path = Path(folder, "replay.npz")
-            note("save", numpy, partial(np.savez, path, **arrays))
-            note("load", numpy, partial(load, path))
-            note("save", OURS, partial(mine.buffer.save, Path(folder, "ours")))
-            note("load", OURS, partial(other.buffer.load, Path(folder, "ours")))
-            one, two = mine.buffer.sample(1024), other.buffer.sample(1024)
-            if len(other.buffer) != len(mine.buffer) or not all(map(torch.equal, one, two)):
-                raise Differs("what was loaded is not what was saved")
-            work.check(other.columns(two))
-            for _ in range(10_000 // work.lanes):
-                add()
-            note("again", OURS, partial(mine.buffer.save, Path(folder, "ours")))
-        took = time.perf_counter() - start
+    with missing.of(OURS):
+        while not times["again"] or clock.left > 0.0:
+            with tempfile.TemporaryDirectory(dir=base) as folder:
+                turn(Path(folder))
     for what, own in times.items():
         kept = {name: values for name, values in own.items() if name not in missing}
-        found.case(f"files {what}", kept, "s", ours=OURS, missing=blamed(missing))
+        found.case(f"files {what}", kept, "s", ours=OURS, missing=missing)
 
 
-GROUPS: dict[str, tuple[Callable[[Results, int, Clock], None], float]] = {  # with shares of the budget
-    "locomotion": (locomotion, 0.4),
-    "ten-tasks": (ten_tasks, 0.1),
-    "wide": (wide, 0.1),
+Group = Callable[[Results, int, Clock], None]
+GROUPS: dict[str, tuple[Group, float]] = {  # with shares of the budget
+    "locomotion": (partial(sampling, FIRST, BATCHES), 0.4),
+    "ten-tasks": (partial(sampling, TEN, {"ten tasks": (1, 1024)}), 0.1),
+    "wide": (partial(sampling, WIDE, {"wide": (1, 1024)}), 0.1),
     "insert": (insert, 0.3),
     "memory": (memory, 0.0),
     "files": (files, 0.1),
@@ -233,54 +206,51 @@ GROUPS: dict[str, tuple[Callable[[Results, int, Clock], None], float]] = {  # wi
 # ---------------------------------------------------------------- batches on a device
 
 
+Times = dict[str, list[float]]
+
+
 def on_device(found: Results, shape: Workload, capacity: int, device: str, clock: Clock) -> None:
     """Batches of every size (U, B), and steps of all environments, in equal shares of the time."""
     work, before = held(shape, capacity), f"{shape.name}: " if shape.name else ""
-    sizes = [(2, shape.batch)] if shape.name else [(1, 1024), (16, 1024)]
-    options: Any = {"finish": lambda name: harness.wait(device)}
-    host, missing = ours(work), Missing()
-    ids = np.repeat(np.arange(work.tasks), work.streams)
-    with missing.of("device", "prefetched", "copied"):
-        there = DeviceReplayBuffer(work.rows, work.observation, work.action, task_ids=ids, device=device)
-        for buffer in (host.buffer, there):
-            steps = itertools.cycle(work.each_step())
-            for step in itertools.islice(steps, work.steps):
-                buffer.add(*step)
-        for size in sizes:
-            agree(host, there, size, device)
-    for place, (updates, batch) in enumerate(sizes):
-        case, share = (
-            f"{before}sample {updates} x {batch} on the device",
-            clock.left / (len(sizes) + 1 - place),
-        )
-        times = dict[str, list[float]]()
-        if not missing:
-            with host.buffer.prefetch(batch, updates, device=device) as batches:
-                both = {"device": partial(there.sample, batch, updates), "prefetched": partial(next, batches)}
-                times = interleave(both, share * 2 / 3, **options)
-            # No thread gathers beside it
-            copied = {"copied": lambda size=(batch, updates): host.buffer.sample(*size).to(device)}
-            times |= interleave(copied, share / 3, **options)
-        found.case(case, times, UNIT, updates * batch, ours="device", missing=missing)
-    if not missing:
-        tensors = [[torch.from_numpy(column).to(device) for column in step] for step in work.each_step()]
-        mine, theirs = itertools.cycle(tensors), itertools.cycle(tensors)
-        adding = {
-            "device": lambda: there.add(*next(mine)),
-            "copied": lambda: host.buffer.add(*(value.cpu() for value in next(theirs))),
-        }
-        case = f"{before}add from {work.lanes} environments on the device"
-        found.case(case, interleave(adding, clock.left, **options), UNIT, work.lanes, ours="device")
+    host, there = ours(work), ours(work, kind=partial(DeviceReplayBuffer, device=device))
+    for peer in (host, there):
+        peer.fill(any_rows=False)
+    todo: dict[str, tuple[int, Callable[[float], Times]]] = {}
+    for size in [(2, shape.batch)] if shape.name else [(1, 1024), (16, 1024)]:
+        case = f"{before}sample {size[0]} x {size[1]} on the device"
+        todo[case] = size[0] * size[1], partial(batches, host, there, size, device)
+    todo[f"{before}add from {work.lanes} environments on the device"] = (
+        work.lanes,
+        partial(steps, host, there, device),
+    )
+    for (case, (count, measure)), share in shares(list(todo.items()), clock.left):
+        missing, times = Missing(), Times()
+        with missing.of("device", "prefetched", "copied"):
+            host.check(1, 1024)
+            there.check(1, 1024)
+            times = measure(share.left)
+        found.case(case, times, UNIT, count, ours="device", missing=missing)
 
 
-def agree(host: Peer, there: DeviceReplayBuffer, size: tuple[int, int], device: str) -> None:
-    """Differs where the next batches do, or were never stored; equal seeds draw equal batches."""
-    with host.buffer.prefetch(size[1], size[0], device=device) as batches:
-        for _ in range(3):
-            prefetched, drawn = next(batches), there.sample(size[1], size[0])
-            if not all(torch.equal(a, b) for a, b in zip(prefetched, drawn, strict=True)):
-                raise Differs("the buffers return different batches")
-            host.work.check(host.columns(drawn))
+def batches(host: Peer, there: Peer, size: tuple[int, int], device: str, seconds: float) -> Times:
+    finish = lambda name: harness.wait(device)  # noqa: E731
+    with host.buffer.prefetch(size[1], size[0], device=device) as prefetched:
+        host.work.check(host.columns(next(prefetched)))
+        both = {"device": partial(there.sample, *size), "prefetched": partial(next, prefetched)}
+        times = interleave(both, seconds * 2 / 3, finish=finish)
+    # No thread gathers beside it
+    copied = {"copied": lambda: host.sample(*size).to(device)}
+    return times | interleave(copied, seconds / 3, finish=finish)
+
+
+def steps(host: Peer, there: Peer, device: str, seconds: float) -> Times:
+    made = [[torch.from_numpy(column).to(device) for column in step] for step in host.work.each_step()]
+    mine, theirs = itertools.cycle(made), itertools.cycle(made)
+    adding = {
+        "device": lambda: there.add(next(mine)),
+        "copied": lambda: host.add([column.cpu() for column in next(theirs)]),
+    }
+    return interleave(adding, seconds, finish=lambda name: harness.wait(device))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -296,19 +266,20 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.device and given.cases:
         parser.error("--device knows no --cases; leave them out")
     shapes = [WORKLOADS[name] for name in given.workload or ()]
-    found = Results("replay", given.save, capacity=capacity)
+    found = Results("replay", given.save, judged=OURS, capacity=capacity)
     if given.device:
-        device = found.found["device"] = parser.device(given)
+        device, found.judged = parser.device(given), ""
+        found.found["device"] = device
         torch.set_num_threads(1)
-        for shape in (asked := shapes or [FIRST]):
-            on_device(found, shape, capacity, device, Clock(given.budget / len(asked)))
+        for shape, clock in shares(shapes or [FIRST], given.budget):
+            on_device(found, shape, capacity, device, clock)
         return found.end()
     harness.one_core()
     found.found["versions"] = harness.versions(
         [*harness.PACKAGES, *(kind.package for kind in KINDS.values())]
     )
     groups = [GROUPS[name] for name in given.cases or ([] if shapes else GROUPS)]
-    groups += [(partial(on_workload, shape), 0.1) for shape in shapes]
+    groups += [(partial(sampling, shape, {shape.name: (2, shape.batch)}), 0.1) for shape in shapes]
     whole = sum(share for _, share in groups) or 1.0
     for group, share in groups:
         group(found, capacity, Clock(given.budget * share / whole))

@@ -22,7 +22,7 @@ import harness
 import numpy as np
 import torch
 from bench_update import UPDATES, compare, prepare
-from harness import TIME_UP, Clock, Missing, Parser, Results, Unavailable, interleave
+from harness import TIME_UP, Clock, Missing, Parser, Results, Unavailable, interleave, shares
 from workloads import WORKLOADS
 
 from peers.updates import Subject
@@ -99,13 +99,11 @@ def run(found: Results, device: str, axes: Sequence[str], seconds: float, *, dry
     sizes, kept = (DRY, 8) if dry else (SIZES[device], KEPT[device])
     prepare(found, device)
     found.found |= {"axes": [], "workload": BASE.name}
-    clock = Clock(seconds)
-    for number, axis in enumerate(axes):
-        end, first = Clock(clock.left / (len(axes) - number)), len(found.entries)
-        what = "step" if axis == "environments" else "update"
-        for place, x in enumerate(spread(sizes[axis])):
-            case, share = f"{what}, {axis} {x}", Clock(end.left / (len(sizes[axis]) - place))
-            if place > 3 and end.left == 0.0:
+    for axis, own in shares(axes, seconds):
+        what, first = "step" if axis == "environments" else "update", len(found.entries)
+        for x, share in shares(order := spread(sizes[axis]), own.left):
+            case = f"{what}, {axis} {x}"
+            if x not in order[:4] and share.left == 0.0:
                 found.case(case, {}, "us", missing={OURS[device]: Unavailable(TIME_UP)})
             elif what == "step":
                 step(found, case, x, share)

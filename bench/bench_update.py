@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
-import bench_limits
 import harness
 import parts
-from harness import TIME_UP, Clock, Missing, Parser, Results, Unavailable, interleave, positive
+from bench_limits import rate
+from harness import TIME_UP, Clock, Missing, Parser, Results, Unavailable, interleave, positive, shares
 from products import alone, least, noted
 from workloads import CARTPOLE, WORKLOADS, Workload
 
@@ -94,24 +94,17 @@ def timed(
     return {name: [seconds / subject.updates for seconds in own] for name, own in times.items()}
 
 
-@cache
-def limits(device: str, precision: str) -> tuple[float, float]:
-    """Operations of products, and bytes of a copy, per second on this machine."""
-    kind = {"fp32": "float32", "tf32": "tf32", "bf16": "bfloat16"}[precision]
-    dry = device == "cpu"  # there are no products in tf32: a CPU tries the code
-    return bench_limits.product_rate(device, kind, dry), bench_limits.bandwidth(device, dry)
-
-
 def roofline(subject: Subject, precision: str) -> float:
     """Seconds that this machine needs at least for the products of an update and for what AdamW reads and
     writes (kernels/README.md); what lies between the products is left out."""
     agent = subject.agent(precision)
-    rate, bandwidth = limits(subject.device, precision)
+    kind = {"fp32": "float32", "tf32": "tf32", "bf16": "bfloat16"}[precision]
+    bandwidth, operations = rate(subject.device, "copy"), rate(subject.device, f"product {kind} ")
     pairs = noted(partial(agent.update, *subject.inputs()))  # with noise, and so without a graph
     low = 2 if precision == "bf16" else 0  # bytes more: copies are written, and gradients are as wide
     critic, actor = (sum(p.numel() for p in net.parameters()) for net in (agent.critic, agent.actor))
     moved = critic * (36 + low) + actor * 28
-    return least(pairs, rate, bandwidth) / subject.updates + moved / bandwidth
+    return least(pairs, operations, bandwidth) / subject.updates + moved / bandwidth
 
 
 def prepare(found: Results, device: str) -> None:
@@ -125,13 +118,12 @@ def prepare(found: Results, device: str) -> None:
 def run(found: Results, subjects: Sequence[Subject], names: Sequence[str], seconds: float) -> None:
     """Size after size, in equal shares of the time."""
     prepare(found, subjects[0].device)
-    clock = Clock(seconds)
-    for place, subject in enumerate(subjects):
-        if place and clock.left == 0.0:
+    for subject, clock in shares(subjects, seconds):
+        if subject is not subjects[0] and clock.left == 0.0:
             missing = dict.fromkeys(names, Unavailable(TIME_UP))
             found.case(subject.case, {}, "updates/s", missing=missing, at=subject.at)
         else:
-            compare(found, subject, names, Clock(clock.left / (len(subjects) - place)))
+            compare(found, subject, names, clock)
 
 
 def asked(names: Sequence[str] | None, device: str) -> Sequence[Workload]:

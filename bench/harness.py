@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ ROOT = RESULTS.parent.parent
 FORMAT = 2  # of the results
 PACKAGES = ("brc-fast", "torch", "triton", "jax", "jaxlib", "mujoco", "mujoco-mjx", "playground", "numpy")
 HEADER = ("date", "cpu", "gpu", "cores", "torch_threads", "versions", "commit", "dirty", "benchmark")
+MEASUREMENT = ("case", "provider", "unit", "better", "rounds", "low", "high", "floor")
 SECONDS = {"s": 1.0, "us": 1e6, "ns": 1e9}  # units of a time begin with one of these
 ROUNDS, TURN = 3, 0.05  # at least; seconds of a provider's calls in one round
 TIME_UP = "time was up; raise --budget"
@@ -47,6 +48,7 @@ class Summary(NamedTuple):
 
 
 Seconds = Sequence[float] | Summary  # per call, round by round
+Item = TypeVar("Item")
 
 
 class Unavailable(Exception):
@@ -142,6 +144,13 @@ class Clock:
         return max(0.0, self.end - time.perf_counter())
 
 
+def shares(items: Sequence[Item], seconds: float) -> Iterator[tuple[Item, Clock]]:
+    """Each item with an equal share of the time that is left when its turn comes."""
+    whole = Clock(seconds)
+    for place, item in enumerate(items):
+        yield item, Clock(whole.left / (len(items) - place))
+
+
 def wait(device: str) -> None:
     """Let queued GPU work finish, so that wall time covers it."""
     if device == "cuda":
@@ -224,8 +233,9 @@ class Results:
     takes, and `at`, the columns of its table; and `missing`, the reason, where `value` is None.
     """
 
-    def __init__(self, benchmark: str, save: str | None = None, **more: Any) -> None:
+    def __init__(self, benchmark: str, save: str | None = None, judged: str = "", **more: Any) -> None:
         self.path, self.wrong = RESULTS / f"{save}.json" if save else None, list[str]()
+        self.judged = judged  # how providers begin whose difference fails the result; others lose their time
         self.found: dict[str, Any] = {"benchmark": benchmark, **more}
         self.entries = list[dict[str, Any]]()
 
@@ -262,7 +272,7 @@ class Results:
             self.add(case, name, unit, values, rounds, **more)
         for name, error in (missing or {}).items():
             self.add(case, name, unit, None, 0, missing=reason(error), **told)
-            if isinstance(error, Differs):
+            if isinstance(error, Differs) and name.startswith(self.judged):
                 self.wrong.append(f"{name} at {case} {reason(error)}")
         self.store()
 
@@ -381,39 +391,21 @@ def read(path: Path, formats: Sequence[int] = (FORMAT,)) -> dict[str, Any]:
     Raises:
         Refused: no such file, no JSON of finite numbers, another format, or no measurements.
     """
-    found: Any = None
     try:
-        found = json.loads(path.read_text(), parse_constant=no_figure)
+        found: dict[str, Any] = json.loads(path.read_text(), parse_constant=no_figure)
         if found.get("format") not in formats:
             raise ValueError(f"its format is {found.get('format')}, not {formats[-1]}")
         if not found["measurements"]:
             raise ValueError(f"it holds no measurements {found.get('reason', '')}")
         _ = [found[key] for key in HEADER]
         for entry in found["measurements"]:
-            _ = [
-                entry[key] for key in ("case", "provider", "unit", "better", "rounds", "low", "high", "floor")
-            ]
+            _ = [entry[key] for key in MEASUREMENT]
             _ = entry["missing"] if entry["value"] is None else float(entry["value"])
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as error:
+    except Exception as error:  # of a file that may hold anything
         why = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
-        raise Refused(f"{path} cannot be read ({why}); {remedy(found, path)}") from None
-    return dict(found)
-
-
-def remedy(found: object, path: Path) -> str:
-    """What to do where a result cannot be used."""
-    found = found if isinstance(found, dict) else {}
-    if "command" in found:  # put together by hand from runs of it
-        return f"no benchmark writes it; it holds runs of `{found['command']}`"
-    return f"measure again with the benchmark that wrote it and --save {path.stem}"
+        remedy = f"measure again with the benchmark that wrote it and --save {path.stem}"
+        raise Refused(f"{path} cannot be read ({why}); {remedy}") from None
+    return found
 
 
 def failures(result: Mapping[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ def bench(monkeypatch, tmp_path):
 
 def compared(bench, task, slots=2, device="cpu"):
     found = bench.Results("envs")
-    bench.compare(found, task, slots, 0.0, device)
+    bench.compare(found, task, slots, harness.Clock(0.0), device)
     return found
 
 

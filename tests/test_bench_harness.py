@@ -130,7 +130,6 @@ def broken(path: Path, **keys: Any) -> Path:
         ({"entry": {"value": "fast"}}, "could not convert string to float"),
         ({"entry": {"value": float("nan")}}, "NaN is no figure"),
         ({"entry": {"value": None}}, "it lacks 'missing'"),
-        ({"command": "brc-fast train x", "format": "gone"}, "it holds runs of `brc-fast train x`"),
     ],
     ids=str,
 )

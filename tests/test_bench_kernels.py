@@ -50,7 +50,7 @@ def case(kernel: Kernel = expected_value, op: str = "expected_value", label: str
 
 
 def run(bench: Any, *cases: Case, seconds: float = 60.0) -> tuple[Any, int]:
-    found = bench.Results("kernels")
+    found = bench.Results("kernels", judged="kernels")
     return found, bench.run(found, {each: [4] for each in cases}, CPU, seconds, True)
 
 
@@ -107,7 +107,7 @@ def test_a_peer_that_differs_costs_no_more_than_its_own_time(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def only(name: str) -> Any:
-        found = bench.Results("kernels", bandwidth=1e9)
+        found = bench.Results("kernels", judged="kernels", bandwidth=1e9)
         bench.measure(found, case(lambda x, z: 2 * expected_value(x, z)), CPU, 4, [name, "eager"], 0.0)
         return found
 

@@ -70,10 +70,11 @@ def test_rows_that_were_not_gathered_have_no_figure(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_copy_that_cannot_be_measured_is_the_reason_for_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bench_limits.bandwidth("cpu", dry=True) > 1e6
+    assert bench_limits.rate("cpu", "copy", dry=True) > 1e6
+    bench_limits.rate.cache_clear()
     monkeypatch.setattr(bench_limits, "seconds_per_call", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(RuntimeError, match="no floor without the limit copy: out of memory"):
-        bench_limits.bandwidth("cpu", dry=True)
+        bench_limits.rate("cpu", "copy", dry=True)
 
 
 def test_a_curve_finds_the_cost_that_made_its_points_and_has_no_negative_cost() -> None:

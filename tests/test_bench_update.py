@@ -90,9 +90,9 @@ def test_a_roofline_of_an_update_counts_its_products_and_what_adamw_moves(
     size = subject(16, 8, 1)
     agent = size.agent()
     critic, actor = (sum(p.numel() for p in net.parameters()) for net in (agent.critic, agent.actor))
-    monkeypatch.setattr(bench, "limits", lambda device, precision: (math.inf, 1.0))
+    monkeypatch.setattr(bench, "rate", lambda device, case: 1.0 if case == "copy" else math.inf)
     by_bytes = bench.roofline(size, "fp32")
-    monkeypatch.setattr(bench, "limits", lambda device, precision: (1.0, math.inf))
+    monkeypatch.setattr(bench, "rate", lambda device, case: math.inf if case == "copy" else 1.0)
     pairs = products.noted(lambda: agent.update(*size.inputs()))
     assert bench.roofline(size, "fp32") * size.updates == products.least(pairs, 1.0, math.inf) > 1e5
     assert by_bytes > 36 * critic + 28 * actor

@@ -143,10 +143,10 @@ class Peer(NamedTuple):
         self.work.check(self.columns(self.sample(batches, size)))
 
 
-def ours(work: Stored, tensors: bool = False) -> Peer:
+def ours(work: Stored, tensors: bool = False, kind: Callable[..., Any] = ReplayBuffer) -> Peer:
     """`tensors`: `add` is given torch tensors."""
     ids = np.repeat(np.arange(work.tasks), work.streams)
-    buffer = ReplayBuffer(work.rows, work.observation, work.action, task_ids=ids)
+    buffer = kind(work.rows, work.observation, work.action, task_ids=ids)
 
     def prepare(step: Steps) -> Sequence[Any]:
         return list(map(torch.from_numpy, step)) if tensors else step
