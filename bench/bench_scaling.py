@@ -1,11 +1,10 @@
 """How the cost of an update grows with width, batch size and tasks, and that of a step with environments.
 
-    python bench/bench_scaling.py [--device cpu|cuda] [--axes width batch tasks environments] [--dry]
-        [--budget SECONDS] [--save NAME]
+    python bench/bench_scaling.py [--device cpu|cuda] [--dry] [--budget SECONDS] [--save NAME]
 
-Both ends of an axis first, then what lies between, as far as the time goes. Updates must agree with plain
-PyTorch's at every size before they are timed; their floor is that of bench_update.py. A step is one of all
-environments of mjx/CartpoleSwingup, on the device that JAX has; nothing is known of its floor.
+Updates must agree with plain PyTorch's at every size before they are timed; their floor is that of
+bench_update.py. A step is one of all environments of mjx/CartpoleSwingup, on the device that JAX has; nothing
+is known of its floor.
 
 Through the medians goes `fixed + rate * x ** power` of least relative error, and its error is told. The power
 of the width is fitted; that of the others is 1, for these are rows of the same work, or of the table. One
@@ -14,7 +13,6 @@ task has no embedding, so the line of the tasks begins at two.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Sequence
 
@@ -28,19 +26,16 @@ from workloads import WORKLOADS
 from peers.updates import Subject
 
 BASE, TASK = WORKLOADS["dmc-single"], "mjx/CartpoleSwingup"
+TASKS = (1, 2, 4, 8, 16, 32, 64)
+CPU = {"width": (64, 128, 192, 256, 384, 512), "batch": (32, 64, 128, 256, 512), "tasks": TASKS}
+CUDA = {
+    "width": (256, 512, 1024, 2048, 4096, 8192),
+    "batch": (128, 256, 512, 1024, 2048, 4096),
+    "tasks": TASKS,
+}
 SIZES = {
-    "cpu": {
-        "width": (64, 128, 192, 256, 384, 512),
-        "batch": (32, 64, 128, 256, 512),
-        "tasks": (1, 2, 4, 8, 16, 32, 64),
-        "environments": (1, 16, 64, 256, 1024),
-    },
-    "cuda": {
-        "width": (256, 512, 1024, 2048, 4096, 8192),
-        "batch": (128, 256, 512, 1024, 2048, 4096),
-        "tasks": (1, 2, 4, 8, 16, 32, 64),
-        "environments": (1, 16, 128, 1024, 4096),
-    },
+    "cpu": {**CPU, "environments": (1, 16, 64, 256, 1024)},
+    "cuda": {**CUDA, "environments": (1, 16, 128, 1024, 4096)},
 }
 DRY = {"width": (8, 16, 24, 32), "batch": (4, 8, 16), "tasks": (1, 2, 3, 4), "environments": (1, 2, 3)}
 KEPT = {"cpu": 128, "cuda": 1024}  # width and batch size along the other axes
@@ -71,15 +66,6 @@ def fit(xs: Sequence[float], values: Sequence[float], power: float | None = None
     return best
 
 
-def spread(sizes: Sequence[int]) -> list[int]:
-    """Both ends first, then always the middle of the widest gap."""
-    places = [0, len(sizes) - 1]
-    while len(places) < len(sizes):
-        low, high = max(itertools.pairwise(sorted(places)), key=lambda gap: gap[1] - gap[0])
-        places.append((low + high) // 2)
-    return [sizes[place] for place in places]
-
-
 def step(found: Results, case: str, count: int, clock: Clock) -> None:
     """One of so many environments, waited for."""
     missing, times = Missing(), dict[str, list[float]]()
@@ -100,10 +86,10 @@ def run(found: Results, device: str, axes: Sequence[str], seconds: float, *, dry
     prepare(found, device)
     found.found |= {"axes": [], "workload": BASE.name}
     for axis, own in shares(axes, seconds):
-        what, first = "step" if axis == "environments" else "update", len(found.entries)
-        for x, share in shares(order := spread(sizes[axis]), own.left):
+        what, known = "step" if axis == "environments" else "update", dict[int, float]()
+        for x, share in shares(sizes[axis], own.left):
             case = f"{what}, {axis} {x}"
-            if x not in order[:4] and share.left == 0.0:
+            if share.left == 0.0 and not dry:
                 found.case(case, {}, "us", missing={OURS[device]: Unavailable(TIME_UP)})
             elif what == "step":
                 step(found, case, x, share)
@@ -111,28 +97,22 @@ def run(found: Results, device: str, axes: Sequence[str], seconds: float, *, dry
                 shape = BASE._replace(**({"width": kept, "batch": kept} | {axis: x}))
                 subject = Subject(shape, UPDATES[device], device)
                 compare(found, subject, [OURS[device]], share, case=case, unit="us")
-        found.entries[first:] = sorted(found.entries[first:], key=lambda entry: size(entry["case"]))
-        known = {size(e["case"]): e["value"] / 1e6 for e in found.entries[first:] if e["value"]}
-        xs = [x for x in known if axis != "tasks" or x > 1]
-        curve = fit(xs, [known[x] for x in xs], None if axis == "width" else 1.0)
+            if found.entries[-1]["value"] and (axis != "tasks" or x > 1):
+                known[x] = found.entries[-1]["value"] / 1e6
+        curve = fit(list(known), list(known.values()), None if axis == "width" else 1.0)
         print(f"{what} against {axis}: {curve or 'too few sizes have a time for a curve; raise --budget'}")
         found.found["axes"].append({"axis": axis, "what": what, "fit": curve})
         found.store()
 
 
-def size(case: str) -> int:
-    return int(case.split()[-1])
-
-
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.common(120.0)
-    parser.add_argument("--axes", nargs="+", choices=tuple(DRY), default=tuple(DRY), help="default: all")
     given = parser.parse_args(words)
     if (device := parser.device(given)) == "cpu":
         harness.one_core()
     found = Results("scaling", given.save, device=device)
-    run(found, device, given.axes, given.budget, dry=given.dry)
+    run(found, device, tuple(DRY), given.budget, dry=given.dry)
     return found.end()
 
 

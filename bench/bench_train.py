@@ -47,31 +47,27 @@ TASK = {"cpu": "gym/Pendulum-v1", "cuda": "mjx/CartpoleSwingup"}
 # What an evaluation's mean return must reach: that of a good policy, far from that of random actions.
 THRESHOLDS = {"gym/Pendulum-v1": -300.0, "mjx/CartpoleBalance": 800.0, "mjx/CartpoleSwingup": 500.0}
 MOST = 5  # seeds
-MORE = 1.2  # another seed is begun where there is this many times as much time left as the longest took
+MORE = 1.2  # another seed is begun where there is this many times as much time left as the last took
 
 
-def settings(task: str, device: str) -> TrainConfig:
+def settings(task: str, device: str, workload: Workload | None = None) -> TrainConfig:
     """The defaults of `brc-fast train` on a CPU, but for the task that is learned within 4000 updates; on a
-    GPU many environments."""
-    several: dict[str, Any] = {"tasks": (task,), "eval_every": 5_000}
+    GPU many environments, and the width and batch size of a workload."""
+    tasks = expand(task)
+    several: dict[str, Any] = {"tasks": tasks, "eval_every": 5_000}
+    if len(tasks) > 1:  # these are of each task
+        several |= {"num_envs": 4, "eval_episodes": 2, "random_steps": 200}
+    elif workload is not None:
+        several["random_steps"] = 1_000
     if device == "cuda":
-        several |= {"num_envs": 128, "updates_per_step": 8, "batch_size": 1024, "random_steps": 12_800}
-        return dataclasses.replace(gpu_preset(), critic=CriticConfig(width=1024), **several)
+        wide = workload or Workload("", "", 0, 0, batch=1024, width=1024)
+        sizes = {"critic": CriticConfig(width=wide.width), "batch_size": wide.batch}
+        many = {"num_envs": 128, "updates_per_step": 8, "random_steps": 12_800}
+        return dataclasses.replace(gpu_preset(), **(many | sizes | several))
     if task == TASK["cpu"]:
         several |= {"num_envs": 4, "updates_per_step": 4, "random_steps": 1_000, "eval_every": 500}
         several["learning"] = LearningConfig(learning_rate=1e-3)
     return dataclasses.replace(cpu_preset(), **several)
-
-
-def on_workload(workload: Workload, device: str) -> TrainConfig:
-    """The same settings on the tasks of a workload; on a CPU the critic and the batches stay small."""
-    config, tasks = settings(workload.suite, device), expand(workload.suite)
-    several: dict[str, Any] = {"tasks": tasks, "random_steps": min(config.random_steps, 1_000)}
-    if len(tasks) > 1:  # these are of each task
-        several |= {"num_envs": 4, "eval_episodes": 2, "random_steps": 200}
-    if device == "cuda":
-        several |= {"critic": CriticConfig(width=workload.width), "batch_size": workload.batch}
-    return dataclasses.replace(config, **several)
 
 
 def check(config: TrainConfig, device: str) -> None:
@@ -112,6 +108,10 @@ class Side:
     @property
     def done(self) -> bool:
         return self.best >= self.threshold
+
+    @property
+    def late(self) -> Unavailable:
+        return Unavailable(f"not reached in {self.seconds:.0f} s, best return {self.best:.0f}")
 
     def turn(self) -> tuple[float, float]:
         """Train for a slice of time, evaluate where it is due: seconds per environment step and update."""
@@ -167,30 +167,29 @@ def run(
     """Seed after seed until the time is up, which begins when the first can start; nothing is timed where
     learners differ. Without a threshold the first seed takes all the time."""
     rates: Rates = {name: [] for name in AGENTS}
-    sides, missing, clock, longest = list[Side](), Missing(), Clock(seconds), 0.0
+    sides, missing, began = list[Side](), Missing(), 0.0
     found.found |= {"task": task, "threshold": threshold, "settings": dataclasses.asdict(config), "runs": []}
     harness.tensor_cores(device)
     with missing.of(*AGENTS):
         check(config, device)
-    for number in range(MOST):
-        if missing or (number and clock.left < MORE * longest):
+    clock = Clock(seconds)
+    for seed in range(MOST):
+        if missing or (seed and clock.left < MORE * (began - clock.left)):
             break
-        start, own = time.perf_counter(), list[Side]()
-        seeded = dataclasses.replace(config, seed=config.seed + number)
+        began, own = clock.left, list[Side]()
         for name in AGENTS:
             with missing.of(name):
+                seeded = dataclasses.replace(config, seed=config.seed + seed)
                 own.append(Side(name, seeded, device, math.inf if threshold is None else threshold))
-        clock = clock if number else Clock(seconds)
+        if seed == 0:  # what starts and compiles comes on top
+            clock = Clock(seconds)
+            began = clock.left
         train(own, clock, rates, missing)
         found.found["runs"] += [side.close() for side in own]
         sides += own
         release(device)
-        longest = max(longest, time.perf_counter() - start)
     if threshold is not None:
-        late = {
-            s.name: f"not reached in {s.seconds:.0f} s, best return {s.best:.0f}" for s in sides if not s.done
-        }
-        lost = {name: Unavailable(told) for name, told in late.items()} | missing
+        lost = {side.name: side.late for side in sides if not side.done} | missing
         reached = {n: [s.seconds for s in sides if s.name == n] for n in AGENTS if n not in lost}
         found.case(f"time to return {threshold:g}, {task}", reached, "s", missing=lost)
     for place, (what, unit) in enumerate((("environment steps", "steps/s"), ("updates", "updates/s"))):
@@ -215,7 +214,8 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"no threshold is known for {task}; give --threshold")
     if device == "cpu":
         torch.set_num_threads(1)
-    config = on_workload(WORKLOADS[task], device) if given.workload else settings(task, device)
+    workload = WORKLOADS[given.workload] if given.workload else None
+    config = settings(workload.suite if workload else task, device, workload)
     found = Results("train", given.save, device=device)
     run(found, task, threshold, device, given.budget, config)
     return found.end()

@@ -1,7 +1,7 @@
 """Updates per second of `brc_fast.BRC` and of the same mathematics by others, beside a floor.
 
     python bench/bench_update.py [--device cpu|cuda] [--providers ours critic plain compiled jax]
-        [--workload [NAME ...]] [--width 128 ...] [--batch 128 ...] [--budget SECONDS] [--save NAME]
+        [--workload NAME ...] [--width 128 ...] [--batch 128 ...] [--budget SECONDS] [--save NAME]
 
 ours        float32 on a CPU; on a GPU ours-tf32 and ours-bf16, in CUDA graphs
 critic      plain, but for the critic, its loss and its target, which are `brc_fast.Critic` (docs/critic.md)
@@ -10,13 +10,12 @@ plain       PyTorch without anything of ours, with fused optimizers, targets mov
 compiled    plain through torch.compile, on a GPU in a CUDA graph
 jax         the same in JAX with optax, jitted as a whole
 
-Each workload (workloads.py) at its own width and batch size, or at all pairs of --width and --batch;
---workload alone means all of them, on a CPU those that are small. All start from the same parameters, and
-updates on the same batches must agree with plain PyTorch's before anything is timed, in turns. Products of
-the others are in float32 on a CPU, in TF32 on a GPU. The floor on a CPU is the time of the update's products
-alone by torch.bmm, in turns with the rest; another library may beat it. On a GPU it is a roofline, of the
-products and AdamW at the rates that the machine reaches in a large product and in a copy.
-A tenth of the time goes into the parts of ours on a CPU (parts.py).
+Each workload (workloads.py) at its own width and batch size, or at all pairs of --width and --batch. All
+start from the same parameters, and updates on the same batches must agree with plain PyTorch's before
+anything is timed, in turns. Products of the others are in float32 on a CPU, in TF32 on a GPU. The floor on a
+CPU is the time of the update's products alone by torch.bmm, in turns with the rest; another library may beat
+it. On a GPU it is a roofline, of the products and AdamW at the rates that the machine reaches in a large
+product and in a copy.
 """
 
 from __future__ import annotations
@@ -27,11 +26,10 @@ from functools import partial
 from typing import Any
 
 import harness
-import parts
 from bench_limits import rate
 from harness import TIME_UP, Clock, Missing, Parser, Results, Unavailable, interleave, positive, shares
 from products import alone, least, noted
-from workloads import CARTPOLE, WORKLOADS, Workload
+from workloads import CARTPOLE, WORKLOADS
 
 from peers import updates
 from peers.updates import BUILDERS, OURS, Provider, Subject, release
@@ -39,13 +37,11 @@ from peers.updates import BUILDERS, OURS, Provider, Subject, release
 DEFAULTS = {"cpu": ("ours", "plain"), "cuda": ("ours-bf16", "ours-tf32", "plain", "compiled", "jax")}
 FLOOR = "torch.bmm"
 UPDATES = {"cpu": 1, "cuda": 2}  # per call
-HEAVY = 4e9  # bytes of plain PyTorch; a CPU is not given more unless it is asked to
 COMPILING = 30.0  # seconds of torch.compile at one size, on one core with an empty cache
-KEPT = 0.1  # share of the time for parts
 
 
 def compare(found: Results, subject: Subject, names: Sequence[str], clock: Clock, **shown: Any) -> None:
-    """One size: providers are built, compared with plain PyTorch, and timed in turns; then the parts of ours.
+    """One size: providers are built, compared with plain PyTorch, and timed in turns.
 
     Args:
         shown: `case`, `unit` and `at` of its table.
@@ -61,7 +57,7 @@ def compare(found: Results, subject: Subject, names: Sequence[str], clock: Clock
                     raise Unavailable(told)
                 providers[name] = updates.checked(name, subject, known)
             release(subject.device)
-        times = timed(found, subject, providers, clock)
+        times = timed(subject, providers, clock)
         if subject.device == "cuda":
             each = {
                 precision: roofline(subject, precision)
@@ -75,9 +71,7 @@ def compare(found: Results, subject: Subject, names: Sequence[str], clock: Clock
     found.case(times=order, ours=best, missing=missing, floor=floors or FLOOR, **shown)
 
 
-def timed(
-    found: Results, subject: Subject, providers: Mapping[str, Provider], clock: Clock
-) -> dict[str, list[float]]:
+def timed(subject: Subject, providers: Mapping[str, Provider], clock: Clock) -> dict[str, list[float]]:
     """Seconds per update of the providers, and on a CPU of their products alone, in turns."""
     work = {name: provider.call for name, provider in providers.items()}
     ends = {name: provider.finish for name, provider in providers.items()}
@@ -85,12 +79,7 @@ def timed(
         agent, (batch, _) = subject.agent(), subject.inputs()
         work[FLOOR] = alone(partial(agent.update, batch))
         ends[FLOOR] = lambda: None
-    kept = KEPT * clock.left if "ours" in providers else 0.0
-    times = interleave(work, clock.left - kept, finish=lambda name: ends[name]())
-    if "ours" in providers:
-        measured = parts.measured(providers["ours"].call, kept, subject.updates)
-        rows = [{"case": subject.case, "part": part, **seconds} for part, seconds in measured.items()]
-        found.found.setdefault("parts", []).extend(rows)
+    times = interleave(work, clock.left, finish=lambda name: ends[name]())
     return {name: [seconds / subject.updates for seconds in own] for name, own in times.items()}
 
 
@@ -126,21 +115,9 @@ def run(found: Results, subjects: Sequence[Subject], names: Sequence[str], secon
             compare(found, subject, names, clock)
 
 
-def asked(names: Sequence[str] | None, device: str) -> Sequence[Workload]:
-    """The workloads of these names; of an empty list all, without those that are too much for a CPU."""
-    if names is None:
-        return [CARTPOLE]
-    heavy = [w for w in WORKLOADS.values() if device == "cpu" and Subject(w).bytes(1) > HEAVY]
-    if heavy and not names:
-        print(
-            f"left out on a CPU for their memory, name them to run them: {', '.join(w.name for w in heavy)}"
-        )
-    return [w for w in WORKLOADS.values() if (w.name in names if names else w not in heavy)]
-
-
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.common(60.0, workloads="*")
+    parser.common(60.0, workloads="+")
     parser.add_argument("--providers", nargs="+", choices=BUILDERS, help="default: of the device")
     told = "of the critics; 128 256 without a workload"
     parser.add_argument("--width", type=positive, nargs="+", help=told)
@@ -154,7 +131,7 @@ def main(words: Sequence[str] | None = None) -> int:
         names = names - {"ours"} | {"ours-tf32" if device == "cuda" else "ours"}
     subjects = [
         Subject(workload._replace(width=width, batch=batch), number, device)
-        for workload in asked(given.workload, device)
+        for workload in ([WORKLOADS[name] for name in given.workload or ()] or [CARTPOLE])
         for batch in given.batch or usual[1] or [workload.batch]
         for width in given.width or usual[0] or [workload.width]
     ]

@@ -4,10 +4,10 @@
     python bench/compare.py --revisions OLD NEW --benchmark update|replay [--rounds 3] [-- OPTION ...]
     python bench/compare.py --ratio-floor 1.1 RESULT.json [--to plain]
 
-A ratio is B against A, or the new revision against the old: above 1 is better, whatever the unit. For two
-files the bounds are two standard errors of the medians, from quartiles and rounds. They do not know what else
-the machine did: --revisions builds both and runs them in turns, each in its own benchmark, and its bounds are
-the span over the rounds. Options after -- go to the benchmark (-- --width 128 --budget 10).
+A ratio is B against A, or the new revision against the old: above 1 is better, whatever the unit. The bounds
+of two files are their quartiles over each other. They do not know what else the machine did: --revisions
+builds both and runs them in turns, each in its own benchmark, and its bounds are the span over the rounds.
+Options after -- go to the benchmark (-- --width 128 --budget 10).
 --against: ratios over that of a provider that did not change, which ran interleaved: a busy machine cancels.
 --threshold: exit code 1 if a ratio lies below it with all of its bounds. --ratio-floor: the same for ours to
 another provider of one result; its bounds are quartiles of the ratios round by round.
@@ -65,21 +65,15 @@ def keyed(result: Mapping[str, Any]) -> dict[tuple[str, str], Entry]:
     return {(entry["case"], entry["provider"]): entry for entry in result["measurements"]}
 
 
-def error(entry: Entry) -> float:
-    """Relative standard error of a median: 1.25 standard deviations, which are the quartiles' span / 1.35."""
-    span = ((entry["high"] or 0.0) - (entry["low"] or 0.0)) / 1.35 / abs(entry["value"])
-    return float(1.25 * span / math.sqrt(max(1, entry["rounds"])))
-
-
 def ratio(old: Entry, new: Entry) -> Ratio:
     """Of two measurements that have values."""
     if old["unit"] != new["unit"]:
         told = f"is in {old['unit']} and in {new['unit']}"
         raise Refused(f"{new['case']}, {new['provider']} {told}: measure both anew")
-    middle = new["value"] / old["value"]
-    middle = middle if new["better"] == "more" else 1.0 / middle
-    noise = math.exp(min(300.0, 2.0 * math.hypot(error(old), error(new))))  # past telling from there on
-    return Ratio(new["case"], new["provider"], middle, middle / noise, middle * noise)
+    these, those = (new, old) if new["better"] == "more" else (old, new)
+    low = (these["low"] or these["value"]) / (those["high"] or those["value"])
+    high = (these["high"] or these["value"]) / (those["low"] or those["value"])
+    return Ratio(new["case"], new["provider"], these["value"] / those["value"], low, high)
 
 
 def ratios(
@@ -198,7 +192,7 @@ def compare_revisions(given: argparse.Namespace, words: Sequence[str]) -> list[R
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("results", type=Path, nargs="*", help="two files; one with --ratio-floor")
-    parser.add_argument("--threshold", type=float, help="exit code 1 below it, for example 0.9")
+    parser.add_argument("--threshold", type=float, default=-math.inf, help="exit code 1 below it, as 0.9")
     parser.add_argument("--providers", nargs="+", default=[], help="only these")
     parser.add_argument("--against", metavar="NAME", help="over the ratio of this provider")
     parser.add_argument("--force", action="store_true", help="compare also what should not be, and say so")
@@ -216,7 +210,6 @@ def main(words: Sequence[str] | None = None) -> int:
     if rest and not given.revisions:
         parser.error(f"only --revisions runs a benchmark that could take {' '.join(rest)}")
     threshold = given.threshold if given.ratio_floor is None else given.ratio_floor
-    threshold = -math.inf if threshold is None else threshold
     try:
         if given.revisions:
             found = compare_revisions(given, rest)
@@ -224,7 +217,7 @@ def main(words: Sequence[str] | None = None) -> int:
             found = (compare_files if given.ratio_floor is None else compare_providers)(given)
         if not found:
             raise Refused("no case and provider has a ratio; give results of the same benchmark and options")
-    except (Refused, OSError, OverflowError) as reason:
+    except (Refused, OSError) as reason:
         parser.error(one_line(reason))
     print(f"{'case':<44} {'provider':<22} {'x':>8} (bounds)")
     for line in found:

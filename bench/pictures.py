@@ -18,7 +18,6 @@ COLOURS = {
     "ours": BLUE, "ours-tf32": "#6ea8fe", "ours-bf16": BLUE, "critic": "#1a7f37", "plain": "#57606a",
     "compiled": "#8250df", "jax": "#bf8700", "library": "#57606a",
 }  # fmt: skip
-PART_COLOURS = (BLUE, "#8250df", "#6ea8fe", "#c8a6f5", "#bf8700", GREY, "#57606a")
 DASHED: dict[str, Any] = {"color": RED, "linewidth": 1.2, "linestyle": (0, (4, 3))}
 STYLE = {
     "axes.axisbelow": True, "axes.edgecolor": "none", "axes.grid": True, "axes.labelcolor": INK,
@@ -139,27 +138,6 @@ def scaling(result: Result) -> Any:
     return curves(result, groups, lambda e: int(e["case"].split()[-1]), ("", "microseconds"), fits)
 
 
-def parts(result: Result) -> Any:
-    """Share of an update's time by part, a bar per size."""
-    bars: dict[str, list[Mapping[str, Any]]] = {}
-    for part in result.get("parts", ()):
-        bars.setdefault(part["case"], []).append(part)
-    if not bars:
-        return None
-    figure, (panel,) = panels(1, (7.6, 1.3 + 0.34 * len(bars)))
-    for place, (case, own) in enumerate(bars.items()):
-        left, whole = 0.0, sum(part["seconds"] for part in own)
-        for colour, part in zip(PART_COLOURS, own, strict=False):
-            share, name = 100.0 * part["seconds"] / whole, part["part"] if place == 0 else None
-            panel.barh(case, share, 0.68, left, color=colour, label=name)
-            left += share
-    panel.invert_yaxis()
-    panel.set_xlabel("% of the time of an update")
-    panel.margins(x=0.0)
-    legend(figure, panel, 4)
-    return figure
-
-
 def replay(result: Result) -> Any:
     """CPU time per transition of a batch of 1024, shortest first, and a line at the bare gather."""
     own = [e for e in result["measurements"] if e["case"] == CASE and e["value"] is not None]
@@ -184,28 +162,22 @@ def replay(result: Result) -> Any:
     return figure
 
 
-DRAWN: dict[str, dict[str, Callable[[Result], Any]]] = {
-    "update": {"": update, "-parts": parts},
-    "envs": {"": envs},
-    "replay": {"": replay},
-    "scaling": {"": scaling},
-}
+DRAWN = {"update": update, "envs": envs, "replay": replay, "scaling": scaling}
 
 
 def draw(stem: str, result: Result, stamp: str, folder: Path) -> Iterator[Path]:
-    """Every picture of a result as PNG and SVG; none where it has nothing to draw."""
+    """The picture of a result as PNG and SVG; none where it has nothing to draw."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for ending, picture in DRAWN.get(result["benchmark"], {}).items():
-        with plt.rc_context(STYLE):
-            if (figure := picture(result)) is not None:
-                figure.supxlabel(stamp, fontsize=7.5, color="#57606a")
-                for suffix, more in ((".png", {}), (".svg", {"metadata": {"Date": None}})):
-                    path = folder / f"{stem}{ending}{suffix}"
-                    figure.savefig(path, dpi=150, **more)
-                    yield path
-                plt.close(figure)
+    with plt.rc_context(STYLE):
+        if figure := DRAWN[result["benchmark"]](result) if result["benchmark"] in DRAWN else None:
+            figure.supxlabel(stamp, fontsize=7.5, color="#57606a")
+            folder.mkdir(parents=True, exist_ok=True)
+            for suffix, more in ((".png", {}), (".svg", {"metadata": {"Date": None}})):
+                path = folder / f"{stem}{suffix}"
+                figure.savefig(path, dpi=150, **more)
+                yield path
+            plt.close(figure)

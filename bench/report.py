@@ -236,15 +236,7 @@ def main(words: Sequence[str] | None = None) -> int:
         except Refused as reason:
             print(f"report: {one_line(reason)}", file=sys.stderr)
             code = 1
-        except (
-            ImportError,
-            OSError,
-            ArithmeticError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as error:
+        except Exception as error:
             told = f"{type(error).__name__}: {one_line(error)}; measure again if the result lacks it"
             print(f"report: {inputs[0]} gives no table or picture ({told})", file=sys.stderr)
             code = 1

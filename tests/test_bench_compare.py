@@ -74,15 +74,11 @@ def test_a_ratio_above_one_is_better_in_rates_and_in_times(
     assert numbers(capsys) == [2.0, 2.0, 2.0]
 
 
-def test_bounds_widen_with_quartiles_and_narrow_with_rounds() -> None:
-    def span(spread: float, rounds: int) -> float:
-        found = compare.ratio(entry(100.0, spread, rounds), entry(100.0, spread, rounds))
-        assert found.low <= found.middle <= found.high
-        return float(found.high - found.low)
-
-    assert span(0.0, 100) == 0.0
-    assert span(10.0, 100) == pytest.approx(2 * span(5.0, 100), rel=0.01)
-    assert span(5.0, 400) == pytest.approx(span(5.0, 100) / 2, rel=0.01)
+@pytest.mark.parametrize("better", ["more", "less"])
+def test_bounds_are_what_the_quartiles_of_both_leave_open(better: str) -> None:
+    found = compare.ratio(entry(100.0, 20.0, better=better), entry(200.0, 40.0, better=better))
+    middle, low, high = (2.0, 160 / 120, 240 / 80) if better == "more" else (0.5, 80 / 240, 120 / 160)
+    assert (found.middle, found.low, found.high) == pytest.approx((middle, low, high))
 
 
 @pytest.mark.parametrize(

@@ -183,14 +183,6 @@ def test_an_option_that_cannot_be_is_one_line_and_exit_code_2(
     assert told in line
 
 
-def test_a_suite_is_that_of_the_first_simulator_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = "envpool"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == there)
-    assert WORKLOADS["dmc-single"].suite == "dmc/humanoid-run"
-    there = "none"
-    assert WORKLOADS["dmc-single"].suite == "mjx/HumanoidRun"
-
-
 def test_modules_of_bench_import_each_other_without_a_circle() -> None:
     files = {path.stem: path for path in (ROOT / "bench").rglob("*.py")}
     imports = {}

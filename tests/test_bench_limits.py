@@ -90,8 +90,7 @@ def test_a_curve_finds_the_cost_that_made_its_points_and_has_no_negative_cost() 
     assert bench_scaling.fit(xs[:3], [1.0, 2.0, 3.0]) is None
 
 
-def test_both_ends_of_an_axis_come_first_and_the_table_is_in_order() -> None:
-    assert bench_scaling.spread([1, 2, 4, 8, 16]) == [1, 16, 4, 2, 8]
+def test_every_size_of_an_axis_has_a_time_and_a_floor_and_an_axis_its_curve() -> None:
     found = Results("scaling")
     bench_scaling.run(found, "cpu", ["batch", "tasks"], 6.0, dry=True)
     cases = [f"update, batch {x}" for x in (4, 8, 16)] + [f"update, tasks {x}" for x in (1, 2, 3, 4)]

@@ -51,11 +51,7 @@ def update() -> dict[str, Any]:
             entry(f"H {width}", "plain", 2e4 / width, over_floor=2.0, ratio=[1.5, 1.4, 1.625], **told),
             entry(f"H {width}", "jax", None, at=at),
         ]
-    parts = [
-        {"case": "H 128", "part": name, "seconds": took}
-        for name, took in (("optimizers", 3.0), ("rest", 1.0))
-    ]
-    return {"benchmark": "update", "floor": "torch.bmm", "measurements": entries, "parts": parts}
+    return {"benchmark": "update", "floor": "torch.bmm", "measurements": entries}
 
 
 def replay() -> dict[str, Any]:
@@ -240,7 +236,7 @@ def test_every_table_of_the_readmes_is_what_its_committed_result_gives() -> None
 @pytest.mark.parametrize(
     ("content", "names"),
     [
-        (update(), ["result", "result-parts"]),
+        (update(), ["result"]),
         (replay(), ["result"]),
         (scaling(), ["result"]),
         (envs(8, 64), ["result"]),
@@ -268,13 +264,3 @@ def test_pictures_are_png_and_svg_and_carry_machine_and_commit(
             assert path.stat().st_size < 200_000
         else:
             assert "0123456" in path.read_text()
-
-
-def test_the_picture_of_parts_shows_their_shares() -> None:
-    require("matplotlib")
-    from matplotlib import pyplot as plt
-    from pictures import parts
-
-    drawn = parts(update())
-    assert [bar.get_width() for bar in drawn.axes[0].patches] == [75.0, 25.0]
-    plt.close(drawn)

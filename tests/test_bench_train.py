@@ -136,7 +136,7 @@ def test_a_learner_that_fails_costs_the_other_nothing(
 
 def test_a_workload_brings_its_tasks_and_on_a_gpu_its_sizes(bench: Any) -> None:
     dogs = WORKLOADS["dogs-multitask"]
-    small, large = (bench.on_workload(dogs, device) for device in ("cpu", "cuda"))
+    small, large = (bench.settings(dogs.suite, device, dogs) for device in ("cpu", "cuda"))
     assert small.tasks == large.tasks == expand("dmc/dogs")
     assert (large.critic.width, large.batch_size) == (4096, 1024)
     assert small.critic.width < 4096

@@ -22,9 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
 import bench_update as bench
 import harness
-import parts
 import products
-from workloads import CARTPOLE, WORKLOADS
+from workloads import CARTPOLE
 
 from peers import torch_plain, updates
 
@@ -230,7 +229,7 @@ def test_jax_has_its_copy_before_torch_may_write_to_the_memory_again(monkeypatch
     assert [id(x) for x in waited] == [id(copy)]
 
 
-# ---------------------------------------------------------------- time, memory, parts
+# ---------------------------------------------------------------- time and memory
 
 
 def test_the_budget_is_kept_and_what_it_does_not_reach_says_so() -> None:
@@ -264,48 +263,6 @@ def test_a_provider_without_room_says_so_and_costs_the_others_nothing(
     found = run(["ours", "jax"])
     assert entry(found, "jax")["missing"] == "out of memory"
     assert entry(found, "ours")["value"] > 0
-
-
-def test_an_update_that_a_machine_has_no_memory_for_says_how_much_it_takes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(updates, "memory", lambda device: 16_000_000_000)
-    wide = WORKLOADS["wide-1b"]
-    (one,) = run(["ours"], updates.Subject(wide)).entries
-    assert "GB of memory, this machine has 16 GB; run it on a larger one" in one["missing"]
-    assert wide not in bench.asked([], "cpu")
-    assert "wide-1b" in capsys.readouterr().out.splitlines()[-1]
-    assert wide in bench.asked([], "cuda")
-    assert bench.asked(["wide-1b"], "cpu") == [wide]
-
-
-def test_parts_of_an_update_are_timed_and_change_nothing() -> None:
-    def wrapped() -> dict[str, Any]:
-        return {name: getattr(kernels, name) for name in parts.OPS} | {"bmm": torch.bmm}
-
-    size, right = subject(32, 64, tasks=3), wrapped()
-    provider, plain = (updates.BUILDERS["ours"](size) for _ in range(2))
-    with parts.clocks() as running:
-        timed = provider.losses(*size.inputs(1))
-    told = plain.losses(*size.inputs(1))
-    assert {name: float(x) for name, x in timed.items()} == {name: float(x) for name, x in told.items()}
-    assert min(running.seconds.values()) > 0.0, running.seconds  # every part is met in an update
-    assert wrapped() == right
-    rows = run(["ours"], size).found["parts"]
-    assert [row["part"] for row in rows] == list(parts.PARTS)
-    assert all(0.0 < row["low"] <= row["seconds"] <= row["high"] for row in rows)
-
-
-def test_a_part_that_takes_longer_is_the_one_that_is_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    provider, step = updates.BUILDERS["ours"](subject()), kernels.adamw_
-    provider.call()
-    monkeypatch.setattr(
-        kernels, "adamw_", lambda *inputs, **named: (time.sleep(0.08), step(*inputs, **named))[1]
-    )
-    with parts.clocks() as running:
-        provider.call()
-    others = sum(seconds for part, seconds in running.seconds.items() if part != "optimizers")
-    assert running.seconds["optimizers"] > 0.15 > others  # two steps an update
 
 
 def test_the_command_line_stores_every_size_with_the_machine(

@@ -34,7 +34,6 @@ AFTER_A_STEP = {"fp32": (1e-3, 2e-3), "tf32": (5e-3, 3e-2), "bf16": (1e-2, 5e-2)
 # gradients turn over, so may this share of each array, and one element where there are several.
 PARAMETER, TARGET, TURNED = (1e-5, 1e-5), (3e-7, 2e-7), 1e-3
 WARMUP = 5  # calls on a GPU: ours captures its graphs in the second and the third
-HELD = 28  # bytes per parameter of the online critic, on average of the providers
 
 
 class Subject(NamedTuple):
@@ -71,12 +70,6 @@ class Subject(NamedTuple):
         batch = Batch(here, actions, rewards, (drawn > 0.02).float(), there, ids)
         noise = torch.randn(2, *actions.shape, generator=rng)
         return batch.to(self.device), Noise(*noise.to(self.device))
-
-    def bytes(self, count: int) -> int:
-        """About what so many providers take at most: parameters, and what passes keep of hidden layers."""
-        work, critic = self.workload, CriticConfig(width=self.workload.width)
-        held = critic.members * work.width * (2 * critic.depth * work.width + work.observation + 256)
-        return (count + 1) * (HELD * held + 4 * 40 * work.batch * work.width)
 
 
 def normal(matrix: Tensor, gain: float, generator: torch.Generator) -> Tensor:
@@ -194,15 +187,7 @@ class Expected(NamedTuple):
 
 
 def expected(subject: Subject) -> Expected:
-    """What plain PyTorch in float32 gives.
-
-    Raises:
-        Unavailable: a CPU has no room for it; the system would end the process.
-    """
-    takes, has = subject.bytes(1), memory(subject.device)
-    if subject.device == "cpu" and takes > 0.85 * has:
-        told = f"takes about {takes / 1e9:.0f} GB of memory, this machine has {has / 1e9:.0f} GB"
-        raise Unavailable(f"{told}; run it on a larger one")
+    """What plain PyTorch in float32 gives."""
     tensor_cores(subject.device, "highest")
     found = run(plain(subject), subject)
     tensor_cores(subject.device)
@@ -255,13 +240,6 @@ def checked(name: str, subject: Subject, known: Expected) -> Provider:
         provider.call()
     provider.finish()
     return provider
-
-
-def memory(device: str) -> int:
-    """Bytes that the device has."""
-    if device == "cuda":
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def release(device: str) -> None:
