@@ -31,8 +31,8 @@ from harness import ROOT, Clock, Differs, Missing, Parser, Results, interleave, 
 from native.row_gather import RowGather
 from workloads import WORKLOADS, Workload
 
-from brc_fast import DeviceReplayBuffer, Field, ReplayBuffer
-from peers.replay import KINDS, Peer, Stored, filled, ours
+from brc_fast import Field, ReplayBuffer
+from peers.replay import KINDS, Kind, Peer, Stored, filled, on_device, ours
 
 FIRST = Workload("", "the first case", 67, 24)
 STREAMS = 64
@@ -50,20 +50,29 @@ class Provider(NamedTuple):
     check: Callable[[], None]
 
 
-def timed(
-    found: Results, case: str, title: str, providers: Mapping[str, Provider], size: int, missing: Missing,
-    clock: Clock,
-) -> None:  # fmt: skip
-    """Checks, times and notes one case of `size` transitions per call."""
-    good, missing = dict[str, Callable[[], object]](), Missing(missing)
-    for name, provider in providers.items():
-        with missing.of(name):
-            provider.check()
-            good[name] = provider.call
-    print(f"\n{title}")
-    found.found.setdefault("titles", {})[case] = title
-    times = interleave(good, clock.left, turn=SLICE, timer=time.process_time)
-    found.case(case, times, UNIT, size, ours=OURS, missing=missing)
+class Run(NamedTuple):
+    """What is compared with ours, how it is timed, and where results go."""
+
+    found: Results
+    capacity: int
+    kinds: Mapping[str, Kind]
+    ours: str
+    turns: Callable[..., dict[str, list[float]]]
+
+    def timed(
+        self, case: str, title: str, providers: Mapping[str, Provider], size: int, missing: Missing,
+        clock: Clock,
+    ) -> None:  # fmt: skip
+        """Checks, times and notes one case of `size` transitions per call."""
+        good, missing = dict[str, Callable[[], object]](), Missing(missing)
+        for name, provider in providers.items():
+            with missing.of(name):
+                provider.check()
+                good[name] = provider.call
+        print(f"\n{title}")
+        self.found.found.setdefault("titles", {})[case] = title
+        times = self.turns(good, clock.left)
+        self.found.case(case, times, UNIT, size, ours=self.ours, missing=missing)
 
 
 def held(shape: Workload, capacity: int) -> Stored:
@@ -77,20 +86,21 @@ def held(shape: Workload, capacity: int) -> Stored:
 
 Sizes = Mapping[str, tuple[int, int]]  # U and B by case
 BATCHES = {f"{u} x {b}": (u, b) for u, b in ((1, 256), (1, 1024), (2, 1024), (16, 1024))}
+DEVICE_BATCHES = {f"{u} x {b}": (u, b) for u, b in ((1, 1024), (16, 1024))}
 TEN = FIRST._replace(tasks=10)  # a tenth of the transitions each
 WIDE = FIRST._replace(observation=1500)
 
 
-def sampling(shape: Workload, sizes: Sizes, found: Results, capacity: int, clock: Clock) -> None:
+def sampling(shape: Workload, sizes: Sizes, run: Run, clock: Clock) -> None:
     """Batches of these sizes; where there is one task, beside the bare gather of as many rows."""
-    work, missing = held(shape, capacity), Missing()
+    work, missing = held(shape, run.capacity), Missing()
     calls = dict[str, tuple[Callable[..., object], Callable[..., None]]]()
-    for name in (name for name in KINDS if name != TENSORS):
+    for name in (name for name in run.kinds if name != TENSORS):
         with missing.of(name):
-            peer = filled(name, work)
-            shown = name if work.tasks == 1 or KINDS[name].tasks else f"{name} x {work.tasks}"
+            peer = filled(run.kinds[name], work)
+            shown = name if work.tasks == 1 or run.kinds[name].tasks else f"{name} x {work.tasks}"
             calls[shown] = peer.sample, peer.check
-    if work.tasks == 1:
+    if work.tasks == 1 and run.kinds is KINDS:
         with missing.of(LIMIT):
             calls[LIMIT] = bare(RowGather(work.rows, work.row_bytes, max(u * b for u, b in sizes.values())))
     rows = f"{work.tasks} tasks x {work.rows:,}" if work.tasks > 1 else f"{work.rows:,}"
@@ -100,7 +110,7 @@ def sampling(shape: Workload, sizes: Sizes, found: Results, capacity: int, clock
             name: Provider(partial(sample, updates, batch), partial(check, updates, batch))
             for name, (sample, check) in calls.items()
         }
-        timed(found, case, title, providers, updates * batch, missing, share)
+        run.timed(case, title, providers, updates * batch, missing, share)
 
 
 def bare(rows: RowGather) -> tuple[Callable[..., object], Callable[..., None]]:
@@ -116,48 +126,53 @@ def inserting(peer: Peer) -> Callable[[], object]:
     return lambda: peer.add(next(prepared))
 
 
-def check_insert(name: str, work: Stored) -> None:
+def check_insert(kind: Kind, work: Stored) -> None:
     """A small buffer that was overwritten by `add` more than once must return what was added."""
     steps = max(8, 2048 // work.lanes)
-    peer = KINDS[name].make(work._replace(steps=steps))
+    peer = kind.make(work._replace(steps=steps))
     add = inserting(peer)
     for _ in range(2 * steps + 3):
         add()
     peer.check(1, 1024)
 
 
-def insert(found: Results, capacity: int, clock: Clock) -> None:
-    """One step of 1, 64 and 1024 environments in lockstep to full buffers."""
-    for count, share in shares((1, 64, 1024), clock.left):
+def insert(counts: Sequence[int], run: Run, clock: Clock) -> None:
+    """One step of so many environments in lockstep to full buffers."""
+    for count, share in shares(counts, clock.left):
         missing, providers = Missing(), dict[str, Provider]()
-        work = Stored(FIRST.observation, FIRST.action, 1, count, capacity // count)
-        for name in KINDS:
+        work = Stored(FIRST.observation, FIRST.action, 1, count, run.capacity // count)
+        for name, kind in run.kinds.items():
             # The authors' buffer takes one transition per task at a time.
             own = work._replace(tasks=count, streams=1) if name == AUTHORS else work
             with missing.of(name):
-                providers[name] = Provider(inserting(filled(name, own)), partial(check_insert, name, own))
-        title = f"Adding a step of {count} environments to {capacity:,} transitions, O={FIRST.observation}"
-        timed(found, f"insert {count}", title, providers, count, missing, share)
+                providers[name] = Provider(inserting(filled(kind, own)), partial(check_insert, kind, own))
+        title = (
+            f"Adding a step of {count} environments to {run.capacity:,} transitions, O={FIRST.observation}"
+        )
+        run.timed(f"insert {count}", title, providers, count, missing, share)
         del providers
         gc.collect()
 
 
-def memory(found: Results, capacity: int, clock: Clock) -> None:
+def memory(run: Run, clock: Clock) -> None:
     """Bytes reserved, against arrays with both observations: float32, and stacks of 4 frames in uint8."""
-    work, frames = held(FIRST, capacity), max(2048, capacity // 40)
+    work, frames = held(FIRST, run.capacity), max(2048, run.capacity // 40)
     stacks = ReplayBuffer(frames, Field((84, 84), "uint8", stack=4), Field((), "int64"), task_ids=[0])
     held_bytes = {OURS: ours(work).buffer.nbytes / work.rows, "float32 arrays": work.row_bytes}
     of_frames = {OURS: stacks.nbytes / frames, "both stacks, uint8": 2 * 4 * 84 * 84 + 8 + 4 + 4}
     for case, own in (("memory", held_bytes), ("atari memory", of_frames)):
         for name, value in own.items():
-            found.add(case, name, "bytes per transition", [value] * 3, 1)
+            run.found.add(case, name, "bytes per transition", [value] * 3, 1)
 
 
-def files(found: Results, capacity: int, clock: Clock) -> None:
+def files(run: Run, clock: Clock) -> None:
     """Saving, loading and saving again after 10,000 further transitions, in turns with numpy.savez."""
-    work, numpy, missing = held(FIRST, capacity), "numpy.savez + numpy.load", Missing()
-    mine, other = filled(OURS, work), ours(work)
-    add, arrays = inserting(mine), {f"{n}": array for n, array in enumerate(filled(AUTHORS, work).buffer)}
+    work, numpy, missing = held(FIRST, run.capacity), "numpy.savez + numpy.load", Missing()
+    mine, other = filled(KINDS[OURS], work), ours(work)
+    add, arrays = (
+        inserting(mine),
+        {f"{n}": array for n, array in enumerate(filled(KINDS[AUTHORS], work).buffer)},
+    )
     times: dict[str, dict[str, list[float]]] = {"save": {}, "load": {}, "again": {}}
 
     def note(what: str, name: str, call: Callable[[], object]) -> None:
@@ -189,68 +204,18 @@ def files(found: Results, capacity: int, clock: Clock) -> None:
                 turn(Path(folder))
     for what, own in times.items():
         kept = {name: values for name, values in own.items() if name not in missing}
-        found.case(f"files {what}", kept, "s", ours=OURS, missing=missing)
+        run.found.case(f"files {what}", kept, "s", ours=OURS, missing=missing)
 
 
-Group = Callable[[Results, int, Clock], None]
+Group = Callable[[Run, Clock], None]
 GROUPS: dict[str, tuple[Group, float]] = {  # with shares of the budget
     "locomotion": (partial(sampling, FIRST, BATCHES), 0.4),
     "ten-tasks": (partial(sampling, TEN, {"ten tasks": (1, 1024)}), 0.1),
     "wide": (partial(sampling, WIDE, {"wide": (1, 1024)}), 0.1),
-    "insert": (insert, 0.3),
+    "insert": (partial(insert, (1, 64, 1024)), 0.3),
     "memory": (memory, 0.0),
     "files": (files, 0.1),
 }
-
-
-# ---------------------------------------------------------------- batches on a device
-
-
-Times = dict[str, list[float]]
-
-
-def on_device(found: Results, shape: Workload, capacity: int, device: str, clock: Clock) -> None:
-    """Batches of every size (U, B), and steps of all environments, in equal shares of the time."""
-    work, before = held(shape, capacity), f"{shape.name}: " if shape.name else ""
-    host, there = ours(work), ours(work, kind=partial(DeviceReplayBuffer, device=device))
-    for peer in (host, there):
-        peer.fill(any_rows=False)
-    todo: dict[str, tuple[int, Callable[[float], Times]]] = {}
-    for size in [(2, shape.batch)] if shape.name else [(1, 1024), (16, 1024)]:
-        case = f"{before}sample {size[0]} x {size[1]} on the device"
-        todo[case] = size[0] * size[1], partial(batches, host, there, size, device)
-    todo[f"{before}add from {work.lanes} environments on the device"] = (
-        work.lanes,
-        partial(steps, host, there, device),
-    )
-    for (case, (count, measure)), share in shares(list(todo.items()), clock.left):
-        missing, times = Missing(), Times()
-        with missing.of("device", "prefetched", "copied"):
-            host.check(1, 1024)
-            there.check(1, 1024)
-            times = measure(share.left)
-        found.case(case, times, UNIT, count, ours="device", missing=missing)
-
-
-def batches(host: Peer, there: Peer, size: tuple[int, int], device: str, seconds: float) -> Times:
-    finish = lambda name: harness.wait(device)  # noqa: E731
-    with host.buffer.prefetch(size[1], size[0], device=device) as prefetched:
-        host.work.check(host.columns(next(prefetched)))
-        both = {"device": partial(there.sample, *size), "prefetched": partial(next, prefetched)}
-        times = interleave(both, seconds * 2 / 3, finish=finish)
-    # No thread gathers beside it
-    copied = {"copied": lambda: host.sample(*size).to(device)}
-    return times | interleave(copied, seconds / 3, finish=finish)
-
-
-def steps(host: Peer, there: Peer, device: str, seconds: float) -> Times:
-    made = [[torch.from_numpy(column).to(device) for column in step] for step in host.work.each_step()]
-    mine, theirs = itertools.cycle(made), itertools.cycle(made)
-    adding = {
-        "device": lambda: there.add(next(mine)),
-        "copied": lambda: host.add([column.cpu() for column in next(theirs)]),
-    }
-    return interleave(adding, seconds, finish=lambda name: harness.wait(device))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -266,23 +231,23 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.device and given.cases:
         parser.error("--device knows no --cases; leave them out")
     shapes = [WORKLOADS[name] for name in given.workload or ()]
-    found = Results("replay", given.save, judged=OURS, capacity=capacity)
-    if given.device:
-        device, found.judged = parser.device(given), ""
-        found.found["device"] = device
-        torch.set_num_threads(1)
-        for shape, clock in shares(shapes or [FIRST], given.budget):
-            on_device(found, shape, capacity, device, clock)
-        return found.end()
-    harness.one_core()
-    found.found["versions"] = harness.versions(
-        [*harness.PACKAGES, *(kind.package for kind in KINDS.values())]
-    )
     groups = [GROUPS[name] for name in given.cases or ([] if shapes else GROUPS)]
     groups += [(partial(sampling, shape, {shape.name: (2, shape.batch)}), 0.1) for shape in shapes]
+    found = Results("replay", given.save, judged=OURS, capacity=capacity)
+    run = Run(found, capacity, KINDS, OURS, partial(interleave, turn=SLICE, timer=time.process_time))
+    if given.device:
+        device = found.found["device"] = parser.device(given)
+        torch.set_num_threads(1)
+        found.judged, turns = "", partial(interleave, finish=lambda name: harness.wait(device))
+        run = Run(found, capacity, on_device(device), "device", turns)
+        if not shapes:
+            groups = [(partial(sampling, FIRST, DEVICE_BATCHES), 0.7), (partial(insert, (STREAMS,)), 0.3)]
+    else:
+        harness.one_core()
+    found.found["versions"] = harness.versions([*harness.PACKAGES, *(k.package for k in KINDS.values())])
     whole = sum(share for _, share in groups) or 1.0
     for group, share in groups:
-        group(found, capacity, Clock(given.budget * share / whole))
+        group(run, Clock(given.budget * share / whole))
         gc.collect()
     return found.end()
 

@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
 import bench_replay
 import harness
-from workloads import Workload
 
 from peers import replay
 
@@ -34,7 +33,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def group(bench: Any, name: str) -> Any:
     found = bench.Results("replay", judged=bench.OURS)
-    bench.GROUPS[name][0](found, bench.MIN_CAPACITY, bench.Clock(0.0))
+    run = bench.Run(found, bench.MIN_CAPACITY, replay.KINDS, bench.OURS, bench.interleave)
+    bench.GROUPS[name][0](run, bench.Clock(0.0))
     return found
 
 
@@ -116,12 +116,12 @@ def test_a_buffer_per_task_gives_its_share_of_every_batch(
     found = group(bench, "ten-tasks")
     assert found.entries[-1]["provider"] == "torch.index_select x 10"
     assert all(one["value"] > 0 for one in found.entries)
-    peer = replay.filled("torch.index_select", replay.Stored(3, 2, 3, 4, 400))
+    peer = replay.filled(kind, replay.Stored(3, 2, 3, 4, 400))
     assert [len(column) for column in peer.sample(2, 8)] == [16] * 5
 
 
 def test_the_peer_of_index_select_draws_new_batches_into_the_same_memory(bench: Any) -> None:
-    peer = replay.filled("torch.index_select", replay.Stored(3, 2, 1, 4, 100))
+    peer = replay.filled(replay.KINDS["torch.index_select"], replay.Stored(3, 2, 1, 4, 100))
     first, other, again, wide = (peer.sample(*size) for size in ((2, 8), (1, 8), (2, 8), (1, 16)))
     assert [len(column) for column in other] == [8] * 5
     assert [x.data_ptr() for x in first] == [x.data_ptr() for x in again] == [x.data_ptr() for x in wide]
@@ -142,32 +142,38 @@ def test_memory_is_exact_and_files_are_compared_in_turns(bench: Any) -> None:
     assert found.equality == "passed"
 
 
-@pytest.mark.parametrize("tasks", [1, 3])
-def test_every_way_to_a_batch_on_a_device_has_a_time(tasks: int, bench: Any) -> None:
-    found, shape = bench.Results("replay"), Workload("small", "", 5, 2, tasks, 16)
-    bench.on_device(found, shape, 2000, "cpu", bench.Clock(0.0))
-    told = [(one["case"], one["provider"]) for one in found.entries]
-    sample, count = "small: sample 2 x 16 on the device", (64 if tasks == 1 else 8 * tasks)
-    add = f"small: add from {count} environments on the device"
-    ways = [(sample, who) for who in ("device", "prefetched", "copied")]
-    assert told == [*ways, (add, "device"), (add, "copied")]
-    assert all(0 < one["low"] <= one["value"] for one in found.entries)
+def on_a_device(bench: Any, path: Path, *words: str) -> Any:
+    sizes = "--device", "cpu", "--capacity", f"{bench.MIN_CAPACITY}", "--budget", "0"
+    code = bench.main([*sizes, *words, "--save", str(path / "replay")])
+    return code, harness.read(path / "replay.json")
+
+
+def test_every_way_to_a_batch_on_a_device_has_a_time(bench: Any, tmp_path: Path) -> None:
+    code, found = on_a_device(bench, tmp_path)
+    ways = [("1 x 1024", who) for who in ("device", "prefetched", "copied")]
+    told = [(one["case"], one["provider"]) for one in found["measurements"]]
+    assert told[:3] == ways
+    assert {case for case, _ in told} == {"1 x 1024", "16 x 1024", "insert 64"}
+    assert all(0 < one["low"] <= one["value"] for one in found["measurements"])
+    assert all("ratio" in one for one in found["measurements"] if one["provider"] != "device")
+    assert code == 0
 
 
 @pytest.mark.parametrize("kind", ["ReplayBuffer", "DeviceReplayBuffer"])
 def test_batches_on_a_device_that_were_never_stored_are_not_timed(
-    kind: str, bench: Any, monkeypatch: pytest.MonkeyPatch
+    kind: str, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = getattr(bench, kind).add
+    right = getattr(replay, kind).add
 
     def wrong(buffer: Any, observations: Any, actions: Any, *rest: Any) -> None:
         right(buffer, observations, actions + 1, *rest)
 
-    monkeypatch.setattr(getattr(bench, kind), "add", wrong)
-    found = bench.Results("replay")
-    bench.on_device(found, Workload("", "", 5, 2), 2000, "cpu", bench.Clock(0.0))
-    assert all(one["value"] is None for one in found.entries)
-    assert "do not belong to their observations" in found.equality
+    monkeypatch.setattr(getattr(replay, kind), "add", wrong)
+    code, found = on_a_device(bench, tmp_path, "--workload", "mjx-dmc25")
+    absent = {one["provider"] for one in found["measurements"] if one["value"] is None}
+    assert absent == ({"device"} if kind.startswith("Device") else {"prefetched", "copied"})
+    assert "do not belong to their observations" in found["equality"]
+    assert code == 1
 
 
 def test_the_command_line_takes_workloads_with_their_sizes_and_tasks(bench: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from harness import Differs
 from numpy.typing import NDArray
 
-from brc_fast import ReplayBuffer
+from brc_fast import DeviceReplayBuffer, ReplayBuffer
 
 Array = NDArray[Any]
 EPISODE = 97  # an end in so many transitions; a prime, so that every stream has ends
@@ -73,44 +73,44 @@ class Stored(NamedTuple):
         """Tags; whole steps, in a number that seldom divides what a buffer holds."""
         return self.lanes * (max(16, LEAST // self.lanes) + 1)
 
-    def all_steps(self) -> Steps:
-        """Every different transition, in the order of the tags."""
-        tags = np.arange(self.different)
-        ends = tags % (2 * EPISODE) == 0, tags % (2 * EPISODE) == EPISODE
-        columns = values(tags, self.observation), values(tags, self.action), tags.astype(np.float32), *ends
-        return Steps(*columns, values(self.successors(tags), self.observation))
+    def transitions(self, tags: Array) -> Steps:
+        """Those of these tags. At an end the successor is one that no transition starts from."""
+        kind = tags % (2 * EPISODE)
+        there = np.where(tags % EPISODE == 0, -1 - tags, (tags + self.lanes) % self.different)
+        here, there = values(tags, self.observation), values(there, self.observation)
+        actions, rewards = values(tags, self.action), tags.astype(np.float32)
+        return Steps(here, actions, rewards, kind == 0, kind == EPISODE, there)
 
     def each_step(self) -> list[Steps]:
-        whole, starts = self.all_steps(), range(0, self.different, self.lanes)
-        return [Steps(*(column[at : at + self.lanes] for column in whole)) for at in starts]
-
-    def successors(self, tags: Array) -> Array:
-        """The tag of the observation that follows; at an end one that no transition starts from."""
-        return np.where(tags % EPISODE == 0, -1 - tags, (tags + self.lanes) % self.different)
+        """Every different transition, in the order of the tags."""
+        tags = np.arange(self.different).reshape(-1, self.lanes)
+        return [self.transitions(step) for step in tags]
 
     def check(self, batch: Columns) -> None:
         """Differs unless `batch` holds stored transitions, whole ones and not always the same."""
         tags = np.rint(batch[0][:, 0] * 2.0).astype(np.int64)
         if tags.min() < 0 or tags.max() >= self.different:
             raise Differs("an observation was never stored")
-        masks = (tags % (2 * EPISODE) != 0).astype(np.float32)
-        right = values(tags, self.observation), values(tags, self.action), tags.astype(np.float32), masks
-        right = *right, values(self.successors(tags), self.observation), tags % self.lanes // self.streams
+        right = *masked(self.transitions(tags)), tags % self.lanes // self.streams
         for name, got, wanted in zip(COLUMNS, batch, right, strict=False):
             if got.shape != wanted.shape:
                 raise Differs(f"{name} have shape {list(got.shape)} instead of {list(wanted.shape)}")
             if wrong := np.count_nonzero((got != wanted).reshape(len(tags), -1).any(1)):
                 raise Differs(f"{wrong} of {len(tags)} sampled {name} do not belong to their observations")
-        if (
-            tags.size * 4 <= min(self.different, self.rows * self.tasks)
-            and np.unique(tags).size < tags.size // 2
-        ):
+        stored = min(self.different, self.rows * self.tasks)
+        if tags.size * 4 <= stored and np.unique(tags).size < tags.size // 2:
             raise Differs("the same few transitions are drawn again and again")
 
 
 def values(tags: Array, width: int) -> Array:
     """[..., width] float32 that follow from the tags; the first column is half of the tag."""
     return tags.astype(np.float32)[..., None] * np.linspace(0.5, 1.0, width, dtype=np.float32)
+
+
+def masked(step: Steps) -> list[Array]:
+    """The columns of a step."""
+    masks = 1.0 - step.terminated.astype(np.float32)
+    return [step.observations, step.actions, step.rewards, masks, step.successors]
 
 
 # ---------------------------------------------------------------- buffers
@@ -127,16 +127,15 @@ class Peer(NamedTuple):
     columns: Callable[[Any], Columns]  # of what `sample` returned, as arrays of U * B rows
     buffer: Any = None
 
-    def fill(self, any_rows: bool) -> None:
+    def fill(self, any_rows: bool = False) -> None:
         """By `add`, as many rows at once as it takes: of all steps, or those of one."""
-        whole, rows = self.work.all_steps(), self.work.rows * self.work.tasks
-        if any_rows:
-            for first in range(0, rows, self.work.different):
-                self.add(self.prepare(Steps(*(column[: rows - first] for column in whole))))
-            return
-        prepared = [self.prepare(step) for step in self.work.each_step()]
-        for step in range(self.work.steps):
-            self.add(prepared[step % len(prepared)])
+        work, rows = self.work, self.work.rows * self.work.tasks
+        step = work.different if any_rows else work.lanes
+        made = [self.prepare(work.transitions(tags)) for tags in np.arange(work.different).reshape(-1, step)]
+        for place in range(rows // step):
+            self.add(made[place % len(made)])
+        if left := rows % step:
+            self.add(self.prepare(work.transitions(np.arange(left))))
 
     def check(self, batches: int, size: int) -> None:
         """Differs unless a sample holds what was stored."""
@@ -156,12 +155,6 @@ def ours(work: Stored, tensors: bool = False, kind: Callable[..., Any] = ReplayB
 
     sample = lambda batches, size: buffer.sample(size, batches)  # noqa: E731
     return Peer(work, prepare, lambda step: buffer.add(*step), sample, columns, buffer)
-
-
-def masked(step: Steps) -> list[Array]:
-    """The columns of a step."""
-    masks = 1.0 - step.terminated.astype(np.float32)
-    return [step.observations, step.actions, step.rewards, masks, step.successors]
 
 
 def authors(work: Stored) -> Peer:
@@ -337,9 +330,38 @@ KINDS = {
 }
 
 
-def filled(name: str, work: Stored) -> Peer:
+def on_device(device: str) -> dict[str, Kind]:
+    """Ours with batches there. A thread of `prefetched` gathers what is asked for next, and then rests."""
+
+    def there(work: Stored) -> Peer:
+        peer = ours(work, kind=partial(DeviceReplayBuffer, device=device))
+        return peer._replace(prepare=lambda step: [torch.from_numpy(column).to(device) for column in step])
+
+    def copied(work: Stored) -> Peer:
+        peer = ours(work)
+        return peer._replace(
+            prepare=there(work._replace(steps=1)).prepare,
+            add=lambda step: peer.add([column.cpu() for column in step]),
+            sample=lambda batches, size: peer.sample(batches, size).to(device),
+        )
+
+    def prefetched(work: Stored) -> Peer:
+        peer, streams = copied(work), dict[tuple[int, int], Any]()
+
+        def sample(*size: int) -> Any:
+            if size not in streams:
+                streams[size] = iter(peer.buffer.prefetch(size[1], size[0], device=device))
+            return next(streams[size])
+
+        return peer._replace(sample=sample)
+
+    makes = {"device": there, "prefetched": prefetched, "copied": copied}
+    return {name: Kind(make, "brc-fast", tasks=True, any_rows=False) for name, make in makes.items()}
+
+
+def filled(kind: Kind, work: Stored) -> Peer:
     """A full buffer; one per task where it knows no tasks: each gives its share, and these are joined."""
-    kind, apart = KINDS[name], not KINDS[name].tasks
+    apart = not kind.tasks
     parts = [kind.make(work._replace(tasks=1) if apart else work) for _ in range(work.tasks if apart else 1)]
     for part in parts:
         part.fill(kind.any_rows)
