@@ -2,10 +2,8 @@
 
     python bench/bench_kernels.py [--budget SECONDS] [--ops NAME ...] [--save NAME] [--dry]
 
-Providers: our kernels; the plain PyTorch twin; the twin through torch.compile; Liger's LayerNorm in place of
-the twin. Results and gradients of each must first agree with those of the twin: where they do not stand a
-reason and no time. What has results in 2 bytes, whose rounding hides small errors, must also agree in
-float32, in the most similar case of its op (all but the compiled twin, whose source is the twin's). Times are
+Providers: our kernels; the plain PyTorch twin; the twin through torch.compile. Results and gradients of each
+must first agree with those of the twin: where they do not stand a reason and no time. Times are
 those of a CUDA graph's replay over rotated buffers (kernels/tools/timing.py). The floor of an op is the bytes
 that it must move over the bandwidth of a copy, measured here and now; where the buffers fit in the L2 cache
 together, an op may beat it, and its case says L2.
@@ -14,20 +12,15 @@ together, an op may beat it, and its case says L2.
 
 from __future__ import annotations
 
-import itertools
-import math
+import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
-from unittest import mock
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from bench_limits import rate
 from harness import TIME_UP, Clock, Differs, Missing, Parser, Results, Summary, Unavailable
 from torch import Tensor
 
-from brc_fast.kernels import reference
 from brc_fast.kernels.runtime.dispatch import INTERPRETED
 from brc_fast.kernels.tools.aot import cases as all_cases
 from brc_fast.kernels.tools.cases import Case
@@ -42,42 +35,10 @@ TWIN = {torch.float64: (1e-9, 1e-10), torch.float32: (2e-3, 5e-5)}
 TWIN |= dict.fromkeys((torch.float16, LOW), (8e-3, 8e-3))
 # Layers pass on what was rounded, and ReLUs turn around: by up to 6e-2 in the interpreter.
 DEEP = TWIN | dict.fromkeys((torch.float16, LOW), (0.1, 0.05))
-PROVIDERS = ("kernels", "eager", "compile", "liger")
+
+
+IMPLS = {"kernels": "triton", "eager": "reference", "compile": "compile"}  # by provider
 Call = Callable[[], object]
-
-
-# ---------------------------------------------------------------- providers
-
-
-def liger() -> AbstractContextManager[Any]:
-    """Liger's LayerNorm in the twin's place: once per network, with bias, ReLU and residual in PyTorch."""
-    try:
-        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-    except ImportError as error:
-        told = f'liger_kernel cannot be imported ({error}); pip install "brc-fast[bench]"'
-        raise Unavailable(told) from None
-
-    def bias_layer_norm(
-        x: Tensor, bias: Tensor, weight: Tensor, shift: Tensor, *, residual: Tensor | None = None,
-        relu: bool = False, eps: float = reference.EPS,
-    ) -> Tensor:  # fmt: skip
-        networks, width = math.prod(weight.shape[:-1]), weight.shape[-1]
-        bias, weight, shift = (v.reshape(networks, width) for v in (bias, weight, shift))
-        h = x.reshape(networks, -1, width) + bias.unsqueeze(1).to(x.dtype)
-        parts = [LigerLayerNormFunction.apply(*part, eps) for part in zip(h, weight, shift, strict=True)]
-        y = torch.stack(parts).reshape(x.shape)
-        y = y.relu() if relu else y
-        return (y if residual is None else residual + y).to(x.dtype)
-
-    return mock.patch.object(reference, "bias_layer_norm", bias_layer_norm)
-
-
-def provider(name: str, device: torch.device) -> tuple[str, AbstractContextManager[Any]]:
-    """The `impl` to prepare a case with, and the block to do so in; Unavailable where it cannot run here."""
-    block = liger() if name == "liger" else nullcontext()  # which tells what is not installed
-    if name in ("kernels", "liger") and device.type != "cuda" and not (name == "kernels" and INTERPRETED):
-        raise Unavailable("not on this device")
-    return {"kernels": "triton", "compile": "compile"}.get(name, "reference"), block
 
 
 # ---------------------------------------------------------------- whether it is right
@@ -97,34 +58,19 @@ def allowed(name: str, op: str, expected: Sequence[Tensor]) -> Mapping[torch.dty
     return dict.fromkeys(kinds, max((limits[kind] for kind in kinds), default=(0.0, 0.0)))
 
 
-@contextmanager
-def agreeing(case: Case, device: torch.device, batch: int, name: str) -> Iterator[list[Call]]:
-    """The calls of a provider, to be made in the block.
+def agreeing(case: Case, device: torch.device, batch: int, name: str) -> list[Call]:
+    """The calls of a provider.
 
     Raises:
         Differs: they are wrong. Unavailable: they cannot be made.
     """
-    impl, block = provider(name, device)
+    if name == "kernels" and device.type != "cuda" and not INTERPRETED:
+        raise Unavailable("not on this device")
     right = results(rotated(case, device, batch, "reference", sets=1)[0]) if name != "eager" else []
-    with block:
-        calls = rotated(case, device, batch, impl)
-        if right and (wrong := disagreement(results(calls[0]), right, allowed(name, case.op, right))):
-            raise Differs(f"differs from the twin: {wrong}")
-        del right
-        yield calls
-
-
-# ---------------------------------------------------------------- cases
-
-
-def spread(cases: Sequence[Case]) -> list[Case]:
-    """Every op in turn, and of each op cases from all over its list first."""
-    per_op: dict[str, list[Case]] = {}
-    for case in cases:
-        per_op.setdefault(case.op, []).append(case)
-    for own in per_op.values():
-        own[:] = [own[x] for x in sorted(range(len(own)), key=lambda x: f"{x:032b}"[::-1])]
-    return [case for turn in itertools.zip_longest(*per_op.values()) for case in turn if case is not None]
+    calls = rotated(case, device, batch, IMPLS[name])
+    if right and (wrong := disagreement(results(calls[0]), right, allowed(name, case.op, right))):
+        raise Differs(f"differs from the twin: {wrong}")
+    return calls
 
 
 # ---------------------------------------------------------------- all of them
@@ -136,8 +82,10 @@ def measure(
     """One case; RuntimeError where an error has spoilt the device for good."""
     times, missing = dict[str, Summary](), Missing()
     for name in names:
-        with missing.of(name), agreeing(case, device, batch, name) as calls:
+        with missing.of(name):
+            calls = agreeing(case, device, batch, name)
             times[name] = Summary(*seconds_per_call(calls, device, each))
+            del calls  # with its memory
         if name in missing and device.type == "cuda":
             torch.cuda.synchronize()
     floor = dict.fromkeys(names, case.bytes(batch) / found.found["bandwidth"])
@@ -148,24 +96,23 @@ def measure(
 def run(
     found: Results, cases: Mapping[Case, Sequence[int]], device: torch.device, seconds: float, dry: bool
 ) -> int:
-    """Every case at its first batch size, then at the others, until the time is up; the exit code."""
+    """Every case at its batch sizes, in an order without a pattern, until the time is up; the exit code."""
     clock, found.found["bandwidth"] = Clock(seconds), rate(device.type, "copy", dry)
-    order = spread([case for case in cases if "float64" not in case.label])  # that one serves tests
-    rows = [(case, batch) for case in order for batch in cases[case][:1]]
-    rows += [(case, batch) for case in order for batch in cases[case][1:] if not dry]
+    kept = [case for case in cases if "float64" not in case.label]  # that one serves tests
+    rows = [(case, batch) for case in kept for batch in ((DRY_BATCH,) if dry else cases[case])]
+    random.Random(0).shuffle(rows)
     seen = set[str]()
-    for case, batch in rows:
-        names = [name for name in PROVIDERS if name != "liger" or case.op == "bias_layer_norm"]
+    for place, (case, batch) in enumerate(rows):
+        names = list(IMPLS)
         if dry:  # the interpreter and the compiler take seconds each
-            names = [n for n in names if n == "eager" or (n != "compile" and case.op not in seen)]
+            names = ["kernels", "eager"] if case.op not in seen else ["eager"]
         seen.add(case.op)
         if clock.left == 0.0:
-            left = rows[rows.index((case, batch)) :]
-            found.found["not_reached"] = [f"{case.op} {case.label} B={batch}" for case, batch in left]
-            print(f"{len(left)} cases were not reached: {TIME_UP}")
+            found.found["not_reached"] = [f"{case.op} {case.label} B={batch}" for case, batch in rows[place:]]
+            print(f"{len(rows) - place} cases were not reached: {TIME_UP}")
             break
         try:
-            measure(found, case, device, DRY_BATCH if dry else batch, names, 0.0 if dry else EACH)
+            measure(found, case, device, batch, names, 0.0 if dry else EACH)
         except RuntimeError as error:
             found.found |= {"status": "failed", "reason": f"{case.op} {case.label}: {error}"}
             print(f"aborted: {found.found['reason']}", file=sys.stderr)

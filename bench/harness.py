@@ -240,17 +240,10 @@ class Results:
         self.entries = list[dict[str, Any]]()
 
     def case(
-        self,
-        case: str,
-        times: Mapping[str, Seconds],
-        unit: str,
-        scale: float = 1.0,
-        *,
-        ours: str | None = None,
-        missing: Mapping[str, Exception] | None = None,
-        floor: str | Mapping[str, float] = "",
-        at: Mapping[str, str | int] | None = None,
-    ) -> None:
+        self, case: str, times: Mapping[str, Seconds], unit: str, scale: float = 1.0, *,
+        ours: str | None = None, missing: Mapping[str, Exception] | None = None,
+        floor: str | Mapping[str, float] = "", at: Mapping[str, str | int] | None = None,
+    ) -> None:  # fmt: skip
         """Note, print and store a case.
 
         Args:
@@ -280,7 +273,7 @@ class Results:
         self, case: str, provider: str, unit: str, values: Sequence[float] | None, rounds: int, **more: Any
     ) -> None:
         """Lower quartile, median and upper quartile in the unit."""
-        low, middle, high = (None,) * 3 if values is None else values
+        low, middle, high = values or (None, None, None)
         better = "more" if unit.endswith("/s") else "less"
         entry = {"case": case, "provider": provider, "value": middle, "unit": unit, "better": better}
         self.entries.append(entry | {"low": low, "high": high, "rounds": rounds, "floor": None} | more)
@@ -289,7 +282,7 @@ class Results:
     @property
     def equality(self) -> str:
         nothing = all(entry["value"] is None for entry in self.entries)
-        wrong = self.wrong or (["nothing was compared"] if nothing else [])
+        wrong = self.wrong or ["nothing was compared"] * nothing
         return f"failed: {'; '.join(wrong)}" if wrong else "passed"
 
     def store(self) -> None:
@@ -369,9 +362,8 @@ def versions(names: Sequence[str]) -> dict[str, str | None]:
 
 def git(*words: str) -> str | None:
     with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.check_output(
-            ["git", *words], text=True, cwd=ROOT, stderr=subprocess.DEVNULL
-        ).strip()
+        told = subprocess.run(["git", *words], text=True, cwd=ROOT, capture_output=True, check=True)
+        return told.stdout.strip()
     return None
 
 

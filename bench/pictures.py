@@ -10,7 +10,7 @@ BLUE, GREY, RED, INK = "#1f6feb", "#c3cbd6", "#d1495b", "#24292f"
 LABELS = {
     "ours": "brc-fast", "ours-tf32": "brc-fast, TF32", "ours-bf16": "brc-fast, BF16", "kernels": "brc-fast",
     "critic": "plain PyTorch, our critic", "plain": "plain PyTorch", "eager": "plain PyTorch", "jax": "JAX",
-    "compiled": "torch.compile", "compile": "torch.compile", "liger": "Liger", "library": "its own loop",
+    "compiled": "torch.compile", "compile": "torch.compile", "library": "its own loop",
     "authors' layout (numpy)": "authors' layout", "torch.index_select": "index_select",
     "flashbax (jit)": "flashbax", "Stable-Baselines3": "SB3", "row gather (limit)": "copying one row",
 }  # fmt: skip

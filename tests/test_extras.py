@@ -217,7 +217,6 @@ for name in ("a.gif", "a.mp4"):
 COMPARING = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "bench")!r})
-import liger_kernel.ops
 import torch
 from peers import jax_plain
 from peers.replay import KINDS, Stored, filled
