@@ -43,11 +43,10 @@ from peers.updates import run as losses
 
 AGENTS: dict[str, type[BRC]] = {"ours": BRC, "plain": PlainAgent}
 SLICE = 0.5  # seconds of a provider's turn
+SEEDS = 5  # at most
 TASK = {"cpu": "gym/Pendulum-v1", "cuda": "mjx/CartpoleSwingup"}
 # What an evaluation's mean return must reach: that of a good policy, far from that of random actions.
 THRESHOLDS = {"gym/Pendulum-v1": -300.0, "mjx/CartpoleBalance": 800.0, "mjx/CartpoleSwingup": 500.0}
-MOST = 5  # seeds
-MORE = 1.2  # another seed is begun where there is this many times as much time left as the last took
 
 
 def settings(task: str, device: str, workload: Workload | None = None) -> TrainConfig:
@@ -86,7 +85,7 @@ def check(config: TrainConfig, device: str) -> None:
 
 
 class Side:
-    """One provider's training with one seed. A threshold of infinity asks for no evaluations."""
+    """One provider's training. A threshold of infinity asks for no evaluations."""
 
     def __init__(self, name: str, config: TrainConfig, device: str, threshold: float) -> None:
         self.name, self.threshold, self.device = name, threshold, device
@@ -108,10 +107,6 @@ class Side:
     @property
     def done(self) -> bool:
         return self.best >= self.threshold
-
-    @property
-    def late(self) -> Unavailable:
-        return Unavailable(f"not reached in {self.seconds:.0f} s, best return {self.best:.0f}")
 
     def turn(self) -> tuple[float, float]:
         """Train for a slice of time, evaluate where it is due: seconds per environment step and update."""
@@ -143,58 +138,56 @@ class Side:
         return {**told, "reached": self.done, "evaluations": self.evaluations}
 
 
-Rates = dict[str, list[tuple[float, float]]]
+Rates = list[dict[str, tuple[float, float]]]
 
 
-def train(sides: Sequence[Side], clock: Clock, rates: Rates, missing: Missing) -> None:
-    """In turns until all are done or the time is up; rates of the rounds in which all were learning."""
-    warm = False  # the first round of learning captures graphs
+def train(sides: Sequence[Side], clock: Clock, missing: Missing) -> Rates:
+    """In turns until all are done or the time is up; the turns of the rounds in which all were learning."""
+    rates: Rates = []
     while (running := [s for s in sides if not s.done and s.name not in missing]) and clock.left > 0.0:
-        counts = len(running) == len(AGENTS) and all(side.learning for side in running)
-        found = dict[str, tuple[float, float]]()
+        learning, turns = all(side.learning for side in running), dict[str, tuple[float, float]]()
         for side in running:
             with missing.of(side.name):
-                found[side.name] = side.turn()
-        if counts and warm and len(found) == len(AGENTS):
-            for name, pair in found.items():
-                rates[name].append(pair)
-        warm = warm or counts
+                turns[side.name] = side.turn()
+        if learning and len(turns) == len(AGENTS):
+            rates.append(turns)
+    return rates[1:]  # graphs are captured in the first
 
 
 def run(
     found: Results, task: str, threshold: float | None, device: str, seconds: float, config: TrainConfig
 ) -> None:
     """Seed after seed until the time is up, which begins when the first can start; nothing is timed where
-    learners differ. Without a threshold the first seed takes all the time."""
-    rates: Rates = {name: [] for name in AGENTS}
-    sides, missing, began = list[Side](), Missing(), 0.0
+    learners differ. A later seed that does not reach the return in time does not count."""
+    sides, rates, missing, clock = list[Side](), Rates(), Missing(), Clock(math.inf)
     found.found |= {"task": task, "threshold": threshold, "settings": dataclasses.asdict(config), "runs": []}
     harness.tensor_cores(device)
     with missing.of(*AGENTS):
         check(config, device)
-    clock = Clock(seconds)
-    for seed in range(MOST):
-        if missing or (seed and clock.left < MORE * (began - clock.left)):
-            break
-        began, own = clock.left, list[Side]()
-        for name in AGENTS:
+    for seed in range(SEEDS if threshold is not None else 1):
+        own = list[Side]()
+        for name in AGENTS if not missing else ():
             with missing.of(name):
                 seeded = dataclasses.replace(config, seed=config.seed + seed)
                 own.append(Side(name, seeded, device, math.inf if threshold is None else threshold))
-        if seed == 0:  # what starts and compiles comes on top
-            clock = Clock(seconds)
-            began = clock.left
-        train(own, clock, rates, missing)
+        clock = clock if seed else Clock(seconds)
+        rates += train(own, clock, missing)
         found.found["runs"] += [side.close() for side in own]
-        sides += own
         release(device)
+        if seed == 0 or all(side.done for side in own):
+            sides += own
+        if missing or clock.left == 0.0:
+            break
     if threshold is not None:
-        lost = {side.name: side.late for side in sides if not side.done} | missing
+        late = {
+            s.name: f"not reached in {s.seconds:.0f} s, best return {s.best:.0f}" for s in sides if not s.done
+        }
+        lost = {name: Unavailable(told) for name, told in late.items()} | missing
         reached = {n: [s.seconds for s in sides if s.name == n] for n in AGENTS if n not in lost}
         found.case(f"time to return {threshold:g}, {task}", reached, "s", missing=lost)
     for place, (what, unit) in enumerate((("environment steps", "steps/s"), ("updates", "updates/s"))):
         none = Unavailable("no round in which all were learning; raise --budget")
-        each = {name: [pair[place] for pair in pairs] for name, pairs in rates.items() if pairs}
+        each = {name: [turns[name][place] for turns in rates] for name in AGENTS if rates}
         lost = {name: missing.get(name, none) for name in AGENTS if name not in each}
         found.case(f"{what} of the loop, {task}", each, unit, ours="ours", missing=lost)
 

@@ -86,7 +86,7 @@ def test_a_return_that_is_not_reached_is_missing_and_rates_are_there(bench: Any,
 def test_a_return_that_is_reached_has_the_seconds_of_every_seed(
     bench: Any, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "MOST", 3)
+    monkeypatch.setattr(bench, "SEEDS", 3)
     found = run(bench, config, -1e6, 60.0)
     assert [told["seed"] for told in found.found["runs"]] == [0, 0, 1, 1, 2, 2]
     for entry in entries(found, "time to return").values():
