@@ -34,43 +34,33 @@ Calls = Sequence[Callable[[], object]]
 
 
 class Limit(NamedTuple):
-    """One figure: `scale` units of work by a call."""
+    """One figure: `scale` units of work by each call."""
 
     case: str
     unit: str
     scale: float
-    timed: Callable[[float], Seconds]  # measured for about so many seconds
+    make: Callable[[], Calls]
+    timed_on: str  # "cuda": all calls in one graph
 
 
 def limits(device: str, dry: bool) -> Iterator[Limit]:
-    """Every limit of this device. What a call needs is made when it is timed."""
+    """Every limit of this device."""
     cuda = device == "cuda"
     elements = 2**18 if dry else 2**28 if cuda else 2**26  # of buffers: 256 MB each, on a GPU a gigabyte
     rows, count, launches = (2_000, 64, 20) if dry else (1_000_000, 8192 if cuda else 1024, 1000)
-
-    def rotating(make: Callable[[], Calls], seconds: float) -> Seconds:
-        """The calls in turn, on a GPU in one graph."""
-        return Summary(*seconds_per_call(make(), torch.device(device), seconds))
 
     def copies() -> Calls:
         pairs = [torch.randn(2, elements, device=device) for _ in range(2)]
         return [partial(pair[0].copy_, pair[1]) for pair in pairs]
 
-    def product(kind: str, size: int, seconds: float) -> Seconds:
+    def products(kind: str, size: int) -> Calls:
         dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
-        sets = [torch.randn(3, size, size, device=device).to(dtype) for _ in range(4)]
-        calls = [partial(torch.mm, left, right, out=out) for left, right, out in sets]
         harness.tensor_cores(device, "high" if kind == "tf32" else "highest")
-        return rotating(lambda: calls, seconds)
+        sets = [torch.randn(3, size, size, device=device).to(dtype) for _ in range(4)]
+        return [partial(torch.mm, left, right, out=out) for left, right, out in sets]
 
     def dependent(number: int) -> Calls:
         return [partial(torch.zeros(1, device=device).add_, 1.0)] * number
-
-    def launched(seconds: float) -> Seconds:
-        calls = dependent(launches)
-        work = {"": lambda: [call() for call in calls]}
-        times = harness.interleave(work, seconds, finish=lambda _: harness.wait(device))
-        return [took / launches for took in times[""]]
 
     def gathers() -> Calls:
         if not cuda:
@@ -81,15 +71,16 @@ def limits(device: str, dry: bool) -> Iterator[Limit]:
         out, drawn = stored[:count].clone(), torch.randint(rows, (16, count), device=device)
         return [partial(torch.index_select, stored, 0, index, out=out) for index in drawn]
 
-    yield Limit("copy", "GB/s", 2 * 4 * elements / 1e9, partial(rotating, copies))
+    yield Limit("copy", "GB/s", 2 * 4 * elements / 1e9, copies, device)
     for size in (32,) if dry else SQUARES[device]:
         for kind in ("bfloat16", "tf32", "float32") if cuda or dry else ("float32",):
-            yield Limit(f"product {kind} {size}", "GFLOP/s", 2 * size**3 / 1e9, partial(product, kind, size))
-    yield Limit("launch", "us", 1, launched)
+            case, operations = f"product {kind} {size}", 2 * size**3
+            yield Limit(case, "GFLOP/s", operations / 1e9, partial(products, kind, size), device)
+    yield Limit("launch", "us", 1, lambda: [*dependent(launches), partial(harness.wait, device)], "cpu")
     if cuda or dry:
         chain = partial(dependent, 2 if dry else 100)
-        yield Limit("launch in a CUDA graph", "us", 1, partial(rotating, chain))
-    yield Limit("row gather", "ns per row", count, partial(rotating, gathers))
+        yield Limit("launch in a CUDA graph", "us", 1, chain, device)
+    yield Limit("row gather", "ns per row", count, gathers, device)
 
 
 def measure(found: Results, listed: Sequence[Limit], seconds: float) -> None:
@@ -97,7 +88,8 @@ def measure(found: Results, listed: Sequence[Limit], seconds: float) -> None:
     for limit, clock in shares(listed, seconds):
         times, missing = dict[str, Seconds](), Missing()
         with missing.of(MACHINE):
-            times[MACHINE] = limit.timed(clock.left)
+            took = seconds_per_call(limit.make(), torch.device(limit.timed_on), clock.left)
+            times[MACHINE] = Summary(*took)
         found.case(limit.case, times, limit.unit, limit.scale, missing=missing)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
