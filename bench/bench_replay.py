@@ -19,7 +19,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import harness
 import numpy as np
 import torch
-from harness import ROOT, Clock, Differs, Missing, Parser, Results, interleave, positive, shares
+from harness import ROOT, Clock, Differs, Missing, Parser, Results, interleave, positive
 from native.row_gather import RowGather
 from workloads import WORKLOADS, Workload
 
@@ -50,29 +50,17 @@ class Provider(NamedTuple):
     check: Callable[[], None]
 
 
-class Run(NamedTuple):
-    """What is compared with ours, how it is timed, and where results go."""
+class Case(NamedTuple):
+    """`size` transitions per call of each provider."""
 
-    found: Results
-    capacity: int
-    kinds: Mapping[str, Kind]
-    ours: str
-    turns: Callable[..., dict[str, list[float]]]
+    name: str
+    title: str
+    size: int
+    providers: Mapping[str, Provider]
+    missing: Missing
 
-    def timed(
-        self, case: str, title: str, providers: Mapping[str, Provider], size: int, missing: Missing,
-        clock: Clock,
-    ) -> None:  # fmt: skip
-        """Checks, times and notes one case of `size` transitions per call."""
-        good, missing = dict[str, Callable[[], object]](), Missing(missing)
-        for name, provider in providers.items():
-            with missing.of(name):
-                provider.check()
-                good[name] = provider.call
-        print(f"\n{title}")
-        self.found.found.setdefault("titles", {})[case] = title
-        times = self.turns(good, clock.left)
-        self.found.case(case, times, UNIT, size, ours=self.ours, missing=missing)
+
+Kinds = Mapping[str, Kind]
 
 
 def held(shape: Workload, capacity: int) -> Stored:
@@ -91,26 +79,24 @@ TEN = FIRST._replace(tasks=10)  # a tenth of the transitions each
 WIDE = FIRST._replace(observation=1500)
 
 
-def sampling(shape: Workload, sizes: Sizes, run: Run, clock: Clock) -> None:
+def sampling(shape: Workload, sizes: Sizes, kinds: Kinds, capacity: int) -> Iterator[Case]:
     """Batches of these sizes; where there is one task, beside the bare gather of as many rows."""
-    work, missing = held(shape, run.capacity), Missing()
+    work, missing = held(shape, capacity), Missing()
     calls = dict[str, tuple[Callable[..., object], Callable[..., None]]]()
-    for name in (name for name in run.kinds if name != TENSORS):
+    for name in (name for name in kinds if name != TENSORS):
         with missing.of(name):
-            peer = filled(run.kinds[name], work)
-            shown = name if work.tasks == 1 or run.kinds[name].tasks else f"{name} x {work.tasks}"
+            peer = filled(kinds[name], work)
+            shown = name if work.tasks == 1 or kinds[name].tasks else f"{name} x {work.tasks}"
             calls[shown] = peer.sample, peer.check
-    if work.tasks == 1 and run.kinds is KINDS:
+    if work.tasks == 1 and kinds is KINDS:
         with missing.of(LIMIT):
             calls[LIMIT] = bare(RowGather(work.rows, work.row_bytes, max(u * b for u, b in sizes.values())))
     rows = f"{work.tasks} tasks x {work.rows:,}" if work.tasks > 1 else f"{work.rows:,}"
-    for (case, (updates, batch)), share in shares(list(sizes.items()), clock.left):
-        title = f"Sampling {updates} x {batch} from {rows} transitions, O={work.observation}, A={work.action}"
-        providers = {
-            name: Provider(partial(sample, updates, batch), partial(check, updates, batch))
-            for name, (sample, check) in calls.items()
-        }
-        run.timed(case, title, providers, updates * batch, missing, share)
+    for case, (u, b) in sizes.items():
+        title = f"Sampling {u} x {b} from {rows} transitions, O={work.observation}, A={work.action}"
+        bound = {name: [partial(one, u, b) for one in pair] for name, pair in calls.items()}
+        providers = {name: Provider(*pair) for name, pair in bound.items()}
+        yield Case(case, title, u * b, providers, missing)
 
 
 def bare(rows: RowGather) -> tuple[Callable[..., object], Callable[..., None]]:
@@ -136,38 +122,34 @@ def check_insert(kind: Kind, work: Stored) -> None:
     peer.check(1, 1024)
 
 
-def insert(counts: Sequence[int], run: Run, clock: Clock) -> None:
+def insert(counts: Sequence[int], kinds: Kinds, capacity: int) -> Iterator[Case]:
     """One step of so many environments in lockstep to full buffers."""
-    for count, share in shares(counts, clock.left):
+    for count in counts:
         missing, providers = Missing(), dict[str, Provider]()
-        work = Stored(FIRST.observation, FIRST.action, 1, count, run.capacity // count)
-        for name, kind in run.kinds.items():
+        work = Stored(FIRST.observation, FIRST.action, 1, count, capacity // count)
+        for name, kind in kinds.items():
             # The authors' buffer takes one transition per task at a time.
             own = work._replace(tasks=count, streams=1) if name == AUTHORS else work
             with missing.of(name):
                 providers[name] = Provider(inserting(filled(kind, own)), partial(check_insert, kind, own))
-        title = (
-            f"Adding a step of {count} environments to {run.capacity:,} transitions, O={FIRST.observation}"
-        )
-        run.timed(f"insert {count}", title, providers, count, missing, share)
-        del providers
-        gc.collect()
+        title = f"Adding a step of {count} environments to {capacity:,} transitions, O={FIRST.observation}"
+        yield Case(f"insert {count}", title, count, providers, missing)
 
 
-def memory(run: Run, clock: Clock) -> None:
+def memory(found: Results, capacity: int, seconds: float) -> None:
     """Bytes reserved, against arrays with both observations: float32, and stacks of 4 frames in uint8."""
-    work, frames = held(FIRST, run.capacity), max(2048, run.capacity // 40)
+    work, frames = held(FIRST, capacity), max(2048, capacity // 40)
     stacks = ReplayBuffer(frames, Field((84, 84), "uint8", stack=4), Field((), "int64"), task_ids=[0])
     held_bytes = {OURS: ours(work).buffer.nbytes / work.rows, "float32 arrays": work.row_bytes}
     of_frames = {OURS: stacks.nbytes / frames, "both stacks, uint8": 2 * 4 * 84 * 84 + 8 + 4 + 4}
     for case, own in (("memory", held_bytes), ("atari memory", of_frames)):
         for name, value in own.items():
-            run.found.add(case, name, "bytes per transition", [value] * 3, 1)
+            found.add(case, name, "bytes per transition", [value] * 3, 1)
 
 
-def files(run: Run, clock: Clock) -> None:
+def files(found: Results, capacity: int, seconds: float) -> None:
     """Saving, loading and saving again after 10,000 further transitions, in turns with numpy.savez."""
-    work, numpy, missing = held(FIRST, run.capacity), "numpy.savez + numpy.load", Missing()
+    clock, work, numpy, missing = Clock(seconds), held(FIRST, capacity), "numpy.savez + numpy.load", Missing()
     mine, other = filled(KINDS[OURS], work), ours(work)
     add, arrays = (
         inserting(mine),
@@ -204,24 +186,44 @@ def files(run: Run, clock: Clock) -> None:
                 turn(Path(folder))
     for what, own in times.items():
         kept = {name: values for name, values in own.items() if name not in missing}
-        run.found.case(f"files {what}", kept, "s", ours=OURS, missing=missing)
+        found.case(f"files {what}", kept, "s", ours=OURS, missing=missing)
 
 
-Group = Callable[[Run, Clock], None]
-GROUPS: dict[str, tuple[Group, float]] = {  # with shares of the budget
-    "locomotion": (partial(sampling, FIRST, BATCHES), 0.4),
-    "ten-tasks": (partial(sampling, TEN, {"ten tasks": (1, 1024)}), 0.1),
-    "wide": (partial(sampling, WIDE, {"wide": (1, 1024)}), 0.1),
-    "insert": (partial(insert, (1, 64, 1024)), 0.3),
-    "memory": (memory, 0.0),
-    "files": (files, 0.1),
+Group = Callable[[Kinds, int], Iterator[Case]]
+GROUPS: dict[str, Group] = {
+    "locomotion": partial(sampling, FIRST, BATCHES),
+    "ten-tasks": partial(sampling, TEN, {"ten tasks": (1, 1024)}),
+    "wide": partial(sampling, WIDE, {"wide": (1, 1024)}),
+    "insert": partial(insert, (1, 64, 1024)),
 }
+OTHERS = {"memory": memory, "files": files}
+SHARE = 0.1  # of the budget, for each case
+
+
+def run(found: Results, cases: Iterable[Case], seconds: float, ours: str, device: str | None = None) -> None:
+    """Checks, times and notes every case: CPU time of the process, or time on a device."""
+    for case in cases:
+        good, missing = dict[str, Callable[[], object]](), Missing(case.missing)
+        for name, provider in case.providers.items():
+            with missing.of(name):
+                provider.check()
+                good[name] = provider.call
+        print(f"\n{case.title}")
+        found.found.setdefault("titles", {})[case.name] = case.title
+        if device is None:
+            times = interleave(good, seconds, turn=SLICE, timer=time.process_time)
+        else:
+            times = interleave(good, seconds, finish=lambda name: harness.wait(device))
+        found.case(case.name, times, UNIT, case.size, ours=ours, missing=missing)
+        del good, case
+        gc.collect()
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.common(120.0, workloads="+")
-    parser.add_argument("--cases", nargs="+", choices=tuple(GROUPS), help="default: all, without --workload")
+    names = (*GROUPS, *OTHERS)
+    parser.add_argument("--cases", nargs="+", choices=names, help="default: all, without --workload")
     usual = "transitions in a buffer (default: 1000000, or 200000 where the budget is below a minute)"
     parser.add_argument("--capacity", type=positive, help=usual)
     given = parser.parse_args(words)
@@ -231,24 +233,22 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.device and given.cases:
         parser.error("--device knows no --cases; leave them out")
     shapes = [WORKLOADS[name] for name in given.workload or ()]
-    groups = [GROUPS[name] for name in given.cases or ([] if shapes else GROUPS)]
-    groups += [(partial(sampling, shape, {shape.name: (2, shape.batch)}), 0.1) for shape in shapes]
-    found = Results("replay", given.save, judged=OURS, capacity=capacity)
-    run = Run(found, capacity, KINDS, OURS, partial(interleave, turn=SLICE, timer=time.process_time))
+    groups: list[Group] = [partial(sampling, shape, {shape.name: (2, shape.batch)}) for shape in shapes]
+    found, seconds = Results("replay", given.save, judged=OURS, capacity=capacity), SHARE * given.budget
+    found.found["versions"] = harness.versions([*harness.PACKAGES, *(k.package for k in KINDS.values())])
     if given.device:
         device = found.found["device"] = parser.device(given)
         torch.set_num_threads(1)
-        found.judged, turns = "", partial(interleave, finish=lambda name: harness.wait(device))
-        run = Run(found, capacity, on_device(device), "device", turns)
-        if not shapes:
-            groups = [(partial(sampling, FIRST, DEVICE_BATCHES), 0.7), (partial(insert, (STREAMS,)), 0.3)]
-    else:
-        harness.one_core()
-    found.found["versions"] = harness.versions([*harness.PACKAGES, *(k.package for k in KINDS.values())])
-    whole = sum(share for _, share in groups) or 1.0
-    for group, share in groups:
-        group(run, Clock(given.budget * share / whole))
-        gc.collect()
+        found.judged = ""
+        for group in groups or [partial(sampling, FIRST, DEVICE_BATCHES), partial(insert, (STREAMS,))]:
+            run(found, group(on_device(device), capacity), seconds, "device", device)
+        return found.end()
+    harness.one_core()
+    asked = given.cases or (() if shapes else names)
+    for group in [*(GROUPS[name] for name in asked if name in GROUPS), *groups]:
+        run(found, group(KINDS, capacity), seconds, OURS)
+    for name in (name for name in asked if name in OTHERS):
+        OTHERS[name](found, capacity, seconds)
     return found.end()
 
 

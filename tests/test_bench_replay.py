@@ -33,8 +33,10 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def group(bench: Any, name: str) -> Any:
     found = bench.Results("replay", judged=bench.OURS)
-    run = bench.Run(found, bench.MIN_CAPACITY, replay.KINDS, bench.OURS, bench.interleave)
-    bench.GROUPS[name][0](run, bench.Clock(0.0))
+    if name in bench.GROUPS:
+        bench.run(found, bench.GROUPS[name](replay.KINDS, bench.MIN_CAPACITY), 0.0, bench.OURS)
+    else:
+        bench.OTHERS[name](found, bench.MIN_CAPACITY, 0.0)
     return found
 
 
