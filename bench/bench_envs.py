@@ -45,7 +45,6 @@ SEVERAL = 4  # slots of each task of a suite
 COMPARED = 10  # steps before timing
 TOLERANCE = 1e-3  # of rewards, relative and absolute: programs of XLA differ in rounding
 ALONE = Unavailable("steps one task at a time; nothing to compare a suite with")
-SIMULATORS = ("gymnasium", "dm-control", "shimmy", "envpool", "playground")
 
 Actions = NDArray[np.float32]
 
@@ -213,7 +212,6 @@ def main(words: Sequence[str] | None = None) -> int:
 
         mujoco.set_mju_user_warning(lambda message: None)  # else on the terminal and in a file in this folder
     found = Results("envs", given.save, device=device)
-    found.found["simulators"] = harness.versions(SIMULATORS)
     for (task, slots), clock in shares(pairs, given.budget):
         compare(found, task, slots, clock, device)
     return found.end()

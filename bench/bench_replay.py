@@ -235,7 +235,6 @@ def main(words: Sequence[str] | None = None) -> int:
     shapes = [WORKLOADS[name] for name in given.workload or ()]
     groups: list[Group] = [partial(sampling, shape, {shape.name: (2, shape.batch)}) for shape in shapes]
     found, seconds = Results("replay", given.save, judged=OURS, capacity=capacity), SHARE * given.budget
-    found.found["versions"] = harness.versions([*harness.PACKAGES, *(k.package for k in KINDS.values())])
     if given.device:
         device = found.found["device"] = parser.device(given)
         torch.set_num_threads(1)

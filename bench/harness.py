@@ -30,7 +30,10 @@ from workloads import WORKLOADS
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parent.parent
 FORMAT = 2  # of the results
-PACKAGES = ("brc-fast", "torch", "triton", "jax", "jaxlib", "mujoco", "mujoco-mjx", "playground", "numpy")
+PACKAGES = (
+    "brc-fast", "torch", "triton", "numpy", "jax", "jaxlib", "mujoco", "mujoco-mjx", "playground",
+    "gymnasium", "dm-control", "shimmy", "envpool", "cpprb", "torchrl", "stable-baselines3", "flashbax",
+)  # fmt: skip
 HEADER = ("date", "cpu", "gpu", "cores", "torch_threads", "versions", "commit", "dirty", "benchmark")
 MEASUREMENT = ("case", "provider", "unit", "better", "rounds", "low", "high", "floor")
 SECONDS = {"s": 1.0, "us": 1e6, "ns": 1e9}  # units of a time begin with one of these
@@ -346,18 +349,16 @@ def header() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": versions(PACKAGES),
+        "versions": {name: installed(name) for name in PACKAGES},
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
     }
 
 
-def versions(names: Sequence[str]) -> dict[str, str | None]:
-    found: dict[str, str | None] = dict.fromkeys(names)
-    for name in names:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+def installed(name: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return version(name)
+    return None
 
 
 def git(*words: str) -> str | None:

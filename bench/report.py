@@ -68,9 +68,7 @@ def pivot(entries: Sequence[Mapping[str, Any]], floor: str) -> str:
         cases.setdefault(entry["case"], {})[entry["provider"]] = entry
     cases = {case: cells for case, cells in cases.items() if any(e["value"] for e in cells.values())}
     names = list(dict.fromkeys(entry["provider"] for entry in entries if entry["value"] is not None))
-    told = [
-        e for e in entries if "at" in e
-    ]  # ratios stand in tables whose cases say where they were measured
+    told = [e for e in entries if "at" in e]  # only their tables have ratios
     others = [n for n in names if any(e["provider"] == n and "ratio" in e for e in told)]
     others = [name for name in others if not name.startswith("ours")]
     over = any("over_floor" in entry for entry in told)

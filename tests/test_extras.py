@@ -222,7 +222,7 @@ from peers import jax_plain
 from peers.replay import KINDS, Stored, filled
 for name in KINDS:
     if name != "cpprb" or sys.version_info < (3, 13):
-        filled(name, Stored(67, 24, 1, 64, 320)).check(1, 64)
+        filled(KINDS[name], Stored(67, 24, 1, 64, 320)).check(1, 64)
 """
 ALONE = """
 import importlib

@@ -310,53 +310,52 @@ def flashbax(work: Stored) -> Peer:
 
 
 class Kind(NamedTuple):
-    """How to make a buffer, and the distribution whose version is told."""
+    """How to make a buffer."""
 
     make: Callable[[Stored], Peer]
-    package: str
     tasks: bool = False  # knows tasks; otherwise there is one buffer for each
     any_rows: bool = True  # `add` takes any number of transitions, not only a step of all environments
 
 
 KINDS = {
-    "brc-fast": Kind(ours, "brc-fast", tasks=True, any_rows=False),
-    "brc-fast, tensors": Kind(partial(ours, tensors=True), "brc-fast", tasks=True, any_rows=False),
-    "authors' layout (numpy)": Kind(authors, "numpy", tasks=True, any_rows=False),
-    "cpprb": Kind(cpprb, "cpprb"),
-    "torch.index_select": Kind(index_select, "torch", tasks=True),
-    "TorchRL": Kind(torchrl, "torchrl"),
-    "Stable-Baselines3": Kind(stable_baselines3, "stable-baselines3", any_rows=False),
-    "flashbax (jit)": Kind(flashbax, "flashbax"),
+    "brc-fast": Kind(ours, tasks=True, any_rows=False),
+    "brc-fast, tensors": Kind(partial(ours, tensors=True), tasks=True, any_rows=False),
+    "authors' layout (numpy)": Kind(authors, tasks=True, any_rows=False),
+    "cpprb": Kind(cpprb),
+    "torch.index_select": Kind(index_select, tasks=True),
+    "TorchRL": Kind(torchrl),
+    "Stable-Baselines3": Kind(stable_baselines3, any_rows=False),
+    "flashbax (jit)": Kind(flashbax),
 }
 
 
 def on_device(device: str) -> dict[str, Kind]:
-    """Ours with batches there. A thread of `prefetched` gathers what is asked for next, and then rests."""
+    """Ours with batches there. The thread of `prefetched` gathers two of them ahead and then rests."""
+
+    def prepare(step: Steps) -> list[torch.Tensor]:
+        return [torch.from_numpy(column).to(device) for column in step]
 
     def there(work: Stored) -> Peer:
-        peer = ours(work, kind=partial(DeviceReplayBuffer, device=device))
-        return peer._replace(prepare=lambda step: [torch.from_numpy(column).to(device) for column in step])
+        return ours(work, kind=partial(DeviceReplayBuffer, device=device))._replace(prepare=prepare)
 
     def copied(work: Stored) -> Peer:
         peer = ours(work)
-        return peer._replace(
-            prepare=there(work._replace(steps=1)).prepare,
-            add=lambda step: peer.add([column.cpu() for column in step]),
-            sample=lambda batches, size: peer.sample(batches, size).to(device),
-        )
+        add = lambda step: peer.add([column.cpu() for column in step])  # noqa: E731
+        sample = lambda batches, size: peer.sample(batches, size).to(device)  # noqa: E731
+        return peer._replace(prepare=prepare, add=add, sample=sample)
 
     def prefetched(work: Stored) -> Peer:
         peer, streams = copied(work), dict[tuple[int, int], Any]()
 
-        def sample(*size: int) -> Any:
-            if size not in streams:
-                streams[size] = iter(peer.buffer.prefetch(size[1], size[0], device=device))
-            return next(streams[size])
+        def sample(batches: int, size: int) -> Any:
+            if (batches, size) not in streams:
+                streams[batches, size] = peer.buffer.prefetch(size, batches, device=device)
+            return next(streams[batches, size])
 
         return peer._replace(sample=sample)
 
     makes = {"device": there, "prefetched": prefetched, "copied": copied}
-    return {name: Kind(make, "brc-fast", tasks=True, any_rows=False) for name, make in makes.items()}
+    return {name: Kind(make, tasks=True, any_rows=False) for name, make in makes.items()}
 
 
 def filled(kind: Kind, work: Stored) -> Peer:
