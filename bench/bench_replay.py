@@ -94,8 +94,10 @@ def sampling(shape: Workload, sizes: Sizes, kinds: Kinds, capacity: int) -> Iter
     rows = f"{work.tasks} tasks x {work.rows:,}" if work.tasks > 1 else f"{work.rows:,}"
     for case, (u, b) in sizes.items():
         title = f"Sampling {u} x {b} from {rows} transitions, O={work.observation}, A={work.action}"
-        bound = {name: [partial(one, u, b) for one in pair] for name, pair in calls.items()}
-        providers = {name: Provider(*pair) for name, pair in bound.items()}
+        pairs = {
+            name: (partial(sample, u, b), partial(check, u, b)) for name, (sample, check) in calls.items()
+        }
+        providers = {name: Provider(*pair) for name, pair in pairs.items()}
         yield Case(case, title, u * b, providers, missing)
 
 

@@ -89,7 +89,7 @@ def run(found: Results, device: str, axes: Sequence[str], seconds: float, *, dry
         what, known = "step" if axis == "environments" else "update", dict[int, float]()
         for x, share in shares(sizes[axis], own.left):
             case = f"{what}, {axis} {x}"
-            if share.left == 0.0 and not dry:
+            if share.left == 0.0 and known and not dry:
                 found.case(case, {}, "us", missing={OURS[device]: Unavailable(TIME_UP)})
             elif what == "step":
                 step(found, case, x, share)

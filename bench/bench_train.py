@@ -60,9 +60,9 @@ def settings(task: str, device: str, workload: Workload | None = None) -> TrainC
         several["random_steps"] = 1_000
     if device == "cuda":
         wide = workload or Workload("", "", 0, 0, batch=1024, width=1024)
-        sizes = {"critic": CriticConfig(width=wide.width), "batch_size": wide.batch}
-        many = {"num_envs": 128, "updates_per_step": 8, "random_steps": 12_800}
-        return dataclasses.replace(gpu_preset(), **(many | sizes | several))
+        many: dict[str, Any] = {"num_envs": 128, "updates_per_step": 8, "random_steps": 12_800}
+        many |= {"critic": CriticConfig(width=wide.width), "batch_size": wide.batch}
+        return dataclasses.replace(gpu_preset(), **(many | several))
     if task == TASK["cpu"]:
         several |= {"num_envs": 4, "updates_per_step": 4, "random_steps": 1_000, "eval_every": 500}
         several["learning"] = LearningConfig(learning_rate=1e-3)
