@@ -43,11 +43,7 @@ UNIT = "ns per transition"
 SLICE = 0.004  # seconds of one buffer's turn
 
 
-class Provider(NamedTuple):
-    """What is timed: a call, and the check that comes first."""
-
-    call: Callable[[], object]
-    check: Callable[[], None]
+Provider = tuple[Callable[[], object], Callable[[], None]]  # a call, and the check that comes first
 
 
 class Case(NamedTuple):
@@ -94,10 +90,9 @@ def sampling(shape: Workload, sizes: Sizes, kinds: Kinds, capacity: int) -> Iter
     rows = f"{work.tasks} tasks x {work.rows:,}" if work.tasks > 1 else f"{work.rows:,}"
     for case, (u, b) in sizes.items():
         title = f"Sampling {u} x {b} from {rows} transitions, O={work.observation}, A={work.action}"
-        pairs = {
+        providers: dict[str, Provider] = {
             name: (partial(sample, u, b), partial(check, u, b)) for name, (sample, check) in calls.items()
         }
-        providers = {name: Provider(*pair) for name, pair in pairs.items()}
         yield Case(case, title, u * b, providers, missing)
 
 
@@ -133,7 +128,7 @@ def insert(counts: Sequence[int], kinds: Kinds, capacity: int) -> Iterator[Case]
             # The authors' buffer takes one transition per task at a time.
             own = work._replace(tasks=count, streams=1) if name == AUTHORS else work
             with missing.of(name):
-                providers[name] = Provider(inserting(filled(kind, own)), partial(check_insert, kind, own))
+                providers[name] = inserting(filled(kind, own)), partial(check_insert, kind, own)
         title = f"Adding a step of {count} environments to {capacity:,} transitions, O={FIRST.observation}"
         yield Case(f"insert {count}", title, count, providers, missing)
 
@@ -199,26 +194,31 @@ GROUPS: dict[str, Group] = {
     "insert": partial(insert, (1, 64, 1024)),
 }
 OTHERS = {"memory": memory, "files": files}
-SHARE = 0.1  # of the budget, for each case
+CASES = {"locomotion": 4, "insert": 3}  # one in every other group
 
 
 def run(found: Results, cases: Iterable[Case], seconds: float, ours: str, device: str | None = None) -> None:
-    """Checks, times and notes every case: CPU time of the process, or time on a device."""
+    """Every case, each in so many seconds."""
     for case in cases:
-        good, missing = dict[str, Callable[[], object]](), Missing(case.missing)
-        for name, provider in case.providers.items():
-            with missing.of(name):
-                provider.check()
-                good[name] = provider.call
-        print(f"\n{case.title}")
-        found.found.setdefault("titles", {})[case.name] = case.title
-        if device is None:
-            times = interleave(good, seconds, turn=SLICE, timer=time.process_time)
-        else:
-            times = interleave(good, seconds, finish=lambda name: harness.wait(device))
-        found.case(case.name, times, UNIT, case.size, ours=ours, missing=missing)
-        del good, case
+        timed(found, case, seconds, ours, device)
+        del case  # with its buffers
         gc.collect()
+
+
+def timed(found: Results, case: Case, seconds: float, ours: str, device: str | None) -> None:
+    """Checks, times and notes a case: CPU time of the process, or time on a device."""
+    good, missing = dict[str, Callable[[], object]](), Missing(case.missing)
+    for name, (call, check) in case.providers.items():
+        with missing.of(name):
+            check()
+            good[name] = call
+    print(f"\n{case.title}")
+    found.found.setdefault("titles", {})[case.name] = case.title
+    if device is None:
+        times = interleave(good, seconds, turn=SLICE, timer=time.process_time)
+    else:
+        times = interleave(good, seconds, finish=lambda name: harness.wait(device))
+    found.case(case.name, times, UNIT, case.size, ours=ours, missing=missing)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -236,16 +236,18 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error("--device knows no --cases; leave them out")
     shapes = [WORKLOADS[name] for name in given.workload or ()]
     groups: list[Group] = [partial(sampling, shape, {shape.name: (2, shape.batch)}) for shape in shapes]
-    found, seconds = Results("replay", given.save, judged=OURS, capacity=capacity), SHARE * given.budget
+    found = Results("replay", given.save, judged=OURS, capacity=capacity)
     if given.device:
         device = found.found["device"] = parser.device(given)
         torch.set_num_threads(1)
         found.judged = ""
+        seconds = given.budget / (len(groups) or 3)
         for group in groups or [partial(sampling, FIRST, DEVICE_BATCHES), partial(insert, (STREAMS,))]:
             run(found, group(on_device(device), capacity), seconds, "device", device)
         return found.end()
     harness.one_core()
     asked = given.cases or (() if shapes else names)
+    seconds = given.budget / (len(groups) + sum(CASES.get(name, 1) for name in asked))
     for group in [*(GROUPS[name] for name in asked if name in GROUPS), *groups]:
         run(found, group(KINDS, capacity), seconds, OURS)
     for name in (name for name in asked if name in OTHERS):
