@@ -1,6 +1,6 @@
 // Categorical value distributions: rows of mass or logits over evenly spaced atoms in [-v_max, v_max].
 //
-// Buffers are the caller's and apart. Nothing is allocated and nothing throws. A NaN stays in its row.
+// Buffers are the caller's and apart. A NaN stays in its row.
 #pragma once
 
 #include <cstdint>
@@ -21,21 +21,16 @@ struct Logits {
   std::int64_t row_stride;
 };
 
-// How many floats of scratch `categorical_bellman` needs.
-constexpr std::int64_t bellman_scratch(std::int64_t atoms) {
-  return 8 * (atoms + 16);
-}
-
 // Cross-entropy of each member against the soft Bellman target of its row, and its gradient:
 //   p      = mean over members of softmax(next_logits)
 //   target = projection of p from rewards + discounts * (z - temperature * log_probs) onto the atoms z
 //   losses = -sum_k target_k log softmax(logits)_k,   grads = scale * (softmax(logits) - target)
 // rewards, discounts, log_probs: [rows]. losses: [members, rows]. grads: [members, rows, columns], zero
-// beyond the atoms, columns >= atoms; or null. scratch: bellman_scratch(atoms) floats. atoms >= 2.
+// beyond the atoms, columns >= atoms; or null. atoms >= 2.
 void categorical_bellman(std::int64_t rows, std::int64_t atoms, Logits logits, Logits next_logits,
                          const float* rewards, const float* discounts, const float* log_probs,
                          float temperature, float v_max, float scale, std::int64_t columns, float* losses,
-                         float* grads, float* scratch);
+                         float* grads);
 
 // values[e, b] = sum_k softmax(logits)_k z_k with z = atom_values [atoms], contiguous [members, rows];
 // grads[e, b, k] = scale * softmax_k * (z_k - values[e, b]), [members, rows, columns], zero beyond the atoms,

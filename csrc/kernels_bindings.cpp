@@ -1,6 +1,7 @@
 // Python module brc_fast.kernels._cpu: the functions of
-// csrc/{layer_norm,categorical,optimizer,policy,products,summary,workers}.hpp with buffers as addresses, 0 for
-// null, and distances in elements. Nothing is checked here: the Python modules that call it check and own the buffers.
+// csrc/{layer_norm,categorical,optimizer,policy,products,row_sums,summary,workers}.hpp with buffers as
+// addresses, 0 for null, and distances in elements. Nothing is checked here: the Python modules that call it
+// check and own the buffers.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -12,6 +13,7 @@
 #include "optimizer.hpp"
 #include "policy.hpp"
 #include "products.hpp"
+#include "row_sums.hpp"
 #include "summary.hpp"
 #include "workers.hpp"
 
@@ -53,21 +55,21 @@ template <class T>
 brc::Norm<T> norm_of(std::int64_t networks, std::int64_t rows, std::int64_t width, std::int64_t bias_stride,
                      std::int64_t vector_stride, Address x, Address bias, Address weight, Address shift,
                      bool relu) {
-  return {{networks, rows, width}, of<T>(x),   of<T>(bias),   of<T>(weight),
-          of<T>(shift),            bias_stride, vector_stride, relu};
+  return {{networks, rows, width}, of<T>(x), at(bias), at(weight), at(shift), bias_stride,
+          vector_stride,           relu};
 }
 
 template <class T>
 std::unique_ptr<Step> forward_step(const brc::Norm<T>& norm, Address residual, float eps, Address y,
-                                      Address mean, Address rstd) {
+                                   Address mean, Address rstd) {
   auto pass = std::make_unique<brc::NormForward<T>>(norm, of<T>(residual), eps, of<T>(y), at(mean), at(rstd));
   return std::make_unique<RowStep>(std::move(pass));
 }
 
 template <class T>
 std::unique_ptr<Step> backward_step(const brc::Norm<T>& norm, std::int64_t dbias_stride,
-                                       std::int64_t grad_stride, Address dy, Address mean, Address rstd,
-                                       Address dx, Address dbias, Address dweight, Address dshift) {
+                                    std::int64_t grad_stride, Address dy, Address mean, Address rstd,
+                                    Address dx, Address dbias, Address dweight, Address dshift) {
   const brc::NormGradients<T> gradients = {of<T>(dbias), of<T>(dweight), of<T>(dshift), dbias_stride,
                                            grad_stride};
   auto pass =
@@ -76,24 +78,25 @@ std::unique_ptr<Step> backward_step(const brc::Norm<T>& norm, std::int64_t dbias
 }
 
 std::unique_ptr<Step> forward(bool low, std::int64_t networks, std::int64_t rows, std::int64_t width,
-                                 std::int64_t bias_stride, std::int64_t vector_stride, Address x,
-                                 Address bias, Address weight, Address shift, bool relu, Address residual,
-                                 float eps, Address y, Address mean, Address rstd) {
+                              std::int64_t bias_stride, std::int64_t vector_stride, Address x, Address bias,
+                              Address weight, Address shift, bool relu, Address residual, float eps,
+                              Address y, Address mean, Address rstd) {
   const auto made = [&]<class T>(T) {
-    const auto norm = norm_of<T>(networks, rows, width, bias_stride, vector_stride, x, bias, weight, shift, relu);
+    const auto norm =
+        norm_of<T>(networks, rows, width, bias_stride, vector_stride, x, bias, weight, shift, relu);
     return forward_step<T>(norm, residual, eps, y, mean, rstd);
   };
   return low ? made(brc::BFloat16{}) : made(float{});
 }
 
 std::unique_ptr<Step> backward(bool low, std::int64_t networks, std::int64_t rows, std::int64_t width,
-                                  std::int64_t bias_stride, std::int64_t vector_stride, Address x,
-                                  Address bias, Address weight, Address shift, bool relu,
-                                  std::int64_t dbias_stride, std::int64_t grad_stride, Address dy,
-                                  Address mean, Address rstd, Address dx, Address dbias, Address dweight,
-                                  Address dshift) {
+                               std::int64_t bias_stride, std::int64_t vector_stride, Address x, Address bias,
+                               Address weight, Address shift, bool relu, std::int64_t dbias_stride,
+                               std::int64_t grad_stride, Address dy, Address mean, Address rstd, Address dx,
+                               Address dbias, Address dweight, Address dshift) {
   const auto made = [&]<class T>(T) {
-    const auto norm = norm_of<T>(networks, rows, width, bias_stride, vector_stride, x, bias, weight, shift, relu);
+    const auto norm =
+        norm_of<T>(networks, rows, width, bias_stride, vector_stride, x, bias, weight, shift, relu);
     return backward_step<T>(norm, dbias_stride, grad_stride, dy, mean, rstd, dx, dbias, dweight, dshift);
   };
   return low ? made(brc::BFloat16{}) : made(float{});
@@ -134,11 +137,11 @@ void bellman(std::int64_t members, std::int64_t next_members, std::int64_t rows,
              Address logits, std::int64_t member_stride, std::int64_t row_stride, Address next_logits,
              std::int64_t next_member_stride, std::int64_t next_row_stride, Address rewards,
              Address discounts, Address log_probs, float temperature, float v_max, float scale,
-             std::int64_t columns, Address losses, Address grads, Address scratch) {
+             std::int64_t columns, Address losses, Address grads) {
   brc::categorical_bellman(rows, atoms, {at(logits), members, member_stride, row_stride},
                            {at(next_logits), next_members, next_member_stride, next_row_stride}, at(rewards),
                            at(discounts), at(log_probs), temperature, v_max, scale, columns, at(losses),
-                           at(grads), at(scratch));
+                           at(grads));
 }
 
 void expected(std::int64_t members, std::int64_t rows, std::int64_t atoms, Address logits,
@@ -164,12 +167,23 @@ void sample_backward(std::int64_t rows, std::int64_t actions, Address dactions, 
                               draw_stride);
 }
 
-double adamw(std::int64_t count, Address param, Address grad, Address exp_avg, Address exp_avg_sq,
-             Address target, double learning_rate, double beta1, double beta2, double eps,
-             double weight_decay, double mean_scale, double root_scale, double tau, double grad_scale) {
-  return brc::adamw(
-      count, at(param), at(grad), at(exp_avg), at(exp_avg_sq), at(target),
-      {learning_rate, beta1, beta2, eps, weight_decay, mean_scale, root_scale, tau, grad_scale});
+double adamw(std::int64_t count, Address param, bool low_grad, Address grad, Address exp_avg,
+             Address exp_avg_sq, Address target, Address low, Address target_low, double learning_rate,
+             double beta1, double beta2, double eps, double weight_decay, double mean_scale,
+             double root_scale, double tau, double grad_scale) {
+  const brc::AdamW rule = {learning_rate, beta1,      beta2, eps,       weight_decay,
+                           mean_scale,    root_scale, tau,   grad_scale};
+  const auto step = [&]<class G>(G) {
+    const brc::Moved<G> moved = {at(param),
+                                 of<const G>(grad),
+                                 at(exp_avg),
+                                 at(exp_avg_sq),
+                                 at(target),
+                                 of<brc::BFloat16>(low),
+                                 of<brc::BFloat16>(target_low)};
+    return brc::adamw(count, moved, rule);
+  };
+  return low_grad ? step(brc::BFloat16{}) : step(float{});
 }
 
 void summary(std::int64_t rows, std::int64_t losses_count, std::int64_t values_count, Address losses,
@@ -178,6 +192,14 @@ void summary(std::int64_t rows, std::int64_t losses_count, std::int64_t values_c
   brc::update_summary(
       {rows, losses_count, values_count, at(losses), at(log_probs), at(q_values), *at(alpha), target_entropy},
       *at(step), at(metrics), at(gradient), at(since));
+}
+
+void sum_rows(bool low, std::int64_t networks, std::int64_t rows, std::int64_t width, Address x, Address out,
+              std::int64_t out_stride) {
+  const auto sum = [&]<class T>(T) {
+    brc::sum_rows<T>({networks, rows, width}, of<T>(x), of<T>(out), out_stride);
+  };
+  return low ? sum(brc::BFloat16{}) : sum(float{});
 }
 
 double squares(std::int64_t count, Address x) {
@@ -198,15 +220,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("bias_layer_norm_backward", &backward);
   m.def("categorical_projection", &projection, released);
   m.def("categorical_bellman", &bellman, released);
-  m.def("categorical_bellman_scratch", &brc::bellman_scratch);
   m.def("expected_value", &expected, released);
   m.def("tanh_gaussian", &sample, released);
   m.def("tanh_gaussian_backward", &sample_backward, released);
   m.def("adamw", &adamw, released);
-  m.def("multiplies", [](bool low) {
-    return brc::multiplies(low ? brc::Number::bfloat16 : brc::Number::float32);
-  });
+  m.def("multiplies",
+        [](bool low) { return brc::multiplies(low ? brc::Number::bfloat16 : brc::Number::float32); });
   m.def("set_threads", &brc::set_threads);
   m.def("sum_of_squares", &squares, released);
+  m.def("sum_rows", &sum_rows, released);
   m.def("update_summary", &summary, released);
 }

@@ -29,15 +29,14 @@ BRC_INLINE void prefetch(const T* rows, std::int64_t count) {
 #endif
 }
 
-template <class T>
 struct Vectors {
-  const T* bias;
-  const T* weight;
-  const T* shift;
+  const float* bias;
+  const float* weight;
+  const float* shift;
 };
 
 template <class T>
-Vectors<T> of_network(const Norm<T>& norm, std::int64_t network) {
+Vectors of_network(const Norm<T>& norm, std::int64_t network) {
   const std::int64_t at = network * norm.vector_stride;
   return {norm.bias + network * norm.bias_stride, norm.weight + at, norm.shift + at};
 }
@@ -56,19 +55,19 @@ BRC_INLINE float* between_sweeps(T* out, std::int64_t count) {
 enum class End { plain, relu, residual };
 
 template <int ROWS, End END, class T>
-BRC_INLINE void forward_rows(std::int64_t width, const Vectors<T>& vectors, const T* __restrict x,
+BRC_INLINE void forward_rows(std::int64_t width, const Vectors& vectors, const T* __restrict x,
                              const T* __restrict residual, float eps, T* __restrict y, float* work,
                              float* __restrict mean, float* __restrict rstd, std::int64_t ahead) {
-  const T* __restrict b = vectors.bias;
-  const T* __restrict w = vectors.weight;
-  const T* __restrict s = vectors.shift;
+  const float* __restrict b = vectors.bias;
+  const float* __restrict w = vectors.weight;
+  const float* __restrict s = vectors.shift;
   const float inverse_width = 1.0f / static_cast<float>(width);
   float m[ROWS] = {}, r[ROWS] = {};
   BRC_INDEPENDENT
   for (std::int64_t i = 0; i < width; ++i) {
     float h[ROWS];
     BRC_UNROLLED
-    for (int k = 0; k < ROWS; ++k) h[k] = to_float(x[k * width + i]) + to_float(b[i]);
+    for (int k = 0; k < ROWS; ++k) h[k] = to_float(x[k * width + i]) + b[i];
     BRC_UNROLLED
     for (int k = 0; k < ROWS; ++k) {
       work[k * width + i] = h[k];
@@ -97,7 +96,7 @@ BRC_INLINE void forward_rows(std::int64_t width, const Vectors<T>& vectors, cons
     BRC_UNROLLED
     for (int k = 0; k < ROWS; ++k) {
       const float centred = work[k * width + i] - m[k];
-      const float normed = centred * r[k] * to_float(w[i]) + to_float(s[i]);
+      const float normed = centred * r[k] * w[i] + s[i];
       if constexpr (END == End::relu) {
         out[k] = normed < 0.0f ? 0.0f : normed;  // keeps NaN
       } else if constexpr (END == End::residual) {
@@ -114,7 +113,7 @@ BRC_INLINE void forward_rows(std::int64_t width, const Vectors<T>& vectors, cons
 // Whole blocks of ROWS rows; returns the first row that is left.
 template <int ROWS, End END, class T>
 BRC_INLINE std::int64_t forward_blocks(std::int64_t row, std::int64_t stop, std::int64_t width,
-                                       const Vectors<T>& own, const T* x, const T* residual, float eps, T* y,
+                                       const Vectors& own, const T* x, const T* residual, float eps, T* y,
                                        float* mean, float* rstd) {
   for (; row + ROWS <= stop; row += ROWS) {
     const std::int64_t at = row * width;
@@ -126,15 +125,16 @@ BRC_INLINE std::int64_t forward_blocks(std::int64_t row, std::int64_t stop, std:
 }
 
 template <End END, class T>
-BRC_INLINE void forward(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors<T>& own,
+BRC_INLINE void forward(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors& own,
                         const T* x, const T* residual, float eps, T* y, float* mean, float* rstd) {
-  if (width <= NARROW_FORWARD) row = forward_blocks<4, END>(row, stop, width, own, x, residual, eps, y, mean, rstd);
+  if (width <= NARROW_FORWARD)
+    row = forward_blocks<4, END>(row, stop, width, own, x, residual, eps, y, mean, rstd);
   row = forward_blocks<2, END>(row, stop, width, own, x, residual, eps, y, mean, rstd);
   forward_blocks<1, END>(row, stop, width, own, x, residual, eps, y, mean, rstd);
 }
 
 template <class T>
-BRC_INLINE void forward_any(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors<T>& own,
+BRC_INLINE void forward_any(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors& own,
                             bool relu, const T* x, const T* residual, float eps, T* y, float* mean,
                             float* rstd) {
   if (relu) {
@@ -148,12 +148,12 @@ BRC_INLINE void forward_any(std::int64_t row, std::int64_t stop, std::int64_t wi
 
 // dy and dx may be one buffer; to `sums`, those of bias, weight and shift, is added what these rows give.
 template <int ROWS, bool RELU, bool WANTED, class T>
-BRC_INLINE void backward_rows(std::int64_t width, const Vectors<T>& vectors, const T* dy,
-                              const T* __restrict x, const float* __restrict mean,
-                              const float* __restrict rstd, T* dx, float* work, float* sums) {
-  const T* __restrict b = vectors.bias;
-  const T* __restrict w = vectors.weight;
-  const T* __restrict s = vectors.shift;
+BRC_INLINE void backward_rows(std::int64_t width, const Vectors& vectors, const T* dy, const T* __restrict x,
+                              const float* __restrict mean, const float* __restrict rstd, T* dx, float* work,
+                              float* sums) {
+  const float* __restrict b = vectors.bias;
+  const float* __restrict w = vectors.weight;
+  const float* __restrict s = vectors.shift;
   float* __restrict dbias = sums;
   float* __restrict dweight = sums + width;
   float* __restrict dshift = sums + 2 * width;
@@ -171,10 +171,10 @@ BRC_INLINE void backward_rows(std::int64_t width, const Vectors<T>& vectors, con
     float weight_sum = 0.0f, shift_sum = 0.0f;
     BRC_UNROLLED
     for (int k = 0; k < ROWS; ++k) {
-      const float normed = (to_float(x[k * width + i]) + to_float(b[i]) - m[k]) * r[k];
+      const float normed = (to_float(x[k * width + i]) + b[i] - m[k]) * r[k];
       g[k] = to_float(dy[k * width + i]);
-      if constexpr (RELU) g[k] = normed * to_float(w[i]) + to_float(s[i]) > 0.0f ? g[k] : 0.0f;
-      const float scaled = g[k] * to_float(w[i]);
+      if constexpr (RELU) g[k] = normed * w[i] + s[i] > 0.0f ? g[k] : 0.0f;
+      const float scaled = g[k] * w[i];
       sum[k] += scaled;
       along[k] += scaled * normed;
       weight_sum += g[k] * normed;
@@ -198,8 +198,8 @@ BRC_INLINE void backward_rows(std::int64_t width, const Vectors<T>& vectors, con
     float bias_sum = 0.0f;
     BRC_UNROLLED
     for (int k = 0; k < ROWS; ++k) {
-      const float centred = to_float(x[k * width + i]) + to_float(b[i]) - m[k];
-      out[k] = r[k] * (work[k * width + i] * to_float(w[i]) - offset[k] - slope[k] * centred);
+      const float centred = to_float(x[k * width + i]) + b[i] - m[k];
+      out[k] = r[k] * (work[k * width + i] * w[i] - offset[k] - slope[k] * centred);
       bias_sum += out[k];
     }
     BRC_UNROLLED
@@ -210,7 +210,7 @@ BRC_INLINE void backward_rows(std::int64_t width, const Vectors<T>& vectors, con
 
 template <int ROWS, bool RELU, bool WANTED, class T>
 BRC_INLINE std::int64_t backward_blocks(std::int64_t row, std::int64_t stop, std::int64_t width,
-                                        const Vectors<T>& own, const T* dy, const T* x, const float* mean,
+                                        const Vectors& own, const T* dy, const T* x, const float* mean,
                                         const float* rstd, T* dx, float* sums) {
   for (; row + ROWS <= stop; row += ROWS) {
     const std::int64_t at = row * width;
@@ -221,7 +221,7 @@ BRC_INLINE std::int64_t backward_blocks(std::int64_t row, std::int64_t stop, std
 }
 
 template <bool RELU, bool WANTED, class T>
-BRC_INLINE void backward(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors<T>& own,
+BRC_INLINE void backward(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors& own,
                          const T* dy, const T* x, const float* mean, const float* rstd, T* dx, float* sums) {
   if (width <= NARROW_BACKWARD) {
     row = backward_blocks<4, RELU, WANTED>(row, stop, width, own, dy, x, mean, rstd, dx, sums);
@@ -231,7 +231,7 @@ BRC_INLINE void backward(std::int64_t row, std::int64_t stop, std::int64_t width
 }
 
 template <class T>
-BRC_INLINE void backward_any(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors<T>& own,
+BRC_INLINE void backward_any(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors& own,
                              bool relu, const T* dy, const T* x, const float* mean, const float* rstd, T* dx,
                              float* sums) {
   if (relu && sums != nullptr) {
@@ -248,29 +248,29 @@ BRC_INLINE void backward_any(std::int64_t row, std::int64_t stop, std::int64_t w
 // What the loader picks from has no templates: one function for each kind of numbers.
 
 BRC_VECTOR_CLONES
-void forward_of(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors<float>& own, bool relu,
+void forward_of(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors& own, bool relu,
                 const float* x, const float* residual, float eps, float* y, float* mean, float* rstd) {
   forward_any(row, stop, width, own, relu, x, residual, eps, y, mean, rstd);
 }
 
 BRC_VECTOR_CLONES
-void forward_of(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors<BFloat16>& own,
-                bool relu, const BFloat16* x, const BFloat16* residual, float eps, BFloat16* y, float* mean,
+void forward_of(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors& own, bool relu,
+                const BFloat16* x, const BFloat16* residual, float eps, BFloat16* y, float* mean,
                 float* rstd) {
   forward_any(row, stop, width, own, relu, x, residual, eps, y, mean, rstd);
 }
 
 BRC_VECTOR_CLONES
-void backward_of(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors<float>& own,
-                 bool relu, const float* dy, const float* x, const float* mean, const float* rstd, float* dx,
+void backward_of(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors& own, bool relu,
+                 const float* dy, const float* x, const float* mean, const float* rstd, float* dx,
                  float* sums) {
   backward_any(row, stop, width, own, relu, dy, x, mean, rstd, dx, sums);
 }
 
 BRC_VECTOR_CLONES
-void backward_of(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors<BFloat16>& own,
-                 bool relu, const BFloat16* dy, const BFloat16* x, const float* mean, const float* rstd,
-                 BFloat16* dx, float* sums) {
+void backward_of(std::int64_t row, std::int64_t stop, std::int64_t width, const Vectors& own, bool relu,
+                 const BFloat16* dy, const BFloat16* x, const float* mean, const float* rstd, BFloat16* dx,
+                 float* sums) {
   backward_any(row, stop, width, own, relu, dy, x, mean, rstd, dx, sums);
 }
 

@@ -1,7 +1,7 @@
 // Bias + LayerNorm + (ReLU | residual) over rows, forward and backward, one pass over memory each.
 //
-// Rows are [networks, rows, width], contiguous; vectors are [width] of each network, any distance apart. Buffers
-// are the caller's, outlive the pass and do not overlap unless told otherwise.
+// Rows are [networks, rows, width], contiguous; vectors are [width] of each network, any distance apart.
+// Buffers are the caller's, outlive the pass and do not overlap unless told otherwise.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +18,9 @@ template <class T>
 struct Norm {
   RowShape shape;
   const T* x;
-  const T* bias;
-  const T* weight;
-  const T* shift;
+  const float* bias;
+  const float* weight;
+  const float* shift;
   std::int64_t bias_stride;
   std::int64_t vector_stride;
   bool relu;

@@ -2,19 +2,22 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "vector_clones.hpp"
+#include "workers.hpp"
 
 namespace brc {
 namespace {
 
-// Squares are added up in float within a chunk, then in double.
+// Squares are added up in float within a chunk, then in double within a part of the buffers, and those of the
+// parts in order: by any number of threads in the same way.
 constexpr std::int64_t CHUNK = 512;
+constexpr std::int64_t PART = 32 * CHUNK;
 
-template <bool TARGET>
-BRC_INLINE float step(std::int64_t count, float* __restrict param, const float* __restrict grad,
-                      float* __restrict exp_avg, float* __restrict exp_avg_sq, float* __restrict target,
-                      const AdamW& rule) {
+// Without a target, and where nothing is rounded, the pointers are not used.
+template <bool TARGET, class G>
+BRC_INLINE float step(std::int64_t count, const Moved<G>& x, const AdamW& rule) {
   const auto rate = static_cast<float>(rule.learning_rate);
   const auto beta2 = static_cast<float>(rule.beta2);
   const auto rest1 = static_cast<float>(1.0 - rule.beta1);
@@ -27,11 +30,17 @@ BRC_INLINE float step(std::int64_t count, float* __restrict param, const float* 
   // target + tau (param - target), and from the other end for large tau, as torch.lerp
   const bool near = rule.tau >= 0.5;
   const auto share = static_cast<float>(near ? rule.tau - 1.0 : rule.tau);
+  float* __restrict param = x.param;
+  const G* __restrict grad = x.grad;
+  float* __restrict exp_avg = x.exp_avg;
+  float* __restrict exp_avg_sq = x.exp_avg_sq;
+  float* __restrict target = x.target;
   float squares = 0.0f;
   BRC_INDEPENDENT
   for (std::int64_t i = 0; i < count; ++i) {
-    squares += grad[i] * grad[i];
-    const float g = grad[i] * grad_scale;
+    const float given = to_float(grad[i]);
+    squares += given * given;
+    const float g = given * grad_scale;
     const float m = exp_avg[i] + rest1 * (g - exp_avg[i]);
     const float v = beta2 * exp_avg_sq[i] + rest2 * (g * g);
     const float update = mean_scale * m / (root_scale * std::sqrt(v) + eps);
@@ -47,22 +56,50 @@ BRC_INLINE float step(std::int64_t count, float* __restrict param, const float* 
   return squares;
 }
 
-}  // namespace
+BRC_INLINE void round_to(std::int64_t count, const float* __restrict x, BFloat16* __restrict out) {
+  for (std::int64_t i = 0; i < count; ++i) out[i] = from_float<BFloat16>(x[i]);
+}
 
-BRC_VECTOR_CLONES
-double adamw(std::int64_t count, float* param, const float* grad, float* exp_avg, float* exp_avg_sq,
-             float* target, AdamW rule) {
+// What is rounded is still in the cache.
+template <class G>
+BRC_INLINE double steps(std::int64_t count, Moved<G> x, const AdamW& rule) {
   double squares = 0.0;
   for (std::int64_t at = 0; at < count; at += CHUNK) {
     const std::int64_t here = std::min(CHUNK, count - at);
-    const float part =
-        target != nullptr
-            ? step<true>(here, param + at, grad + at, exp_avg + at, exp_avg_sq + at, target + at, rule)
-            : step<false>(here, param + at, grad + at, exp_avg + at, exp_avg_sq + at, nullptr, rule);
+    const Moved<G> own = x.from(at);
+    const float part = own.target != nullptr ? step<true>(here, own, rule) : step<false>(here, own, rule);
+    if (own.low != nullptr) round_to(here, own.param, own.low);
+    if (own.target_low != nullptr) round_to(here, own.target, own.target_low);
     squares += static_cast<double>(part);
   }
   return squares;
 }
+
+BRC_VECTOR_CLONES double steps_of(std::int64_t count, const Moved<float>& x, const AdamW& rule) {
+  return steps(count, x, rule);
+}
+
+BRC_VECTOR_CLONES double steps_of(std::int64_t count, const Moved<BFloat16>& x, const AdamW& rule) {
+  return steps(count, x, rule);
+}
+
+}  // namespace
+
+template <class G>
+double adamw(std::int64_t count, const Moved<G>& x, const AdamW& rule) {
+  const std::int64_t parts = (count + PART - 1) / PART;
+  std::vector<double> squares(static_cast<std::size_t>(parts));
+  for_each_item(parts, static_cast<double>(count) / 2.0, [&](std::int64_t part) {
+    const std::int64_t start = part * PART;
+    squares[static_cast<std::size_t>(part)] = steps_of(std::min(PART, count - start), x.from(start), rule);
+  });
+  double total = 0.0;
+  for (const double part : squares) total += part;
+  return total;
+}
+
+template double adamw(std::int64_t, const Moved<float>&, const AdamW&);
+template double adamw(std::int64_t, const Moved<BFloat16>&, const AdamW&);
 
 BRC_VECTOR_CLONES
 double sum_of_squares(std::int64_t count, const float* x) {

@@ -51,8 +51,8 @@ struct Sums {
 };
 
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in the compiler's own header (GCC bug 105593)
@@ -77,8 +77,7 @@ BRC_INLINE __m512 along_depth(const T* x, std::int64_t count) {
 
 // A unit of each of up to 16 columns, of which the rows of the unit are `stride` apart; 0 beyond `rows`.
 template <class T>
-BRC_INLINE __m512 across(const T* x, std::int64_t stride, std::int64_t rows,
-                         __mmask16 columns) {
+BRC_INLINE __m512 across(const T* x, std::int64_t stride, std::int64_t rows, __mmask16 columns) {
   if constexpr (UNIT<T> == 1) {
     return _mm512_maskz_loadu_ps(columns, x);
   } else {
@@ -102,22 +101,10 @@ BRC_INLINE __m512 from_bfloat16(__m256i x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
 
-template <class T>
-void to_floats(const T* x, std::int64_t count, float* out) {
-  for (std::int64_t i = 0; i < count; i += LANES) {
-    const __mmask16 mask = first(count - i);
-    if constexpr (UNIT<T> == 1) {
-      _mm512_mask_storeu_ps(out + i, mask, _mm512_maskz_loadu_ps(mask, x + i));
-    } else {
-      _mm512_mask_storeu_ps(out + i, mask, from_bfloat16(_mm256_maskz_loadu_epi16(mask, x + i)));
-    }
-  }
-}
-
 // The transpose of 16 x 16 units: of `rows` rows, `stride` elements apart, of `depth` elements.
 template <class T>
-BRC_INLINE void transpose(const T* x, std::int64_t stride, std::int64_t rows,
-                          std::int64_t depth, float* out, std::int64_t out_stride) {
+BRC_INLINE void transpose(const T* x, std::int64_t stride, std::int64_t rows, std::int64_t depth, float* out,
+                          std::int64_t out_stride) {
   __m512 r[16], t[16];
   BRC_UNROLLED
   for (int i = 0; i < 16; ++i) {
@@ -161,8 +148,8 @@ BRC_INLINE void prefetch(const void* x, std::int64_t bytes) {
 
 // A block of b as panels [units, 16 or 32], the last of which may have room for 16 columns.
 template <class T>
-void copy_panels(std::int64_t depth, std::int64_t columns, const T* b,
-                 std::int64_t row_stride, std::int64_t column_stride, float* out) {
+void copy_panels(std::int64_t depth, std::int64_t columns, const T* b, std::int64_t row_stride,
+                 std::int64_t column_stride, float* out) {
   const std::int64_t panel = (depth + UNIT<T> - 1) / UNIT<T> * PANEL;
   const auto vectors = [&](std::int64_t n) { return columns - n > LANES ? 2 : 1; };
   if (column_stride == 1) {
@@ -203,8 +190,8 @@ void copy_panels(std::int64_t depth, std::int64_t columns, const T* b,
 
 // A tile of a: with its rows contiguous [units / 16, rows, 16], else [units, 16].
 template <class T>
-void copy_tile(std::int64_t depth, std::int64_t rows, const T* a,
-               std::int64_t row_stride, std::int64_t column_stride, float* out, bool more) {
+void copy_tile(std::int64_t depth, std::int64_t rows, const T* a, std::int64_t row_stride,
+               std::int64_t column_stride, float* out, bool more) {
   if (column_stride == 1) {
     constexpr std::int64_t BLOCK = LANES * UNIT<T>;
     for (std::int64_t k = 0; k < depth; k += BLOCK) {
@@ -238,8 +225,8 @@ BRC_INLINE void store(const Sums& sums, std::int64_t at, __m512 total, __mmask16
 
 // The sums of ROWS rows and up to 16 * VECTORS columns, of which `lanes` are of the last vector.
 template <class T, int ROWS, int VECTORS, bool ALONG>
-void tile(std::int64_t units, const float* a, const float* b, std::int64_t b_stride,
-          std::int64_t lanes, const Sums& sums) {
+void tile(std::int64_t units, const float* a, const float* b, std::int64_t b_stride, std::int64_t lanes,
+          const Sums& sums) {
   const __mmask16 last = first(lanes);
   BRC_UNROLLED
   for (int i = 0; i < ROWS; ++i) {
@@ -252,8 +239,8 @@ void tile(std::int64_t units, const float* a, const float* b, std::int64_t b_str
   BRC_UNROLLED
   for (int i = 0; i < ROWS; ++i) {
     for (int v = 0; v < VECTORS; ++v) {
-      total[i][v] = sums.bias == nullptr ? _mm512_setzero_ps()
-                                         : _mm512_maskz_loadu_ps(mask(v), sums.bias + v * LANES);
+      total[i][v] =
+          sums.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask(v), sums.bias + v * LANES);
     }
   }
   const auto step = [&](const float* x, std::int64_t x_stride) __attribute__((always_inline)) {
@@ -337,8 +324,8 @@ class Multiplication {
     const std::int64_t pieces = (shape_.rows + PIECE - 1) / PIECE;
     // twice as many parts as threads: nobody waits long for the last one
     const std::int64_t wanted = threads() > 1 ? 2 * threads() : 1;
-    const std::int64_t row_parts = std::clamp((wanted + shape_.networks - 1) / shape_.networks,
-                                              std::int64_t{1}, pieces);
+    const std::int64_t row_parts =
+        std::clamp((wanted + shape_.networks - 1) / shape_.networks, std::int64_t{1}, pieces);
     const std::int64_t panels = (shape_.columns + PANEL - 1) / PANEL;
     const std::int64_t fit = std::max(std::int64_t{1}, DEPTH * COLUMNS / (units(depth_) * PANEL));
     const std::int64_t missing = wanted / (shape_.networks * row_parts);
@@ -364,17 +351,12 @@ class Multiplication {
   // These pieces of rows, and columns, of one network.
   void part(std::int64_t network, Range pieces, Range columns) const {
     const auto* a = static_cast<const T*>(a_.data) + network * a_.network_stride;
-    const auto* b = static_cast<const T*>(b_.data) + network * b_.network_stride +
-                    columns.start * b_.column_stride;
+    const auto* b =
+        static_cast<const T*>(b_.data) + network * b_.network_stride + columns.start * b_.column_stride;
     const std::int64_t wide = (columns.size() + PANEL - 1) / PANEL * PANEL;
     thread_local Scratch scratch;
-    float* const panels = scratch.floats(units(depth_) * wide + (units(depth_) + LANES) * LANES + wide);
+    float* const panels = scratch.floats(units(depth_) * wide + (units(depth_) + LANES) * LANES);
     float* const copy = panels + units(depth_) * wide;
-    float* const bias = copy + (units(depth_) + LANES) * LANES;
-    if (bias_.data != nullptr) {
-      const auto* own = static_cast<const T*>(bias_.data) + network * bias_.network_stride;
-      to_floats<T>(own + columns.start, columns.size(), bias);
-    }
     // few rows have used a row of b before it leaves the cache
     const bool direct = UNIT<T> == 1 && b_.column_stride == 1 && shape_.rows <= TILE;
     for (std::int64_t k = 0; k < shape_.depth; k += depth_) {
@@ -400,8 +382,9 @@ class Multiplication {
             }
             const std::int64_t place =
                 network * out_.network_stride + own.start * out_.row_stride + columns.start + n;
+            const bool starts = bias_.data != nullptr && k == 0;
             const Sums sums = {
-                bias_.data == nullptr || k > 0 ? nullptr : bias + n,
+                starts ? bias_.data + network * bias_.network_stride + columns.start + n : nullptr,
                 out_.kind == Number::float32 ? at<float>(out_.data, place) : at<BFloat16>(out_.data, place),
                 out_.row_stride, out_.kind, out_.accumulate || k > 0};
             tile_for<T>(own.size(), two, a_.column_stride == 1)(units(deep), copy, from, stride,

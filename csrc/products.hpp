@@ -3,16 +3,16 @@
 //     out[n] = a[n] b[n]  (+ bias[n])  (+ out[n])
 //
 // Both factors go through copies in the order in which they are used: a panel of 32 columns of b, and a tile
-// of up to 14 rows of a, whose 28 vectors of sums stay in registers. A block of b is copied once for all rows, a
-// tile of a once for all panels of the block. Sums are in float32, in the order of their terms, whatever the
-// number of threads.
+// of up to 14 rows of a, whose 28 vectors of sums stay in registers. A block of b is copied once for all
+// rows, a tile of a once for all panels of the block. Sums are in float32, in the order of their terms,
+// whatever the number of threads.
 #pragma once
 
 #include <cstdint>
 
 namespace brc {
 
-// Of factors and bias, and of what comes out; sums are float32.
+// Of factors, and of what comes out.
 enum class Number { float32, bfloat16 };
 
 // Whether this processor has the instructions.
@@ -44,7 +44,7 @@ struct Product {
 
 // [columns] of each network; null for none.
 struct Bias {
-  const void* data;
+  const float* data;
   std::int64_t network_stride;
 };
 

@@ -16,9 +16,8 @@ class Work {
  public:
   template <typename Function>
   explicit Work(const Function& function)
-      : function_(std::addressof(function)), call_([](const void* f, std::int64_t item) {
-          (*static_cast<const Function*>(f))(item);
-        }) {}
+      : function_(std::addressof(function)),
+        call_([](const void* f, std::int64_t item) { (*static_cast<const Function*>(f))(item); }) {}
   void operator()(std::int64_t item) const { call_(function_, item); }
 
  private:
@@ -26,9 +25,9 @@ class Work {
   void (*call_)(const void*, std::int64_t);
 };
 
-// work(item) once for each item below `items`, in any order; returns when all are done. The caller takes items
-// as the others do, and waits for nobody who has taken none, so that on a busy machine it goes on alone. It
-// also does so where another thread of the process has the workers. Items must not throw.
+// work(item) once for each item below `items`, in any order; returns when all are done. The caller takes
+// items as the others do, and waits for nobody who has taken none, so that on a busy machine it goes on
+// alone. It also does so where another thread of the process has the workers. Items must not throw.
 void share(std::int64_t items, const Work& work);
 
 // As `share`, by the calling thread alone where `cost`, in operations of a vector unit, is too small to wake

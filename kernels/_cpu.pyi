@@ -97,10 +97,8 @@ def categorical_bellman(
     columns: int,
     losses: int,
     grads: int,
-    scratch: int,
     /,
 ) -> None: ...
-def categorical_bellman_scratch(atoms: int, /) -> int: ...
 def expected_value(
     members: int,
     rows: int,
@@ -148,10 +146,13 @@ def tanh_gaussian_backward(
 def adamw(
     count: int,
     param: int,
+    low_grad: bool,
     grad: int,
     exp_avg: int,
     exp_avg_sq: int,
     target: int,
+    low: int,
+    target_low: int,
     learning_rate: float,
     beta1: float,
     beta2: float,
@@ -166,6 +167,9 @@ def adamw(
 def multiplies(low: bool, /) -> bool: ...
 def set_threads(count: int, /) -> None: ...
 def sum_of_squares(count: int, x: int, /) -> float: ...
+def sum_rows(
+    low: bool, networks: int, rows: int, width: int, x: int, out: int, out_stride: int, /
+) -> None: ...
 def update_summary(
     rows: int,
     losses_count: int,

@@ -533,10 +533,9 @@ def _compiled_bellman(
     rewards, discounts, log_probs = (v.contiguous() for v in vectors)
     losses = logits.new_empty(logits.shape[:-1])
     grads = logits.new_empty(*logits.shape[:-1], columns)
-    scratch = logits.new_empty(native.compiled.categorical_bellman_scratch(logits.shape[-1]))
     native.compiled.categorical_bellman(  # type: ignore[call-arg]
         len(x), len(y), *x.shape[1:], x.data_ptr(), *_strides(x), y.data_ptr(), *_strides(y),
         rewards.data_ptr(), discounts.data_ptr(), log_probs.data_ptr(), temperature, v_max, scale, columns,
-        losses.data_ptr(), grads.data_ptr(), scratch.data_ptr(),
+        losses.data_ptr(), grads.data_ptr(),
     )  # fmt: skip
     return losses, grads

@@ -144,6 +144,8 @@ def _forward(
     stats = x.new_empty(stats_shape(stages, networks, rows), dtype=wide(x.dtype))
     memory = Memory.carve(stages, keep, x.shape[-1], flat, stats)
     out = x.new_empty(networks, rows, stages[-1].outputs)
+    if passes == "passes_cpu":
+        native.share_threads()
     Forward(stages, _alike(stages, parameters), memory, module(passes), out)(x)
     if keep == KEEP_NOTHING:
         return out, x.new_empty(0), stats.new_empty(0)
@@ -191,6 +193,8 @@ def _backward(
     wants_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of all kernels and of all vectors; empty where they are not wanted."""
+    if passes == "passes_cpu":
+        native.share_threads()
     stages, batched = _decoded(text), module(passes).BATCHED
     memory = Memory.carve(stages, keep, x.shape[-1], flat, stats)
     into, gradients = [x.new_empty(0), parameters[-1].new_empty(0)], None

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -477,14 +477,15 @@ def adamw_(
     rule |= {"weight_decay": weight_decay, "max_norm": max_norm, "gradient_norm": gradient_norm}
     if chosen(impl) == "auto" and not observed(param, grad):
         moved = param if target is None else target
-        if _compiled_serves(param, grad, exp_avg, exp_avg_sq, moved, step=step, betas=betas):
-            _compiled(param, grad, exp_avg, exp_avg_sq, step, **rule, target=target, tau=tau)
-            if target_low is not None and target is not None:
-                target_low.copy_(target)
-        else:
-            _fused(param, grad, exp_avg, exp_avg_sq, step, **rule)
-            if target is not None:
-                reference.ema_(target, param, tau, low=target_low)
+        follow: dict[str, Any] = {"target": target, "tau": tau, "low": low, "target_low": target_low}
+        rounded = [x for x in (grad, low, target_low) if x is not None]
+        buffers = (param, exp_avg, exp_avg_sq, moved)
+        if _compiled_serves(*buffers, rounded=rounded, step=step, betas=betas):
+            _compiled(param, grad, exp_avg, exp_avg_sq, step, **rule, **follow)
+            return
+        _fused(param, grad, exp_avg, exp_avg_sq, step, **rule)
+        if target is not None:
+            reference.ema_(target, param, tau, low=target_low)
         if low is not None:
             low.copy_(param)
         return
@@ -492,11 +493,16 @@ def adamw_(
     twin(reference.adamw_, impl)(param, grad, exp_avg, exp_avg_sq, step, **rule)
 
 
-def _compiled_serves(*buffers: Tensor, step: Tensor, betas: tuple[float, float]) -> bool:
+def _compiled_serves(
+    *buffers: Tensor, rounded: Sequence[Tensor], step: Tensor, betas: tuple[float, float]
+) -> bool:
     """Whether `_compiled` does what torch would. What only torch can tell or refuse is left to it."""
+    gradient, *copies = rounded
     return (
         native.takes(*buffers)
-        and not observed(step)
+        and not observed(step, *rounded)
+        and gradient.dtype in (torch.float32, torch.bfloat16)
+        and all(copy.dtype == torch.bfloat16 for copy in copies)
         and bool(step >= 0.0)
         and min(betas) >= 0.0
         and max(betas) < 1.0
@@ -518,12 +524,15 @@ def _compiled(
     gradient_norm: Tensor | None,
     target: Tensor | None,
     tau: float | Tensor,
+    low: Tensor | None,
+    target_low: Tensor | None,
 ) -> None:
-    """The step, and the target's, in one pass of csrc/optimizer.hpp over float32 buffers."""
+    """The step, the target's, and the copies, in one pass of csrc/optimizer.hpp over float32 buffers."""
     size = param.numel()
     scale = 1.0
     if max_norm is not None:
-        norm = math.sqrt(native.compiled.sum_of_squares(size, grad.data_ptr()))
+        given = grad.float()
+        norm = math.sqrt(native.compiled.sum_of_squares(size, given.data_ptr()))
         scale = float(max_norm) / (norm + 1e-6)
         scale = 1.0 if scale > 1.0 else scale  # NaN stays NaN
     step += 1
@@ -531,10 +540,11 @@ def _compiled(
     squares = native.compiled.adamw(
         size,
         param.data_ptr(),
+        grad.dtype == torch.bfloat16,
         grad.data_ptr(),
         exp_avg.data_ptr(),
         exp_avg_sq.data_ptr(),
-        0 if target is None else target.data_ptr(),
+        *(0 if x is None else x.data_ptr() for x in (target, low, target_low)),
         float(learning_rate),
         *betas,
         eps,
@@ -546,7 +556,7 @@ def _compiled(
     )
     if gradient_norm is not None:
         gradient_norm.fill_(math.sqrt(squares))
-    for changed in (param, exp_avg, exp_avg_sq, target):
+    for changed in (param, exp_avg, exp_avg_sq, target, low, target_low):
         if changed is not None:
             torch.autograd.graph.increment_version(changed)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import passes_plain
 from .passes_plain import Call, Held, Pass
-from .products import LOW, multiply
+from .products import multiply
 from .reference import EPS
 from .runtime import native
 
@@ -32,7 +32,7 @@ class Norm(passes_plain.Norm):
         """What both directions read."""
         bias, weight, _ = vectors
         places = (x.data_ptr() for x in (held.product, *vectors))
-        low = LOW[held.product.dtype]
+        low = native.LOW[held.product.dtype]
         return low, *held.product.shape, bias.stride(0), weight.stride(0), *places, held.relu
 
     def forward(self, held: Held) -> Call:
@@ -41,7 +41,9 @@ class Norm(passes_plain.Norm):
         mean, rstd = (x.data_ptr() for x in held.stats)
         added = 0 if held.added is None else held.added.data_ptr()
         out = held.out.data_ptr()
-        step = native.compiled.bias_layer_norm_forward(*self._read(held, vectors), added, EPS, out, mean, rstd)
+        step = native.compiled.bias_layer_norm_forward(
+            *self._read(held, vectors), added, EPS, out, mean, rstd
+        )
         step.tensors = vectors
         return step
 

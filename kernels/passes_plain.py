@@ -18,9 +18,11 @@ from torch import Tensor
 from .products import Call
 from .products import by_torch as multiply
 from .reference import EPS
+from .runtime import native
+from .runtime.dispatch import chosen
 from .runtime.twins import twin
 
-__all__ = ["BATCHED", "PASSES", "Bias", "Call", "Held", "Norm", "Pass", "multiply"]
+__all__ = ["BATCHED", "PASSES", "Bias", "Call", "Held", "Norm", "Pass", "multiply", "sum_rows"]
 
 
 class Held(NamedTuple):
@@ -146,11 +148,20 @@ BATCHED = False
 PASSES: dict[str, Pass] = {"norm": Norm(), "layer_norm": Norm(bias=False), "bias": Bias()}
 
 
+def sum_rows(x: Tensor, out: Tensor) -> None:
+    """Sums [N, H] over the rows of x [N, B, H], contiguous."""
+    if x.dtype == out.dtype and chosen(None) == "auto" and native.takes_rows(x):
+        low = native.LOW[x.dtype]
+        native.compiled.sum_rows(low, *x.shape, x.data_ptr(), out.data_ptr(), out.stride(0))
+    else:
+        torch.sum(x, 1, dtype=out.dtype, out=out)
+
+
 def _bias_backward(dout: Tensor, out: Tensor | None, dproduct: Tensor, into: Tensor | None) -> None:
     if out is not None:
         torch.ops.aten.threshold_backward.grad_input(dout, out, 0.0, grad_input=dproduct)
     if into is not None:
-        torch.sum(dproduct, 1, dtype=into.dtype, out=into)
+        sum_rows(dproduct, into)
 
 
 def _norm_forward(

@@ -16,14 +16,13 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from .runtime.native import compiled
+from .runtime.native import LOW, compiled
 
 __all__ = ["Call", "by_torch", "chosen_products", "multiply"]
 
 Call = Callable[[], object]
 
 WAYS = ("auto", "native", "torch")
-LOW = {torch.float32: False, torch.bfloat16: True}  # what the compiled ones take
 
 
 @lru_cache
@@ -50,13 +49,24 @@ def by_torch(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None, add:
     """What fills `out` with x y, plus a bias, or adds x y to it.
 
     Args:
-        x: [N, B, I]. y: [N, I, H]. out: [N, B, H]. bias: [N, H]. Any strides.
+        x: [N, B, I]. y: [N, I, H]. out: [N, B, H], of their dtype, or float32. bias: [N, H]. Any strides.
     """
+    if out.dtype != x.dtype:  # torch has none into another dtype
+        return partial(_by_way_of, x, y, out, bias, add)
     if add:
         return partial(out.baddbmm_, x, y)
     if bias is None:
         return partial(torch.bmm, x, y, out=out)
     return partial(_affine, x, y, bias, out)
+
+
+def _by_way_of(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None, add: bool) -> None:
+    made = x.new_empty(out.shape)
+    by_torch(x, y, made, bias)()
+    if add:
+        out.add_(made)
+    else:
+        out.copy_(made)
 
 
 def _affine(x: Tensor, y: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -82,7 +92,7 @@ def multiply(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None, add:
 def _fits(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None) -> bool:
     if chosen_products(x.dtype) == "torch" or not x.shape[-1] or y.dtype != x.dtype:
         return False
-    if out.dtype not in (x.dtype, torch.float32) or (bias is not None and bias.dtype != x.dtype):
+    if out.dtype not in (x.dtype, torch.float32) or (bias is not None and bias.dtype != torch.float32):
         return False
     dense = bias is None or bias.stride(-1) == 1
     return dense and out.stride(-1) == 1 and 1 in x.stride()[1:] and 1 in y.stride()[1:]

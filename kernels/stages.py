@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .passes_plain import PASSES, Call, Held, Pass
+from .passes_plain import PASSES, Call, Held, Pass, sum_rows
 from .runtime import native
 from .runtime.dispatch import chosen, takes_kernels
 from .runtime.rows import spaced
@@ -313,12 +313,20 @@ class Memory(NamedTuple):
 # -- passes over it
 
 
-def module_for(x: Tensor, float32: bool) -> Any:
-    """What runs between the products of tensors like x: a module with `PASSES`. float32: whether all vectors
-    are, which the compiled passes take alone."""
+def outputs_dtype(kernel: Tensor, device: str | None = None) -> torch.dtype:
+    """Of what a head with this kernel puts out, on its own device or on one of this kind. What is made of it
+    on a CPU is compiled for float32."""
+    on_cpu = torch.device(device or kernel.device).type == "cpu" and not takes_kernels(None, kernel)
+    return torch.float32 if on_cpu and kernel.dtype == torch.bfloat16 else kernel.dtype
+
+
+def module_for(x: Tensor, alike: bool) -> Any:
+    """What runs between the products of tensors like x: a module with `PASSES`. alike: whether all vectors are
+    float32 and their gradients of the dtype of x, which the compiled passes take alone."""
     if takes_kernels(None, x):
         return module("norm")
-    return module("passes_cpu" if float32 and chosen(None) == "auto" and native.takes(x) else "passes_plain")
+    compiled = alike and chosen(None) == "auto" and native.takes_rows(x)
+    return module("passes_cpu" if compiled else "passes_plain")
 
 
 @lru_cache
@@ -341,11 +349,12 @@ class Given:
     no pass, so that its memory goes with the last reference to it.
 
     inputs: one [N, B, I], or [B, I] of all networks, or several [B, I]. grad: [N, B, K], that of the outputs.
-    columns: of the input, of which the gradient dx is wanted. multiply: of the module of passes.
+    columns: of the input, of which the gradient dx is wanted. multiply: of the module of passes. outputs: the
+    dtype of outputs, and of the gradient of the input.
     """
 
-    def __init__(self, multiply: Callable[..., Call]) -> None:
-        self.multiply = multiply
+    def __init__(self, multiply: Callable[..., Call], outputs: torch.dtype) -> None:
+        self.multiply, self.outputs = multiply, outputs
 
     inputs: Sequence[Tensor]
     grad: Tensor
@@ -369,7 +378,7 @@ class Given:
 
     def bias(self, out: Tensor) -> None:
         """The gradient of the head's."""
-        torch.sum(self.grad, 1, dtype=out.dtype, out=out)
+        sum_rows(self.grad, out)
 
     def sums(
         self, reduce: Callable[..., None], pieces: Tensor, vectors: list[list[Tensor]], bias: Tensor | None
@@ -382,7 +391,8 @@ class Given:
         dproduct, kernel = self.grad if dproduct is None else dproduct, kernel[..., self.columns]
         there = self.dx is not None
         if self.dx is None:
-            self.dx = dproduct.new_empty(*dproduct.shape[:2], kernel.shape[-1])
+            shape = *dproduct.shape[:2], kernel.shape[-1]
+            self.dx = dproduct.new_empty(shape, dtype=self.outputs)
         self.multiply(dproduct, kernel, self.dx, add=there)()
 
 
@@ -406,7 +416,7 @@ class Forward:
         self.stages, self.parameters, self.memory, self.module = stages, parameters, memory, module
         self.out, self.parts = out, parts
         self.values = memory.values | {len(stages): out}
-        self.given = Given(module.multiply)
+        self.given = Given(module.multiply, out.dtype)
 
     def held(self, number: int) -> Held:
         """What the pass of a stage is over."""
@@ -680,7 +690,8 @@ class Plan:
                 f"trained_rows must be B = {rows} with N = {networks} networks, got {trained_rows}"
             )
         head = self.parameters[f"{self.stages[-1].name}.kernel"]
-        self.out = head.new_empty(networks, rows, head.shape[-1])
+        self.dtype = head.dtype
+        self.out = head.new_empty(networks, rows, head.shape[-1], dtype=outputs_dtype(head))
         self._own, self.recompute = [self.out], recompute
         if share is None:
             keep = KEEP_ENDS if recompute else KEEP_ALL
@@ -690,15 +701,16 @@ class Plan:
             self._own += [flat, stats]
         else:
             mine, theirs = (
-                (self.stages, self.inputs, head.dtype),
-                (share.stages, share.inputs, share.out.dtype),
+                (self.stages, self.inputs, self.dtype),
+                (share.stages, share.inputs, share.dtype),
             )
             if mine != theirs or len(share.out) < networks or share.rows < rows:
                 wanted = f"the same stages, inputs and dtype, N >= {networks} networks and B >= {rows} rows"
                 raise ValueError(f"share must have {wanted}, got N = {len(share.out)} and B = {share.rows}")
             self.memory, self.recompute = share.memory.part(networks, rows), share.recompute
-        held = [x for source in (self.parameters, gradients or {}) for x in source.values() if x.dim() == 2]
-        self._float32 = all(x.dtype == torch.float32 for x in held)
+        self._alike = all(p.dtype == torch.float32 for p in self.parameters.values() if p.dim() == 2) and all(
+            g.dtype == self.dtype for g in (gradients or {}).values()
+        )
         self._forward: dict[tuple[int, Any], Forward] = {}
         self._backward: dict[tuple[Any, bool], Backward] = {}
         self._inputs: Sequence[Tensor] = ()
@@ -710,10 +722,12 @@ class Plan:
     def bytes(self, device: str) -> int:
         """Memory of its own on a device of this kind, that of the backward pass included, but for the partial
         sums of norms, and zeros in place of a bias."""
-        held = list(self._own)
+        head = self.parameters[f"{self.stages[-1].name}.kernel"]
+        out = self.out.new_empty(self.out.shape, dtype=outputs_dtype(head, device), device="meta")
+        held = [out, *self._own[1:]]
 
         def new(*shape: int) -> Tensor:
-            held.append(self.out.new_empty(shape, device="meta"))
+            held.append(self.out.new_empty(shape, dtype=self.dtype, device="meta"))
             return held[-1]
 
         batched = torch.device(device).type == "cuda"
@@ -731,7 +745,7 @@ class Plan:
         return Backward(forward, self.gradients, wants_input, new, batched, self.recompute)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Outputs [N, B, K], overwritten by the next call.
+        """Outputs [N, B, K], overwritten by the next call: on a CPU, those of bfloat16 networks in float32.
 
         Args:
             inputs: one [B, I] for all networks, or several, each for an equal share of them in order; they
@@ -742,12 +756,12 @@ class Plan:
             if x.shape != (self.rows, self.inputs):
                 wanted = [self.rows, self.inputs]
                 raise ValueError(f"inputs must have shape [B, I] = {wanted}, got {list(x.shape)}")
-            if x.dtype != self.out.dtype:
-                raise TypeError(f"inputs must be of {self.out.dtype}, got {x.dtype}")
+            if x.dtype != self.dtype:
+                raise TypeError(f"inputs must be of {self.dtype}, got {x.dtype}")
         if not parts or len(self.out) % parts:
             raise ValueError(f"inputs must share N = {len(self.out)} networks equally, got {parts}")
         self._inputs = inputs
-        module = module_for(inputs[0], self._float32)
+        module = module_for(inputs[0], self._alike)
         run = self._forward.get((parts, module))
         if run is None:
             run = Forward(self.stages, self.parameters, self.memory, module, self.out, parts)
@@ -758,7 +772,8 @@ class Plan:
         """Fill the gradients of the first G networks; returns those of their input where they are wanted.
 
         Args:
-            grad: [G, R, K], contiguous, of what `forward` returned for them.
+            grad: [G, R, K], contiguous, of what `forward` returned for them, in its dtype or in that of the
+                parameters.
             columns: of the input, C of them, of which a gradient is wanted; None for none.
         Returns:
             [G, R, C]: each network's own, to be summed where they had one input. Where a stage adds or norms
@@ -772,10 +787,12 @@ class Plan:
             raise ValueError(f"grad must have shape [G, R, K] = {list(wanted)} and no gaps, got {told}")
         if self.trained > len(self.out) // len(self._inputs):
             raise ValueError("networks with gradients must all take the first input")
-        module = module_for(grad, self._float32)
+        grad = grad if grad.dtype == self.dtype else grad.to(self.dtype)
+        module = module_for(grad, self._alike)
         run = self._backward.get((module, columns is not None))
         if run is None:
-            run = self._reversed(module, self.out.new_empty, columns is not None, module.BATCHED)
+            new = partial(self.out.new_empty, dtype=self.dtype)
+            run = self._reversed(module, new, columns is not None, module.BATCHED)
             self._backward[module, columns is not None] = run
         x = self._inputs[0][-self.trained_rows :]
         return run(grad, x, slice(None) if columns is None else columns)

@@ -180,12 +180,14 @@ class FlatNetworks:
 
     def body(self, modules: int) -> dict[str, Tensor]:
         """Parameters for a `kernels.Plan` over the networks of the first modules: what products take from the
-        low-precision copy where there is one, the rest from the master."""
+        low-precision copy where there is one, the rest from the master, as are biases on a CPU, whose products
+        add them up in float32."""
         rows = slice(modules * self.members)
         out = self.layout.body(self.master[rows])
         if self.low is not None:
             low = self.layout.body(self.low[rows])
-            out |= {name: low[name] for name in self.layout.multiplied}
+            names = [n for n in self.layout.multiplied if low[n].dim() == 3 or not self.low.is_cpu]
+            out |= {name: low[name] for name in names}
         return out
 
     def gradients(self) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "kernel_checks.hpp"
+#include "workers.hpp"
 
 namespace {
 
@@ -28,8 +29,10 @@ void check(std::int64_t count, bool moves, float tau, float grad_scale) {
   for (int t = 1; t <= 5; ++t) {
     const Floats grad = normal(count);
     const brc::AdamW rule = rule_at(t, tau, grad_scale);
-    const double squares = brc::adamw(count, param.data(), grad.data(), exp_avg.data(), exp_avg_sq.data(),
-                                      moves ? target.data() : nullptr, rule);
+    const double squares = brc::adamw<float>(count,
+                                             {param.data(), grad.data(), exp_avg.data(), exp_avg_sq.data(),
+                                              moves ? target.data() : nullptr, nullptr, nullptr},
+                                             rule);
     expect_close(squares, sum_squared(grad), 1e-6, "sum of squares of a step", count);
     expect_close(brc::sum_of_squares(count, grad.data()), sum_squared(grad), 1e-6, "sum of squares", count);
     for (std::size_t i = 0; i < param.size(); ++i) {
@@ -57,8 +60,9 @@ void check_extremes(std::int64_t count) {
   const Floats clean = grad;
   grad[index(count / 2)] = nan;
   Floats param(index(count), 1.0f), exp_avg(param.size()), exp_avg_sq(param.size()), target(param.size());
-  const double squares = brc::adamw(count, param.data(), grad.data(), exp_avg.data(), exp_avg_sq.data(),
-                                    target.data(), rule_at(1, 0.25f, 1.0f));
+  const brc::Moved<float> moved_by = {param.data(),  grad.data(), exp_avg.data(), exp_avg_sq.data(),
+                                      target.data(), nullptr,     nullptr};
+  const double squares = brc::adamw(count, moved_by, rule_at(1, 0.25f, 1.0f));
   expect(std::isnan(squares), "sum of squares with NaN", count);
   expect(std::isnan(brc::sum_of_squares(count, grad.data())), "sum of squares with NaN", count);
   for (const Floats* x : {&param, &exp_avg, &exp_avg_sq, &target}) {
@@ -76,6 +80,39 @@ void check_extremes(std::int64_t count) {
   }
 }
 
+// Of gradients in bfloat16 the step is that of the same numbers in float; copies are what was made, rounded;
+// and several threads make the same bits.
+void check_low(std::int64_t count) {
+  const Floats drawn = normal(count), start = normal(count), behind = normal(count);
+  std::vector<brc::BFloat16> grad(drawn.size()), low(drawn.size()), target_low(drawn.size());
+  Floats same(drawn.size());
+  for (std::size_t i = 0; i < drawn.size(); ++i) {
+    grad[i] = brc::from_float<brc::BFloat16>(drawn[i]);
+    same[i] = brc::to_float(grad[i]);
+  }
+  Floats param[2] = {start, start}, target[2] = {behind, behind};
+  Floats exp_avg[2] = {Floats(index(count)), Floats(index(count))};
+  Floats exp_avg_sq[2] = {exp_avg[0], exp_avg[0]};
+  const brc::AdamW rule = rule_at(1, 0.005f, 1.0f);
+  const double squares = brc::adamw<float>(count,
+                                           {param[0].data(), same.data(), exp_avg[0].data(),
+                                            exp_avg_sq[0].data(), target[0].data(), nullptr, nullptr},
+                                           rule);
+  brc::set_threads(3);
+  const double others =
+      brc::adamw<brc::BFloat16>(count,
+                                {param[1].data(), grad.data(), exp_avg[1].data(), exp_avg_sq[1].data(),
+                                 target[1].data(), low.data(), target_low.data()},
+                                rule);
+  brc::set_threads(1);
+  expect(squares == others && param[0] == param[1] && target[0] == target[1], "a step in bfloat16", count);
+  for (std::size_t i = 0; i < drawn.size(); ++i) {
+    expect(low[i].bits == brc::from_float<brc::BFloat16>(param[1][i]).bits, "the rounded parameter", count);
+    expect(target_low[i].bits == brc::from_float<brc::BFloat16>(target[1][i]).bits, "the rounded target",
+           count);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -84,5 +121,6 @@ int main() {
     for (const float tau : {0.0f, 0.005f, 0.5f, 1.0f}) check(count, true, tau, 0.25f);
     if (count > 0) check_extremes(count);
   }
+  for (const std::int64_t count : {1, 513, 100000}) check_low(count);
   std::puts("optimizer: all checks passed");
 }

@@ -39,8 +39,8 @@ struct Case {
 void check(const Case& c) {
   const auto [networks, rows, columns, depth] = c.shape;
   const auto kind = [](bool low) { return low ? brc::Number::bfloat16 : brc::Number::float32; };
-  const Numbers a(networks * rows * depth, c.low), b(networks * depth * columns, c.low),
-      bias(networks * columns, c.low);
+  const Numbers a(networks * rows * depth, c.low), b(networks * depth * columns, c.low);
+  const Floats bias = normal(networks * columns);
   const std::int64_t stride = columns + c.gap, size = networks * rows * stride;
   Numbers out(size, c.low_out);
   const Floats before = out.floats;
@@ -48,7 +48,7 @@ void check(const Case& c) {
   const brc::Factor left = {a.data(c.low), rows * depth, c.a_turned ? 1 : depth, c.a_turned ? rows : 1};
   const brc::Factor right = {b.data(c.low), depth * columns, c.b_turned ? 1 : columns,
                              c.b_turned ? depth : 1};
-  brc::multiply(c.shape, kind(c.low), left, right, {c.bias ? bias.data(c.low) : nullptr, columns},
+  brc::multiply(c.shape, kind(c.low), left, right, {c.bias ? bias.data() : nullptr, columns},
                 {to, kind(c.low_out), rows * stride, stride, c.accumulate});
   const double unit = c.low_out ? 4e-3 : 1e-6;
   for (std::int64_t n = 0; n < networks; ++n) {
@@ -61,7 +61,7 @@ void check(const Case& c) {
           continue;
         }
         double exact = c.accumulate ? before[at] : 0.0, size_of_terms = std::abs(exact);
-        if (c.bias) exact += bias.floats[index(n * columns + i)];
+        if (c.bias) exact += bias[index(n * columns + i)];
         size_of_terms += std::abs(exact);
         for (std::int64_t k = 0; k < depth; ++k) {
           const double x = a.floats[index(n * rows * depth + (c.a_turned ? k * rows + m : m * depth + k))];
@@ -86,8 +86,8 @@ void check_threads(bool low) {
     Floats& own = out[threads / 2];
     own = guards(2 * 300 * 200);
     const auto kind = low ? brc::Number::bfloat16 : brc::Number::float32;
-    brc::multiply(shape, kind, {a.data(low), 300 * 700, 700, 1}, {b.data(low), 700 * 200, 200, 1}, {nullptr, 0},
-                  {own.data(), brc::Number::float32, 300 * 200, 200, false});
+    brc::multiply(shape, kind, {a.data(low), 300 * 700, 700, 1}, {b.data(low), 700 * 200, 200, 1},
+                  {nullptr, 0}, {own.data(), brc::Number::float32, 300 * 200, 200, false});
   }
   brc::set_threads(1);
   expect(out[0] == out[1] && out[0] == out[2], "bits with several threads", 700);

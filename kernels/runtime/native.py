@@ -12,13 +12,23 @@ try:
 except ImportError:  # a checkout that was not built
     compiled = None  # type: ignore[assignment]
 
-__all__ = ["compiled", "serves", "share_threads", "takes"]
+__all__ = ["LOW", "compiled", "serves", "share_threads", "takes", "takes_rows"]
+
+LOW = {torch.float32: False, torch.bfloat16: True}  # what passes over rows, and products, are compiled for
 
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the compiled passes exist and serve these tensors: float32, on the CPU, in a plain call. They
     share as many threads as torch has now."""
     if observed(*tensors) or not serves(*tensors):
+        return False
+    share_threads()
+    return True
+
+
+def takes_rows(x: Tensor) -> bool:
+    """The same of passes over rows like x, which may be bfloat16."""
+    if compiled is None or x.dtype not in LOW or not x.is_cpu or observed(x):
         return False
     share_threads()
     return True
