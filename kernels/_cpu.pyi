@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -6,32 +6,36 @@ class Step:
     tensors: Sequence[Tensor | None]
     def __call__(self) -> None: ...
 
-class Multiply(Step):
-    def __init__(
-        self,
-        networks: int,
-        rows: int,
-        depth: int,
-        columns: int,
-        low: bool,
-        a: int,
-        a_network: int,
-        a_row: int,
-        a_column: int,
-        b: int,
-        b_network: int,
-        b_row: int,
-        b_column: int,
-        bias: int,
-        bias_network: int,
-        out: int,
-        low_out: bool,
-        out_network: int,
-        out_row: int,
-        accumulate: bool,
-        /,
-    ) -> None: ...
+class Tape:
+    def append(self, function: Callable[[], object], /) -> None: ...
+    def replay(self) -> None: ...
+    def __len__(self) -> int: ...
 
+def record(tape: Tape | None, /) -> None: ...
+def recording() -> bool: ...
+def product(
+    networks: int,
+    rows: int,
+    depth: int,
+    columns: int,
+    low: bool,
+    a: int,
+    a_network: int,
+    a_row: int,
+    a_column: int,
+    b: int,
+    b_network: int,
+    b_row: int,
+    b_column: int,
+    bias: int,
+    bias_network: int,
+    out: int,
+    low_out: bool,
+    out_network: int,
+    out_row: int,
+    accumulate: bool,
+    /,
+) -> Step: ...
 def bias_layer_norm_forward(
     low: bool,
     networks: int,
@@ -91,6 +95,7 @@ def categorical_bellman(
     rewards: int,
     discounts: int,
     log_probs: int,
+    temperature_at: int,
     temperature: float,
     v_max: float,
     scale: float,
@@ -131,7 +136,9 @@ def tanh_gaussian_backward(
     actions: int,
     dactions: int,
     dactions_stride: int,
+    dlog_prob_at: int,
     dlog_prob: float,
+    scale: float,
     mean: int,
     raw: int,
     mean_stride: int,
@@ -153,17 +160,19 @@ def adamw(
     target: int,
     low: int,
     target_low: int,
+    step: int,
+    learning_rate_at: int,
     learning_rate: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    mean_scale: float,
-    root_scale: float,
+    tau_at: int,
     tau: float,
     grad_scale: float,
+    norm: int,
     /,
-) -> float: ...
+) -> None: ...
 def multiplies(low: bool, /) -> bool: ...
 def set_threads(count: int, /) -> None: ...
 def sum_of_squares(count: int, x: int, /) -> float: ...

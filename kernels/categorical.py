@@ -376,7 +376,7 @@ def _check_bellman(
     _check_shape("atoms", atoms, "[K]", (next_logits.shape[2],))
     _check_number("temperature", temperature)
     _check_positive(v_max=v_max)
-    if atoms.is_cpu and not observed(atoms):  # a GPU would have to be waited for
+    if atoms.is_cpu and not observed(atoms) and not native.recording():  # a GPU would have to be waited for
         first, last = atoms[0].item(), atoms[-1].item()
         if max(abs(first + v_max), abs(last - v_max)) > 1e-2 * v_max:
             raise ValueError(f"atoms must go from -v_max to v_max = {v_max}, got {first} to {last}")
@@ -516,7 +516,7 @@ def categorical_bellman_loss_and_gradient(
         pair: tuple[Tensor, Tensor] = _bellman_op(*fixed, float(v_max), *_split(scale), columns)
         return pair
     if chosen(impl) == "auto" and native.takes(*inputs) and not observed(*numbers):
-        return _compiled_bellman(inputs, float(temperature), float(v_max), float(scale), columns)
+        return _compiled_bellman(inputs, temperature, float(v_max), float(scale), columns)
     temperature, scale = (x.reshape(()) if isinstance(x, Tensor) else x for x in (temperature, scale))
     with torch.no_grad():
         return twin(reference.categorical_bellman_loss_and_gradient, impl)(
@@ -526,7 +526,7 @@ def categorical_bellman_loss_and_gradient(
 
 
 def _compiled_bellman(
-    inputs: Sequence[Tensor], temperature: float, v_max: float, scale: float, columns: int
+    inputs: Sequence[Tensor], temperature: Tensor | float, v_max: float, scale: float, columns: int
 ) -> tuple[Tensor, Tensor]:
     logits, next_logits, *vectors = (x.detach() for x in inputs)
     x, y = _members(logits), _members(next_logits)
@@ -535,7 +535,7 @@ def _compiled_bellman(
     grads = logits.new_empty(*logits.shape[:-1], columns)
     native.compiled.categorical_bellman(  # type: ignore[call-arg]
         len(x), len(y), *x.shape[1:], x.data_ptr(), *_strides(x), y.data_ptr(), *_strides(y),
-        rewards.data_ptr(), discounts.data_ptr(), log_probs.data_ptr(), temperature, v_max, scale, columns,
-        losses.data_ptr(), grads.data_ptr(),
+        rewards.data_ptr(), discounts.data_ptr(), log_probs.data_ptr(), *native.number(temperature), v_max,
+        scale, columns, losses.data_ptr(), grads.data_ptr(),
     )  # fmt: skip
     return losses, grads

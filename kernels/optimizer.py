@@ -479,8 +479,7 @@ def adamw_(
         moved = param if target is None else target
         follow: dict[str, Any] = {"target": target, "tau": tau, "low": low, "target_low": target_low}
         rounded = [x for x in (grad, low, target_low) if x is not None]
-        buffers = (param, exp_avg, exp_avg_sq, moved)
-        if _compiled_serves(*buffers, rounded=rounded, step=step, betas=betas):
+        if _compiled_serves(param, exp_avg, exp_avg_sq, moved, rounded=rounded, step=step, betas=betas):
             _compiled(param, grad, exp_avg, exp_avg_sq, step, **rule, **follow)
             return
         _fused(param, grad, exp_avg, exp_avg_sq, step, **rule)
@@ -503,7 +502,8 @@ def _compiled_serves(
         and not observed(step, *rounded)
         and gradient.dtype in (torch.float32, torch.bfloat16)
         and all(copy.dtype == torch.bfloat16 for copy in copies)
-        and bool(step >= 0.0)
+        and step.dtype is torch.float32
+        and (native.recording() or step.item() >= 0.0)
         and min(betas) >= 0.0
         and max(betas) < 1.0
     )
@@ -532,12 +532,13 @@ def _compiled(
     scale = 1.0
     if max_norm is not None:
         given = grad.float()
-        norm = math.sqrt(native.compiled.sum_of_squares(size, given.data_ptr()))
-        scale = float(max_norm) / (norm + 1e-6)
+        length = math.sqrt(native.compiled.sum_of_squares(size, given.data_ptr()))
+        scale = float(max_norm) / (length + 1e-6)
         scale = 1.0 if scale > 1.0 else scale  # NaN stays NaN
-    step += 1
-    count = step.item()
-    squares = native.compiled.adamw(
+    norm = gradient_norm
+    if norm is not None and norm.dtype != torch.float32:
+        norm = param.new_empty(())
+    native.compiled.adamw(  # type: ignore[call-arg]
         size,
         param.data_ptr(),
         grad.dtype == torch.bfloat16,
@@ -545,20 +546,18 @@ def _compiled(
         exp_avg.data_ptr(),
         exp_avg_sq.data_ptr(),
         *(0 if x is None else x.data_ptr() for x in (target, low, target_low)),
-        float(learning_rate),
+        step.data_ptr(),
+        *native.number(learning_rate),
         *betas,
         eps,
         weight_decay,
-        1.0 / (1.0 - betas[0] ** count),
-        1.0 / math.sqrt(1.0 - betas[1] ** count),
-        0.0 if target is None else float(tau),
+        *native.number(0.0 if target is None else tau),
         scale,
+        0 if norm is None else norm.data_ptr(),
     )
-    if gradient_norm is not None:
-        gradient_norm.fill_(math.sqrt(squares))
-    for changed in (param, exp_avg, exp_avg_sq, target, low, target_low):
-        if changed is not None:
-            torch.autograd.graph.increment_version(changed)
+    if gradient_norm is not None and norm is not gradient_norm and norm is not None:
+        gradient_norm.copy_(norm)
+    native.changed(param, exp_avg, exp_avg_sq, step, target, low, target_low, gradient_norm)
 
 
 def _fused(

@@ -152,7 +152,9 @@ def sum_rows(x: Tensor, out: Tensor) -> None:
     """Sums [N, H] over the rows of x [N, B, H], contiguous."""
     if x.dtype == out.dtype and chosen(None) == "auto" and native.takes_rows(x):
         low = native.LOW[x.dtype]
-        native.compiled.sum_rows(low, *x.shape, x.data_ptr(), out.data_ptr(), out.stride(0))
+        networks, rows, width = x.shape
+        places = x.data_ptr(), out.data_ptr(), out.stride(0)
+        native.compiled.sum_rows(low, networks, rows, width, *places)
     else:
         torch.sum(x, 1, dtype=out.dtype, out=out)
 

@@ -533,7 +533,7 @@ def _compiled_tanh_gaussian(
 
 def _compiled_backward(
     dactions: Tensor | None,
-    dlog_prob: float,
+    dlog_prob: tuple[int, float, float],
     mean: Tensor,
     raw_log_std: Tensor,
     noise: Tensor,
@@ -545,7 +545,7 @@ def _compiled_backward(
     first, second = (_place(place, mean) for place in outs)
     dmean, draw = strided_rows(first), strided_rows(second)
     native.compiled.tanh_gaussian_backward(  # type: ignore[call-arg]
-        *x.shape, 0 if da is None else da.data_ptr(), 0 if da is None else da.stride(0), dlog_prob,
+        *x.shape, 0 if da is None else da.data_ptr(), 0 if da is None else da.stride(0), *dlog_prob,
         x.data_ptr(), raw.data_ptr(), x.stride(0), raw.stride(0), noise.data_ptr(),
         dmean.data_ptr(), draw.data_ptr(), dmean.stride(0), draw.stride(0),
     )  # fmt: skip
@@ -641,10 +641,10 @@ def tanh_gaussian_backward(
         compiled = chosen(impl) == "auto" and (rows is None or one) and native.takes(*given)
         watched = observed(*numbers, *([] if out is None else out))
         if compiled and not watched:
-            fixed = fixed if rows is None else float(rows) * scale
             if dactions is not None and dactions.dim() > mean.dim():
                 dactions = dactions.sum(0)
-            return _compiled_backward(dactions, fixed, mean, raw_log_std, noise, out)
+            dlog = (0, fixed, 1.0) if rows is None else (*native.number(rows), scale)
+            return _compiled_backward(dactions, dlog, mean, raw_log_std, noise, out)
         with torch.no_grad():
             return twin(reference.tanh_gaussian_backward, impl)(
                 dactions, dlog_probs, mean, raw_log_std, noise, scale=scale, out=out

@@ -1,4 +1,4 @@
-"""Products of stacked networks into memory that stays: by torch, or by this package's own (csrc/products.hpp).
+"""Products of stacked networks into memory that stays: by torch, or our own (csrc/products.hpp).
 
 Ours are faster than the libraries that torch carries wherever they run: on a CPU with AVX-512 (bfloat16: with
 AVX512-BF16, and without AMX, which torch uses and ours do not). The choice follows from the processor alone;
@@ -83,7 +83,7 @@ def multiply(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None, add:
     if not _fits(x, y, out, bias):
         return by_torch(x, y, out, bias, add)
     shift, distance = (0, 0) if bias is None else (bias.data_ptr(), bias.stride(0))
-    return compiled.Multiply(
+    return compiled.product(  # type: ignore[call-arg]
         *x.shape, out.shape[-1], LOW[x.dtype], x.data_ptr(), *x.stride(), y.data_ptr(),
         *y.stride(), shift, distance, out.data_ptr(), LOW[out.dtype], *out.stride()[:2], add,
     )  # fmt: skip

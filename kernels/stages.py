@@ -321,8 +321,8 @@ def outputs_dtype(kernel: Tensor, device: str | None = None) -> torch.dtype:
 
 
 def module_for(x: Tensor, alike: bool) -> Any:
-    """What runs between the products of tensors like x: a module with `PASSES`. alike: whether all vectors are
-    float32 and their gradients of the dtype of x, which the compiled passes take alone."""
+    """What runs between the products of tensors like x: a module with `PASSES`. alike: whether vectors are
+    float32 and gradients of the dtype of x, as the compiled passes take them."""
     if takes_kernels(None, x):
         return module("norm")
     compiled = alike and chosen(None) == "auto" and native.takes_rows(x)

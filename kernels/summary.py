@@ -250,4 +250,4 @@ def _compiled_update_summary(
     read = (x.data_ptr() for x in (losses, log_probs, q_values))
     written = (x.data_ptr() for x in (alpha, step, metrics, gradient, since))
     native.compiled.update_summary(*sizes, *read, target_entropy, *written)  # type: ignore[call-arg]
-    torch.autograd.graph.increment_version((metrics, gradient, since))
+    native.changed(metrics, gradient, since)

@@ -192,10 +192,10 @@ def test_the_tape_tells_a_number_that_changes() -> None:
     assert seen[0] != seen[1]
 
 
-def test_without_cuda_the_function_runs_as_it_is_and_says_why() -> None:
-    learner = agent(1)
-    assert learner.updates.reason == "the learner is on cpu"
+def test_why_the_function_runs_as_it_is_and_how_long_it_takes() -> None:
+    assert Captured(lambda x: x, "meta").reason == "the learner is on meta"
     assert Captured(lambda x: x, "cpu", enabled=False).reason == "switched off"
+    learner = agent(1)
     learner.update(next(batches(1, 1)))
     assert learner.updates.seconds() > 0.0
     assert learner.updates.seconds() == 0.0

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from brc_fast.kernels.runtime.dispatch import takes_kernels
 from brc_fast.kernels.stages import Stages
 
 from .layout import BODY, Layout
@@ -180,14 +181,13 @@ class FlatNetworks:
 
     def body(self, modules: int) -> dict[str, Tensor]:
         """Parameters for a `kernels.Plan` over the networks of the first modules: what products take from the
-        low-precision copy where there is one, the rest from the master, as are biases on a CPU, whose products
-        add them up in float32."""
+        low-precision copy where there is one, the rest from the master. Products on a CPU take their biases
+        in float32."""
         rows = slice(modules * self.members)
         out = self.layout.body(self.master[rows])
         if self.low is not None:
-            low = self.layout.body(self.low[rows])
-            names = [n for n in self.layout.multiplied if low[n].dim() == 3 or not self.low.is_cpu]
-            out |= {name: low[name] for name in names}
+            low, biases = self.layout.body(self.low[rows]), takes_kernels(None, self.low)
+            out |= {name: low[name] for name in self.layout.multiplied if biases or low[name].dim() == 3}
         return out
 
     def gradients(self) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
-"""CUDA-graph replay of a function that works in place on the GPU. Nothing here knows what it computes.
+"""Replay of a function that works in place, as a CUDA graph or, on a CPU, as a HostGraph. Nothing here knows
+what it computes.
 
     call 1          runs the function as it is: kernels are compiled, memory that stays is made
     call 2, 3       capture it, once for each of two sets of input slots, and replay
     further calls   copy the inputs into the slots that the running replay does not read, and replay
 
-Capturing executes nothing, so every call is one execution of the function, exactly as without graphs. Each
-signature (shapes and dtypes of the inputs) has slots and graphs of its own; those of the last eight are kept.
+On a CPU, which does not run ahead, there is one set of slots, and call 2 is itself what is recorded. Every
+call is one execution of the function, exactly as without graphs. Each signature (shapes and dtypes of the
+inputs) has slots and graphs of its own; those of the last eight are kept.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 import torch
 from torch import Generator, Tensor
 
+from brc_fast.kernels.runtime import native
 from brc_fast.kernels.runtime.capture import capture
+from brc_fast.kernels.runtime.dispatch import chosen, unwatched
+from brc_fast.kernels.runtime.host_graph import HostGraph
 
 __all__ = ["OFF", "Captured"]
 
-Signature = tuple[tuple[torch.Size, torch.dtype], ...]
+Signature = tuple[object, ...]  # shapes and dtypes
 OFF = "switched off"  # the reason for no graphs where nobody wants them
 TIMED = 64  # calls whose times may wait to be asked for
 MOST_SIGNATURES = 8  # each keeps the memory of two graphs
@@ -61,8 +66,17 @@ class _Program:
         self.calls = 0
 
 
+class _HostProgram:
+    """The slots of one signature on a CPU."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self.inputs = [torch.empty_like(x) for x in inputs]
+        self.calls = 0
+        self.graph: HostGraph | None = None
+
+
 class Captured:
-    """`function`, replayed as a CUDA graph where that is possible.
+    """`function`, replayed as a graph where that is possible.
 
     Args:
         function: takes tensors and returns one. It must do the same operations at every call of one signature
@@ -88,10 +102,11 @@ class Captured:
         self.reason: str | None = None
         if not enabled:
             self.reason = OFF
-        elif self.device.type != "cuda":
+        elif self.device.type not in ("cuda", "cpu"):
             self.reason = f"the learner is on {self.device.type}"
         self.captures = 0
         self._programs: dict[Signature, _Program] = {}  # the one that was called last comes last
+        self._host: dict[Signature, _HostProgram] = {}
         self._times: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=TIMED)
         self._host_seconds = 0.0
         self.stream: torch.cuda.Stream | None = None
@@ -108,7 +123,7 @@ class Captured:
         """
         if self.stream is None:
             began = time.perf_counter()
-            out = self.function(*(x.to(self.device) for x in inputs))
+            out = self._on_host([x.to(self.device) for x in inputs])
             self._host_seconds += time.perf_counter() - began
             return out
         program = self._program(inputs)
@@ -172,8 +187,34 @@ class Captured:
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
+    def _on_host(self, inputs: Sequence[Tensor]) -> Tensor:
+        if self.reason is not None or not unwatched():
+            return self.function(*inputs)
+        signature = (chosen(None), *((x.shape, x.dtype) for x in inputs))
+        program = self._host.pop(signature, None) or _HostProgram(inputs)
+        if len(self._host) == MOST_SIGNATURES:
+            del self._host[next(iter(self._host))]
+        self._host[signature] = program
+        program.calls += 1
+        if program.calls == 1:
+            return self.function(*inputs)
+        torch._foreach_copy_(program.inputs, list(inputs))
+        if program.graph is not None:
+            native.share_threads()
+            program.graph.replay()
+            return program.graph.out.clone()
+        graph = HostGraph(lambda: self.function(*program.inputs))
+        if graph.unfit is None:
+            program.graph = graph
+            self.captures += 1
+        else:
+            self.reason = graph.unfit
+            self._host.clear()
+        return graph.out.clone()
+
     def forget(self) -> None:
         """Drop all graphs, as when what they read has moved. What can be captured is captured anew."""
+        self._host.clear()
         if self.stream is not None:
             self.stream.synchronize()
             self._programs.clear()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ __all__ = [
     "observed",
     "recording",
     "takes_kernels",
+    "transparent",
+    "unwatched",
     "use",
     "watched",
     "watching",
@@ -77,12 +80,36 @@ def observed(*tensors: Tensor) -> bool:
 
 def watched(*tensors: Tensor) -> bool:
     """Whether a compiler, a dispatch mode or a tensor subclass sees what is called."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > _transparent.modes:
         return True
     for tensor in tensors:  # noqa: SIM110 - half the time of any(..)
         if type(tensor) not in PLAIN:
             return True
     return False
+
+
+class _Transparent(threading.local):
+    """Dispatch modes of this thread that see compiled passes as well as operations."""
+
+    modes = 0
+
+
+_transparent = _Transparent()
+
+
+@contextmanager
+def transparent() -> Iterator[None]:
+    """Around a dispatch mode from which nothing needs to be shown to."""
+    _transparent.modes += 1
+    try:
+        yield
+    finally:
+        _transparent.modes -= 1
+
+
+def unwatched() -> bool:
+    """Whether nothing sees or takes over what is called: no mode, no recorder and no watcher."""
+    return not watched() and _recorder is None and _watcher is None
 
 
 def takes_kernels(impl: str | None, *tensors: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,18 @@ try:
 except ImportError:  # a checkout that was not built
     compiled = None  # type: ignore[assignment]
 
-__all__ = ["LOW", "compiled", "serves", "share_threads", "takes", "takes_rows"]
+__all__ = [
+    "LOW",
+    "changed",
+    "compiled",
+    "noted",
+    "number",
+    "recording",
+    "serves",
+    "share_threads",
+    "takes",
+    "takes_rows",
+]
 
 LOW = {torch.float32: False, torch.bfloat16: True}  # what passes over rows, and products, are compiled for
 
@@ -45,3 +58,33 @@ def serves(*tensors: Tensor) -> bool:
         if tensor.dtype is not torch.float32 or not tensor.is_cpu:
             return False
     return compiled is not None
+
+
+def recording() -> bool:
+    """Whether this thread's calls are put into a host graph, which reads no numbers of tensors."""
+    return compiled is not None and compiled.recording()
+
+
+def number(x: Tensor | float) -> tuple[int, float]:
+    """An address to read it from, where it may be another one at the next replay (host_graph.py), or 0; and
+    its value, which counts where there is no address."""
+    if isinstance(x, Tensor) and x.dtype is torch.float32 and x.is_cpu:
+        return x.data_ptr(), 0.0
+    return 0, float(x)
+
+
+class _Noted(threading.local):
+    """What this thread has changed while it records."""
+
+    tensors: list[Tensor] | None = None
+
+
+noted = _Noted()
+
+
+def changed(*tensors: Tensor | None) -> None:
+    """Tell autograd that a compiled pass has written these."""
+    written = [x for x in tensors if x is not None]
+    torch.autograd.graph.increment_version(written)
+    if noted.tensors is not None:
+        noted.tensors += written
