@@ -1,5 +1,5 @@
 // Python module brc_fast.kernels._cpu: the functions of
-// csrc/{layer_norm,categorical,optimizer,policy,products,row_sums,summary,workers}.hpp with buffers as
+// csrc/{inputs,layer_norm,categorical,optimizer,policy,products,row_sums,summary,workers}.hpp with buffers as
 // addresses, 0 for null, and distances in elements. Nothing is checked here: the Python modules that call it
 // check and own the buffers.
 #include <pybind11/pybind11.h>
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "categorical.hpp"
+#include "inputs.hpp"
 #include "layer_norm.hpp"
 #include "optimizer.hpp"
 #include "policy.hpp"
@@ -230,6 +231,27 @@ void summary(std::int64_t rows, std::int64_t losses_count, std::int64_t values_c
       *at(step), at(metrics), at(gradient), at(since));
 }
 
+void pack(std::int64_t rows, Address observations, std::int64_t observation_width,
+          std::int64_t observation_stride, Address actions, std::int64_t action_width,
+          std::int64_t action_stride, Address table, std::int64_t tasks, std::int64_t embedding_width,
+          Address ids, bool l1, bool low, Address out, std::int64_t width) {
+  const brc::Rows seen = {at(observations), observation_width, observation_stride};
+  const brc::Rows done = {at(actions), action_width, action_stride};
+  const brc::Embedding embedding = {at(table), tasks, embedding_width, of<std::int64_t>(ids), l1};
+  const auto packed = [&]<class T>(T) { brc::pack_inputs(rows, seen, done, embedding, of<T>(out), width); };
+  low ? packed(brc::BFloat16{}) : packed(float{});
+}
+
+void embedding_gradient(std::int64_t members, std::int64_t rows, Address grad, std::int64_t member_stride,
+                        std::int64_t row_stride, Address table, std::int64_t tasks, std::int64_t width,
+                        Address ids, bool l1, bool low, Address out) {
+  const brc::Embedding embedding = {at(table), tasks, width, of<std::int64_t>(ids), l1};
+  const auto made = [&]<class T>(T) {
+    brc::embedding_gradient(members, rows, at(grad), member_stride, row_stride, embedding, of<T>(out));
+  };
+  low ? made(brc::BFloat16{}) : made(float{});
+}
+
 void sum_rows(bool low, std::int64_t networks, std::int64_t rows, std::int64_t width, Address x, Address out,
               std::int64_t out_stride) {
   const auto sum = [&]<class T>(T) {
@@ -262,12 +284,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("bias_layer_norm_backward", &backward);
   m.def("categorical_projection", &Recorded<&projection>::call);
   m.def("categorical_bellman", &Recorded<&bellman>::call);
+  m.def("embedding_gradient", &Recorded<&embedding_gradient>::call);
   m.def("expected_value", &Recorded<&expected>::call);
   m.def("tanh_gaussian", &Recorded<&sample>::call);
   m.def("tanh_gaussian_backward", &Recorded<&sample_backward>::call);
   m.def("adamw", &Recorded<&adamw>::call);
   m.def("multiplies",
         [](bool low) { return brc::multiplies(low ? brc::Number::bfloat16 : brc::Number::float32); });
+  m.def("pack_inputs", &Recorded<&pack>::call);
   m.def("set_threads", &brc::set_threads);
   m.def("sum_of_squares", &squares, released);
   m.def("sum_rows", &Recorded<&sum_rows>::call);

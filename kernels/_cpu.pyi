@@ -174,6 +174,39 @@ def adamw(
     /,
 ) -> None: ...
 def multiplies(low: bool, /) -> bool: ...
+def pack_inputs(
+    rows: int,
+    observations: int,
+    observation_width: int,
+    observation_stride: int,
+    actions: int,
+    action_width: int,
+    action_stride: int,
+    table: int,
+    tasks: int,
+    embedding_width: int,
+    ids: int,
+    l1: bool,
+    low: bool,
+    out: int,
+    width: int,
+    /,
+) -> None: ...
+def embedding_gradient(
+    members: int,
+    rows: int,
+    grad: int,
+    member_stride: int,
+    row_stride: int,
+    table: int,
+    tasks: int,
+    width: int,
+    ids: int,
+    l1: bool,
+    low: bool,
+    out: int,
+    /,
+) -> None: ...
 def set_threads(count: int, /) -> None: ...
 def sum_of_squares(count: int, x: int, /) -> float: ...
 def sum_rows(

@@ -22,6 +22,7 @@ Twins:   reference.pack_inputs, reference.normalized_embedding, reference.normal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from torch import Tensor
 
 from . import reference
 from .optimizer import InPlaceOp, _check_place
-from .runtime.dispatch import DTYPES, launch, takes_kernels
+from .runtime import native
+from .runtime.dispatch import DTYPES, chosen, launch, observed, takes_kernels
 from .runtime.language import jit, tl, triton
 from .runtime.library import Op
 from .runtime.numerics import wide
@@ -384,6 +386,10 @@ def normalized_embedding_backward(
         _check_out(out, "the table", table, "[T, D]", tuple(table.shape))
     grad, table = grad.detach(), table.detach()
     if not takes_kernels(impl, table, grad):
+        if _compiled_takes(impl, [table, grad], task_ids, table.dtype if out is None else out.dtype):
+            return _compiled_gradient(
+                grad, table, task_ids, norm, torch.empty_like(table) if out is None else out
+            )
         with torch.no_grad():
             return reference.normalized_embedding_backward(grad, table, task_ids, norm, out=out)
     if out is None:
@@ -460,14 +466,67 @@ def pack_inputs(
     if out is None and len(parts) == 1 and width in (None, sizes[0]) and dtype in (None, observations.dtype):
         return observations
     if not kernels:
+        made = dtype or (observations.dtype if out is None else out.dtype)
+        if _compiled_takes(impl, parts, task_ids if table is not None else None, made):
+            place = observations.new_empty(*rows, full, dtype=made) if out is None else out
+            return _compiled_pack(observations, actions, table, task_ids, norm, place)
         return reference.pack_inputs(
             observations, actions, table, task_ids, norm, width=width, dtype=dtype, out=out
         )
     ids = None if table is None else task_ids
     if out is None:
-        packed: Tensor = _pack_op(observations, actions, table, ids, norm, full, dtype or observations.dtype)
+        made = dtype or observations.dtype
+        packed: Tensor = _pack_op(observations, actions, table, ids, norm, full, made)
         return packed
     _pack_into_op(
         *(None if x is None else x.detach() for x in (observations, actions, table)), ids, norm, out
     )
     return out
+
+
+def _compiled_takes(
+    impl: str | None, parts: Sequence[Tensor], task_ids: Tensor | None, made: torch.dtype
+) -> bool:
+    """Whether csrc/inputs.hpp does it: of float32 parts that want no gradient, into one of its types."""
+    if chosen(impl) != "auto" or made not in native.LOW or not native.takes(*parts):
+        return False
+    if task_ids is not None and (task_ids.dtype != torch.int64 or observed(task_ids)):
+        return False
+    return not torch.is_grad_enabled() or not any(x.requires_grad for x in parts)
+
+
+def _compiled_pack(
+    observations: Tensor,
+    actions: Tensor | None,
+    table: Tensor | None,
+    task_ids: Tensor | None,
+    norm: str,
+    out: Tensor,
+) -> Tensor:
+    parts = [strided_rows(observations), None if actions is None else strided_rows(actions)]
+    read = [(0, 0, 0) if x is None else (x.data_ptr(), x.shape[1], x.stride(0)) for x in parts]
+    ids, table = _read_embedding(table, task_ids)
+    embedding = (
+        (0, 0, 0, 0) if table is None or ids is None else (table.data_ptr(), *table.shape, ids.data_ptr())
+    )
+    rows, low = out.shape[:-1].numel(), native.LOW[out.dtype]
+    places = out.data_ptr(), out.shape[-1]
+    native.compiled.pack_inputs(rows, *read[0], *read[1], *embedding, norm == "l1", low, *places)  # type: ignore[call-arg]
+    native.changed(out)
+    return out
+
+
+def _compiled_gradient(grad: Tensor, table: Tensor, task_ids: Tensor, norm: str, out: Tensor) -> Tensor:
+    members, distance, rows = member_rows(grad, task_ids.dim() + 1)
+    ids, table = _read_embedding(table, task_ids)
+    native.compiled.embedding_gradient(  # type: ignore[call-arg]
+        members, len(rows), rows.data_ptr(), distance, rows.stride(0), table.data_ptr(), *table.shape,
+        ids.data_ptr(), norm == "l1", native.LOW[out.dtype], out.data_ptr(),
+    )  # fmt: skip
+    native.changed(out)
+    return out
+
+
+def _read_embedding(table: Any, task_ids: Any) -> tuple[Any, Any]:
+    """Ids and table without gaps."""
+    return (None, None) if table is None else (task_ids.contiguous(), table.detach().contiguous())

@@ -41,7 +41,7 @@ class Norm(passes_plain.Norm):
         mean, rstd = (x.data_ptr() for x in held.stats)
         added = 0 if held.added is None else held.added.data_ptr()
         out = held.out.data_ptr()
-        step = native.compiled.bias_layer_norm_forward(
+        step = native.compiled.bias_layer_norm_forward(  # type: ignore[call-arg]
             *self._read(held, vectors), added, EPS, out, mean, rstd
         )
         step.tensors = vectors

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from brc_fast.kernels.stages import Stages
 
 from .layout import BODY, Layout
 
+MARKS = (id, Tensor.data_ptr, Tensor.stride, attrgetter("_version", "requires_grad"))
 GONE = "{} is no parameter of its module any more, but it is trained: put it back, or make a new agent"
 
 
@@ -84,12 +87,11 @@ class FlatNetworks:
                 except AttributeError:
                     raise RuntimeError(GONE.format(name)) from None
         self._owners = owners
-        self._links = [
-            (parent._modules, name, child)
-            for module in self._modules
-            for parent in module.modules()
-            for name, child in parent._modules.items()
-        ]
+        # as columns: they are looked through at every update
+        self._held_by = [owner._parameters for owner, _, _ in owners], [own for _, own, _ in owners]
+        parents = [parent for module in self._modules for parent in module.modules()]
+        links = [(parent._modules, *link) for parent in parents for link in parent._modules.items()]
+        self._links = tuple(zip(*links, strict=True)) or ((), (), ())
 
     def _held(self) -> list[nn.Parameter]:
         """The parameters of all modules in order; RuntimeError, by name, for one that is gone or shared."""
@@ -124,21 +126,21 @@ class FlatNetworks:
                     p = owner._parameters[own] = nn.Parameter(view.new_empty(0), p.requires_grad)
                 p.data = view
 
-    def _marks(self) -> list[tuple[object, ...] | None]:
-        """What of each parameter tells that it was put elsewhere, changed or frozen."""
-        held = (owner._parameters.get(own) for owner, own, _ in self._owners)
+    def _marks(self) -> list[tuple[object, ...]] | None:
+        """What of the parameters tells that one was put elsewhere, changed or frozen, mark by mark. None where
+        one is gone, or was put there in inference mode, which counts no versions."""
+        held: list[Any] = list(map(dict.get, *self._held_by))
         try:
-            return [
-                None if p is None else (id(p), p.data_ptr(), p.stride(), p._version, p.requires_grad)
-                for p in held
-            ]
-        except RuntimeError:  # put there in inference mode, which counts no versions
-            return []
+            return [tuple(map(mark, held)) for mark in MARKS]
+        except (AttributeError, TypeError, RuntimeError):
+            return None
 
     def touched(self) -> bool:
         """Whether there is something to `follow`."""
-        kept = all(modules.get(name) is child for modules, name, child in self._links)
-        return not kept or self.master.data_ptr() != self._address or self._marks() != self._seen
+        places, names, children = self._links
+        kept = all(map(is_, map(dict.get, places, names), children))
+        marks = self._marks()
+        return not kept or self.master.data_ptr() != self._address or marks is None or marks != self._seen
 
     def follow(self) -> bool:
         """Take in what was done to parameters by hand: new values, also in memory or modules of their own.

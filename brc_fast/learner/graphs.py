@@ -28,7 +28,7 @@ from brc_fast.kernels.runtime.host_graph import HostGraph
 
 __all__ = ["OFF", "Captured"]
 
-Signature = tuple[object, ...]  # shapes and dtypes
+Signature = tuple[tuple[torch.Size, torch.dtype], ...]
 OFF = "switched off"  # the reason for no graphs where nobody wants them
 TIMED = 64  # calls whose times may wait to be asked for
 MOST_SIGNATURES = 8  # each keeps the memory of two graphs
@@ -106,7 +106,7 @@ class Captured:
             self.reason = f"the learner is on {self.device.type}"
         self.captures = 0
         self._programs: dict[Signature, _Program] = {}  # the one that was called last comes last
-        self._host: dict[Signature, _HostProgram] = {}
+        self._host: dict[tuple[str, Signature], _HostProgram] = {}
         self._times: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=TIMED)
         self._host_seconds = 0.0
         self.stream: torch.cuda.Stream | None = None
@@ -190,7 +190,7 @@ class Captured:
     def _on_host(self, inputs: Sequence[Tensor]) -> Tensor:
         if self.reason is not None or not unwatched():
             return self.function(*inputs)
-        signature = (chosen(None), *((x.shape, x.dtype) for x in inputs))
+        signature = chosen(None), tuple((x.shape, x.dtype) for x in inputs)
         program = self._host.pop(signature, None) or _HostProgram(inputs)
         if len(self._host) == MOST_SIGNATURES:
             del self._host[next(iter(self._host))]

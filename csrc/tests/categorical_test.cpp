@@ -98,11 +98,10 @@ void check_bellman(std::int64_t members, std::int64_t next_members, std::int64_t
   rewards[4] = -100.0f;
   discounts[5] = 1e-3f;
   Floats losses(index(members * rows)), grads = guards(members * rows * columns);
-  Floats scratch(index(brc::bellman_scratch(atoms)), NOT_A_NUMBER);
   const auto run = [&](Floats& into, float* gradient) {
     brc::categorical_bellman(rows, atoms, now.logits(), next.logits(), rewards.data(), discounts.data(),
                              log_probs.data(), temperature, static_cast<float>(V_MAX), scale, columns,
-                             into.data(), gradient, scratch.data());
+                             into.data(), gradient);
   };
   run(losses, grads.data());
   for (std::int64_t b = 0; b < rows; ++b) {
