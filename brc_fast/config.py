@@ -178,11 +178,11 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner runs."""
     threads: int | None = None
-    """Torch threads on a CPU; 1 when not given, which is best for small networks and busy machines."""
+    """Threads of the learner on a CPU; as many as there are cores, at most 4, when not given."""
     precision: Precision = "fp32"
     """Of matrix products: fp32, tf32 (CUDA) or bf16. BRC: JAX's default, which is tf32 on a GPU."""
     graphs: bool = True
-    """On CUDA, replay all updates of a step as one CUDA graph."""
+    """Replay all updates of a step: on CUDA as one CUDA graph, on a CPU as one list of passes."""
     reward_scale: bool = True
     """Divide each task's rewards by its scale, which keeps returns within the critic's support. BRC."""
     normalize_observations: bool = False

@@ -260,6 +260,10 @@ void sum_rows(bool low, std::int64_t networks, std::int64_t rows, std::int64_t w
   low ? sum(brc::BFloat16{}) : sum(float{});
 }
 
+void round_all(std::int64_t count, Address x, Address out) {
+  brc::round_all(count, at(x), of<brc::BFloat16>(out));
+}
+
 double squares(std::int64_t count, Address x) {
   return brc::sum_of_squares(count, at(x));
 }
@@ -292,6 +296,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("multiplies",
         [](bool low) { return brc::multiplies(low ? brc::Number::bfloat16 : brc::Number::float32); });
   m.def("pack_inputs", &Recorded<&pack>::call);
+  m.def("round_all", &Recorded<&round_all>::call);
   m.def("set_threads", &brc::set_threads);
   m.def("sum_of_squares", &squares, released);
   m.def("sum_rows", &Recorded<&sum_rows>::call);

@@ -42,6 +42,10 @@ void sum_rows(RowShape shape, const T* x, T* out, std::int64_t out_stride) {
   add_up_of(shape, x, out, out_stride);
 }
 
+BRC_VECTOR_CLONES void round_all(std::int64_t count, const float* x, BFloat16* out) {
+  for (std::int64_t i = 0; i < count; ++i) out[i] = from_float<BFloat16>(x[i]);
+}
+
 template void sum_rows(RowShape, const float*, float*, std::int64_t);
 template void sum_rows(RowShape, const BFloat16*, BFloat16*, std::int64_t);
 

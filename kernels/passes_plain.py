@@ -22,7 +22,7 @@ from .runtime import native
 from .runtime.dispatch import chosen
 from .runtime.twins import twin
 
-__all__ = ["BATCHED", "PASSES", "Bias", "Call", "Held", "Norm", "Pass", "multiply", "sum_rows"]
+__all__ = ["BATCHED", "PASSES", "Bias", "Call", "Held", "Norm", "Pass", "multiply", "rounded", "sum_rows"]
 
 
 class Held(NamedTuple):
@@ -146,6 +146,15 @@ class Bias(Pass):
 
 BATCHED = False
 PASSES: dict[str, Pass] = {"norm": Norm(), "layer_norm": Norm(bias=False), "bias": Bias()}
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, contiguous, in a narrower dtype. Torch's own threads would spin for what comes next."""
+    if dtype != torch.bfloat16 or chosen(None) != "auto" or not native.takes(x):
+        return x.to(dtype)
+    out = x.new_empty(x.shape, dtype=dtype)
+    native.compiled.round_all(x.numel(), x.data_ptr(), out.data_ptr())
+    return out
 
 
 def sum_rows(x: Tensor, out: Tensor) -> None:

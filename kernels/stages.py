@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .passes_plain import PASSES, Call, Held, Pass, sum_rows
+from .passes_plain import PASSES, Call, Held, Pass, rounded, sum_rows
 from .runtime import native
 from .runtime.dispatch import chosen, takes_kernels
 from .runtime.rows import spaced
@@ -787,7 +787,7 @@ class Plan:
             raise ValueError(f"grad must have shape [G, R, K] = {list(wanted)} and no gaps, got {told}")
         if self.trained > len(self.out) // len(self._inputs):
             raise ValueError("networks with gradients must all take the first input")
-        grad = grad if grad.dtype == self.dtype else grad.to(self.dtype)
+        grad = grad if grad.dtype == self.dtype else rounded(grad, self.dtype)
         module = module_for(grad, self._alike)
         run = self._backward.get((module, columns is not None))
         if run is None:

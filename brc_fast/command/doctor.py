@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from brc_fast import __version__
+from brc_fast.kernels.products import chosen_products, fast_bfloat16, measured_rate
 from brc_fast.kernels.runtime.dispatch import chosen
 
 EXTRAS = {
@@ -41,7 +42,8 @@ def report() -> tuple[str, bool]:
     else:
         lines.append(f"{'replay store':<14}built")
     lines.append(f"{'kernels':<14}{_kernels()}")
-    unused = "unused: no CUDA device, the learner's updates run as they are"
+    lines.append(f"{'products':<14}{_products()}")
+    unused = "unused: no CUDA device; on a CPU updates are replayed too, without Python between passes"
     used = "used by the learner's updates (--no-graphs turns them off; a run says where one cannot be made)"
     lines.append(f"{'CUDA graphs':<14}{used if torch.cuda.is_available() else unused}")
     for extra, names in EXTRAS.items():
@@ -84,6 +86,16 @@ def _kernels() -> str:
         return f"triton {triton} or an error (BRC_FAST_KERNELS=triton)"
     where = "used on CUDA" if torch.cuda.is_available() else "unused: no CUDA device, plain PyTorch instead"
     return f"triton {triton}, {where}"
+
+
+def _products() -> str:
+    """Who makes the products of a learner on this CPU, and how fast, in each precision."""
+    told = []
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        whose = {"native": "ours", "torch": "torch's"}[chosen_products(dtype)]
+        told.append(f"{precision} {whose}, {measured_rate(dtype) * 1e-9:.0f} GFLOP/s")
+    slow = "" if fast_bfloat16() else " (no bfloat16 instructions here)"
+    return f"on the CPU {'; '.join(told)}{slow}"
 
 
 def _jax_devices() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +17,13 @@ from brc_fast import __version__
 from brc_fast.config import TrainConfig
 from brc_fast.disk import require_replaceable
 from brc_fast.errors import InputError, MissingExtraError, WorkerError
+from brc_fast.kernels.products import chosen_products, fast_bfloat16, measured_rate
 from brc_fast.runs.checkpoint import RunFolder, write_text
 from brc_fast.runs.interrupt import interrupts_kept
 
 from .output import Output
 
+MOST_THREADS = 4  # by default; with more a learner was not measured
 USAGE = f"""brc-fast {__version__}: BRC value learning, made fast
 
   brc-fast train TASK...          train one agent on one or several tasks (--help lists every setting)
@@ -66,6 +69,10 @@ def command(words: list[str]) -> int:
         print(__version__)
         return 0
     try:
+        try:
+            chosen_products(torch.float32)
+        except ValueError as error:  # of the environment
+            raise InputError(str(error)) from error
         if words[0] not in commands:
             raise InputError(f"unknown command {words[0]!r}: one of {', '.join(commands)}")
         return commands[words[0]](words[1:])
@@ -82,6 +89,18 @@ def default_run(config: TrainConfig) -> str:
     """runs/mjx-CartpoleSwingup-seed0; further tasks are counted, not listed."""
     more = f"+{len(config.tasks) - 1}" if len(config.tasks) > 1 else ""
     return f"runs/{config.tasks[0].replace('/', '-')}{more}-seed{config.seed}"
+
+
+def use_cpu(config: TrainConfig) -> None:
+    """Torch's threads, which the learner's passes share, and a line where something is other than was asked."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if config.threads is not None and config.threads > cores:
+        print(f"--threads {config.threads}: this machine has {cores} cores, so {cores} are used")
+    torch.set_num_threads(min(config.threads or MOST_THREADS, cores))
+    if config.precision == "bf16" and not fast_bfloat16():
+        slower = measured_rate(torch.float32) / measured_rate(torch.bfloat16)
+        told = "this processor has no bfloat16 instructions"
+        print(f"--precision bf16: {told}, products take {slower:.1f} times as long as in fp32")
 
 
 def train(words: list[str]) -> int:
@@ -101,7 +120,7 @@ def train(words: list[str]) -> int:
     if resumed is None:
         folder.refuse_existing(config.overwrite)
     if device == "cpu":
-        torch.set_num_threads(config.threads or 1)
+        use_cpu(config)
 
     from brc_fast.published import score_unit
     from brc_fast.runs.metrics import MetricsWriter

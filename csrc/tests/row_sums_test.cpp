@@ -16,6 +16,9 @@ void check(std::int64_t width) {
     low[i] = brc::from_float<brc::BFloat16>(x[i]);
     rounded[i] = brc::to_float(low[i]);
   }
+  std::vector<brc::BFloat16> same(x.size());
+  brc::round_all(static_cast<std::int64_t>(x.size()), x.data(), same.data());
+  for (std::size_t i = 0; i < x.size(); ++i) expect(same[i].bits == low[i].bits, "rounding", width);
   brc::sum_rows<float>({networks, rows, width}, x.data(), out.data(), stride);
   brc::sum_rows<brc::BFloat16>({networks, rows, width}, low.data(), low_out.data(), stride);
   expect_guards(out, networks, width, stride, "what lies between the sums");

@@ -49,7 +49,8 @@ def takes_rows(x: Tensor) -> bool:
 
 def share_threads() -> None:
     """Let compiled passes use as many threads as torch does."""
-    compiled.set_threads(torch.get_num_threads())
+    if compiled is not None:
+        compiled.set_threads(torch.get_num_threads())
 
 
 def serves(*tensors: Tensor) -> bool:
