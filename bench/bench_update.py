@@ -3,7 +3,7 @@
     python bench/bench_update.py [--device cpu|cuda] [--providers ours critic plain compiled jax]
         [--workload NAME ...] [--width 128 ...] [--batch 128 ...] [--budget SECONDS] [--save NAME]
 
-ours        float32 on a CPU; on a GPU ours-tf32 and ours-bf16, in CUDA graphs
+ours        in float32; ours-bf16, and on a GPU ours-tf32, with products of lower precision
 critic      plain, but for the critic, its loss and its target, which are `brc_fast.Critic` (docs/critic.md)
 plain       PyTorch without anything of ours, with fused optimizers, targets moved in one call, and a critic
             without gradients while the actor learns
@@ -13,9 +13,9 @@ jax         the same in JAX with optax, jitted as a whole
 Each workload (workloads.py) at its own width and batch size, or at all pairs of --width and --batch. All
 start from the same parameters, and updates on the same batches must agree with plain PyTorch's before
 anything is timed, in turns. Products of the others are in float32 on a CPU, in TF32 on a GPU. The floor on a
-CPU is the time of the update's products alone by torch.bmm, in turns with the rest; another library may beat
-it. On a GPU it is a roofline, of the products and AdamW at the rates that the machine reaches in a large
-product and in a copy.
+CPU is the time of the update's products alone, each by the fastest of those who can (products.py), in turns
+with the rest; the result says whose they are. On a GPU it is a roofline, of the products and AdamW at the
+rates that the machine reaches in a large product and in a copy.
 """
 
 from __future__ import annotations
@@ -27,15 +27,26 @@ from typing import Any
 
 import harness
 from bench_limits import rate
-from harness import TIME_UP, Clock, Missing, Parser, Results, Unavailable, interleave, positive, shares
-from products import alone, least, noted
+from harness import (
+    TIME_UP,
+    Clock,
+    Missing,
+    Parser,
+    Results,
+    Unavailable,
+    interleave,
+    positive,
+    quartiles,
+    shares,
+)
+from products import Alone, least, noted
 from workloads import CARTPOLE, WORKLOADS
 
 from peers import updates
 from peers.updates import BUILDERS, OURS, Provider, Subject, release
 
 DEFAULTS = {"cpu": ("ours", "plain"), "cuda": ("ours-bf16", "ours-tf32", "plain", "compiled", "jax")}
-FLOOR = "torch.bmm"
+FLOOR = "fastest products"
 UPDATES = {"cpu": 1, "cuda": 2}  # per call
 COMPILING = 30.0  # seconds of torch.compile at one size, on one core with an empty cache
 
@@ -57,30 +68,32 @@ def compare(found: Results, subject: Subject, names: Sequence[str], clock: Clock
                     raise Unavailable(told)
                 providers[name] = updates.checked(name, subject, known)
             release(subject.device)
-        times = timed(subject, providers, clock)
-        if subject.device == "cuda":
-            each = {
-                precision: roofline(subject, precision)
-                for precision in {p.precision for p in providers.values()}
-            }
-            floors = {name: each[provider.precision] for name, provider in providers.items()}
-        del providers
+        precisions = {name: provider.precision for name, provider in providers.items()}
+        alone = dict[str, Alone]()
+        if subject.device == "cpu":
+            for precision in set(precisions.values()):
+                alone[precision] = Alone(partial(subject.agent(precision).update, subject.inputs()[0]))
+            found.found.setdefault("products", {})[subject.case] = {p: x.whose for p, x in alone.items()}
+        times, least_times = timed(subject, providers, alone, clock)
+        for precision in set(precisions.values()) - set(least_times):
+            least_times[precision] = roofline(subject, precision)
+        floors = {name: least_times[precision] for name, precision in precisions.items()}
+        del providers, alone
     release(subject.device)
     best = next((name for name in OURS if name in times), None)
-    order = {name: times[name] for name in (*BUILDERS, FLOOR) if name in times}
-    found.case(times=order, ours=best, missing=missing, floor=floors or FLOOR, **shown)
+    order = {name: times[name] for name in BUILDERS if name in times}
+    found.case(times=order, ours=best, missing=missing, floor=floors, **shown)
 
 
-def timed(subject: Subject, providers: Mapping[str, Provider], clock: Clock) -> dict[str, list[float]]:
-    """Seconds per update of the providers, and on a CPU of their products alone, in turns."""
-    work = {name: provider.call for name, provider in providers.items()}
+def timed(
+    subject: Subject, providers: Mapping[str, Provider], alone: Mapping[str, Alone], clock: Clock
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds per update of the providers, and the median of the products alone by precision, in turns."""
+    work: dict[str, Any] = {name: provider.call for name, provider in providers.items()} | {**alone}
     ends = {name: provider.finish for name, provider in providers.items()}
-    if providers and subject.device == "cpu":
-        agent, (batch, _) = subject.agent(), subject.inputs()
-        work[FLOOR] = alone(partial(agent.update, batch))
-        ends[FLOOR] = lambda: None
-    times = interleave(work, clock.left, finish=lambda name: ends[name]())
-    return {name: [seconds / subject.updates for seconds in own] for name, own in times.items()}
+    times = interleave(work, clock.left, finish=lambda name: ends[name]() if name in ends else None)
+    each = {name: [seconds / subject.updates for seconds in own] for name, own in times.items()}
+    return {name: each[name] for name in providers}, {p: quartiles(each[p])[1] for p in alone}
 
 
 def roofline(subject: Subject, precision: str) -> float:

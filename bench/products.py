@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import timeit
+from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from brc_fast.kernels.products import by_torch, chosen_products, multiply
+
+TRIED = 7  # times, before it is known who makes a product
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "baddbmm_")
 
 
@@ -45,12 +49,28 @@ def least(pairs: Sequence[Sequence[Tensor]], rate: float, bandwidth: float) -> f
     return total
 
 
-def alone(update: Callable[[], object]) -> Callable[[], object]:
-    """The products that `update` makes, each by torch.bmm of the same factors into memory that is there."""
-    made: dict[torch.Size, Tensor] = {}
-    work = list[Callable[[], object]]()
-    for left, right in noted(update):
-        shape = torch.Size((len(left), left.shape[1], right.shape[2]))
-        out = made.setdefault(shape, left.new_empty(shape))
-        work.append(partial(torch.bmm, left, right, out=out))
-    return lambda: [one() for one in work]
+class Alone:
+    """The products that `update` makes, each of the same factors into memory that is there, by the fastest of
+    those who can: torch.bmm, and this package's own.
+
+    Attributes:
+        whose: how many products are of which.
+    """
+
+    def __init__(self, update: Callable[[], object]) -> None:
+        self.kept: list[tuple[Tensor, ...]] = []
+        self.work, self.whose, made = list[Callable[[], object]](), Counter[str](), dict[torch.Size, Tensor]()
+        for left, right in noted(update):
+            shape = torch.Size((len(left), left.shape[1], right.shape[2]))
+            out = made.setdefault(shape, left.new_empty(shape))
+            ways = {"torch.bmm": by_torch(left, right, out)}
+            if chosen_products(left.dtype) == "native":
+                ways["brc-fast"] = multiply(left, right, out)
+            best = min(ways, key=lambda name: min(timeit.repeat(ways[name], number=1, repeat=TRIED)))
+            self.kept.append((left, right, out))
+            self.whose[best] += 1
+            self.work.append(ways[best])
+
+    def __call__(self) -> None:
+        for one in self.work:
+            one()

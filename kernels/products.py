@@ -59,8 +59,8 @@ def fast_bfloat16() -> bool:
 
 
 def measured_rate(dtype: torch.dtype) -> float:
-    """Operations per second of products here, of two networks of 256 rows and columns, in some hundredths of a
-    second. Torch's threads are used."""
+    """Operations per second of products here, of two networks of 256 rows and columns, by torch's threads; it
+    takes some hundredths of a second."""
     x, y = torch.randn(2, 2, 256, 256).to(dtype).unbind()
     out = torch.empty_like(x)  # kept: the call may hold its address
     call = multiply(x, y, out)

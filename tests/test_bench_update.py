@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from extras import require
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from brc_fast import kernels
@@ -60,19 +61,36 @@ def entry(found: harness.Results, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("width", "batch", "tasks"), [(16, 8, 1), (48, 24, 3), (264, 8, 1)])
-def test_the_list_of_products_is_what_an_update_multiplies(width: int, batch: int, tasks: int) -> None:
+def test_the_list_of_products_is_what_an_update_multiplies(
+    width: int, batch: int, tasks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def in_place(out: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
         return 2 * math.prod(left) * right[-1]
 
     size = subject(width, batch, tasks)
     counter = partial(FlopCounterMode, display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place})
     agent, other = size.agent(), size.agent()
-    floor = products.alone(lambda: other.update(size.inputs()[0]))
+    monkeypatch.setattr(products, "chosen_products", lambda dtype: "torch")  # whose operations are counted
+    floor = products.Alone(lambda: other.update(size.inputs()[0]))
     with kernels.use("reference"), counter() as made:
         agent.update(size.inputs()[0])
     with counter() as alone:
         floor()
     assert alone.get_total_flops() == made.get_total_flops() > 0
+    assert floor.whose == {"torch.bmm": len(floor.work)}
+
+
+def test_a_product_of_the_floor_is_of_the_fastest_who_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(x: Tensor, y: Tensor, out: Tensor) -> Any:
+        return lambda: time.sleep(0.01)
+
+    size = subject(16, 8, 1)
+    agent = size.agent()
+    monkeypatch.setattr(products, "chosen_products", lambda dtype: "native")
+    for name, whose in (("multiply", "torch.bmm"), ("by_torch", "brc-fast")):
+        with monkeypatch.context() as patch:
+            patch.setattr(products, name, slow)
+            assert products.Alone(lambda: agent.update(size.inputs()[0])).whose.keys() == {whose}
 
 
 def test_a_roofline_is_operations_or_bytes_whichever_takes_longer() -> None:
@@ -109,7 +127,9 @@ def test_every_provider_has_a_rate_a_ratio_to_ours_and_its_time_over_the_floor()
         assert one["over_floor"] == pytest.approx(one["floor"] / one["value"], rel=0.5)
         assert one["at"] == {"workload": "cartpole", "width": 16, "batch": 8}
         assert ("ratio" in one) == (one["provider"] != "ours")
-    assert found.found["floor"] == "torch.bmm"
+    assert found.found["floor"] == "fastest products"
+    (whose,) = found.found["products"].values()
+    assert whose.keys() == {"fp32"}
 
 
 PLANTED = {  # ops of an update, and what a wrong one makes of its result

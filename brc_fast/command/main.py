@@ -92,7 +92,7 @@ def default_run(config: TrainConfig) -> str:
 
 
 def use_cpu(config: TrainConfig) -> None:
-    """Torch's threads, which the learner's passes share, and a line where something is other than was asked."""
+    """Torch's threads, which the learner's passes share; a line where something is not as it was asked."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if config.threads is not None and config.threads > cores:
         print(f"--threads {config.threads}: this machine has {cores} cores, so {cores} are used")

@@ -127,8 +127,8 @@ class FlatNetworks:
                 p.data = view
 
     def _marks(self) -> list[tuple[object, ...]] | None:
-        """What of the parameters tells that one was put elsewhere, changed or frozen, mark by mark. None where
-        one is gone, or was put there in inference mode, which counts no versions."""
+        """What of the parameters tells that one was put elsewhere, changed or frozen, mark by mark. None
+        where one is gone, or was put there in inference mode, which counts no versions."""
         held: list[Any] = list(map(dict.get, *self._held_by))
         try:
             return [tuple(map(mark, held)) for mark in MARKS]
