@@ -223,11 +223,18 @@ BRC_INLINE void store(const Sums& sums, std::int64_t at, __m512 total, __mmask16
   }
 }
 
+// What comes next is brought near step by step, `bytes` in all from `start`.
+struct Ahead {
+  const char* start;
+  std::int64_t bytes;
+};
+
 // The sums of ROWS rows and up to 16 * VECTORS columns, of which `lanes` are of the last vector.
 template <class T, int ROWS, int VECTORS, bool ALONG>
 void tile(std::int64_t units, const float* a, const float* b, std::int64_t b_stride, std::int64_t lanes,
-          const Sums& sums) {
+          const Sums& sums, Ahead ahead) {
   const __mmask16 last = first(lanes);
+  const std::int64_t stride = ahead.bytes / units + (ahead.bytes > 0 ? 1 : 0);
   BRC_UNROLLED
   for (int i = 0; i < ROWS; ++i) {
     const std::int64_t size = sums.kind == Number::float32 ? 4 : 2;
@@ -254,6 +261,8 @@ void tile(std::int64_t units, const float* a, const float* b, std::int64_t b_str
       for (int v = 0; v < VECTORS; ++v) total[i][v] = multiply_add<T>(each, y[v], total[i][v]);
     }
     b += b_stride;
+    __builtin_prefetch(ahead.start);
+    ahead.start += stride;
   };
   if constexpr (ALONG) {
     for (std::int64_t k = 0; k < units; k += LANES, a += ROWS * LANES) {
@@ -276,7 +285,8 @@ void tile(std::int64_t units, const float* a, const float* b, std::int64_t b_str
 #pragma GCC diagnostic pop
 #endif
 
-using Tile = void (*)(std::int64_t, const float*, const float*, std::int64_t, std::int64_t, const Sums&);
+using Tile = void (*)(std::int64_t, const float*, const float*, std::int64_t, std::int64_t, const Sums&,
+                      Ahead);
 
 template <class T, int VECTORS, bool ALONG, int... ROWS>
 constexpr std::array<Tile, TILE> tiles_of(std::integer_sequence<int, ROWS...>) {
@@ -343,6 +353,8 @@ class Multiplication {
  private:
   static std::int64_t units(std::int64_t depth) { return (depth + UNIT<T> - 1) / UNIT<T>; }
 
+  static std::int64_t bytes_of(std::int64_t count) { return count * static_cast<std::int64_t>(sizeof(T)); }
+
   [[nodiscard]] Range columns_of(std::int64_t index, std::int64_t parts) const {
     const Range own = part_of({0, (shape_.columns + PANEL - 1) / PANEL}, index, parts);
     return {own.start * PANEL, std::min(own.stop * PANEL, shape_.columns)};
@@ -369,8 +381,17 @@ class Multiplication {
         for (std::int64_t t = 0; t < tiles; ++t) {
           const Range own = part_of(rows, t, tiles);
           const bool more = t + 1 < tiles || piece + 1 < pieces.stop;
+          const bool dense = a_.column_stride == 1 && a_.row_stride == deep;
           copy_tile<T>(deep, own.size(), a + own.start * a_.row_stride + k * a_.column_stride, a_.row_stride,
-                       a_.column_stride, copy, more);
+                       a_.column_stride, copy, more && !dense);
+          // the next rows where they are one piece of memory; at the end the next network's b
+          Ahead next = {reinterpret_cast<const char*>(copy), 0};
+          if (more && dense) {
+            next = {reinterpret_cast<const char*>(a + own.stop * a_.row_stride), bytes_of(own.size() * deep)};
+          } else if (!more && network + 1 < shape_.networks && k + deep == shape_.depth) {
+            next = {reinterpret_cast<const char*>(b + b_.network_stride), bytes_of(columns.size() * deep)};
+          }
+          next.bytes /= wide / PANEL;
           const float* panel = panels;
           for (std::int64_t n = 0; n < columns.size(); n += PANEL, panel += units(deep) * PANEL) {
             const std::int64_t here = std::min(PANEL, columns.size() - n);
@@ -388,7 +409,8 @@ class Multiplication {
                 out_.kind == Number::float32 ? at<float>(out_.data, place) : at<BFloat16>(out_.data, place),
                 out_.row_stride, out_.kind, out_.accumulate || k > 0};
             tile_for<T>(own.size(), two, a_.column_stride == 1)(units(deep), copy, from, stride,
-                                                                two ? here - LANES : here, sums);
+                                                                two ? here - LANES : here, sums, next);
+            next.start += next.bytes;
           }
         }
       }
