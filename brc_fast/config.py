@@ -191,7 +191,7 @@ class TrainConfig:
     """Make the critics' activations again in the backward pass instead of keeping them."""
     policy_lag: int = 0
     """Updates by which the acting policy may lag: with updates_per_step or more, environments and updates
-    run at once on a GPU."""
+    run at once, on a GPU or on two cores."""
     num_envs: int = 1
     """Environments per task, stepped together. BRC: 1."""
     steps: int = 1_000_000

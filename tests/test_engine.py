@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from brc_fast.command import main as cli
 from brc_fast.config import TrainConfig
 from brc_fast.learner.precision import check_precision, products
 from brc_fast.replay import ReplayBuffer
+from brc_fast.runs import trainer as runs_trainer
 from brc_fast.runs.checkpoint import RunFolder
 from brc_fast.runs.trainer import Trainer
 
@@ -602,7 +604,9 @@ def test_what_a_policy_that_is_not_finite_breaks_is_not_blamed(
     assert "the checkpoint of step 100 is good" in told
 
 
-def lagging(lag: int, updates: int, tasks: int) -> Trainer:
+def lagging(
+    lag: int, updates: int, tasks: int, say: Callable[[str], object] = lambda line: None, **options: Any
+) -> Trainer:
     names = tuple(f"toy/{i}" for i in range(tasks))
     config = TrainConfig(
         names,
@@ -615,8 +619,9 @@ def lagging(lag: int, updates: int, tasks: int) -> Trainer:
         critic=CRITIC,
         actor=ACTOR,
         learning=LearningConfig(learning_rate=0.01),
+        **options,
     )
-    return Trainer(config, "cpu")
+    return Trainer(config, "cpu", say)
 
 
 @pytest.mark.parametrize("tasks", [1, 2])
@@ -647,6 +652,7 @@ def test_actions_are_those_of_the_parameters_that_the_lag_allows(
     states, told_apart = [now()], 0
     for _ in range(8):
         trainer.learn()
+        trainer.join()
         states.append(now())
         assert trainer.observations is not None
         expected = {}
@@ -658,6 +664,63 @@ def test_actions_are_those_of_the_parameters_that_the_lag_allows(
         trainer.collect()
         assert torch.equal(acted[-1], expected[behind])
     assert told_apart == 8
+
+
+class AtOnce:
+    """An executor that does what it is given before it returns."""
+
+    def submit(self, function: Callable[[], Any]) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function())
+        return done
+
+
+@pytest.mark.parametrize("normalized", [False, True], ids=["raw", "normalized"])
+def test_updates_beside_the_environments_are_those_before_them(toy: dict, normalized: bool) -> None:
+    """To the bit, though actions are drawn and statistics counted while the updates run."""
+    trainers = [lagging(2, 2, 2, normalize_observations=normalized) for _ in range(2)]
+    trainers[1].learner = AtOnce()  # type: ignore[assignment]
+    for trainer in trainers:
+        while trainer.steps < 24:
+            trainer.collect()
+        for _ in range(12):
+            trainer.learn()
+            assert (trainer.running is not None) == (trainer.lagged is not None)
+            trainer.collect()
+        trainer.join()
+    rows = [trainer.row() for trainer in trainers]
+    assert rows[0].keys() == rows[1].keys()
+    assert all(float(rows[0][name]) == float(rows[1][name]) for name in rows[0])
+    states = [trainer.agent.state_dict() for trainer in trainers]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_an_error_of_an_update_beside_the_environments_is_raised(
+    toy: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = lagging(2, 2, 1)
+    while trainer.steps < 24:
+        trainer.collect()
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no update")
+
+    monkeypatch.setattr(trainer.agent, "run", broken)
+    trainer.learn()
+    trainer.collect()
+    with pytest.raises(RuntimeError, match="no update"):
+        trainer.join()
+    trainer.join()
+
+
+def test_one_core_overlaps_nothing_and_says_so(toy: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    for there in (1, 2):
+        monkeypatch.setattr(runs_trainer, "cores", lambda there=there: there)
+        lagging(2, 2, 1, say=told.append)
+    assert [line for line in told if "policy-lag" in line] == [
+        "--policy-lag 2: on one core environments and updates take turns all the same"
+    ]
 
 
 def test_a_resumed_run_with_a_lag_goes_on_bit_for_bit(

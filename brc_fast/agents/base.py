@@ -113,12 +113,12 @@ class Agent:
         )
 
     def run(self, inputs: Sequence[Tensor], noise: Sequence[Tensor] | None = None) -> Metrics:
-        """The updates of one call; where noise is given, without a CUDA graph."""
+        """The updates of one call; on CUDA, where noise is given, without a graph."""
         # memory that is kept must not be of inference mode: nothing outside of that could write it
         with torch.inference_mode(False), torch.no_grad(), products(self.precision, self.device):
             self._follow()
-            if noise is None:
-                values = self.updates(list(inputs))
+            if noise is None or self.updates.stream is None:
+                values = self.updates([*inputs, *(noise or ())])
             else:
                 self.updates.join()
                 values = self.make_updates(*(x.to(self.device) for x in (*inputs, *noise)))

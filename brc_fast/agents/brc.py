@@ -7,6 +7,8 @@ Source: Nauman et al. 2025, "Bigger, Regularized, Categorical", arXiv:2505.23150
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -208,13 +210,26 @@ class BRC(Acting, Agent):
         if torch.compiler.is_compiling():  # of a user's loop: no compiler takes views changed through buffers
             as_it_is = torch.compiler.disable(self.update)  # type: ignore[no-untyped-call]
             return as_it_is(batches, noise, reward_scale)  # type: ignore[no-any-return]
+        return self.run(self._inputs(batches, noise, reward_scale), noise)
+
+    def prepared(self, batches: Batch, reward_scale: Tensor | None = None) -> Callable[[], Metrics]:
+        """`update` on a CPU, to be called once, from any thread: noise is drawn now, and statistics are
+        copied, so that this thread may draw and count meanwhile. Until it has returned, nothing else may use
+        the networks, and the batches must stay."""
+        drawn = [self.normal(2, *batches.actions.shape[1:]) for _ in batches.actions]
+        noise = Noise(*torch.stack(drawn, 1))
+        inputs = self._inputs(batches, noise, reward_scale)
+        return partial(self.run, [*inputs[:6], *(x.clone() for x in inputs[6:])], noise)
+
+    def _inputs(self, batches: Batch, noise: Noise | None, reward_scale: Tensor | None) -> list[Tensor]:
+        """What `make_updates` takes, without noise."""
         batches.check(self.observation_size, self.action_size, self.num_tasks)
         scale = self._unscaled if reward_scale is None else reward_scale
         require_shape("reward_scale", scale, "[T]", (self.num_tasks,))
         for name, part in () if noise is None else noise._asdict().items():
             require_shape(f"noise.{name}", part, "[U, B, A]", tuple(batches.actions.shape))
         moments = () if self.observations is None else self.observations.moments
-        return self.run([*batches, scale, *moments], noise)
+        return [*batches, scale, *moments]
 
     def make_updates(self, *inputs: Tensor) -> Tensor:
         """`update` of a batch's fields, the reward scale, the moments of observations where these are

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from brc_fast.config import TrainConfig
 from brc_fast.disk import require_replaceable
 from brc_fast.errors import InputError, MissingExtraError, WorkerError
 from brc_fast.kernels.products import chosen_products, fast_bfloat16, measured_rate
+from brc_fast.learner.precision import cores
 from brc_fast.runs.checkpoint import RunFolder, write_text
 from brc_fast.runs.interrupt import interrupts_kept
 
@@ -93,10 +93,10 @@ def default_run(config: TrainConfig) -> str:
 
 def use_cpu(config: TrainConfig) -> None:
     """Torch's threads, which the learner's passes share; a line where something is not as it was asked."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if config.threads is not None and config.threads > cores:
-        print(f"--threads {config.threads}: this machine has {cores} cores, so {cores} are used")
-    torch.set_num_threads(min(config.threads or MOST_THREADS, cores))
+    there = cores()
+    if config.threads is not None and config.threads > there:
+        print(f"--threads {config.threads}: this machine has {there} cores, so {there} are used")
+    torch.set_num_threads(min(config.threads or MOST_THREADS, there))
     if config.precision == "bf16" and not fast_bfloat16():
         slower = measured_rate(torch.float32) / measured_rate(torch.bfloat16)
         told = "this processor has no bfloat16 instructions"

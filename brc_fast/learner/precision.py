@@ -1,7 +1,8 @@
-"""What matrix products compute in; everything else stays in float32."""
+"""What matrix products compute in, and on how many cores; everything else stays in float32."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ import torch
 from brc_fast.config import Precision
 from brc_fast.errors import InputError
 
-__all__ = ["check_precision", "low_dtype", "products"]
+__all__ = ["check_precision", "cores", "low_dtype", "products"]
 
 TENSOR_CORES = (8, 0)  # compute capability from which TF32 and bfloat16 products exist
 
@@ -36,6 +37,11 @@ def check_precision(precision: Precision, device: str | torch.device, dtype: tor
         )
     if place.type == "cpu" and precision == "tf32":
         raise InputError("precision tf32 needs a CUDA device, the learner is on the CPU; use fp32 or bf16")
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def low_dtype(precision: Precision) -> torch.dtype | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
@@ -19,6 +20,7 @@ from brc_fast.agents.normalizer import RewardNormalizer
 from brc_fast.agents.policy import LaggedPolicy
 from brc_fast.config import TrainConfig
 from brc_fast.envs.base import Step, check_finite, require_time_limit, tasks_with_success
+from brc_fast.learner.precision import cores
 from brc_fast.replay import ReplayBuffer
 
 from .checkpoint import Arrays, RunFolder, grouped, prefixed
@@ -58,6 +60,13 @@ class Trainer:
         self.task_ids = torch.as_tensor(ids, device=device)
         self.steps, self.updates, self.watch = 0, 0, Stopwatch()
         self.losses: dict[str, Tensor] = {}
+        # a GPU computes by itself while environments step; a CPU needs a thread for it
+        beside = self.lagged is not None and device == "cpu"
+        self.learner = ThreadPoolExecutor(1, "learner") if beside else None
+        self.running: Future[dict[str, Tensor]] | None = None
+        if beside and cores() == 1:
+            told = "on one core environments and updates take turns all the same"
+            say(f"--policy-lag {config.policy_lag}: {told}")
         self.entropies: Tensor | None = None  # [T], kept only with return_entropy="measured"
         if self.normalizer.entropy == "measured":
             self.entropies = torch.full((len(self.names),), self.agent.target_entropy / 2.0, device=device)
@@ -104,16 +113,31 @@ class Trainer:
         """U updates, each on its own batch; with a lagging policy they go on while the environments step."""
         batches = next(self.batches)
         self.watch.lap("sample")
+        self.take()
         with self.agent.updates.queue():
             if self.lagged:
                 self.lagged.refresh()
             if self.entropies is not None:
                 self.entropies = self.agent.entropy_per_task(batches.update(0).to(self.agent.device))
-            self.losses = self.agent.update(batches, reward_scale=self.scale())
+            if self.learner is None:
+                self.losses = self.agent.update(batches, reward_scale=self.scale())
+            else:
+                self.running = self.learner.submit(self.agent.prepared(batches, self.scale()))
         if not self.lagged:
             self.agent.updates.join()
         self.updates += self.config.updates_per_step
         self.watch.add("update", self.agent.updates.seconds(), self.config.updates_per_step)
+
+    def take(self) -> None:
+        """Wait for the updates that run in a thread beside this one."""
+        if self.running is not None:
+            running, self.running = self.running, None
+            self.losses = running.result()
+
+    def join(self) -> None:
+        """Let what comes next see all updates made so far."""
+        self.take()
+        self.agent.updates.join()
 
     def scale(self) -> Tensor:
         """By which each task's rewards are divided, [T]; 1 without a reward scale."""
@@ -123,18 +147,20 @@ class Trainer:
 
     def unscaled_values(self, observations: Tensor) -> NDArray[np.float32]:
         """The critic's return to go [N], in units of reward; zero while a task's scale is unknown."""
-        self.agent.updates.join()
+        self.join()
         scale = self.scale()
         values = self.agent.value(observations.to(self.agent.device), self.task_ids)
         return (values * scale.where(scale.isfinite(), 0.0)[self.task_ids]).cpu().numpy()
 
     def evaluate(self) -> dict[str, float]:
         """Returns of the current policy; the start states depend on the seed and the step alone."""
+        self.join()
         seed = int(np.random.SeedSequence([self.config.seed, self.steps]).generate_state(1)[0])
         return summary(self.names, evaluate(self.agent, self.eval_env, seed, self.config.eval_episodes))
 
     def row(self) -> dict[str, Tensor | float]:
         """Returns since the last row, scales, and the newest update's losses."""
+        self.join()
         scale, told = self.scale(), tasks_with_success(self.env)
         out: dict[str, Tensor | float] = {"train/updates": self.updates, **self.episodes.row(told)}
         for task, (name, dropped) in enumerate(zip(self.names, self.env.nan_count, strict=True)):
@@ -167,6 +193,7 @@ class Trainer:
 
     def save(self, folder: RunFolder) -> None:
         """Write a checkpoint from which `load` goes on as if nothing had happened."""
+        self.join()
         progress = prefixed(normalizer=self.normalizer.state_dict(), episodes=self.episodes.state_dict())
         progress["updates"] = np.array(self.updates)
         if self.entropies is not None:
@@ -200,7 +227,7 @@ class Trainer:
 
     def require_finite(self, folder: RunFolder) -> None:
         """FloatingPointError: what stopped being finite, since when, and which checkpoint is good."""
-        self.agent.updates.join()
+        self.join()
         try:
             self.agent.check_finite()
         except FloatingPointError as error:
