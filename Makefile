@@ -83,7 +83,7 @@ bench: export OMP_NUM_THREADS ?= 1
 bench: $(VENV)/.bench
 	mkdir -p $(BENCH_DIR)
 	$(BIN)/python bench/bench_limits.py --device cpu --budget 20 --save ../../$(BENCH_DIR)/limits-cpu $(ARGS)
-	$(BIN)/python bench/bench_update.py --device cpu --providers ours plain compiled jax \
+	$(BIN)/python bench/bench_update.py --device cpu --providers ours ours-bf16 plain compiled jax \
 	  --width 128 256 512 --batch 256 128 --budget 260 --save ../../$(BENCH_DIR)/update-cpu $(ARGS)
 	$(BIN)/python bench/bench_update.py --device cpu --providers ours plain jax --workload $(SHAPES) \
 	  --width 256 --batch 256 --budget 120 --save ../../$(BENCH_DIR)/update-workloads-cpu $(ARGS)

@@ -15,7 +15,7 @@ LABELS = {
     "flashbax (jit)": "flashbax", "Stable-Baselines3": "SB3", "row gather (limit)": "copying one row",
 }  # fmt: skip
 COLOURS = {
-    "ours": BLUE, "ours-tf32": "#6ea8fe", "ours-bf16": BLUE, "critic": "#1a7f37", "plain": "#57606a",
+    "ours": BLUE, "ours-tf32": "#6ea8fe", "ours-bf16": "#0a3069", "critic": "#1a7f37", "plain": "#57606a",
     "compiled": "#8250df", "jax": "#bf8700", "library": "#57606a",
 }  # fmt: skip
 DASHED: dict[str, Any] = {"color": RED, "linewidth": 1.2, "linestyle": (0, (4, 3))}
@@ -95,7 +95,7 @@ def curves(
             panel.plot(*zip(*points, strict=True), "o" if fit else "o-", **style)
         first = own[0]["provider"]
         if floors := sorted((x(e), e["floor"]) for e in own if e["provider"] == first and e["floor"]):
-            panel.plot(*zip(*floors, strict=True), label=f"its products by {result['floor']}", **DASHED)
+            panel.plot(*zip(*floors, strict=True), label=f"{result['floor']}, {label(first)}", **DASHED)
         places = sorted(set(map(x, own)))
         if fit:
             xs = [places[0] * (places[-1] / places[0]) ** (step / 60) for step in range(61)]

@@ -11,7 +11,7 @@
 #include "vector_clones.hpp"
 #include "workers.hpp"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 11))
 #define BRC_HAS_AVX512 1
 #include <immintrin.h>
 #endif

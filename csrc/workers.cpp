@@ -36,12 +36,17 @@ class Pool {
     work_ = &work;
     items_ = static_cast<std::uint32_t>(items);
     done_.store(0, std::memory_order_relaxed);
-    helpers_.store(wanted - 1, std::memory_order_relaxed);
+    const int places = static_cast<int>(std::min<std::int64_t>(wanted, items)) - 1;
+    places_.store(places, std::memory_order_relaxed);
     const std::uint32_t job = job_.load(std::memory_order_relaxed) + 1;
     left_.store(static_cast<std::uint64_t>(job) << 32 | static_cast<std::uint32_t>(items),
                 std::memory_order_release);
     job_.store(job, std::memory_order_release);
-    job_.notify_all();
+    if (places >= started_) {
+      job_.notify_all();
+    } else {
+      for (int place = 0; place < places; ++place) job_.notify_one();
+    }
     take(job);
     wait_for(static_cast<std::uint32_t>(items));
   }
@@ -50,7 +55,7 @@ class Pool {
   void grow(int helpers) {
     for (; started_ < helpers; ++started_) {
       try {
-        std::thread([this, me = started_] { serve(me); }).detach();
+        std::thread([this] { serve(); }).detach();
       } catch (const std::system_error&) {
         return;  // those that there are do it
       }
@@ -82,7 +87,7 @@ class Pool {
     }
   }
 
-  void serve(int me) {
+  void serve() {
     std::uint32_t seen = 0;
     for (;;) {
       const auto until = std::chrono::steady_clock::now() + AWAKE;
@@ -96,7 +101,8 @@ class Pool {
         job = job_.load(std::memory_order_acquire);
       }
       seen = job;
-      if (me < helpers_.load(std::memory_order_relaxed)) take(job);
+      // of a later job's places one may be lost here: it is done by fewer
+      if (places_.fetch_sub(1, std::memory_order_relaxed) > 0) take(job);
     }
   }
 
@@ -104,7 +110,7 @@ class Pool {
   const Work* work_ = nullptr;
   std::uint32_t items_ = 0;
   int started_ = 0;
-  std::atomic<int> helpers_ = 0;
+  std::atomic<int> places_ = 0;  // for workers in this job
   alignas(64) std::atomic<std::uint32_t> job_ = 0;
   alignas(64) std::atomic<std::uint64_t> left_ = 0;
   alignas(64) std::atomic<std::uint32_t> done_ = 0;
