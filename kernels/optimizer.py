@@ -479,7 +479,10 @@ def adamw_(
         moved = param if target is None else target
         follow: dict[str, Any] = {"target": target, "tau": tau, "low": low, "target_low": target_low}
         rounded = [x for x in (grad, low, target_low) if x is not None]
-        if _compiled_serves(param, exp_avg, exp_avg_sq, moved, rounded=rounded, step=step, betas=betas):
+        stale = max_norm is not None and native.recording()  # the norm is a number that Python reads
+        if not stale and _compiled_serves(
+            param, exp_avg, exp_avg_sq, moved, rounded=rounded, step=step, betas=betas
+        ):
             _compiled(param, grad, exp_avg, exp_avg_sq, step, **rule, **follow)
             return
         _fused(param, grad, exp_avg, exp_avg_sq, step, **rule)

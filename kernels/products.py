@@ -2,7 +2,7 @@
 
 Ours are faster than the libraries that torch carries wherever they run: on a CPU with AVX-512 (bfloat16: with
 AVX512-BF16, and without AMX, which torch uses and ours do not). The choice follows from the processor alone;
-BRC_FAST_PRODUCTS, read when this is imported, sets another: auto, native or torch.
+BRC_FAST_PRODUCTS, read at the first product, sets another: auto, native or torch.
 
 Numbers: sums in float32 (torch: of the dtype), whose bits do not depend on the number of threads.
 """
@@ -105,6 +105,8 @@ def _affine(x: Tensor, y: Tensor, bias: Tensor, out: Tensor) -> None:
 def multiply(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None, add: bool = False) -> Call:
     """`by_torch`, or the same by the compiled products, on a CPU. The tensors must be kept as long as what is
     returned: it holds addresses."""
+    if add and bias is not None:
+        raise ValueError("a product has a bias or is added to what is there, not both")
     if not _fits(x, y, out, bias):
         return by_torch(x, y, out, bias, add)
     shift, distance = (0, 0) if bias is None else (bias.data_ptr(), bias.stride(0))
@@ -119,5 +121,9 @@ def _fits(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None) -> bool:
         return False
     if out.dtype not in (x.dtype, torch.float32) or (bias is not None and bias.dtype != torch.float32):
         return False
+    if (len(x), x.shape[2], x.shape[1], y.shape[2]) != (len(y), y.shape[1], *out.shape[1:]) or len(
+        out
+    ) != len(x):
+        return False  # torch says what is wrong
     dense = bias is None or bias.stride(-1) == 1
     return dense and out.stride(-1) == 1 and 1 in x.stride()[1:] and 1 in y.stride()[1:]

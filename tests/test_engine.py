@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -711,6 +712,27 @@ def test_an_error_of_an_update_beside_the_environments_is_raised(
     with pytest.raises(RuntimeError, match="no update"):
         trainer.join()
     trainer.join()
+
+
+def test_updates_whose_waiting_a_signal_ended_are_waited_for_again(
+    toy: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, goes_on = lagging(2, 2, 1), threading.Event()
+    while trainer.steps < 24:
+        trainer.collect()
+    run = trainer.agent.run
+    monkeypatch.setattr(trainer.agent, "run", lambda *given: (goes_on.wait(60.0), run(*given))[1])
+    trainer.learn()
+    assert trainer.running is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.running, "result", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.take()
+    assert trainer.running is not None
+    goes_on.set()
+    trainer.take()
+    assert trainer.running is None
+    assert trainer.losses
 
 
 def test_one_core_overlaps_nothing_and_says_so(toy: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from agents import SIZES, agent, batches, noises
@@ -157,14 +159,98 @@ def test_what_torch_does_is_done_again_in_its_turn() -> None:
     assert torch.equal(mine_kept, kept)
 
 
-@pytest.mark.parametrize(
-    "read", [Tensor.item, bool, lambda x: x.view(1, 1).nonzero().numel() / 2], ids=["item", "bool", "nonzero"]
-)
+READS: dict[str, Any] = {
+    "item": Tensor.item,
+    "bool": bool,
+    "tolist": lambda x: x.view(1).tolist()[0],
+    "numpy": lambda x: x.numpy(),
+    "nonzero": lambda x: x.view(1, 1).nonzero().numel() / 2,
+    "mask": lambda x: x.view(1)[x.view(1) > 0.0].numel(),
+    "unique": lambda x: torch.stack([x, x]).unique().numel(),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_a_function_that_reads_a_number_is_done_and_has_no_graph(read: Any) -> None:
     x = torch.ones(())
     graph = HostGraph(lambda: x + float(read(x)))
     assert graph.out == 2.0
-    assert "reads a number" in str(graph.unfit)
+    assert "number" in str(graph.unfit)
+
+
+def test_constants_masks_of_gradients_and_writes_with_results_are_made_again() -> None:
+    x, weight = torch.randn(5, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def function() -> Tensor:
+        total, like = torch.tensor(1.0), x.new_tensor([2.0])
+        total.add_(x.detach().sum())
+        like.mul_(3.0)
+        with torch.enable_grad():
+            y = torch.nn.functional.layer_norm(x, (4,), weight)
+            dx, dweight = torch.autograd.grad(y.square().sum(), [x, weight])
+        noise = torch.empty(5, 4)
+        leaky = torch.ops.aten.rrelu_with_noise(x.detach(), noise, 0.1, 0.3, True, generator)
+        return torch.cat([total.view(1), like, dx.flatten(), dweight, leaky.flatten(), noise.flatten()])
+
+    graph = HostGraph(function)
+    assert graph.unfit is None
+    for call in range(3):
+        with torch.no_grad():
+            x.copy_(torch.randn(5, 4))
+        generator.manual_seed(call)
+        graph.replay()
+        generator.manual_seed(call)
+        torch.testing.assert_close(graph.out, function().detach(), rtol=0.0, atol=0.0)
+
+
+def test_a_graph_does_not_outlive_its_agent() -> None:
+    learner, batch = agent(), batches(1, 12)
+    for _ in range(3):
+        learner.update(batch)
+    updates = learner.updates
+    del learner
+    with pytest.raises(RuntimeError, match="the agent of these updates is gone"):
+        updates([*batch, torch.ones(1)])
+
+
+MOVED: dict[str, Any] = {
+    "moments": lambda x: x.critic_optimizer.exp_avg,
+    "a view of moments": lambda x: next(iter(x.actor_optimizer.state_dict().values())),
+    "rate": lambda x: x.critic_optimizer.learning_rate,
+    "average": lambda x: x.critic_optimizer.tau,
+    "steps": lambda x: x.critic_optimizer.step_count,
+    "gradients": lambda x: x.critics.grad,
+    "atoms": lambda x: x.critic.atoms,
+    "copies": lambda x: x.critics.low,
+    "since": lambda x: x.first_bad.since,
+}
+
+
+@pytest.mark.parametrize("of", MOVED.values(), ids=MOVED)
+def test_memory_that_moves_is_followed(of: Any) -> None:
+    """To another process, say; what is written there afterwards counts."""
+    replayed, plain = pair(2, precision="bf16")
+    for call in range(6):
+        for learner in (replayed, plain):
+            if call == 3:
+                of(learner).share_memory_()
+            if call == 4:
+                learner.critic_optimizer.learning_rate = 0.1
+            learner.update(batches(1, 12, 2, seed=call))
+    assert replayed.updates.captures == 2
+    assert_same(replayed, plain)
+
+
+def test_recording_does_not_load_the_compiler() -> None:
+    """All of it takes a second."""
+    done = fresh.run(
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import agents\n"
+        "a, b = agents.agent(), agents.batches(1, 5)\n"
+        "for _ in range(3): a.update(b)\n"
+        "print('torch._dynamo' in sys.modules, a.updates.captures)"
+    )
+    assert (done.stdout.split(), done.stderr) == (["False", "1"], "")
 
 
 def test_an_error_ends_the_recording() -> None:

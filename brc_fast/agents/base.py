@@ -40,6 +40,14 @@ class TemperatureStep(NamedTuple):
     adam: kernels.reference.ScalarAdam
 
 
+def memory_of(part: nn.Module | FlatAdamW | ObservationStatistics) -> list[Tensor]:
+    """Tensors at whose addresses an update works, but for parameters of modules."""
+    if isinstance(part, nn.Module):
+        return list(part.buffers())
+    held = vars(part.networks) | vars(part) if isinstance(part, FlatAdamW) else vars(part)
+    return [x for x in held.values() if isinstance(x, Tensor)]
+
+
 class Agent:
     """An agent whose U updates of a call are one program: on CUDA a graph.
 
@@ -86,7 +94,12 @@ class Agent:
                 raise RuntimeError("the agent of these updates is gone: hold it while they are made")
             return mine(*inputs)
 
-        self.updates = Captured(function, self.device, [self.generator], enabled=graphs)
+        self.updates = Captured(
+            function, self.device, [self.generator], enabled=graphs, alive=lambda: updates() is not None
+        )
+        parts = [x for part in self.parts().values() for x in memory_of(part)]
+        self._memory = [self.first_bad.since, *parts]
+        self._places = self._places_now()
         self._fixed = frozenset(vars(self)) - {*self.FOLLOWED, "updates"}
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -133,12 +146,20 @@ class Agent:
             # compiled or wrapped, a module has the same parameters
             if [id(p) for p in now.parameters()] != [id(p) for p in trained.parameters()]:
                 raise RuntimeError(f"{name} is not the module that is trained: load its parameters into that")
+        moved = False
         for optimizer in self.optimizers().values():
             if optimizer.networks.touched():
                 self.updates.join()  # before what it may still read is changed
-                if optimizer.networks.follow():
-                    self.updates.forget()
-                    self.forget_plans()
+                moved |= optimizer.networks.follow()
+        if moved or self._places_now() != self._places:
+            self.updates.join()
+            self.updates.forget()
+            self.forget_plans()
+            self._places = self._places_now()
+
+    def _places_now(self) -> tuple[int, ...]:
+        """Addresses of what graphs and plans read and write beside parameters: share_memory moves it."""
+        return tuple(map(Tensor.data_ptr, self._memory))
 
     @torch.no_grad()
     def measure(

@@ -83,6 +83,7 @@ class Captured:
             (shapes and dtypes of its arguments): no host synchronisation, no host number that changes;
             whatever it keeps, it changes in place.
         device: where it works. generators: of that device, whose draws are part of it.
+        alive: whether what the function works on is still there: a graph does not look.
         enabled: False to run it as it is.
 
     Attributes:
@@ -97,8 +98,10 @@ class Captured:
         device: str | torch.device,
         generators: Sequence[Generator] = (),
         enabled: bool = True,
+        alive: Callable[[], bool] = lambda: True,
     ) -> None:
         self.function, self.device, self.generators = function, torch.device(device), generators
+        self.alive = alive
         self.reason: str | None = None
         if not enabled:
             self.reason = OFF
@@ -190,7 +193,7 @@ class Captured:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def _on_host(self, inputs: Sequence[Tensor]) -> Tensor:
-        if self.reason is not None or not unwatched():
+        if self.reason is not None or not unwatched() or not self.alive():
             return self.function(*inputs)
         signature = chosen(None), tuple((x.shape, x.dtype) for x in inputs)
         program = self._host.pop(signature, None) or _HostProgram(inputs)

@@ -130,9 +130,13 @@ class Trainer:
 
     def take(self) -> None:
         """Wait for the updates that run in a thread beside this one."""
-        if self.running is not None:
-            running, self.running = self.running, None
-            self.losses = running.result()
+        if self.running is None:
+            return
+        try:
+            self.losses = self.running.result()
+        finally:
+            if self.running.done():  # else a signal ended the waiting: it is to be waited for again
+                self.running = None
 
     def join(self) -> None:
         """Let what comes next see all updates made so far."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -21,7 +22,13 @@ from .native import compiled, noted
 
 __all__ = ["HostGraph"]
 
-READS_A_NUMBER = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"}
+# They give Python a number, or results of a size that depends on numbers.
+READS_A_NUMBER = {
+    *("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose"),
+    *("nonzero", "nonzero_numpy", "argwhere", "masked_select", "bincount", "repeat_interleave"),
+    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
+}
+TO_THE_HOST = {"tolist", "numpy", "__array__", "__dlpack__"}  # no operations, but methods
 ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -39,7 +46,7 @@ class HostGraph:
         recorder = _Recorder(self._tape)
         noted.tensors = self._changed
         try:
-            with transparent(), recorder:
+            with transparent(), recorder, _Calls(recorder):
                 compiled.record(self._tape)
                 self.out = function()
         finally:
@@ -54,6 +61,20 @@ class HostGraph:
         torch.autograd.graph.increment_version(self._changed)
 
 
+class _Calls(TorchFunctionMode):
+    """Tells of methods that hand numbers to the host."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in TO_THE_HOST:
+            self.recorder.unfit = f"{name} reads numbers of a tensor, which no replay would do"
+        return func(*args, **(kwargs or {}))
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Puts what torch does on the tape, where the compiled passes put themselves."""
 
@@ -62,10 +83,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tape, self.kept = tape, list[Tensor]()
         self.unfit: str | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: to have torch.compile skip this, torch would import all of it, for a second."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.rpartition("::")[2]
-        if name in READS_A_NUMBER:
+        if name in READS_A_NUMBER or (name.startswith("index") and _masks(args)):
             self.unfit = f"{name} reads a number of a tensor, which no replay would do"
         compiled.record(None)  # an op of ours is done again as a whole
         try:
@@ -76,10 +102,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = {memory(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)}
         made = [x for x in results if memory(x) not in given]
         self.kept += results
-        if func._schema.is_mutable:
+        if name == "lift_fresh":  # torch.tensor(..): no operation made it
+            self.tape.append(partial(out.copy_, out.clone()))
+        elif func._schema.is_mutable and not made:
             self.tape.append(partial(func, *args, **kwargs))
         elif made and name not in ALLOCATES:
-            self.tape.append(_into(func, args, kwargs, results))
+            self.tape.append(_into(func, args, kwargs, results, made))
         return out
 
 
@@ -87,17 +115,27 @@ def memory(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def _into(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> Callable[[], object]:
+def _masks(args: Any) -> bool:
+    """Whether an index is a mask."""
+    given = [x for x in tree_flatten(args[1:2])[0] if isinstance(x, Tensor)]
+    return any(x.dtype in (torch.bool, torch.uint8) for x in given)
+
+
+def _into(
+    func: Any, args: Any, kwargs: Any, results: list[Tensor], made: list[Tensor]
+) -> Callable[[], object]:
     """The operation once more, into the memory of its results: by its variant for that, where it has one."""
     packet = func._overloadpacket
-    for name in packet.overloads() if len(results) == 1 else ():
+    for name in packet.overloads() if len(results) == 1 and not func._schema.is_mutable else ():
         other = getattr(packet, name)
         if _same_but_out(func._schema, other._schema):
             return partial(other, *args, **kwargs, out=results[0])
 
     def again() -> None:
-        for old, new in zip(results, tree_flatten(func(*args, **kwargs))[0], strict=True):
-            old.copy_(new)
+        values = [x for x in tree_flatten(func(*args, **kwargs))[0] if isinstance(x, Tensor)]
+        for old, new in zip(results, values, strict=True):
+            if any(old is x for x in made):
+                old.copy_(new)
 
     return again
 
