@@ -105,7 +105,7 @@ class Captured:
         self.reason: str | None = None
         if not enabled:
             self.reason = OFF
-        elif self.device.type == "cpu" and native.compiled is None:
+        elif self.device.type == "cpu" and not native.built():
             self.reason = "the package's compiled part is not built"
         elif self.device.type not in ("cuda", "cpu"):
             self.reason = f"the learner is on {self.device.type}"

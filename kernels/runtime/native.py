@@ -16,6 +16,7 @@ except ImportError:  # a checkout that was not built
 
 __all__ = [
     "LOW",
+    "built",
     "changed",
     "compiled",
     "noted",
@@ -58,6 +59,11 @@ def serves(*tensors: Tensor) -> bool:
     for tensor in tensors:
         if tensor.dtype is not torch.float32 or not tensor.is_cpu:
             return False
+    return compiled is not None
+
+
+def built() -> bool:
+    """Whether there are compiled passes at all."""
     return compiled is not None
 
 
