@@ -121,6 +121,15 @@ def test_another_implementation_has_a_graph_of_its_own() -> None:
     assert [graph is None for graph in graphs_of(learner)] == [False, True]
 
 
+@pytest.mark.gpu
+def test_kernels_on_a_cpu_are_run_and_not_replayed(kernel_device: str) -> None:
+    learner = agent(device=kernel_device)
+    with kernels.use("triton"):
+        for _ in range(3):
+            learner.update(batches(1, 4, device=kernel_device))
+    assert graphs_of(learner) == []
+
+
 def test_a_replay_is_seen_by_autograd() -> None:
     """What was computed with parameters that have changed since has no gradient."""
     learner, batch = agent(), batches(1, 12)
