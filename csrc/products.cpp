@@ -142,10 +142,6 @@ BRC_INLINE void transpose(const T* x, std::int64_t stride, std::int64_t rows, st
   }
 }
 
-BRC_INLINE void prefetch(const void* x, std::int64_t bytes) {
-  for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(x) + at);
-}
-
 // A block of b as panels [units, 16 or 32], the last of which may have room for 16 columns.
 template <class T>
 void copy_panels(std::int64_t depth, std::int64_t columns, const T* b, std::int64_t row_stride,

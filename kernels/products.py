@@ -121,9 +121,8 @@ def _fits(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None) -> bool:
         return False
     if out.dtype not in (x.dtype, torch.float32) or (bias is not None and bias.dtype != torch.float32):
         return False
-    if (len(x), x.shape[2], x.shape[1], y.shape[2]) != (len(y), y.shape[1], *out.shape[1:]) or len(
-        out
-    ) != len(x):
+    networks, rows, depth = x.shape
+    if y.shape[:2] != (networks, depth) or out.shape != (networks, rows, y.shape[2]):
         return False  # torch says what is wrong
     dense = bias is None or bias.stride(-1) == 1
     return dense and out.stride(-1) == 1 and 1 in x.stride()[1:] and 1 in y.stride()[1:]

@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -210,3 +211,18 @@ def test_bfloat16_without_instructions_for_it_works_and_says_how_slow(
     cli.use_cpu(TrainConfig(("toy/0",), precision="bf16"))
     slow = "this processor has no bfloat16 instructions, products take 2.5 times as long as in fp32"
     assert capsys.readouterr().out == ("" if fast else f"--precision bf16: {slow}\n")
+
+
+@pytest.mark.parametrize("wrong", [(3, 4, 5), (2, 5, 5), (2, 4, 6)], ids=str)
+def test_a_result_of_another_shape_is_never_written_past_its_end(wrong: tuple[int, ...]) -> None:
+    """Torch refuses it or gives it the right shape."""
+    x, y, out = torch.randn(2, 4, 3), torch.randn(2, 3, 5), torch.full(wrong, 7.0)
+    before = out.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            products.multiply(x, y, out)()
+        except RuntimeError:
+            assert torch.equal(out, before)
+        else:
+            torch.testing.assert_close(out, x @ y)
