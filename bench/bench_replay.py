@@ -245,7 +245,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for group in groups or [partial(sampling, FIRST, DEVICE_BATCHES), partial(insert, (STREAMS,))]:
             run(found, group(on_device(device), capacity), seconds, "device", device)
         return found.end()
-    harness.one_core()
+    harness.use_cores()
     asked = given.cases or (() if shapes else names)
     seconds = given.budget / (len(groups) + sum(CASES.get(name, 1) for name in asked))
     for group in [*(GROUPS[name] for name in asked if name in GROUPS), *groups]:

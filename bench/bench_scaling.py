@@ -110,7 +110,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.common(120.0)
     given = parser.parse_args(words)
     if (device := parser.device(given)) == "cpu":
-        harness.one_core()
+        harness.use_cores()
     found = Results("scaling", given.save, device=device)
     run(found, device, tuple(DRY), given.budget, dry=given.dry)
     return found.end()

@@ -1,9 +1,11 @@
 """Updates per second of `brc_fast.BRC` and of the same mathematics by others, beside a floor.
 
     python bench/bench_update.py [--device cpu|cuda] [--providers ours critic plain compiled jax]
-        [--workload NAME ...] [--width 128 ...] [--batch 128 ...] [--budget SECONDS] [--save NAME]
+        [--workload NAME ...] [--width 128 ...] [--batch 128 ...] [--threads N] [--budget SECONDS]
+        [--save NAME]
 
 ours        in float32; ours-bf16, and on a GPU ours-tf32, with products of lower precision
+one-thread  ours on one thread, where --threads gives the others more
 critic      plain, but for the critic, its loss and its target, which are `brc_fast.Critic` (docs/critic.md)
 plain       PyTorch without anything of ours, with fused optimizers, targets moved in one call, and a critic
             without gradients while the actor learns
@@ -135,9 +137,10 @@ def main(words: Sequence[str] | None = None) -> int:
     told = "of the critics; 128 256 without a workload"
     parser.add_argument("--width", type=positive, nargs="+", help=told)
     parser.add_argument("--batch", type=positive, nargs="+", help="128 without a workload")
+    parser.add_argument("--threads", type=positive, default=1, help="of each, on as many cores (default 1)")
     given = parser.parse_args(words)
     if (device := parser.device(given)) == "cpu":
-        harness.one_core()
+        harness.use_cores(given.threads)
     usual = ([128, 256], [128]) if given.workload is None else ([], [])
     number, names = UPDATES[device], set(given.providers or DEFAULTS[device])
     if not names & set(OURS) or (device == "cuda" and "ours" in names):

@@ -124,13 +124,13 @@ def positive(word: str) -> int:
     return value
 
 
-def one_core() -> None:
-    """Asks every library for one thread; JAX takes every core that it sees, so it is shown one."""
+def use_cores(count: int = 1) -> None:
+    """Asks every library for `count` threads; JAX takes every core that it sees, so it is shown as many."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = "1"
-    torch.set_num_threads(1)
+        os.environ[name] = str(count)
+    torch.set_num_threads(count)
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-count:])
 
 
 # ---------------------------------------------------------------- timing

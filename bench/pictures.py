@@ -8,7 +8,8 @@ from typing import Any
 
 BLUE, GREY, RED, INK = "#1f6feb", "#c3cbd6", "#d1495b", "#24292f"
 LABELS = {
-    "ours": "brc-fast", "ours-tf32": "brc-fast, TF32", "ours-bf16": "brc-fast, BF16", "kernels": "brc-fast",
+    "ours": "brc-fast", "ours-tf32": "brc-fast, TF32", "ours-bf16": "brc-fast, BF16",
+    "one-thread": "brc-fast, one thread", "kernels": "brc-fast",
     "critic": "plain PyTorch, our critic", "plain": "plain PyTorch", "eager": "plain PyTorch", "jax": "JAX",
     "compiled": "torch.compile", "compile": "torch.compile", "library": "its own loop",
     "authors' layout (numpy)": "authors' layout", "torch.index_select": "index_select",

@@ -23,7 +23,7 @@ AUTHORS = bench_replay.AUTHORS
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ours and the peers that need no package."""
-    monkeypatch.setattr(harness, "one_core", lambda: None)
+    monkeypatch.setattr(harness, "use_cores", lambda *_: None)
     for name in ("cpprb", "TorchRL", "Stable-Baselines3", "flashbax (jit)"):
         monkeypatch.delitem(replay.KINDS, name)
     return bench_replay

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -288,9 +289,20 @@ def test_a_provider_without_room_says_so_and_costs_the_others_nothing(
 def test_the_command_line_stores_every_size_with_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "one_core", lambda: None)
+    monkeypatch.setattr(harness, "use_cores", lambda *_: None)
     words = ["--device", "cpu", "--width", "16", "--batch", "8", "16", "--budget", "3"]
     assert bench.main([*words, "--save", str(tmp_path / "update")]) == 0
     stored = harness.read(tmp_path / "update.json")
     assert [one["at"]["batch"] for one in stored["measurements"]] == [8, 8, 16, 16]
     assert {one["provider"] for one in stored["measurements"]} == {"ours", "plain"}
+
+
+def test_one_thread_leaves_the_threads_of_the_others_as_they_were() -> None:
+    small, seen = updates.Subject(CARTPOLE._replace(width=8, batch=8)), list[int]()
+    counted = updates.ours(small, "fp32")._replace(call=lambda: seen.append(torch.get_num_threads()))
+    with mock.patch.object(updates, "ours", return_value=counted):
+        provider = updates.BUILDERS["one-thread"](small)
+    torch.set_num_threads(2)
+    provider.call()
+    assert seen == [1]
+    assert torch.get_num_threads() == 2

@@ -102,6 +102,18 @@ def ours(subject: Subject, precision: str) -> Provider:
     return Provider(agent.update, parameters, call, finish, precision)
 
 
+def one_thread(subject: Subject) -> Provider:
+    provider = ours(subject, "fp32")
+
+    def call() -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        provider.call()
+        torch.set_num_threads(threads)
+
+    return provider._replace(call=call)
+
+
 def plain(subject: Subject, **options: Any) -> Provider:
     peer, (data, _) = PlainBRC(subject.agent(), **options), subject.inputs()
     call, finish = partial(peer.updates, data), partial(wait, subject.device)
@@ -164,6 +176,7 @@ BUILDERS: dict[str, Callable[[Subject], Provider]] = {
     "ours": partial(ours, precision="fp32"),
     "ours-tf32": partial(ours, precision="tf32"),
     "ours-bf16": partial(ours, precision="bf16"),
+    "one-thread": one_thread,
     "critic": partial(plain, ours=True),
     "plain": plain,
     "compiled": compiled,
