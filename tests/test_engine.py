@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from brc_fast.command import main as cli
 from brc_fast.config import TrainConfig
 from brc_fast.learner.precision import check_precision, products
 from brc_fast.replay import ReplayBuffer
+from brc_fast.replay.prefetch import Prefetcher
 from brc_fast.runs import trainer as runs_trainer
 from brc_fast.runs.checkpoint import RunFolder
 from brc_fast.runs.trainer import Trainer
@@ -678,9 +680,11 @@ class AtOnce:
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["raw", "normalized"])
 def test_updates_beside_the_environments_are_those_before_them(toy: dict, normalized: bool) -> None:
-    """To the bit, though actions are drawn and statistics counted while the updates run."""
+    """To the bit, though actions are drawn, batches gathered and statistics counted while the updates run."""
     trainers = [lagging(2, 2, 2, normalize_observations=normalized) for _ in range(2)]
+    assert isinstance(trainers[0].batches, Prefetcher)
     trainers[1].learner = AtOnce()  # type: ignore[assignment]
+    trainers[1].batches = iter(partial(trainers[1].replay.sample, 16, 2), None)
     for trainer in trainers:
         while trainer.steps < 24:
             trainer.collect()

@@ -53,15 +53,15 @@ class Trainer:
         self.replay = ReplayBuffer(config.replay_capacity, *spec.fields, task_ids=ids, seed=config.seed)
         self.batch_size = config.transitions_per_update
         size = self.batch_size, config.updates_per_step
+        # a GPU computes by itself while environments step; a CPU needs a thread for it
+        beside = self.lagged is not None and device == "cpu"
         sampled = iter(partial(self.replay.sample, *size), None)
-        self.batches = self.replay.prefetch(*size) if device == "cuda" else sampled
+        self.batches = self.replay.prefetch(*size) if beside or device == "cuda" else sampled
         self.normalizer = RewardNormalizer.from_config(config, ids, self.agent.target_entropy)
         self.episodes = EpisodeTracker(self.names, ids)
         self.task_ids = torch.as_tensor(ids, device=device)
         self.steps, self.updates, self.watch = 0, 0, Stopwatch()
         self.losses: dict[str, Tensor] = {}
-        # a GPU computes by itself while environments step; a CPU needs a thread for it
-        beside = self.lagged is not None and device == "cpu"
         self.learner = ThreadPoolExecutor(1, "learner") if beside else None
         self.running: Future[dict[str, Tensor]] | None = None
         if beside and cores() == 1:
