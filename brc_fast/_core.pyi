@@ -11,6 +11,14 @@ Segment = tuple[int, str, dict[str, Any]]
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]: ...
 def crc32c(data: bytes) -> int: ...
+def return_extremes(
+    rewards: NDArray[np.float64],
+    discount: float,
+    slots: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    bootstraps: NDArray[np.float64],
+    mean_weights: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
 
 class Kind(Enum):
     integer = ...

@@ -14,6 +14,7 @@
 #include "exact_data.hpp"
 #include "philox.hpp"
 #include "replay_store.hpp"
+#include "returns.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -277,6 +278,20 @@ PYBIND11_MODULE(_core, module) {
     const std::string_view view(data);
     return brc::crc32c(0, reinterpret_cast<const std::byte*>(view.data()), view.size());
   });
+
+  module.def(
+      "return_extremes",
+      [](const Array<double>& rewards, double discount, const Array<std::int64_t>& slots,
+         const Array<std::int64_t>& lengths, const Array<double>& bootstraps,
+         const Array<double>& mean_weights) {
+        const brc::Episodes episodes = {in(rewards), static_cast<std::size_t>(rewards.shape(1)), discount};
+        Array<double> low(slots.size()), high(slots.size());
+        brc::return_extremes(episodes, in(slots), in(lengths), in(bootstraps), in(mean_weights), out(low),
+                             out(high));
+        return std::pair(low, high);
+      },
+      exact("rewards"), "discount"_a, exact("slots"), exact("lengths"), exact("bootstraps"),
+      exact("mean_weights"));
 
   py::enum_<brc::Kind>(module, "Kind")
       .value("integer", brc::Kind::integer)

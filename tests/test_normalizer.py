@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from brc_fast import RewardNormalizer
+from brc_fast.agents import normalizer as normalizers
 
 DISCOUNT = 0.9
 ALPHA = torch.tensor(0.2)
@@ -138,3 +141,80 @@ def test_a_task_that_has_only_ever_returned_nothing_has_rewards_of_zero_without_
     feed(normalizer, [[0.0, 2.0]], ["terminated"])
     scaled = normalizer.normalize(torch.tensor([2.0]), torch.zeros(1, dtype=torch.long), ALPHA)
     assert scaled.item() == pytest.approx(5.0)
+
+
+def test_episodes_of_any_lengths_may_end_at_once() -> None:
+    """Each with the returns of its own rewards, and not of an earlier, longer episode in its place."""
+    rng, slots = np.random.default_rng(0), 40
+    normalizer = make([slot % 4 for slot in range(slots)])
+    normalizer.update(np.full(slots, 100.0, np.float32), np.zeros(slots, bool), np.zeros(slots, bool))
+    normalizer.forget(np.ones(slots, bool))
+    starts = rng.integers(0, 90, slots)
+    rewards = rng.normal(size=(90, slots)).astype(np.float32)
+    none = np.zeros(slots, bool)
+    for step in range(90):
+        normalizer.update(rewards[step], none, none if step < 89 else ~none, dropped=step < starts)
+    for task in range(4):
+        found = []
+        for slot in range(task, slots, 4):
+            episode = rewards[starts[slot] :, slot].astype(np.float64)
+            found += returns_of(list(episode), episode.mean() / (1.0 - DISCOUNT))
+        np.testing.assert_allclose(normalizer.return_min[task], min(found), rtol=1e-9)
+        np.testing.assert_allclose(normalizer.return_max[task], max(found), rtol=1e-9)
+
+
+def test_a_thousand_episodes_end_at_once_in_the_time_of_a_few_steps() -> None:
+    slots, steps = 1024, 1000
+    normalizer = RewardNormalizer([0] * slots, target_entropy=-1.0)
+    none, ones = np.zeros(slots, bool), np.ones(slots, np.float32)
+    for _ in range(steps - 1):
+        normalizer.update(ones, none, none)
+    start = time.thread_time()
+    normalizer.update(ones, none, ~none)
+    assert time.thread_time() - start < 0.05
+    assert normalizer.return_max[0] == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"rewards": np.array([1.0, np.nan], np.float32)},
+            r"rewards must be finite, got nan from environment 1",
+        ),
+        (
+            {"rewards": np.array([np.inf, 0.0], np.float32)},
+            r"rewards must be finite, got inf from environment 0",
+        ),
+        ({"rewards": np.ones((2, 1), np.float32)}, r"rewards must have shape \[N\] = \[2\], got \[2, 1\]"),
+        ({"terminated": np.zeros(3, bool)}, r"terminated must have shape \[N\] = \[2\], got \[3\]"),
+        ({"values": np.float32(1.0)}, r"values must have shape \[N\] = \[2\], got \[\]"),
+    ],
+)
+def test_what_is_refused_leaves_the_scale_as_it_was(given: dict[str, np.ndarray], told: str) -> None:
+    normalizer, no = make([0, 0]), np.zeros(2, bool)
+    normalizer.update(np.ones(2, np.float32), no, no)
+    before = normalizer.state_dict()
+    with pytest.raises(ValueError, match=told):
+        normalizer.update(**{"rewards": np.ones(2, np.float32), "terminated": no, "truncated": ~no, **given})
+    for name, value in normalizer.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_a_dropped_reward_may_be_anything() -> None:
+    normalizer, no = make([0, 0]), np.zeros(2, bool)
+    normalizer.update(np.array([1.0, np.nan], np.float32), no, ~no, dropped=np.array([False, True]))
+    assert np.isfinite(normalizer.return_max).all()
+
+
+def test_episodes_that_never_end_are_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(normalizers, "ENDLESS", 5)
+    normalizer, no = make([0, 1]), np.zeros(2, bool)
+    for step in range(12):
+        normalizer.update(np.ones(2, np.float32), np.array([step == 2, False]), no)
+    assert caplog.messages == [
+        "no episode of task 1 has ended in 5 steps: its rewards are scaled to 0 until one does; "
+        "give it a time limit"
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Literal, Self
 
@@ -10,7 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from brc_fast import _core
 from brc_fast.config import TrainConfig
+
+ENDLESS = 10_000  # steps of an episode, while none of its task has ended, after which that is said
+log = logging.getLogger(__name__)
 
 
 class RewardNormalizer:
@@ -59,6 +64,7 @@ class RewardNormalizer:
         self.return_max = np.full(self.num_tasks, -np.inf)
         self._lengths = np.zeros(len(self.task_ids), np.int64)  # steps of the running episodes
         self._rewards = np.zeros((64, len(self.task_ids)))  # their rewards, grown as needed
+        self._told = False  # that a task's episodes do not end
 
     @classmethod
     def from_config(cls, config: TrainConfig, task_ids: NDArray[np.int64], target_entropy: float) -> Self:
@@ -86,39 +92,62 @@ class RewardNormalizer:
             rewards, terminated, truncated: [N]. A step that is both terminated and truncated has ended.
             values: [N] unscaled returns to go of the successors; needed with bootstrap="critic".
             dropped: [N] slots whose step was discarded: their running episode is forgotten.
+
+        Raises:
+            ValueError: another shape, or a reward that is not finite of a slot that is not dropped; nothing
+                is recorded then.
         """
+        given = {"rewards": rewards, "terminated": terminated, "truncated": truncated}
+        given |= {name: x for name, x in (("values", values), ("dropped", dropped)) if x is not None}
+        for name, x in given.items():
+            if np.shape(x) != self.task_ids.shape:
+                raise ValueError(
+                    f"{name} must have shape [N] = [{self.task_ids.size}], got {list(np.shape(x))}"
+                )
+        kept = np.ones_like(self.task_ids, np.bool_) if dropped is None else ~np.asarray(dropped, np.bool_)
+        if not np.isfinite(rewards)[kept].all():
+            slot = int(np.flatnonzero(kept & ~np.isfinite(rewards))[0])
+            raise ValueError(f"rewards must be finite, got {rewards[slot]} from environment {slot}")
+        truncated = truncated & ~terminated & kept
+        if self.bootstrap == "critic" and truncated.any() and values is None:
+            raise ValueError('values [N] are needed at a truncation with bootstrap="critic", got None')
         if self._lengths.max() == len(self._rewards):
             self._rewards = np.concatenate([self._rewards, np.zeros_like(self._rewards)])
-        slots = np.arange(len(self.task_ids))
-        self._rewards[self._lengths, slots] = rewards
+        self._rewards[self._lengths, np.arange(self.task_ids.size)] = rewards
         self._lengths += 1
-        ended = terminated | truncated
-        if dropped is not None:
-            self.forget(dropped)
-            ended = ended & ~dropped
-        for slot in np.flatnonzero(ended):
-            self._finish(int(slot), bool(terminated[slot]), None if values is None else float(values[slot]))
+        self.forget(~kept)
+        if not self._told and self._lengths.max() >= ENDLESS:
+            self._tell_of_endless_episodes()
+        ended = np.flatnonzero((terminated & kept) | truncated)
+        if not ended.size:
+            return
+        bootstraps, mean_weights = np.zeros((2, self.task_ids.size))
+        if self.bootstrap == "critic":
+            bootstraps[truncated] = 0.0 if values is None else values[truncated]
+        else:
+            mean_weights[truncated] = 1.0 / (1.0 - self.discount)
+        episodes = (ended, self._lengths[ended], bootstraps[ended], mean_weights[ended])
+        low, high = _core.return_extremes(self._rewards, self.discount, *episodes)
+        np.minimum.at(self.return_min, self.task_ids[ended], low)
+        np.maximum.at(self.return_max, self.task_ids[ended], high)
+        self._lengths[ended] = 0
 
     def forget(self, slots: NDArray[np.bool_]) -> None:
         """The running episodes of these slots [N] start anew."""
         self._lengths[slots] = 0
 
-    def _finish(self, slot: int, terminated: bool, value: float | None) -> None:
-        rewards = self._rewards[: self._lengths[slot], slot]
-        if terminated:
-            discounted = 0.0
-        elif self.bootstrap == "mean_reward":
-            discounted = float(rewards.mean()) / (1.0 - self.discount)
-        elif value is not None:
-            discounted = value
-        else:
-            raise ValueError('values [N] are needed at a truncation with bootstrap="critic", got None')
-        task = self.task_ids[slot]
-        for reward in rewards[::-1]:
-            discounted = reward + self.discount * discounted
-            self.return_min[task] = min(self.return_min[task], discounted)
-            self.return_max[task] = max(self.return_max[task], discounted)
-        self._lengths[slot] = 0
+    def _tell_of_endless_episodes(self) -> None:
+        """Once, where a task's rewards are scaled to 0 because none of its episodes has ended."""
+        endless = np.isinf(self.return_min[self.task_ids]) & (self._lengths >= ENDLESS)
+        if endless.any():
+            self._told = True
+            task = int(self.task_ids[endless][0])
+            log.warning(
+                "no episode of task %d has ended in %d steps: its rewards are scaled to 0 until one does; "
+                "give it a time limit",
+                task,
+                ENDLESS,
+            )
 
     def scale(self, temperature: Tensor, entropies: Tensor | None = None) -> Tensor:
         """Divisor of every task's rewards, [T]; infinite before its first episode has ended.
