@@ -98,8 +98,15 @@ class Batch(_Columns):
                     f"task_ids must be in [0, T) = [0, {num_tasks}), got {low if low < 0 else high}"
                 )
 
+    def updates(self) -> Batch:
+        """[U, B, ...]: itself, or the one update that a batch [B, ...] is for."""
+        one = all(field.dim() == 1 for field in (self.rewards, self.masks, self.task_ids))
+        return self.map(lambda field: field.unsqueeze(0)) if one else self
+
     def update(self, index: int) -> Batch:
-        """The [B, ...] batch of one of the U updates."""
+        """The [B, ...] batch of one of the U updates of a batch [U, B, ...]."""
+        if self.rewards.dim() != 2:
+            raise ValueError(f"update takes one of U updates [U, B], got rewards {list(self.rewards.shape)}")
         return self.map(lambda field: field[index])
 
     def to(self, device: str | torch.device) -> Batch:

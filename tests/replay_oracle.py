@@ -20,6 +20,7 @@ from brc_fast import _core
 from brc_fast.batch import Batch
 from brc_fast.replay import Field, Prefetcher, ReplayBuffer
 from brc_fast.replay.arena import columns
+from brc_fast.replay.request import Size
 
 ENDS = [(False, False), (True, False), (False, True), (True, True)]  # terminated, truncated
 Arrays = dict[str, np.ndarray]
@@ -294,7 +295,7 @@ class Feed:
         assert (self.buffer.draws, self.buffer._store.seed) == (self.draws, self.seed)
         assert_same(read_all(self.buffer, n_step, discount), self.expected(stored, n_step, discount))
 
-    def check_sample(self, batch_size: int, num_batches: int = 1, **request: Any) -> Batch:
+    def check_sample(self, batch_size: int, num_batches: int | None = None, **request: Any) -> Batch:
         """The sampled transitions are those that the documented random numbers name."""
         batch = self.buffer.sample(batch_size, num_batches, **request)
         self.check_batch(batch, batch_size, num_batches, **request)
@@ -304,21 +305,22 @@ class Feed:
         self,
         batch: Batch,
         batch_size: int,
-        num_batches: int = 1,
+        num_batches: int | None = None,
         n_step: int = 1,
         discount: float | None = None,
         **spread: Any,
     ) -> None:
         """`batch` is what comes next."""
-        numbers = range(self.draws, self.draws + num_batches)
+        sizes = (batch_size,) if num_batches is None else (num_batches, batch_size)
+        drawn = num_batches or 1
+        numbers = range(self.draws, self.draws + drawn)
         picked = [pick for number in numbers for pick in self.picks(number, batch_size, **spread)]
-        sizes = num_batches, batch_size
         expected = self.expected(picked, n_step, discount)
         assert_same(
             arrays_of(batch),
             {name: value.reshape(*sizes, *value.shape[1:]) for name, value in expected.items()},
         )
-        self.draws += num_batches
+        self.draws += drawn
         assert self.buffer.draws == self.draws
 
 
@@ -353,13 +355,13 @@ def read_all(buffer: ReplayBuffer, n_step: int = 1, discount: float = 1.0) -> Ar
         for name, field in columns(buffer.schema).items()
     }
     request, row = _core.Request(n_step, discount, [], []), 0
-    lease = buffer._arena.lease(1, 1)
+    lease = buffer._arena.lease(Size.of(1, None))
     one = arrays_of(lease.batch)
     for stream, size in enumerate(buffer._store.sizes().tolist()):
         for age in range(size):
             buffer._store.read(stream, age, request, lease.views, lease.slot)
             for name, array in arrays.items():
-                array[row] = one[name][0, 0]
+                array[row] = one[name][0]
             row += 1
     return arrays
 

@@ -34,6 +34,20 @@ def test_u_updates_in_one_call_equal_u_calls(tasks: int) -> None:
         assert torch.equal(value, many.state_dict()[name]), name
 
 
+def test_a_batch_of_one_update_needs_no_dimension_for_it() -> None:
+    one, other = (BRC(5, 2, 3, **SMALL) for _ in range(2))
+    scale, noise = torch.tensor([1.0, 2.0, 3.0]), Noise(*torch.randn(2, 1, 16, 2))
+    for step in range(4):
+        data = batches(1, 16, 5, 2, 3, seed=step)
+        given = noise if step == 1 else None
+        one.update(data, given, scale)
+        other.update(data.update(0), given and Noise(*(part[0] for part in given)), scale)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    with pytest.raises(ValueError, match=r"one of U updates \[U, B\], got rewards \[16\]"):
+        data.update(0).update(0)
+
+
 def test_the_same_seed_gives_the_same_agent_and_another_seed_another() -> None:
     same = [BRC(5, 2, seed=3, **SMALL) for _ in range(2)]
     other = BRC(5, 2, seed=4, **SMALL)

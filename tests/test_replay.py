@@ -186,12 +186,12 @@ def test_dtypes_of_a_batch_do_not_follow_the_default_dtype() -> None:
         torch.set_default_dtype(torch.float32)
     assert [column.dtype for column in batch] == [torch.float32] * 5 + [torch.int64]
     assert [list(column.shape) for column in batch] == [
-        [1, 6, 3],
-        [1, 6, 2],
-        [1, 6],
-        [1, 6],
-        [1, 6, 3],
-        [1, 6],
+        [6, 3],
+        [6, 2],
+        [6],
+        [6],
+        [6, 3],
+        [6],
     ]
 
 

@@ -167,7 +167,7 @@ def test_the_largest_finite_values_are_not_taken_for_infinite() -> None:
         value = torch.tensor([[finite.max, finite.min, finite.tiny]], dtype=torch_dtype)
         zero = torch.zeros(1, 1)
         buffer.add(value, zero, zero[0], zero[0] > 0, zero[0] > 0, value)
-        assert torch.equal(buffer.sample(1).observations[0], value)
+        assert torch.equal(buffer.sample(1).observations, value)
 
 
 def test_numpy_arrays_of_bfloat16_are_stored_like_tensors() -> None:
@@ -179,7 +179,7 @@ def test_numpy_arrays_of_bfloat16_are_stored_like_tensors() -> None:
     value = np.array([[1.5, -2.0, 0.1, 3e38]], ml_dtypes.bfloat16)
     no = np.zeros(1, bool)
     buffer.add(value, value, np.zeros(1, np.float32), no, no, value)
-    assert torch.equal(buffer.sample(1).actions[0], torch.tensor(value.astype(np.float32)).bfloat16())
+    assert torch.equal(buffer.sample(1).actions, torch.tensor(value.astype(np.float32)).bfloat16())
 
 
 def test_a_discrete_action_keeps_all_of_64_bits() -> None:

@@ -14,6 +14,7 @@ from extras import require
 
 from brc_fast import _core
 from brc_fast.replay import DeviceReplayBuffer, Field, ReplayBuffer
+from brc_fast.replay.request import Size
 
 require("hypothesis")
 
@@ -141,7 +142,7 @@ def test_with_allow_what_is_not_finite_comes_back_bit_for_bit() -> None:
         ({"batch_size": -1}, ValueError, "batch_size and num_batches ... at least 1, got -1 and 1"),
         ({"batch_size": 2.0}, TypeError, "batch_size ... integer, got 2.0"),
         ({"batch_size": "2"}, TypeError, "batch_size ... integer, got '2'"),
-        ({"num_batches": None}, TypeError, "num_batches ... integer, got None"),
+        ({"num_batches": "2"}, TypeError, "num_batches ... integer, got '2'"),
         ({"n_step": 2.0, "discount": 0.9}, TypeError, "n_step ... integer, got 2.0"),
         ({"n_step": 0}, ValueError, "n_step ... at least 1, got 0"),
         ({"n_step": 1025, "discount": 1.0}, ValueError, "n_step ... at most 1024, got 1025"),
@@ -294,7 +295,7 @@ def test_the_binding_refuses_arrays_that_do_not_fit_the_store() -> None:
     feed = filled()
     store, arena = feed.buffer._store, feed.buffer._arena
     request = _core.Request(1, 1.0, [], [])
-    views, slot, _ = arena.lease(1, 4)
+    views, slot, _ = arena.lease(Size.of(4, 1))
     with pytest.raises(ValueError, match="observations must hold 36 bytes, got 48"):
         store.sample(request, 1, 3, views, slot)
     parts = [_core.Part(np.dtype("float32"), 2, (1, 1), 0)]
@@ -302,7 +303,7 @@ def test_the_binding_refuses_arrays_that_do_not_fit_the_store() -> None:
         store.sample(request, 1, 1, _core.Views(parts), slot)
     with pytest.raises(ValueError, match="a slot of 4 bytes is expected, got 2"):
         _core.Views(parts).tensors(_core.Slot(np.zeros(2, np.uint8)))
-    views, slot, _ = arena.lease(1, 1)
+    views, slot, _ = arena.lease(Size.of(1, 1))
     with pytest.raises(IndexError, match="age must lie below 3, got 3"):
         store.read(0, 3, request, views, slot)
     with pytest.raises(IndexError, match="stream must lie below 3, got -1"):

@@ -49,8 +49,8 @@ def test_what_is_held_never_changes() -> None:
 
 
 VIEWS: dict[str, Callable[[Batch], Any]] = {
-    "update": lambda batch: batch.update(0),
-    "element": lambda batch: batch.observations[0, 3],
+    "updates": lambda batch: batch.updates(),
+    "element": lambda batch: batch.observations[3, 0],
     "numpy": lambda batch: batch.rewards.numpy(),
     "storage": lambda batch: batch.task_ids.untyped_storage(),
     "extra": lambda batch: batch.extras["cost"],

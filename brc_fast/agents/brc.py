@@ -193,13 +193,14 @@ class BRC(Acting, Agent):
         noise: Noise | None = None,
         reward_scale: Tensor | None = None,
     ) -> Metrics:
-        """U updates, each on its own batch [U, B, ...]; returns the last one's metrics as 0-d tensors:
+        """U updates, each on its own batch [U, B, ...], or one [B, ...]; returns the last one's metrics, 0-d:
         critic_loss (summed over members), actor_loss, temperature_loss, critic_gradient_norm,
         actor_gradient_norm, entropy (nats), q_mean (in units of the scaled return) and temperature (alpha).
 
         Args:
             batches: on any device; pinned host memory is copied to a GPU while that still computes.
-            noise: of the samplings, drawn where it is not given. With it there is no CUDA graph.
+            noise: of the samplings, shaped as the actions; drawn where it is not given. With it there is no
+                CUDA graph.
             reward_scale: [T], by which each task's rewards are divided (`RewardNormalizer.scale`); 1 where it
                 is not given, for rewards that are scaled already.
         Raises:
@@ -210,12 +211,15 @@ class BRC(Acting, Agent):
         if torch.compiler.is_compiling():  # of a user's loop: no compiler takes views changed through buffers
             as_it_is = torch.compiler.disable(self.update)  # type: ignore[no-untyped-call]
             return as_it_is(batches, noise, reward_scale)  # type: ignore[no-any-return]
+        if noise is not None and batches.rewards.dim() == 1:
+            noise = Noise(*(part.unsqueeze(0) for part in noise))
         return self.run(self._inputs(batches, noise, reward_scale), noise)
 
     def prepared(self, batches: Batch, reward_scale: Tensor | None = None) -> Callable[[], Metrics]:
         """`update` on a CPU, to be called once, from any thread: noise is drawn now, and statistics are
         copied, so that this thread may draw and count meanwhile. Until it has returned, nothing else may use
         the networks, and the batches must stay."""
+        batches = batches.updates()
         drawn = [self.normal(2, *batches.actions.shape[1:]) for _ in batches.actions]
         noise = Noise(*torch.stack(drawn, 1))
         inputs = self._inputs(batches, noise, reward_scale)
@@ -223,6 +227,7 @@ class BRC(Acting, Agent):
 
     def _inputs(self, batches: Batch, noise: Noise | None, reward_scale: Tensor | None) -> list[Tensor]:
         """What `make_updates` takes, without noise."""
+        batches = batches.updates()
         batches.check(self.observation_size, self.action_size, self.num_tasks)
         scale = self._unscaled if reward_scale is None else reward_scale
         require_shape("reward_scale", scale, "[T]", (self.num_tasks,))

@@ -18,6 +18,7 @@ from brc_fast.batch import Batch
 from brc_fast.spec import Field
 
 from .fields import Schema, dlpack
+from .request import Size
 
 C_TENSORS = _core.read_tensors(Tensor)  # a torch without that interface is slower here and in `add`
 ALIGNMENT = 64
@@ -53,19 +54,19 @@ def pinned_memory(nbytes: int) -> Tensor:
 
 
 class _Shape:
-    """Where the columns of batches [U, B] lie, and the slots for such batches."""
+    """Where the columns of batches of one size lie, and the slots for such batches."""
 
-    def __init__(self, columns: Mapping[str, Field], num_batches: int, batch_size: int) -> None:
-        size = (num_batches, batch_size)
+    def __init__(self, columns: Mapping[str, Field], size: Size) -> None:
         self.names = list(columns)
-        self.shapes = [size + field.shape for field in columns.values()]
+        self.shapes = [size.shape + field.shape for field in columns.values()]
         self.dtypes = [field.torch_dtype for field in columns.values()]
         self.offsets, self.nbytes = [], 0
         for shape, field in zip(self.shapes, columns.values(), strict=True):
             self.offsets.append(self.nbytes)
             self.nbytes += -(-prod(shape) * field.numpy_dtype.itemsize // ALIGNMENT) * ALIGNMENT
         if self.nbytes > sys.maxsize:
-            raise MemoryError(f"cannot reserve {self.nbytes} bytes for {num_batches} batches of {batch_size}")
+            told = f"{size.num_batches} batches of {size.batch_size}"
+            raise MemoryError(f"cannot reserve {self.nbytes} bytes for {told}")
         parts = zip(columns.values(), self.shapes, self.offsets, strict=True)
         self.views = _core.Views(
             [_core.Part(field.numpy_dtype, dlpack(field), shape, offset) for field, shape, offset in parts]
@@ -117,20 +118,20 @@ class Arena:
     """Memory for batches, handed out again when every tensor and array on it is gone.
 
     Holding a batch is therefore always safe: there will be other memory. Pinned memory is torch's, and kept
-    until the copies out of it are over too. Other memory is in slots; of the sizes [U, B] that were asked
-    for, slots of the last few are kept. Safe to use from several threads.
+    until the copies out of it are over too. Other memory is in slots; of the sizes that were asked for, slots
+    of the last few are kept. Safe to use from several threads.
     """
 
     def __init__(self, schema: Schema, pinned: bool) -> None:
         self.columns = columns(schema)
         self.pinned = pinned
-        self._shapes: dict[tuple[int, int], _Shape] = {}
+        self._shapes: dict[Size, _Shape] = {}
         self._lock = threading.Lock()
 
-    def lease(self, num_batches: int, batch_size: int, fresh: bool = False) -> Lease:
-        """Memory for U batches; `fresh` memory is never handed out again."""
+    def lease(self, size: Size, fresh: bool = False) -> Lease:
+        """Memory for batches; `fresh` memory is never handed out again."""
         with self._lock:
-            shape = self._shape(num_batches, batch_size)
+            shape = self._shape(size)
             if self.pinned and not fresh:
                 slot, tensors = shape.in_pinned_memory()
             else:
@@ -138,9 +139,8 @@ class Arena:
                 tensors = shape.tensors(slot)
         return Lease(shape.views, slot, shape.batch(tensors))
 
-    def _shape(self, num_batches: int, batch_size: int) -> _Shape:
-        size = (num_batches, batch_size)
-        shape = self._shapes.pop(size, None) or _Shape(self.columns, num_batches, batch_size)
+    def _shape(self, size: Size) -> _Shape:
+        shape = self._shapes.pop(size, None) or _Shape(self.columns, size)
         self._shapes[size] = shape  # the last one used comes last
         if len(self._shapes) > MOST_SHAPES:
             del self._shapes[next(iter(self._shapes))]

@@ -18,7 +18,7 @@ from .arena import Arena
 from .base import Buffer, require_choices
 from .fields import Array, Schema, checked, dlpack
 from .prefetch import Prefetcher
-from .request import required_sizes
+from .request import Size
 
 
 class ReplayBuffer(Buffer):
@@ -156,20 +156,20 @@ class ReplayBuffer(Buffer):
     def sample(
         self,
         batch_size: int,
-        num_batches: int = 1,
+        num_batches: int | None = None,
         n_step: int = 1,
         discount: float | None = None,
         tasks: Sequence[int] | None = None,
         weights: Sequence[float] | str | None = None,
         copy: bool = False,
     ) -> Batch:
-        """`num_batches` batches of CPU tensors [U, B, ...], with raw rewards.
+        """A batch of CPU tensors [B, ...], or `num_batches` of them [U, B, ...], with raw rewards.
 
         Each transition is drawn from all that are stored with equal chance, also one that was drawn before.
         `sample(B, U)` gives the batches of U calls of `sample(B)`. The stored transitions never change.
 
         Args:
-            batch_size, num_batches: B and U.
+            batch_size, num_batches: B and U. Fields have a dimension for U where it is given, be it 1.
             n_step: sums the rewards of up to n steps. It stops at the end of an episode, at a jump and at the
                 newest transition; see `Batch` for what the fields hold then.
             discount: of the steps, in [0, 1]; needed with n_step > 1.
@@ -187,11 +187,11 @@ class ReplayBuffer(Buffer):
             ValueError: an argument out of range, a batch larger than what is stored, or a task with a weight
                 and nothing stored.
         """
-        size = required_sizes(batch_size, num_batches)
+        size = Size.of(batch_size, num_batches)
         request = self._requests(n_step, discount, tasks, weights)
         self._require_stored(batch_size)
-        lease = self._arena.lease(*size, fresh=copy)
-        self._store.sample(request, *size, lease.views, lease.slot)
+        lease = self._arena.lease(size, fresh=copy)
+        self._store.sample(request, *size[:2], lease.views, lease.slot)
         if not copy:
             self._newest = lease.batch
         return lease.batch
@@ -199,7 +199,7 @@ class ReplayBuffer(Buffer):
     def prefetch(
         self,
         batch_size: int,
-        num_batches: int = 1,
+        num_batches: int | None = None,
         n_step: int = 1,
         discount: float | None = None,
         tasks: Sequence[int] | None = None,
@@ -224,7 +224,7 @@ class ReplayBuffer(Buffer):
             depth: batches gathered ahead, at least 1.
             device: where the batches are wanted.
         """
-        size = required_sizes(batch_size, num_batches)
+        size = Size.of(batch_size, num_batches)
         request = self._requests(n_step, discount, tasks, weights)
         return Prefetcher(self._store, self._arena, request, size, depth, device)
 

@@ -25,7 +25,7 @@ from .arena import batch_of
 from .base import Buffer, require_choices
 from .buffer import ReplayBuffer
 from .fields import Array, Schema, checked
-from .request import required_sizes
+from .request import Size
 from .turns import Turns
 
 COPY_ROWS = 1 << 16  # rows per copy between device and host
@@ -168,7 +168,7 @@ class DeviceReplayBuffer(Buffer):
     def sample(
         self,
         batch_size: int,
-        num_batches: int = 1,
+        num_batches: int | None = None,
         n_step: int = 1,
         discount: float | None = None,
         tasks: Sequence[int] | None = None,
@@ -185,7 +185,7 @@ class DeviceReplayBuffer(Buffer):
             reward_scale: [T] float32; the rewards are divided by the scale of their task.
             dtype: of floating observations and actions, by default as stored: float32, float16 or bfloat16.
         """
-        num_batches, batch_size = required_sizes(batch_size, num_batches)
+        size = Size.of(batch_size, num_batches)
         request = self._requests(n_step, discount, tasks, weights)
         if reward_scale is not None:
             tasks_known = (len(self.schema.capacities),)
@@ -195,24 +195,21 @@ class DeviceReplayBuffer(Buffer):
             raise TypeError(f"dtype must be one of {self._gather.FLOATS}, got {dtype}")
         with self._turn():
             self._require_stored(batch_size)
-            return self._gathered(request, num_batches, batch_size, reward_scale, dtype)
+            return self._gathered(request, size, reward_scale, dtype)
 
     def _gathered(
         self,
         request: _core.Request,
-        num_batches: int,
-        batch_size: int,
+        size: Size,
         reward_scale: Tensor | None,
         dtype: torch.dtype | None,
     ) -> Batch:
         n_step = len(request.powers)
-        total, stack = num_batches * batch_size, self.schema.observation.stack
+        total, stack = size.num_batches * size.batch_size, self.schema.observation.stack
         sizes = (total * n_step, total * stack, total * stack, total)
         plan, masks = self._pinned(sum(sizes), torch.int64), self._pinned(total, torch.float32)
         where = np.split(plan.numpy(), np.cumsum(sizes)[:-1])
-        self._store.plan(
-            request, num_batches, batch_size, where[0], where[1], where[2], masks.numpy(), where[3]
-        )
+        self._store.plan(request, *size[:2], where[0], where[1], where[2], masks.numpy(), where[3])
         steps, seen, led, ids = torch.split(sent(plan, self.device), list(sizes))
         steps = steps.view(total, n_step)
         frame = self.schema.observation
@@ -240,8 +237,8 @@ class DeviceReplayBuffer(Buffer):
             "next_observations": frame.stacked_shape,
             **{name: field.shape for name, field in self.schema.fields.items()},
         }
-        size = (num_batches, batch_size)
-        return batch_of({name: value.view(*size, *shapes.get(name, ())) for name, value in out.items()})
+        shaped = {name: value.view(*size.shape, *shapes.get(name, ())) for name, value in out.items()}
+        return batch_of(shaped)
 
     def prefetch(self, *arguments: Any, depth: int = 2, **settings: Any) -> DevicePrefetcher:
         """The batches that repeated calls of `sample` would return.

@@ -17,6 +17,7 @@ from brc_fast.batch import Batch
 from brc_fast.spec import integer
 
 from .arena import Arena, Lease
+from .request import Size
 
 
 @dataclass
@@ -48,7 +49,7 @@ class _Worker:
         store: _core.ReplayStore,
         arena: Arena,
         request: _core.Request,
-        size: tuple[int, int],
+        size: Size,
         depth: int,
         device: torch.device,
     ) -> None:
@@ -74,7 +75,7 @@ class _Worker:
         with self.changed:
             if self.closed:
                 raise RuntimeError("this prefetcher is closed")
-            due, step = self.store.draws, self.size[0]
+            due, step = self.store.draws, self.size.num_batches
             while self.ready and self.ready[0].draw != due:
                 self.ready.popleft()
             while self.gathering == due and self.error is None:
@@ -103,7 +104,7 @@ class _Worker:
                         self.too_small = True
                     elif self.draw == draw:
                         self.ready.append(gathered)
-                        self.draw += self.size[0]
+                        self.draw += self.size.num_batches
                     self.gathering = None
                     self.changed.notify_all()
         except BaseException as error:
@@ -112,10 +113,10 @@ class _Worker:
                 self.changed.notify_all()
 
     def gather(self, draw: int) -> _Gathered | None:
-        gathered = _Gathered(self.arena.lease(*self.size), draw)
+        gathered = _Gathered(self.arena.lease(self.size), draw)
         views, slot, _ = gathered.lease
         try:
-            self.store.gather_ahead(self.request, draw, *self.size, views, slot, gathered.ahead)
+            self.store.gather_ahead(self.request, draw, *self.size[:2], views, slot, gathered.ahead)
         except ValueError:  # too little is stored: `settle` says so, if a batch is asked for
             return None
         if self.stream is not None:
@@ -141,7 +142,7 @@ class Prefetcher(Iterator[Batch]):
         store: _core.ReplayStore,
         arena: Arena,
         request: _core.Request,
-        size: tuple[int, int],
+        size: Size,
         depth: int,
         device: str | torch.device,
     ) -> None:
@@ -156,16 +157,16 @@ class Prefetcher(Iterator[Batch]):
         _running.add(self._worker)
 
     def __next__(self) -> Batch:
-        """The next batch [U, B, ...] on the device.
+        """The next batch on the device, with the shapes that `sample` would give it.
 
         Raises:
             ValueError: as `sample`.
             RuntimeError: it was closed, or its thread failed.
         """
         worker = self._worker
-        gathered = worker.take() or _Gathered(worker.arena.lease(*worker.size), -1)
+        gathered = worker.take() or _Gathered(worker.arena.lease(worker.size), -1)
         views, slot, _ = gathered.lease
-        changed = worker.store.settle(worker.request, *worker.size, views, slot, gathered.ahead)
+        changed = worker.store.settle(worker.request, *worker.size[:2], views, slot, gathered.ahead)
         self.regathered += changed
         if self.device.type == "cpu":
             self._newest.append(gathered.lease.batch)

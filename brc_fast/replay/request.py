@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,12 +13,21 @@ from brc_fast.spec import integer
 from .fields import Schema
 
 
-def required_sizes(batch_size: int, num_batches: int) -> tuple[int, int]:
-    """(U, B) as ints of Python; ValueError for a batch without a transition."""
-    size, count = integer("batch_size", batch_size), integer("num_batches", num_batches)
-    if size < 1 or count < 1:
-        raise ValueError(f"batch_size and num_batches must be at least 1, got {size} and {count}")
-    return count, size
+class Size(NamedTuple):
+    """How many transitions: U batches of B each, and the leading dimensions of their fields."""
+
+    num_batches: int
+    batch_size: int
+    shape: tuple[int, ...]  # [U, B], or [B] where there is one batch
+
+    @classmethod
+    def of(cls, batch_size: int, num_batches: int | None) -> Size:
+        """[B] where num_batches is None, else [U, B]; ValueError for a batch without a transition."""
+        size = integer("batch_size", batch_size)
+        count = 1 if num_batches is None else integer("num_batches", num_batches)
+        if size < 1 or count < 1:
+            raise ValueError(f"batch_size and num_batches must be at least 1, got {size} and {count}")
+        return cls(count, size, (size,) if num_batches is None else (count, size))
 
 
 class Requests:
