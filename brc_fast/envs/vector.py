@@ -244,7 +244,7 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
         return flags
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        if not self._running:
+        if not self._starts:  # what was closed, or failed, still has it
             raise InputError("state_dict needs a reset first: call reset or reset_tensors")
         counts = np.array([self.num_envs, self._starts, self._lost], np.int64)
         return {"key": self._key.copy(), "counts": counts}

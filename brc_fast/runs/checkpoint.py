@@ -3,6 +3,7 @@
     RUN/config.json                  the settings, written once
     RUN/metrics.jsonl                a row per report and per evaluation, each with `step`
     RUN/learning_curve.png
+    RUN/error.txt                    the traceback of the newest failure
     RUN/checkpoints/000000400000/    named by environment steps per task
         agent.safetensors  environments.safetensors  progress.safetensors
         replay/                      the replay buffer's own files (brc_fast.replay.files)
@@ -56,7 +57,7 @@ class Replay(Protocol):
 class RunFolder:
     """One run on disk. Making the object touches nothing."""
 
-    FILES = ("config.json", "metrics.jsonl", "learning_curve.png", "evaluation.json")
+    FILES = ("config.json", "metrics.jsonl", "learning_curve.png", "evaluation.json", "error.txt")
     FOLDERS = ("checkpoints", "tensorboard")
     OWN = FILES + FOLDERS
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -39,12 +39,20 @@ class Episodes(NamedTuple):
     successes: NDArray[np.float64]  # [T, n] 1 if any step was a success, else 0; NaN for a task without such
 
 
-def evaluate(agent: BRC, env: VectorEnvironment, seed: int, episodes: int | None = None) -> Episodes:
+def evaluate(
+    agent: BRC,
+    env: VectorEnvironment,
+    seed: int,
+    episodes: int | None = None,
+    *,
+    before_step: Callable[[], object] = lambda: None,
+) -> Episodes:
     """Play exactly `episodes` per task, by default one per slot.
 
     How many each of a task's S slots plays is fixed before the first step, and all of them count: the first n
     to finish, wherever they do, would mostly be short ones. Slot i plays the episodes i, i + S, i + 2 S, ...
-    An episode that is lost to NaN or to a dead process is played again.
+    An episode that is lost to NaN or to a dead process is played again. What `before_step` raises, called
+    before every step, ends it.
 
     Raises InputError for sizes that differ from the agent's, for a task without a time limit or that
     does not keep it, for numbers that are not finite, and where a slot loses 10 episodes in a row.
@@ -69,6 +77,7 @@ def evaluate(agent: BRC, env: VectorEnvironment, seed: int, episodes: int | None
     task_ids = torch.as_tensor(task, device=agent.device)
     number = 0
     while (played < quota).any():
+        before_step()
         actions = agent.act(observations.to(agent.device), task_ids, deterministic=True)
         step = env.step_tensors(actions)
         number += 1

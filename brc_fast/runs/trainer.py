@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -25,10 +26,11 @@ from brc_fast.replay import ReplayBuffer
 
 from .checkpoint import Arrays, RunFolder, grouped, prefixed
 from .evaluate import evaluate, summary
-from .interrupt import StopRequest
-from .metrics import EpisodeTracker, MetricsWriter, Stopwatch
+from .interrupt import Stopped, StopRequest
+from .metrics import EpisodeTracker, MetricsWriter, Stopwatch, read_rows
 
 Report = Callable[[int, dict[str, float]], None]
+REPORT, EVALUATION = "train/updates", "eval/return_mean"  # kinds of rows, by what each of them has
 log = logging.getLogger(__name__)
 
 
@@ -38,9 +40,15 @@ class Trainer:
     One turn of the loop steps the whole vector, num_envs environment steps per task; `steps` counts those.
     """
 
-    def __init__(self, config: TrainConfig, device: str, say: Callable[[str], object] = log.info) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: str,
+        say: Callable[[str], object] = log.info,
+        quiet: bool = False,
+    ) -> None:
         self.config = config
-        made = partial(envs.make, config.tasks, seed=config.seed, **vars(config.env))
+        made = partial(envs.make, config.tasks, seed=config.seed, quiet=quiet, **vars(config.env))
         self.env, self.eval_env = map(made, (config.num_envs, config.eval_envs or config.eval_episodes))
         require_time_limit(self.env)
         self.names, ids = self.env.task_names, self.env.task_ids
@@ -61,6 +69,7 @@ class Trainer:
         self.episodes = EpisodeTracker(self.names, ids)
         self.task_ids = torch.as_tensor(ids, device=device)
         self.steps, self.updates, self.watch = 0, 0, Stopwatch()
+        self.saved: int | None = None  # step of the newest checkpoint
         self.losses: dict[str, Tensor] = {}
         self.learner = ThreadPoolExecutor(1, "learner") if beside else None
         self.running: Future[dict[str, Tensor]] | None = None
@@ -84,8 +93,8 @@ class Trainer:
         actions = self.agent.random_actions(len(seen)) if random else policy.act(seen, self.task_ids)
         self.watch.lap("act")
         step = self.env.step_tensors(actions)
+        check_finite(step, self.env, self.steps + self.config.num_envs)
         self.steps += self.config.num_envs
-        check_finite(step, self.env, self.steps)
         self.watch.lap("environment", self.env.num_envs)
         bootstraps = self.normalizer.bootstrap == "critic" and bool(step.truncated.any())
         values = self.unscaled_values(step.successors) if bootstraps else None
@@ -129,14 +138,10 @@ class Trainer:
         self.watch.add("update", self.agent.updates.seconds(), self.config.updates_per_step)
 
     def take(self) -> None:
-        """Wait for the updates that run in a thread beside this one."""
-        if self.running is None:
-            return
-        try:
+        """Wait for the updates that run in a thread beside this one; what they raise is raised every time."""
+        if self.running is not None:
             self.losses = self.running.result()
-        finally:
-            if self.running.done():  # else a signal ended the waiting: it is to be waited for again
-                self.running = None
+            self.running = None
 
     def join(self) -> None:
         """Let what comes next see all updates made so far."""
@@ -156,11 +161,13 @@ class Trainer:
         values = self.agent.value(observations.to(self.agent.device), self.task_ids)
         return (values * scale.where(scale.isfinite(), 0.0)[self.task_ids]).cpu().numpy()
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, before_step: Callable[[], object] = lambda: None) -> dict[str, float]:
         """Returns of the current policy; the start states depend on the seed and the step alone."""
         self.join()
         seed = int(np.random.SeedSequence([self.config.seed, self.steps]).generate_state(1)[0])
-        return summary(self.names, evaluate(self.agent, self.eval_env, seed, self.config.eval_episodes))
+        episodes = self.config.eval_episodes
+        played = evaluate(self.agent, self.eval_env, seed, episodes, before_step=before_step)
+        return summary(self.names, played)
 
     def row(self) -> dict[str, Tensor | float]:
         """Returns since the last row, scales, and the newest update's losses."""
@@ -171,34 +178,73 @@ class Trainer:
             out |= {f"train/reward_scale/{name}": scale[task], f"train/dropped/{name}": int(dropped)}
         return out | {f"train/{name}": value for name, value in self.losses.items()}
 
-    def run(self, folder: RunFolder, metrics: MetricsWriter, report: Report) -> None:
-        """Train to the configured length; after Ctrl-C or SIGTERM, save and return early."""
-        config = self.config
-        pauses = config.report_every, config.eval_every, config.checkpoint_every
-        with StopRequest() as stop:
-            while self.steps < config.steps and not stop:
-                with self.learner_first(folder):
-                    self.collect()
-                if self.steps >= config.random_steps and len(self.replay) >= self.batch_size:
-                    self.learn()
-                done = self.steps >= config.steps
-                if done or stop or any(map(self.due, pauses)):
-                    self.require_finite(folder)
-                if done or self.due(config.report_every):
-                    report(self.steps, metrics.write(self.steps, {**self.row(), **self.watch.read()}))
-                if done or self.due(config.eval_every):
-                    report(self.steps, metrics.write(self.steps, {**self.evaluate()}))
-                if done or stop or self.due(config.checkpoint_every):
-                    self.save(folder)
+    def run(self, folder: RunFolder, metrics: MetricsWriter, report: Report) -> signal.Signals | None:
+        """Train to the configured length. A signal (StopRequest) ends it earlier, saved, and is returned.
 
-    def due(self, every: int) -> bool:
-        """Whether the newest step of the vector reached a multiple of `every` environment steps."""
-        return self.steps // every > (self.steps - self.config.num_envs) // every
+        What an environment, an evaluation or a log raises is raised again after a save, with a note that says
+        so. Of a learner that failed or is not finite nothing is saved.
+        """
+        config = self.config
+        with StopRequest() as stop:
+            try:
+                missing = self.missing_rows(folder)  # an evaluation that was not over, a row on a full disk
+                with self.rescued(folder):
+                    self.write_rows(missing, metrics, report, stop)
+                while self.steps < config.steps:
+                    stop.check()
+                    with self.rescued(folder):
+                        self.collect()
+                    if self.steps >= config.random_steps and len(self.replay) >= self.batch_size:
+                        self.learn()
+                    rows, saves = self.due_rows(), self.due(config.steps, config.checkpoint_every)
+                    if rows or saves or stop:
+                        self.require_finite(folder)
+                    with self.rescued(folder):
+                        self.write_rows(rows, metrics, report, stop)
+                    if saves:
+                        self.save(folder)
+            except Stopped:
+                self.require_finite(folder)
+                if self.saved != self.steps:
+                    self.save(folder)
+            return stop.signal
+
+    def due_rows(self) -> list[str]:
+        """The kinds of rows, in their order, that a run with these settings writes at the newest step."""
+        every = {REPORT: self.config.report_every, EVALUATION: self.config.eval_every}
+        return [kind for kind in every if self.due(self.config.steps, every[kind])]
+
+    def missing_rows(self, folder: RunFolder) -> list[str]:
+        """Those of them that the folder lacks."""
+        due = self.due_rows() if self.steps else []
+        rows = [row for row in read_rows(folder.metrics) if row["step"] == self.steps] if due else []
+        return [kind for kind in due if not any(kind in row for row in rows)]
+
+    def write_rows(
+        self, kinds: Sequence[str], metrics: MetricsWriter, report: Report, stop: StopRequest
+    ) -> None:
+        for kind in kinds:
+            if kind == REPORT:
+                counted = self.episodes.state_dict()
+                try:
+                    row = metrics.write(self.steps, {**self.row(), **self.watch.read()})
+                except Exception:
+                    self.episodes.load_state_dict(counted)  # for the row that is written after a resume
+                    raise
+            else:
+                row = metrics.write(self.steps, {**self.evaluate(stop.check)})
+            report(self.steps, row)
+
+    def due(self, *every: int) -> bool:
+        """Whether the newest step of the vector reached a multiple of one of these environment steps."""
+        before = self.steps - self.config.num_envs
+        return any(self.steps // each > before // each for each in every)
 
     def save(self, folder: RunFolder) -> None:
         """Write a checkpoint from which `load` goes on as if nothing had happened."""
         self.join()
         progress = prefixed(normalizer=self.normalizer.state_dict(), episodes=self.episodes.state_dict())
+        progress |= prefixed(losses=as_arrays(self.losses))
         progress["updates"] = np.array(self.updates)
         if self.entropies is not None:
             progress["entropies"] = self.entropies.cpu().numpy()
@@ -207,6 +253,7 @@ class Trainer:
         if self.lagged is not None:
             parts["lagged_policy"] = as_arrays(self.lagged.state_dict())
         folder.save(self.steps, parts, self.replay)
+        self.saved = self.steps
 
     def load(self, folder: RunFolder) -> None:
         """Go on from a folder's newest checkpoint; InputError if it does not fit this run."""
@@ -220,6 +267,7 @@ class Trainer:
             self.normalizer.load_state_dict(grouped(progress, "normalizer"))
             self.episodes.load_state_dict(grouped(progress, "episodes"))
             self.updates = int(progress["updates"])
+            self.losses = as_tensors(grouped(progress, "losses"))
             if self.entropies is not None:
                 self.entropies = torch.from_numpy(progress["entropies"]).to(self.agent.device)
             self.observations = self.env.load_state_dict(parts["environments"])
@@ -228,6 +276,7 @@ class Trainer:
         folder.load_replay(self.replay)  # last: what fits the rest and not this is damaged
         self.episodes.forget(~self.env.continues)
         self.normalizer.forget(~self.env.continues)
+        self.saved = self.steps
 
     def require_finite(self, folder: RunFolder) -> None:
         """FloatingPointError: what stopped being finite, since when, and which checkpoint is good."""
@@ -240,12 +289,27 @@ class Trainer:
             raise FloatingPointError(f"{error}, at or before step {self.steps}; {told}") from error
 
     @contextmanager
-    def learner_first(self, folder: RunFolder) -> Iterator[None]:
-        """Ask whether the learner broke before environments or replay are blamed for what it gave them."""
+    def rescued(self, folder: RunFolder) -> Iterator[None]:
+        """Save what was learned when a part beside the learner fails; a note on the error says so.
+
+        Ask first whether the learner broke, before others are blamed for what it gave them.
+        """
         try:
             yield
-        except ValueError:
-            self.require_finite(folder)
+        except Exception as error:
+            try:
+                self.require_finite(folder)
+            except FloatingPointError as reason:
+                raise reason from error
+            if not self.steps:
+                raise
+            try:
+                if self.saved != self.steps:
+                    self.save(folder)
+                told = f"saved at step {self.steps}"
+            except Exception as second:  # the disk is full for this too, or the environments have no state
+                told = f"not saved at step {self.steps} ({' '.join(str(second).split())})"
+            error.add_note(told)
             raise
 
 
