@@ -7,7 +7,7 @@ functions that return a configuration; there is nothing to subclass.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from difflib import SequenceMatcher
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -172,7 +172,8 @@ class TrainConfig:
     tasks: tuple[str, ...] = ()
     """Names of tasks such as mjx/CartpoleSwingup or suites such as mjx/dmc25; several train one agent."""
     run: str | None = None
-    """Folder of the run; runs/<tasks>-seed<seed> when not given."""
+    """Folder of the run; when not given runs/<tasks>-<settings>-seed<seed>, with the settings that are not
+    this device's defaults."""
     seed: int = 0
     """Of networks, exploration, environments and replay."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -214,7 +215,7 @@ class TrainConfig:
     report_every: int = 2_000
     """Environment steps per task between rows of training metrics."""
     checkpoint_every: int = 100_000
-    """Environment steps per task between checkpoints; one is always written at the end and on Ctrl-C."""
+    """Environment steps per task between checkpoints; one is always written at the end, and on a signal."""
     overwrite: bool = False
     """Replace the run that the folder holds."""
     critic: CriticConfig = CriticConfig()
@@ -276,6 +277,15 @@ def cpu_preset() -> TrainConfig:
 def preset(device: str) -> TrainConfig:
     """The defaults that fit a resolved device, "cpu" or "cuda"."""
     return gpu_preset() if device == "cuda" else cpu_preset()
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Settings by their names on the command line: "critic.width" -> 256."""
+    out: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        inner = value if isinstance(value, dict) else None
+        out |= {name: value} if inner is None else {f"{name}.{key}": each for key, each in inner.items()}
+    return out
 
 
 def from_dict(kind: type[Any], values: dict[str, Any]) -> Any:

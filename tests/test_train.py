@@ -198,10 +198,11 @@ def test_nan_from_an_environment_ends_the_run_by_name_and_keeps_the_checkpoint(
     toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], field: str
 ) -> None:
     toy[77] = field
-    assert train(tmp_path / "run") == 2
+    assert train(tmp_path / "run") == 1
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(says(f"{field} of toy/One ... environment 1 at step {77 * 4}"), told)
-    assert RunFolder(tmp_path / "run").steps() == [200]
+    assert f"; saved at step 304; go on with: brc-fast train --resume {tmp_path / 'run'}; " in told
+    assert RunFolder(tmp_path / "run").steps() == [200, 304]  # the step that failed counts for nothing
     toy.clear()
     assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
 
@@ -218,7 +219,7 @@ def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(
         save_file(data, file)
 
     monkeypatch.setattr(checkpoint, "save_file", failing)
-    assert train(tmp_path / "run") == 2
+    assert train(tmp_path / "run") == 1
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(r"step 400.*No space left on device.*checkpoint 200 is still there", told)
     assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["000000000200"]

@@ -5,24 +5,33 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+import json
+import tomllib
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import tyro
 
-from brc_fast.config import TrainConfig, preset
+from brc_fast.config import TrainConfig, flat, from_dict, preset
+from brc_fast.disk import opened
 from brc_fast.envs import expand
 from brc_fast.errors import InputError
 from brc_fast.runs.checkpoint import RunFolder
 from brc_fast.runs.plot import Group, Metric, Reference
 
 Parsed = TypeVar("Parsed")
-CHANGEABLE = (
-    *("steps", "report_every", "eval_every", "checkpoint_every"),
+CHANGEABLE = (  # when a run is resumed: how long, what is told of it, and what computes it
+    *("steps", "report_every", "eval_every", "eval_episodes", "eval_envs", "checkpoint_every"),
     *("device", "threads", "precision", "graphs", "recompute"),
+    *("env.processes", "env.restarts", "env.step_seconds"),
 )
+PLACES = ("run", "overwrite")  # settings that name no experiment but a folder
+MOST_NAMED = 3  # settings in the name of a run's folder
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,14 @@ class TrainArguments(TrainConfig):
     tasks: tyro.conf.Positional[tuple[str, ...]] = ()
     """Names of tasks such as mjx/CartpoleSwingup or suites such as mjx/dmc25; several train one agent."""
     resume: str | None = None
-    """Go on from the newest checkpoint of this run folder; of the settings, only the length, the intervals
-    and the device, with how it computes, may be given with it."""
+    """Go on from the newest checkpoint of this run folder; "auto": of the folder that the other settings
+    name, or start there. Only length, intervals, evaluations, the device, with how it computes, and the
+    environments' processes may change."""
+    config: str | None = None
+    """File of settings, TOML or a run's config.json (without its run and overwrite); the command line comes
+    after it."""
+    quiet: bool = False
+    """Print nothing but what goes wrong."""
 
 
 @dataclass(frozen=True)
@@ -98,17 +113,20 @@ def parse(kind: type[Parsed], words: Sequence[str], command: str, default: Parse
                 return tyro.cli(kind, args=list(words), prog=f"brc-fast {command}")
             return tyro.cli(kind, args=list(words), prog=f"brc-fast {command}", default=default)
     except SystemExit as stop:
-        if stop.code == 0:
+        if not stop.code:  # --help, or a shell's completion
             raise
-        lines = [line.strip("│╭╮╰╯ ") for line in box.getvalue().splitlines()]
-        told: list[str] = []
-        for line in lines[1:]:
+        lines = [line.strip("│╭╮╰╯ ") for line in box.getvalue().splitlines()[1:]]
+        parts: list[list[str]] = [[]]
+        for line in lines:
             if line.startswith(("─", "---")):  # a rule, which is of hyphens where stdout is not UTF-8
-                if told:
-                    break
-                continue
-            told.append(line)
+                parts.append([])
+            else:
+                parts[-1].append(line)
+        told, *others = filter(None, parts)
         line = " ".join(told).removeprefix(f"Error parsing {kind.__name__}: ").rstrip(".")
+        near = [word.split()[0] for part in others for word in part if word.startswith("--")]
+        if near:
+            line += f"; perhaps you meant {' or '.join(dict.fromkeys(near))}"
         raise InputError(f"{line}; see brc-fast {command} --help") from None
 
 
@@ -131,29 +149,139 @@ def option(words: Sequence[str], name: str) -> str | None:
     return None
 
 
-def parse_train(words: Sequence[str]) -> tuple[TrainConfig, RunFolder | None]:
-    """The run's settings over the defaults for its device, and the folder to resume, if any."""
-    resume, device = option(words, "resume"), option(words, "device")
-    if resume is not None:
-        RunFolder(resume).require_plain()
-        default = RunFolder(resume).config()
-        RunFolder(resume).require_foreign_code(default.tasks)
-        if not RunFolder(resume).steps():
+class Start(NamedTuple):
+    """What a `train` command asks for."""
+
+    config: TrainConfig
+    folder: RunFolder
+    resumes: bool  # goes on from the folder's newest checkpoint
+    replaces: bool  # the run that the folder holds
+    quiet: bool
+
+
+def parse_train(words: Sequence[str]) -> Start:
+    """A run's settings, which are those of the command line over the file's over the kept run's or, for a new
+    one, the device's defaults; and its folder."""
+    resume, device, file = (option(words, name) for name in ("resume", "device", "config"))
+    given = read_settings(Path(file)) if file is not None else {}
+    device = device or given.get("device")
+    default = preset(resolve_device(device if device in ("cpu", "cuda") else "auto"))
+
+    if resume not in (None, "auto"):
+        folder = RunFolder(resume)
+        kept = settings_of(folder)
+        if not folder.steps():
             raise InputError(f"{resume} holds no complete checkpoint: train it anew, with --overwrite")
-    else:
-        default = preset(resolve_device(device if device in ("cpu", "cuda") else "auto"))
+        config, quiet = _parsed(words, kept, file, given)
+        return Start(refuse_changes(config, kept), folder, True, False, quiet)
+
+    config, quiet = _parsed(words, default, file, given)
+    if not config.tasks:
+        raise InputError("name at least one task, such as mjx/CartpoleSwingup; all names: brc-fast envs")
+    folder = RunFolder(config.run or default_run(config, default))
+    if resume is None or not (folder.path / "config.json").exists():
+        return Start(config, folder, False, config.overwrite, quiet)
+    kept = settings_of(folder)
+    if not folder.steps():  # killed before its first checkpoint
+        return Start(config, folder, False, True, quiet)
+    config, quiet = _parsed(words, kept, file, given)
+    config = replace(config, run=kept.run, overwrite=kept.overwrite)
+    return Start(refuse_changes(config, kept), folder, True, False, quiet)
+
+
+def _parsed(
+    words: Sequence[str], default: TrainConfig, file: str | None, given: dict[str, Any]
+) -> tuple[TrainConfig, bool]:
+    """Settings, and whether to be quiet."""
+    default = with_settings(default, given, file)
     names = [field.name for field in fields(TrainConfig)]
-    given = TrainArguments(**{name: getattr(default, name) for name in names})
-    arguments = parse(TrainArguments, words, "train", given)
+    arguments = parse(
+        TrainArguments, words, "train", TrainArguments(**{name: getattr(default, name) for name in names})
+    )
     config = TrainConfig(**{name: getattr(arguments, name) for name in names})
-    if config.tasks:
-        config = replace(config, tasks=expand(config.tasks))
-    if resume is None:
-        return config, None
-    for name in names:
-        if name not in CHANGEABLE and getattr(config, name) != getattr(default, name):
+    return replace(config, tasks=expand(config.tasks)) if config.tasks else config, arguments.quiet
+
+
+def settings_of(folder: RunFolder) -> TrainConfig:
+    """Settings of a run that may be somebody else's."""
+    folder.require_plain()
+    kept = folder.config()
+    folder.require_foreign_code(kept.tasks)
+    return kept
+
+
+def refuse_changes(config: TrainConfig, kept: TrainConfig) -> TrainConfig:
+    """The same settings; InputError for one that may not change when a run is resumed."""
+    before = flat(kept)
+    for name, value in flat(config).items():
+        if name not in CHANGEABLE and value != before[name]:
             raise InputError(
-                f"{name} cannot change when a run is resumed: it was {getattr(default, name)}; "
+                f"{name} cannot change when a run is resumed: it was {before[name]}; "
                 f"only {', '.join(CHANGEABLE)} can"
             )
-    return config, RunFolder(resume)
+    return config
+
+
+def default_run(config: TrainConfig, default: TrainConfig) -> str:
+    """runs/mjx-CartpoleSwingup-critic.width=256-seed0: the first task and the number of others, then the
+    settings that make another run of it, which are those that are not the defaults and cannot change on a
+    resume; of more than three a digest."""
+    more = f"+{len(config.tasks) - 1}" if len(config.tasks) > 1 else ""
+    same = {*CHANGEABLE, *PLACES, "tasks", "seed"}
+    before = flat(default)
+    new = {name: value for name, value in flat(config).items() if value != before[name]}
+    changed = [f"{name}={value}" for name, value in new.items() if name not in same]
+    if len(changed) > MOST_NAMED:
+        changed = [f"{zlib.crc32(' '.join(changed).encode()):08x}"]
+    parts = [config.tasks[0].replace("/", "-") + more, *changed, f"seed{config.seed}"]
+    return f"runs/{'-'.join(parts)}"
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings of a TOML file, or of a run's config.json, by their names on the command line."""
+    try:
+        with opened(path) as file:
+            text = file.read().decode()
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"it must hold settings by name, got {values!r:.60}")
+    except FileNotFoundError:
+        raise InputError(f"config: there is no file {path}") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"config: {path} cannot be read: {error}") from error
+    if path.suffix != ".toml":  # a run's own, with what is no setting of another
+        values = {name: value for name, value in values.items() if name not in (*PLACES, "written")}
+    named = dict(_leaves(values))
+    for name in PLACES:
+        if name in named:
+            raise InputError(f"{path}: {name} is for the command line alone, --{name}")
+    return named
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        name = prefix + str(key).replace("-", "_")
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def with_settings(config: TrainConfig, given: dict[str, Any], source: str | None) -> TrainConfig:
+    """The configuration with `given` settings out of a file; InputError for unknown ones and other types."""
+    known = flat(config)
+    values = asdict(config)
+    for name, value in given.items():
+        if name not in known:
+            nearest = max(known, key=lambda each: SequenceMatcher(None, name, each).ratio())
+            raise InputError(f"{source}: unknown setting {name}; nearest: {nearest}")
+        section, _, inner = name.rpartition(".")
+        (values[section] if section else values)[inner] = value
+    try:
+        changed = from_dict(TrainConfig, values)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    assert isinstance(changed, TrainConfig)
+    return changed

@@ -1,11 +1,14 @@
-"""The `brc-fast` command. Bad input ends in one line on stderr and exit code 2."""
+"""The `brc-fast` command. Bad input ends in one line on stderr and exit code 2, a failure in one and 1."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import signal
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -19,10 +22,11 @@ from brc_fast.errors import InputError, MissingExtraError, WorkerError
 from brc_fast.kernels.products import chosen_products, fast_bfloat16, measured_rate
 from brc_fast.learner.precision import cores
 from brc_fast.runs.checkpoint import RunFolder, write_text
-from brc_fast.runs.interrupt import interrupts_kept
+from brc_fast.runs.interrupt import Interrupted, interrupts_kept
 
 from .output import Output
 
+FAILED = 1  # exit code of a run that ended by an error which is not of its input
 MOST_THREADS = 4  # by default; with more a learner was not measured
 USAGE = f"""brc-fast {__version__}: BRC value learning, made fast
 
@@ -33,6 +37,9 @@ USAGE = f"""brc-fast {__version__}: BRC value learning, made fast
   brc-fast plot RUN...            learning curves as PNG or SVG
   brc-fast envs [SUITE]           names of tasks and suites
   brc-fast doctor                 versions, devices, what is missing and how to get it
+
+exit codes  0 done; 1 a run failed, and says whether it is saved; 2 bad input;
+            128 + n: signal n ended it (train saves)
 """
 
 
@@ -77,30 +84,32 @@ def command(words: list[str]) -> int:
             raise InputError(f"unknown command {words[0]!r}: one of {', '.join(commands)}")
         return commands[words[0]](words[1:])
     except (InputError, MissingExtraError, WorkerError, OSError, MemoryError, FloatingPointError) as error:
-        print(f"brc-fast: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        print(f"brc-fast: {one_line(error)}", file=sys.stderr)
+        return FAILED if isinstance(error, WorkerError) else 2
+    except KeyboardInterrupt as error:
         saved = "; nothing was saved after the newest checkpoint" if words[0] == "train" else ""
         print(f"brc-fast: interrupted{saved}", file=sys.stderr)
-        return 130
+        return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
 
 
-def default_run(config: TrainConfig) -> str:
-    """runs/mjx-CartpoleSwingup-seed0; further tasks are counted, not listed."""
-    more = f"+{len(config.tasks) - 1}" if len(config.tasks) > 1 else ""
-    return f"runs/{config.tasks[0].replace('/', '-')}{more}-seed{config.seed}"
+def one_line(error: BaseException) -> str:
+    """What an error says, and where that is not enough, or is nothing, of which kind it is."""
+    told = " ".join(str(error).split())
+    if isinstance(error, (InputError, MissingExtraError, WorkerError, OSError, FloatingPointError)) and told:
+        return told
+    return f"{type(error).__name__}: {told}" if told else type(error).__name__
 
 
-def use_cpu(config: TrainConfig) -> None:
+def use_cpu(config: TrainConfig, say: Callable[[str], object]) -> None:
     """Torch's threads, which the learner's passes share; a line where something is not as it was asked."""
     there = cores()
     if config.threads is not None and config.threads > there:
-        print(f"--threads {config.threads}: this machine has {there} cores, so {there} are used")
+        say(f"--threads {config.threads}: this machine has {there} cores, so {there} are used")
     torch.set_num_threads(min(config.threads or MOST_THREADS, there))
     if config.precision == "bf16" and not fast_bfloat16():
         slower = measured_rate(torch.float32) / measured_rate(torch.bfloat16)
         told = "this processor has no bfloat16 instructions"
-        print(f"--precision bf16: {told}, products take {slower:.1f} times as long as in fp32")
+        say(f"--precision bf16: {told}, products take {slower:.1f} times as long as in fp32")
 
 
 def train(words: list[str]) -> int:
@@ -112,15 +121,13 @@ def train(words: list[str]) -> int:
         from .progress import Progress
     except ImportError as error:
         raise MissingExtraError("brc-fast train", "train") from error
-    config, resumed = parse_train(words)
-    if not config.tasks:
-        raise InputError("name at least one task, such as mjx/CartpoleSwingup; all names: brc-fast envs")
+    config, folder, resumes, replaces, quiet = parse_train(words)
     device = resolve_device(config.device)
-    folder = resumed or RunFolder(config.run or default_run(config))
-    if resumed is None:
-        folder.refuse_existing(config.overwrite)
+    say: Callable[[str], object] = (lambda _: None) if quiet else print
+    if not resumes:
+        folder.refuse_existing(replaces)
     if device == "cpu":
-        use_cpu(config)
+        use_cpu(config, say)
 
     from brc_fast.published import score_unit
     from brc_fast.runs.metrics import MetricsWriter
@@ -128,20 +135,21 @@ def train(words: list[str]) -> int:
     from brc_fast.runs.plot import plot as draw
     from brc_fast.runs.trainer import Trainer
 
-    trainer = Trainer(config, device, print)
+    trainer = Trainer(config, device, say, quiet)
     successes = all(score_unit(task) == "success" for task in config.tasks)
     with contextlib.closing(trainer.env), contextlib.closing(trainer.eval_env), folder.claim():
-        if resumed is None:
-            folder.refuse_existing(config.overwrite)  # again: another run may have begun there meanwhile
+        if not resumes:
+            # again: another run may have begun there meanwhile
+            folder.refuse_existing(replaces and (config.overwrite or not folder.steps()))
             folder.create(config)
         else:
             trainer.load(folder)
-            if trainer.steps >= config.steps:
-                print(f"{folder.path} is at step {trainer.steps} already: --steps with more makes it longer")
+            if trainer.steps >= config.steps and not trainer.missing_rows(folder):
+                say(f"{folder.path} is at step {trainer.steps} already: --steps with more makes it longer")
                 return 0
-        metrics = MetricsWriter(folder.metrics, trainer.steps if resumed else None)
-        with contextlib.closing(metrics), Progress(config, trainer.steps) as progress:
-            if resumed is not None:
+        metrics = MetricsWriter(folder.metrics, trainer.steps if resumes else None)
+        with Progress(config, trainer.steps, quiet) as progress:
+            if resumes:
                 folder.write_config(config)  # what may refuse the run has been read
 
             def report(step: int, row: dict[str, float]) -> None:
@@ -150,14 +158,53 @@ def train(words: list[str]) -> int:
                     metric: Metric = "success" if successes else "return"
                     draw([folder], folder.path / "learning_curve.png", metric=metric)
 
-            trainer.run(folder, metrics, report)
-    if trainer.steps < config.steps:
-        print(
-            f"stopped at step {trainer.steps}; go on with: brc-fast train --resume {quote(str(folder.path))}"
-        )
-        return 130
-    print(f"{folder.path}: {progress.best()}; curve in {folder.path / 'learning_curve.png'}")
+            try:
+                with without_tracebacks():
+                    stopped = trainer.run(folder, metrics, report)
+                metrics.close()
+            except BaseException as error:
+                with contextlib.suppress(OSError):  # where it failed before
+                    metrics.close()
+                if isinstance(error, Exception):
+                    return failed(folder, error)
+                raise
+    if stopped is not None:
+        say(f"stopped at step {trainer.steps}; {go_on(folder)}")
+        return 128 + stopped
+    say(f"{folder.path}: {progress.best()}; curve in {folder.path / 'learning_curve.png'}")
     return 0
+
+
+def go_on(folder: RunFolder) -> str:
+    if not folder.steps():
+        return "there is no checkpoint: train it anew, with --overwrite"
+    return f"go on with: brc-fast train --resume {quote(str(folder.path))}"
+
+
+def failed(folder: RunFolder, error: Exception) -> int:
+    """A run that ended by an error: one line, and the traceback in error.txt."""
+    parts = [one_line(error), *getattr(error, "__notes__", ()), go_on(folder)]
+    file = folder.path / "error.txt"
+    with contextlib.suppress(OSError):
+        write_text(file, "".join(traceback.format_exception(error)))
+        parts.append(f"traceback in {file}")
+    print(f"brc-fast: {'; '.join(parts)}", file=sys.stderr)
+    return FAILED
+
+
+@contextlib.contextmanager
+def without_tracebacks() -> Iterator[None]:
+    """What an environment in this process raises is logged with its traceback, which `failed` keeps."""
+    logger = logging.getLogger("brc_fast.envs.gym")
+
+    def unless_raised(record: logging.LogRecord) -> bool:
+        return record.exc_info is None
+
+    logger.addFilter(unless_raised)
+    try:
+        yield
+    finally:
+        logger.removeFilter(unless_raised)
 
 
 def evaluate(words: list[str]) -> int:

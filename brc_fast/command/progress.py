@@ -16,9 +16,11 @@ class Progress:
 
     Args:
         done: environment steps per task already taken (after a resume).
+        quiet: shows nothing.
     """
 
-    def __init__(self, config: TrainConfig, done: int) -> None:
+    def __init__(self, config: TrainConfig, done: int, quiet: bool = False) -> None:
+        self._quiet = quiet
         self._total, self._first, self._started = config.steps, done, time.monotonic()
         self._training = float("nan")
         self._evaluation: dict[str, float] = {}
@@ -27,7 +29,7 @@ class Progress:
             total=config.steps,
             initial=done,
             unit_scale=True,
-            disable=not self._terminal,
+            disable=quiet or not self._terminal,
             dynamic_ncols=True,
             smoothing=0.05,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]",
@@ -71,6 +73,8 @@ class Progress:
         return told if successes is None else f"{told}, success {successes:.0%}"
 
     def _print(self, text: str) -> None:
+        if self._quiet:
+            return
         if self._terminal:
             self._bar.write(text, file=sys.stderr)
         else:
