@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import signal
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if output.broken():
                 print(f"brc-fast: stdout cannot be written: {output.error.strerror}", file=sys.stderr)
             errors.flush()
+    if arguments is None:
+        gc.freeze()  # the process ends: a search for cycles in all that was imported takes 0.6 s
     return code or 2 * output.broken()
 
 

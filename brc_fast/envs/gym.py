@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -201,13 +202,26 @@ class SlotFactory:
     def __call__(self) -> Slot:
         if os.getpid() != self.home:
             os.environ.update(self.environment)  # others may have started the server it was forked from
-            # Ctrl-C reaches all processes; the parent finishes the step and ends its workers.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            _leave_signals_to_the_parent()
         if self.spare is not None:
             env, self.spare = self.spare, None
             return env
         with _silence():
             return Slot(gymnasium.make(self.spec, disable_env_checker=True, **self.kwargs))
+
+
+def _leave_signals_to_the_parent() -> None:
+    """What a terminal or a scheduler sends reaches all processes of a run; the parent finishes the step, saves
+    and ends its workers. SIGTERM, by which Python ends those of a script that did not, waits for that."""
+
+    def end(*_: object) -> None:
+        waiting = threading.Timer(_STOP_SECONDS, os._exit, (128 + signal.SIGTERM,))
+        waiting.daemon = True
+        waiting.start()
+
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)
 
 
 class Here(SyncVectorEnv[Any, Any]):
@@ -297,17 +311,23 @@ class Workers(AsyncVectorEnv[Any, Any]):
         failed = [slot for slot, success in enumerate(successes) if not success]
         if failed:
             try:
-                slot, kind, message, _ = self.error_queue.get(timeout=2.0)
+                slot, kind, message, trace = self.error_queue.get(timeout=2.0)
                 raised = f"{kind.__name__}: {message}"
             except Exception:  # the exception could not be pickled
-                slot, raised = failed[0], "an exception"
-            raise _Failure(f"slot {slot} raised {raised}")
+                slot, raised, trace = failed[0], "an exception", ""
+            failure = _Failure(f"slot {slot} raised {raised}")
+            failure.add_note(trace)
+            raise failure
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
         for pipe in self.parent_pipes:
             with suppress(OSError):
                 pipe.send(("close", None))
         deadline = time.monotonic() + _STOP_SECONDS
+        for pipe in self.parent_pipes:  # a signal to all may have ended the server that knows who lives
+            with suppress(EOFError, OSError):
+                while pipe.poll(max(0.0, deadline - time.monotonic())):
+                    pipe.recv()
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
