@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from refusals import says
 
@@ -74,3 +76,46 @@ def assert_one_line(
     assert re.search(says(told), line), line
     assert [everything(folder) for folder in folders] == before
     return line
+
+
+def rows_without_time(run: Path) -> list[dict[str, Any]]:
+    from brc_fast.runs.metrics import read_rows
+
+    return [
+        {name: value for name, value in row.items() if not name.startswith("time/")}
+        for row in read_rows(run / "metrics.jsonl")
+    ]
+
+
+def arrays(run: Path) -> dict[str, dict[str, np.ndarray]]:
+    from brc_fast.runs.checkpoint import RunFolder
+
+    return {**RunFolder(run).load("agent", "environments", "progress")[1], "replay": replay(run)}
+
+
+def replay(run: Path) -> dict[str, np.ndarray]:
+    """What the newest checkpoint's replay holds: its counters, and many samples of its transitions."""
+    from brc_fast import ReplayBuffer
+    from brc_fast.runs.checkpoint import RunFolder
+
+    folder = RunFolder(run).newest() / "replay"
+    manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
+    fields, content = manifest["fields"], manifest["content"]
+    buffer = ReplayBuffer(
+        sum(content["capacity"]),
+        fields["observation"]["shape"],
+        fields["action"]["shape"],
+        task_ids=fields["task_ids"],
+    )
+    buffer.load(folder)
+    counters = {name: np.array(content[name]) for name in ("count", "size", "draws")}
+    return {**counters, **buffer.sample(len(buffer), 5).numpy()}
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert rows_without_time(one) == rows_without_time(two)
+    left, right = arrays(one), arrays(two)
+    for part, values in left.items():
+        assert values.keys() == right[part].keys()
+        for name, value in values.items():
+            np.testing.assert_array_equal(value, right[part][name], err_msg=f"{part}/{name}")

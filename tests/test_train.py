@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 from extras import require
 from refusals import says
-from run_folders import assert_one_line, contents
+from run_folders import arrays, assert_one_line, assert_same_run, contents, rows_without_time
 
 from brc_fast import envs
 from brc_fast.command import main as cli
 from brc_fast.config import TrainConfig, from_dict
 from brc_fast.errors import InputError
-from brc_fast.replay import ReplayBuffer
 from brc_fast.runs import checkpoint
 from brc_fast.runs.checkpoint import RunFolder
 from brc_fast.runs.metrics import read_rows
@@ -39,42 +38,6 @@ TINY = [
 
 def train(run: Path, *words: str, tasks: tuple[str, ...] = ("toy/One",)) -> int:
     return cli.main(["train", *tasks, "--run", str(run), *TINY, *words])
-
-
-def rows_without_time(run: Path) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in row.items() if not name.startswith("time/")}
-        for row in read_rows(run / "metrics.jsonl")
-    ]
-
-
-def arrays(run: Path) -> dict[str, dict[str, np.ndarray]]:
-    return {**RunFolder(run).load("agent", "environments", "progress")[1], "replay": replay(run)}
-
-
-def replay(run: Path) -> dict[str, np.ndarray]:
-    """What the newest checkpoint's replay holds: its counters, and many samples of its transitions."""
-    folder = RunFolder(run).newest() / "replay"
-    manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
-    fields, content = manifest["fields"], manifest["content"]
-    buffer = ReplayBuffer(
-        sum(content["capacity"]),
-        fields["observation"]["shape"],
-        fields["action"]["shape"],
-        task_ids=fields["task_ids"],
-    )
-    buffer.load(folder)
-    counters = {name: np.array(content[name]) for name in ("count", "size", "draws")}
-    return {**counters, **buffer.sample(len(buffer), 5).numpy()}
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    assert rows_without_time(one) == rows_without_time(two)
-    left, right = arrays(one), arrays(two)
-    for part, values in left.items():
-        assert values.keys() == right[part].keys()
-        for name, value in values.items():
-            np.testing.assert_array_equal(value, right[part][name], err_msg=f"{part}/{name}")
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
