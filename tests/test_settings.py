@@ -14,7 +14,7 @@ from refusals import says
 require("train")
 
 from brc_fast.command import main as cli
-from brc_fast.command.arguments import default_run, parse_train
+from brc_fast.command.arguments import ELSEWHERE, default_run, parse_train
 from brc_fast.config import CriticConfig, EnvConfig, TrainConfig, cpu_preset
 from brc_fast.errors import InputError
 from brc_fast.runs.checkpoint import RunFolder
@@ -51,6 +51,16 @@ def test_a_file_comes_before_the_command_line_and_after_the_defaults(tmp_path: P
     assert (config.critic.width, config.learning.learning_rate) == (64, 1)
     assert config.batch_size == cpu_preset().batch_size
     assert parsed("gym/Acrobot-v1", "--config", str(file)).tasks == ("gym/Acrobot-v1",)
+
+
+def test_the_documents_example_of_a_file_is_one(tmp_path: Path) -> None:
+    document = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", document, re.DOTALL)
+    (tmp_path / "x.toml").write_text(example)
+    config = parsed("--config", str(tmp_path / "x.toml"))
+    assert (config.tasks, config.num_envs, config.critic.width) == (("mjx/CartpoleSwingup",), 16, 256)
+    folder = parse_train(["--config", str(tmp_path / "x.toml"), "--num-envs", "10", "--device", "cpu"]).folder
+    assert str(folder.path) in document
 
 
 def test_a_runs_own_settings_start_another_run_elsewhere(tmp_path: Path) -> None:
@@ -146,6 +156,10 @@ def test_a_quiet_run_prints_nothing_but_what_goes_wrong(
         (["--critic.widht", "3"], "perhaps you meant --critic.width"),
         (["--num-env=3"], "perhaps you meant --num-envs"),
         (["--batchsize", "3"], "perhaps you meant --batch-size"),
+        (["--width", "3"], "perhaps you meant --actor.width or --critic.width"),
+        (["--graph", "--batchsize", "3"], "perhaps you meant --batch-size or --graphs"),
+        (["--lr", "3"], "perhaps you meant --learning.learning-rate"),
+        (["--total_timesteps=3"], "perhaps you meant --steps"),
     ],
 )
 def test_the_option_that_was_meant_is_named(
@@ -153,8 +167,15 @@ def test_the_option_that_was_meant_is_named(
 ) -> None:
     assert cli.main(["train", PENDULUM, *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"brc-fast: Unrecognized options: {words[0]}")
+    assert line.startswith("brc-fast: Unrecognized options: --")
     assert line.endswith(f"; {told}; see brc-fast train --help")
+
+
+def test_every_option_that_a_hint_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    told = capsys.readouterr().out
+    assert all(f"--{name}" in told for name in ELSEWHERE.values())
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "video", "plot"])

@@ -31,6 +31,16 @@ CHANGEABLE = (  # when a run is resumed: how long, what is told of it, and what 
     *("env.processes", "env.restarts", "env.step_seconds"),
 )
 PLACES = ("run", "overwrite")  # settings that name no experiment but a folder
+ELSEWHERE = {  # options of other libraries, and what they are here
+    "lr": "learning.learning-rate",
+    "gamma": "learning.discount",
+    "total-timesteps": "steps",
+    "learning-starts": "random-steps",
+    "buffer-size": "replay-capacity",
+    "gradient-steps": "updates-per-step",
+    "utd-ratio": "updates-per-step",
+    "output-dir": "run",
+}
 MOST_NAMED = 3  # settings in the name of a run's folder
 
 
@@ -123,11 +133,16 @@ def parse(kind: type[Parsed], words: Sequence[str], command: str, default: Parse
             else:
                 parts[-1].append(line)
         told, *others = filter(None, parts)
-        line = " ".join(told).removeprefix(f"Error parsing {kind.__name__}: ").rstrip(".")
-        near = [word.split()[0] for part in others for word in part if word.startswith("--")]
+        rule = " ".join(told).removeprefix(f"Error parsing {kind.__name__}: ").rstrip(".")
+        heads = ("Perhaps you meant", "Arguments similar to")
+        hints = [each for part in others if part[0].startswith(heads) for each in part]
+        near = [line.split()[0].rstrip(",") for line in hints if line.startswith("--")]
+        if not near and command == "train" and rule.startswith("Unrecognized"):
+            given = [word.partition("=")[0].lstrip("-").replace("_", "-") for word in words]
+            near = [f"--{ELSEWHERE[name]}" for name in given if name in ELSEWHERE]
         if near:
-            line += f"; perhaps you meant {' or '.join(dict.fromkeys(near))}"
-        raise InputError(f"{line}; see brc-fast {command} --help") from None
+            rule += f"; perhaps you meant {' or '.join(dict.fromkeys(near))}"
+        raise InputError(f"{rule}; see brc-fast {command} --help") from None
 
 
 def resolve_device(wanted: str) -> str:

@@ -211,8 +211,8 @@ class SlotFactory:
 
 
 def _leave_signals_to_the_parent() -> None:
-    """What a terminal or a scheduler sends reaches all processes of a run; the parent finishes the step, saves
-    and ends its workers. SIGTERM, by which Python ends those of a script that did not, waits for that."""
+    """What a terminal or a scheduler sends reaches all processes of a run; the parent finishes the step and
+    ends its workers. SIGTERM, by which Python ends those of a script that did not, waits for that."""
 
     def end(*_: object) -> None:
         waiting = threading.Timer(_STOP_SECONDS, os._exit, (128 + signal.SIGTERM,))
