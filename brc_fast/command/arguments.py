@@ -141,7 +141,7 @@ def parse(kind: type[Parsed], words: Sequence[str], command: str, default: Parse
             given = [word.partition("=")[0].lstrip("-").replace("_", "-") for word in words]
             near = [f"--{ELSEWHERE[name]}" for name in given if name in ELSEWHERE]
         if near:
-            rule += f"; perhaps you meant {' or '.join(dict.fromkeys(near))}"
+            rule += f"; perhaps you meant {' or '.join(sorted({*near[:4]}))}"
         raise InputError(f"{rule}; see brc-fast {command} --help") from None
 
 
