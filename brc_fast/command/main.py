@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if output.broken():
                 print(f"brc-fast: stdout cannot be written: {output.error.strerror}", file=sys.stderr)
             errors.flush()
-    if arguments is None:
-        gc.freeze()  # the process ends: a search for cycles in all that was imported takes 0.6 s
+    if arguments is None and code > 128:
+        os._exit(code)  # who sent a signal need not wait until all that was imported is taken apart
     return code or 2 * output.broken()
 
 
