@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,7 +56,8 @@ def require_replaceable(path: Path, *kinds: str, remedy: str = COPY) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Make a file, or replace it in one step. A link in the way is replaced itself, not what it names."""
+    """Make a file, or replace it in one step, and wait until it is on the disk. A link in the way is replaced
+    itself, not what it names."""
     partial = _partial(path)
     partial.unlink(missing_ok=True)
     try:
@@ -65,6 +66,8 @@ def replace_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        with suppress(OSError):  # a folder that may be written and not read
+            sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -172,7 +172,7 @@ def _start(base: Manifest | None, streams: int) -> list[int]:
 
 
 def _write_segment(store: _core.ReplayStore, path: Path, start: list[int]) -> dict[str, Any]:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         snapshot = store.write_segment(handle, start)
         os.fsync(handle)
