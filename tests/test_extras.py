@@ -49,6 +49,7 @@ RUNS_UNDER = {
     "brc_fast/runs/plot.py": ("train",),
     "brc_fast/command/progress.py": ("train",),
     "brc_fast/runs/video.py": ("video",),
+    "brc_fast/runs/weights_and_biases.py": ("wandb",),
 }
 # Where it is there: torch brings Triton for a GPU, and an environment has brought its simulator.
 IF_THERE = {

@@ -22,6 +22,7 @@ OPTIONAL = {
     "dmc": ("dm-control", "shimmy"),
     "envpool": ("envpool",),
     "video": ("imageio-ffmpeg",),
+    "wandb": ("wandb",),
 }
 
 
