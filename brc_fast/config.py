@@ -210,6 +210,8 @@ class TrainConfig:
     """Environment steps per task between evaluations."""
     eval_episodes: int = 10
     """Episodes per task and evaluation, with the policy's mean action."""
+    eval_sampled: bool = True
+    """Evaluate with the policy's own noise too, in as many further episodes, which take as long again."""
     eval_envs: int | None = None
     """Environments per task that play them; as many as episodes when not given."""
     report_every: int = 2_000

@@ -134,7 +134,7 @@ def refused(
     one_line(words, f"brc-fast: {path} {told}", capsys, *folders)
 
 
-REWRITTEN = ["config.json", "metrics.jsonl", "learning_curve.png", "evaluation.json"]
+REWRITTEN = ["config.json", "metrics.jsonl", "metrics.jsonl.damaged", "learning_curve.png", "evaluation.json"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -149,7 +149,7 @@ def test_a_file_that_is_rewritten_must_be_a_regular_file(
     refused(COMMANDS[command](run), run / name, capsys, run, outside)
 
 
-FOLDERS = ["checkpoints", "tensorboard", NEWEST, "checkpoints/partial-50"]
+FOLDERS = ["checkpoints", "best", "tensorboard", NEWEST, "checkpoints/partial-50"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -359,11 +359,15 @@ ROW = '{"step": 20, "eval/return/toy/One": 3.0, "eval/return_mean": 3.0}\n'
         pytest.param(f'{{"step": {"9" * 5000}}}', id="long"),
     ],
 )
-def test_metrics_that_are_none_are_refused_before_anything_is_rewritten(
-    run: Path, capsys: pytest.CaptureFixture[str], command: str, line: str
+def test_lines_of_metrics_that_are_none_are_named_and_the_rest_is_kept(
+    run: Path, caplog: pytest.LogCaptureFixture, command: str, line: str
 ) -> None:
     (run / "metrics.jsonl").write_text(f"{line}\n{ROW}")
-    one_line(COMMANDS[command](run), f"{run / 'metrics.jsonl'} line 1 ", capsys, run)
+    assert cli.main(COMMANDS[command](run)) == 0
+    assert f"{run / 'metrics.jsonl'} line 1 " in caplog.messages[0]
+    if command == "resume":
+        assert (run / "metrics.jsonl").read_text().startswith(ROW)
+        assert (run / "metrics.jsonl.damaged").read_text() == f"{line}\n"
 
 
 def settings(run: Path, group: str = "", /, **changed: Any) -> None:

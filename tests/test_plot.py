@@ -319,11 +319,6 @@ def broken(text: bytes) -> Any:
         (broken(b'{"step": 1, "eval/return/x": "y"}\n'), [], "metrics.jsonl line 1 is no row of metrics"),
         (broken(b'{"step": 1e999, "eval/return/x": 1}\n'), [], "metrics.jsonl line 1 is no row of metrics"),
         (
-            broken(b'{"step": 5, "eval/return/x": 1}\n{"step": 2, "eval/return/x": 1}\n'),
-            [],
-            "metrics.jsonl has an evaluation of x at step 2 after one at step 5",
-        ),
-        (
             broken(
                 b'{"step": 1, "eval/return/metaworld/reach-v3": 1}\n'
                 b'{"step": 2, "eval/return/metaworld/reach-v3": 1, "eval/success/metaworld/reach-v3": 1}\n'
@@ -331,7 +326,7 @@ def broken(text: bytes) -> Any:
             ["--metric", "normalized"],
             "nothing is known to normalize metaworld/reach-v3 by",
         ),
-        (broken(b"\xff\xfe\x00"), [], "metrics.jsonl is not a text file"),
+        (broken(b"\xff\xfe\x00"), [], "metrics.jsonl line 1 is not text"),
         (None, ["--output", "x.pdf"], "output must end in .png or .svg, got x.pdf"),
         (None, ["--output", "nowhere/x.png"], "there is no folder to write nowhere/x.png to"),
         (None, ["--metric", "loss"], "--metric"),
@@ -362,11 +357,45 @@ def test_a_repeated_run_is_no_further_seed_but_a_line_of_its_own(tmp_path: Path)
     assert [found.label for found in experiments(runs, "return", "seed")] == ["first", "again"]
 
 
-def test_a_last_row_cut_off_by_a_crash_is_no_error(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", {RUN: [1.0, 2.0]})
-    run.metrics.write_text(run.metrics.read_text() + '{"step": 75000, "eval/ret')
-    plot([run], tmp_path / "x.png")
-    assert curves(run)[RUN][0] == [25_000, 50_000]
+@pytest.mark.parametrize(
+    ("spoil", "kept", "told"),
+    [
+        (
+            lambda rows: [*rows, b'{"step": 125000, "eval/ret'],
+            [1, 2, 3, 4],
+            "line 9 is cut off",
+        ),
+        (
+            lambda rows: [*rows[:3], b"x" + rows[3], *rows[4:]],
+            [1, 3, 4],
+            "line 4 is not JSON",
+        ),
+        (lambda rows: [*rows, bytes(200)], [1, 2, 3, 4], "line 9 holds zeros (after step 100000)"),
+        (lambda rows: [*rows[:4], b"\xff\xfe\n", *rows[4:]], [1, 2, 3, 4], "line 5 is not text"),
+        (lambda rows: [*rows[:6], *rows[2:]], [1, 2, 3, 4], "line 7 goes back to step 49999"),
+        (lambda rows: [*rows[:2], rows[1], *rows[2:]], [1, 2, 3, 4], "line 3 repeats step 25000"),
+        (
+            lambda rows: [*rows[:3], rows[3].replace(b"50", b"950"), *rows[4:]],
+            [1, 3, 4],
+            "line 4 is ahead",
+        ),
+        (
+            lambda rows: [*rows[:3], rows[3].replace(b"2.0", b'"2"'), *rows[4:]],
+            [1, 3, 4],
+            "line 4 is no row",
+        ),
+    ],
+)
+def test_rows_beside_a_damaged_one_are_drawn_and_it_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Any, kept: list[int], told: str
+) -> None:
+    run = make_run(tmp_path / "run", {RUN: [1.0, 2.0, 3.0, 4.0]})
+    run.metrics.write_bytes(b"".join(spoil(run.metrics.read_bytes().splitlines(keepends=True))))
+    assert cli.main(["plot", str(run.path), "--output", str(tmp_path / "x.png")]) == 0
+    (line,) = caplog.messages
+    assert f"{run.metrics} line " in line
+    assert told in line
+    assert curves(run)[RUN] == ([25_000 * number for number in kept], [float(number) for number in kept])
 
 
 @pytest.mark.parametrize("option", ["metric", "group", "reference"])

@@ -59,17 +59,21 @@ class Acting:
         task_ids: Tensor | None = None,
         deterministic: bool = False,
         lagged: tuple[Actor, Tensor | None] | None = None,
+        generator: Generator | None = None,
     ) -> Tensor:
         """Actions [N, A] in [-1, 1] for observations [N, O]: a sample, or the mean's tanh.
 
         Args:
             task_ids: [N] int64, in [0, T), on the agent's device like observations; needed with T > 1.
+            generator: of the sample's noise, on the agent's device; the agent's own when not given.
             lagged: the actor and embedding to act with in place of the newest (LaggedPolicy).
         """
         mean, raw_log_std = self.policy(observations, task_ids, lagged)
         if deterministic:
             return mean.tanh()
-        return kernels.tanh_gaussian(mean, raw_log_std, self.normal(*mean.shape))[0]
+        own = generator is None
+        noise = self.normal(*mean.shape) if own else torch.empty_like(mean).normal_(generator=generator)
+        return kernels.tanh_gaussian(mean, raw_log_std, noise)[0]
 
     def random_actions(self, number: int) -> Tensor:
         """Uniform actions [number, A] in [-1, 1]."""

@@ -26,7 +26,8 @@ from brc_fast.runs.plot import Group, Metric, Reference
 
 Parsed = TypeVar("Parsed")
 CHANGEABLE = (  # when a run is resumed: how long, what is told of it, and what computes it
-    *("steps", "report_every", "eval_every", "eval_episodes", "eval_envs", "checkpoint_every"),
+    *("steps", "report_every", "checkpoint_every"),
+    *("eval_every", "eval_episodes", "eval_envs", "eval_sampled"),
     *("device", "threads", "precision", "graphs", "recompute"),
     *("env.processes", "env.restarts", "env.step_seconds"),
 )
@@ -58,13 +59,15 @@ class TrainArguments(TrainConfig):
     config: str | None = None
     """File of settings, TOML or a run's config.json (without its run and overwrite); the command line comes
     after it."""
+    wandb: str | None = None
+    """W&B project to log to as well; a resumed run goes on there. WANDB_MODE=offline needs no network."""
     quiet: bool = False
     """Print nothing but what goes wrong."""
 
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Returns, successes and scores of the policies of runs (newest checkpoint, mean action)."""
+    """Returns, successes and scores of the policies of runs: of the mean action, and with their own noise."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Folders of the runs; several are seeds of one experiment, with the same tasks."""
@@ -74,18 +77,24 @@ class EvaluateArguments:
     """Of the start states."""
     num_envs: int | None = None
     """Environments per task that play them; the smaller of episodes and 10 when not given."""
+    sampled: bool = True
+    """Play as many episodes with the policy's own noise, too."""
+    checkpoint: str = "last"
+    """Which checkpoint: last, best (of the evaluations while it trained), or a step."""
     json: str | None = None
-    """Write the numbers of all runs, and their aggregate, to this file too."""
+    """Write the numbers of all runs, and their aggregate, to this file too, or with - to stdout alone."""
 
 
 @dataclass(frozen=True)
 class VideoArguments:
-    """One episode of a run's policy (newest checkpoint, mean action), at the speed of the simulated time."""
+    """One episode of a run's policy (mean action), at the speed of the simulated time."""
 
     run: tyro.conf.Positional[str]
     """Folder of the run."""
     task: str | None = None
     """Which of the run's tasks; the first when not given."""
+    checkpoint: str = "last"
+    """Which checkpoint: last, best (of the evaluations while it trained), or a step."""
     output: str | None = None
     """GIF, or MP4 where ffmpeg is installed; RUN/video-<task>.gif when not given."""
     seed: int = 1_000_000

@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -24,6 +25,7 @@ from brc_fast.kernels.products import chosen_products, fast_bfloat16, measured_r
 from brc_fast.learner.precision import cores
 from brc_fast.runs.checkpoint import RunFolder, write_text
 from brc_fast.runs.interrupt import Interrupted, interrupts_kept
+from brc_fast.runs.weights_and_biases import require_wandb
 
 from .output import Output
 
@@ -120,10 +122,12 @@ def train(words: list[str]) -> int:
     try:
         import matplotlib  # noqa: F401  (drawn at the first evaluation: too late to find it missing)
 
-        from .arguments import parse_train, resolve_device
+        from .arguments import option, parse_train, resolve_device
         from .progress import Progress
     except ImportError as error:
         raise MissingExtraError("brc-fast train", "train") from error
+    if (project := option(words, "wandb")) is not None:
+        require_wandb()
     config, folder, resumes, replaces, quiet = parse_train(words)
     device = resolve_device(config.device)
     say: Callable[[str], object] = (lambda _: None) if quiet else print
@@ -150,7 +154,8 @@ def train(words: list[str]) -> int:
             if trainer.steps >= config.steps and not trainer.missing_rows(folder):
                 say(f"{folder.path} is at step {trainer.steps} already: --steps with more makes it longer")
                 return 0
-        metrics = MetricsWriter(folder.metrics, trainer.steps if resumes else None)
+        written = trainer.steps if resumes else None
+        metrics = MetricsWriter(folder.metrics, written, trainer.rows, config=config, project=project)
         with Progress(config, trainer.steps, quiet) as progress:
             if resumes:
                 folder.write_config(config)  # what may refuse the run has been read
@@ -222,7 +227,8 @@ def evaluate(words: list[str]) -> int:
     for name, value, least in (("episodes", count, 1), ("num_envs", slots, 1), ("seed", seed, 0)):
         if value < least:
             raise InputError(f"{name} must be {'positive' if least else '0 or more'}, got {value}")
-    if arguments.json is not None:
+    to_stdout = arguments.json == "-"
+    if arguments.json is not None and not to_stdout:
         output = Path(arguments.json)
         if output.is_dir():
             raise InputError(f"json must name a file, got the folder {output}")
@@ -230,19 +236,26 @@ def evaluate(words: list[str]) -> int:
             raise InputError(f"json: there is no folder to write {output} to")
         require_replaceable(output, remedy="name another file with --json")
     folders = [RunFolder(run) for run in arguments.runs]
-    configs = same_tasks(folders)
+    configs = same_tasks(folders, arguments.checkpoint)
 
     from brc_fast import envs
-    from brc_fast.runs.evaluate import Evaluation, env_settings, restore
+    from brc_fast.runs.evaluate import Evaluation, apart, env_settings, restore
     from brc_fast.runs.evaluate import evaluate as run_episodes
 
-    device, runs, records, code = resolve_device("auto"), [], {}, 0
+    tell = partial(print, file=sys.stderr) if to_stdout else print
+    device, runs, code = resolve_device("auto"), [], 0
+    records: dict[str, object] = {}
+    steps = [int(folder.choose(arguments.checkpoint).name) for folder in folders]
+    compared = [0] * len(steps) if arguments.checkpoint == "best" else steps
+    differ = apart([str(folder.path) for folder in folders], configs, compared)
     for folder, config in zip(folders, configs, strict=True):
         settings = env_settings(config)
         scaled = settings.get("episode_length") is None
-        step, agent = restore(folder, device)
+        step, agent = restore(folder, device, arguments.checkpoint)
         with contextlib.closing(envs.make(config.tasks, slots, seed, **settings)) as env:
-            run = Evaluation(env.task_names, run_episodes(agent, env, seed, count), scaled=scaled)
+            play = partial(run_episodes, agent, env, seed, count)
+            played, noisy = play(), play(sampled=True) if arguments.sampled else None
+            run = Evaluation(env.task_names, played, scaled=scaled, sampled=noisy)
         result: dict[str, object] = {"step": step, "seed": seed, "episodes": count, **run.record()}
         try:
             write_text(folder.path / "evaluation.json", json.dumps(result, indent=2) + "\n")
@@ -250,19 +263,29 @@ def evaluate(words: list[str]) -> int:
             told = f"{folder.path / 'evaluation.json'} cannot be written: {error.strerror}"
             print(f"brc-fast: {told}", file=sys.stderr)
             code = 2
-        print(f"{folder.path}, step {step}, {count} episodes per task")
+        tell(f"{folder.path}, step {step}, {count} episodes per task")
+        if differ or len(folders) == 1:
+            tell(run.table())
         runs.append(run)
         records[str(folder.path)] = result
-    together = Evaluation.over_runs(runs)
-    print((together if len(runs) > 1 else runs[0]).table())
+    together = None if differ else Evaluation.over_runs(runs)
+    if together is None:
+        tell(f"not taken together: {differ}")
+    elif len(runs) > 1:
+        tell(together.table())
     if arguments.json is not None:
-        everything = {"runs": records, "together": together.record()}
-        write_text(Path(arguments.json), json.dumps(everything, indent=2) + "\n")
+        everything: dict[str, object] = {
+            "runs": records,
+            "together": None if together is None else together.record(),
+        }
+        everything |= {"apart": differ} if differ else {}
+        text = json.dumps(everything, indent=2) + "\n"
+        print(text, end="") if to_stdout else write_text(Path(arguments.json), text)
     return code
 
 
-def same_tasks(folders: list[RunFolder]) -> list[TrainConfig]:
-    """The settings of runs that are to be taken together."""
+def same_tasks(folders: list[RunFolder], checkpoint: str) -> list[TrainConfig]:
+    """The settings of runs that are to be taken together, of which each has the checkpoint."""
     if not folders:
         raise InputError("name at least one run folder")
     for folder in folders:
@@ -277,8 +300,7 @@ def same_tasks(folders: list[RunFolder]) -> list[TrainConfig]:
             )
         if [other.path.resolve() for other in folders].count(folder.path.resolve()) > 1:
             raise InputError(f"runs must differ, but {folder.path} is listed more than once")
-        if not folder.steps():
-            raise InputError(f"{folder.path} holds no complete checkpoint")
+        folder.choose(checkpoint)
         folder.require_foreign_code(config.tasks)
     return configs
 
@@ -310,7 +332,7 @@ def video(words: list[str]) -> int:
 
     from brc_fast.runs.evaluate import env_settings, restore
 
-    step, agent = restore(folder, resolve_device("auto"))
+    step, agent = restore(folder, resolve_device("auto"), arguments.checkpoint)
     shared = ("episode_length", "impl", "randomize") if task.startswith("mjx/") else ("episode_length",)
     taken = {name: value for name, value in env_settings(config).items() if name in shared}
     with contextlib.closing(envs.make(task, 1, arguments.seed, **taken)) as env:

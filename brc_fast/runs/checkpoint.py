@@ -2,15 +2,19 @@
 
     RUN/config.json                  the settings, written once
     RUN/metrics.jsonl                a row per report and per evaluation, each with `step`
+    RUN/metrics.jsonl.damaged        lines of it that were none
     RUN/learning_curve.png
     RUN/error.txt                    the traceback of the newest failure
     RUN/checkpoints/000000400000/    named by environment steps per task
         agent.safetensors  environments.safetensors  progress.safetensors
         replay/                      the replay buffer's own files (brc_fast.replay.files)
         manifest.json                format, step, and size and checksum of every other file; written last
+    RUN/best/000000375000/           agent.safetensors and manifest.json at the best evaluation so far
 
 A checkpoint is written under another name and renamed when it is complete, so a save that fails or is
-killed leaves the previous one as it was. The newest two are kept. Of the replay only the transitions that are
+killed leaves the previous one as it was. What a step writes is on the disk before the next one relies on it:
+rows of metrics, files, manifest, names, and only then is an older checkpoint deleted, so that a power failure
+does no more than a kill. The newest two are kept. Of the replay only the transitions that are
 new since the previous checkpoint are written; the rest are links to its files.
 """
 
@@ -20,12 +24,14 @@ import dataclasses
 import fcntl
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
+import stat
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
 from typing import Any, Protocol
@@ -44,7 +50,9 @@ READ = (2, FORMAT)  # 2 has moments as one vector; agents.base.Agent.load_state_
 KEPT = 2
 REPLAY = "replay"
 STEP = re.compile(r"(0\d{11}|[1-9]\d{11,17})", re.ASCII)  # a checkpoint's name
+DAMAGED = ".damaged"
 Arrays = dict[str, NDArray[Any]]
+log = logging.getLogger(__name__)
 
 
 class Replay(Protocol):
@@ -57,14 +65,17 @@ class Replay(Protocol):
 class RunFolder:
     """One run on disk. Making the object touches nothing."""
 
-    FILES = ("config.json", "metrics.jsonl", "learning_curve.png", "evaluation.json", "error.txt")
-    FOLDERS = ("checkpoints", "tensorboard")
+    FILES = (
+        *("config.json", "metrics.jsonl", f"metrics.jsonl{DAMAGED}", "learning_curve.png", "evaluation.json"),
+        *("error.txt", "wandb.json"),
+    )
+    FOLDERS = ("checkpoints", "best", "tensorboard", "wandb")
     OWN = FILES + FOLDERS
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints, self.bests = self.path / "checkpoints", self.path / "best"
 
     def refuse_existing(self, overwrite: bool) -> None:
         """InputError if the folder holds a run and may not be overwritten, or cannot be one."""
@@ -92,7 +103,7 @@ class RunFolder:
             require_replaceable(self.path / name, *unwritable)
         for name in self.FOLDERS:
             require(self.path / name, FOLDER)
-        for checkpoint in self.checkpoints.glob("*"):
+        for checkpoint in (*self.checkpoints.glob("*"), *self.bests.glob("*")):
             if STEP.fullmatch(checkpoint.name) or checkpoint.name.startswith("partial-"):
                 require(checkpoint, FOLDER)
                 require_shallow(checkpoint)
@@ -149,6 +160,8 @@ class RunFolder:
             old = self.path / name
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
         self.write_config(config)
+        with suppress(OSError):  # a folder that may be written and not read
+            sync(self.path.parent)
 
     def write_config(self, config: TrainConfig) -> None:
         write_text(self.path / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
@@ -170,23 +183,69 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """Environment steps per task of the complete checkpoints, oldest first."""
-        if not self.checkpoints.is_dir():
-            return []
-        return sorted(int(entry.name) for entry in self.checkpoints.iterdir() if STEP.fullmatch(entry.name))
+        return [int(folder.name) for folder in _complete(self.checkpoints)]
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
-        steps = self.steps()
-        return self.checkpoints / f"{steps[-1]:012d}" if steps else None
+        return next(reversed(_complete(self.checkpoints)), None)
 
-    def save(self, step: int, parts: Mapping[str, Mapping[str, NDArray[Any]]], replay: Replay) -> Path:
-        """Write the checkpoint of `step`: named groups of arrays, and a replay.
+    def best(self) -> tuple[Path, list[float]] | None:
+        """The best checkpoint and what it was chosen by, see `save`; None where none is whole."""
+        found = []
+        for folder in _complete(self.bests):
+            try:
+                found.append(([float(each) for each in _manifest(folder)["value"]], folder))
+            except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+                log.warning("%s is damaged (%s): the next evaluation counts as the best", folder, error)
+        if not found:
+            return None
+        value, folder = max(found)
+        return folder, value
 
-        OSError leaves the others as they were.
+    def seconds(self) -> float:
+        """That the run had taken at its newest checkpoint; 0 where an older version wrote it."""
+        newest = self.newest()
+        try:
+            return 0.0 if newest is None else float(_manifest(newest).get("seconds", 0.0))
+        except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
+            return 0.0
+
+    def choose(self, which: str = "last") -> Path:
+        """The folder of the checkpoint "last", "best" or of a step; InputError where there is none."""
+        newest = self.newest()
+        if newest is not None and which == "last":
+            return newest
+        named = {} if newest is None else {"last": newest}
+        if (best := self.best()) is not None:
+            named["best"] = best[0]
+        there = {str(int(folder.name)): folder for folder in (*named.values(), *_complete(self.checkpoints))}
+        there |= named
+        if not there:
+            raise InputError(f"{self.path} holds no complete checkpoint")
+        if which not in there:
+            raise InputError(f"{self.path} has no checkpoint {which}, only {', '.join(there)}")
+        return there[which]
+
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Mapping[str, NDArray[Any]]],
+        replay: Replay | None,
+        *,
+        best: Sequence[float] | None = None,
+        seconds: float = 0.0,
+    ) -> Path:
+        """Write the checkpoint of `step`: named groups of arrays, and a replay. OSError leaves the others as
+        they were.
+
+        Args:
+            best: the numbers by which it is the best one, the most important first; it replaces the best one
+                before it, and no other.
+            seconds: that the run has taken so far.
         """
-        final = self.checkpoints / f"{step:012d}"
-        partial = self.checkpoints / f"partial-{step}"
-        for stale in self.checkpoints.glob("partial-*"):  # of a process that was killed while saving
+        home, kept = (self.checkpoints, KEPT) if best is None else (self.bests, 1)
+        final, partial = home / f"{step:012d}", home / f"partial-{step}"
+        for stale in home.glob("partial-*"):  # of a process that was killed while saving
             shutil.rmtree(stale)
         partial.mkdir(parents=True)
         try:
@@ -196,29 +255,36 @@ class RunFolder:
                 contiguous = {
                     key: np.ascontiguousarray(value).reshape(value.shape) for key, value in arrays.items()
                 }
+                file.touch()
+                mode = stat.S_IMODE(file.stat().st_mode)  # by the umask; safetensors makes files of its own
                 save_file(contiguous, file)
+                file.chmod(mode)
                 sync(file)
                 size, checksum = _checksum(file)
                 files[file.name] = {"bytes": size, "crc32": checksum}
-            newest = self.newest()
-            replay.save(partial / REPLAY, previous=newest / REPLAY if newest else None)
-            write_text(
-                partial / "manifest.json",
-                json.dumps({"format": FORMAT, "step": step, "files": files}, indent=2) + "\n",
-            )
+            if replay is not None:
+                newest = self.newest()
+                replay.save(partial / REPLAY, previous=newest / REPLAY if newest else None)
+            manifest = {"format": FORMAT, "step": step, "seconds": round(seconds, 3), "files": files}
+            manifest |= {} if best is None else {"value": list(best)}
+            write_text(partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            if self.metrics.exists():
+                sync(self.metrics)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            kept = (
+            there = (
                 f"checkpoint {self.steps()[-1]} is still there" if self.steps() else "there is no earlier one"
             )
             raise OSError(
-                f"the checkpoint of step {step} could not be written to {final}: {error}; {kept}"
+                f"the checkpoint of step {step} could not be written to {final}: {error}; {there}"
             ) from error
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        sync(self.checkpoints)
-        for old in self.steps()[:-KEPT]:
-            shutil.rmtree(self.checkpoints / f"{old:012d}")
+        sync(home)
+        sync(self.path)
+        others = [folder for folder in _complete(home) if folder != final]
+        for old in others[: len(others) + 1 - kept]:
+            shutil.rmtree(old)
         return final
 
     @contextmanager
@@ -238,15 +304,11 @@ class RunFolder:
         except ValueError as error:
             raise InputError(f"{error}; {_remedy(newest, self.steps())}") from error
 
-    def load(self, *names: str) -> tuple[int, dict[str, Arrays]]:
-        """The newest checkpoint's step and the named groups of arrays, checked against its manifest."""
-        steps = self.steps()
-        if not steps:
-            raise InputError(f"{self.path} holds no complete checkpoint")
-        folder = self.checkpoints / f"{steps[-1]:012d}"
+    def load(self, *names: str, checkpoint: str = "last") -> tuple[int, dict[str, Arrays]]:
+        """A checkpoint's step and the named groups of arrays, checked against its manifest; see `choose`."""
+        folder, steps = self.choose(checkpoint), self.steps()
         try:
-            with opened(folder / "manifest.json") as stream:
-                manifest = json.load(stream)
+            manifest = _manifest(folder)
             version, step, files = int(manifest["format"]), int(manifest["step"]), dict(manifest["files"])
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise InputError(
@@ -257,7 +319,7 @@ class RunFolder:
                 f"{folder} has format {version}, this version of brc-fast reads formats 2 and {FORMAT}: "
                 + ("upgrade brc-fast" if version > FORMAT else "use the version that wrote it")
             )
-        if step != steps[-1]:
+        if step != int(folder.name):
             raise InputError(f"{folder} holds a checkpoint of step {step}; {_remedy(folder, steps)}")
         groups = {}
         for name in names:
@@ -299,9 +361,25 @@ def write_text(path: Path, text: str) -> None:
     replace_file(path, text.encode())
 
 
+def _complete(home: Path) -> list[Path]:
+    """Folders of the complete checkpoints in a folder, by their steps."""
+    if not home.is_dir():
+        return []
+    return sorted(
+        (entry for entry in home.iterdir() if STEP.fullmatch(entry.name)), key=lambda entry: int(entry.name)
+    )
+
+
+def _manifest(folder: Path) -> Any:
+    with opened(folder / "manifest.json") as stream:
+        return json.load(stream)
+
+
 def _remedy(folder: Path, steps: list[int]) -> str:
-    if len(steps) > 1:
-        return f"delete {folder} to go on from the checkpoint of step {steps[-2]}"
+    if folder.parent.name == "best":
+        return f"delete {folder}"
+    if others := [step for step in steps if f"{step:012d}" != folder.name]:
+        return f"delete {folder} to go on from the checkpoint of step {others[-1]}"
     return "there is no earlier checkpoint to go on from"
 
 

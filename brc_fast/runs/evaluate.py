@@ -1,11 +1,11 @@
-"""Evaluation: the policy's mean action, exactly n episodes per task."""
+"""Evaluation: the policy's mean action, or a sample of its own, in exactly n episodes per task."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,9 +26,11 @@ from brc_fast.errors import InputError
 from brc_fast.spec import Spec
 
 from .checkpoint import RunFolder
+from .plot import learning_settings
 from .scores import Estimate, Values, aggregate, normalized
 
 LOST_IN_A_ROW = 10
+ALIKE = 0.02  # of the mean return: a smaller deviation is none
 
 
 class Episodes(NamedTuple):
@@ -45,9 +47,11 @@ def evaluate(
     seed: int,
     episodes: int | None = None,
     *,
+    sampled: bool = False,
     before_step: Callable[[], object] = lambda: None,
 ) -> Episodes:
-    """Play exactly `episodes` per task, by default one per slot.
+    """Play exactly `episodes` per task, by default one per slot, with the mean action or, `sampled`, with the
+    policy's own noise. The seed gives the start states, and that noise: the agent's generator is left alone.
 
     How many each of a task's S slots plays is fixed before the first step, and all of them count: the first n
     to finish, wherever they do, would mostly be short ones. Slot i plays the episodes i, i + S, i + 2 S, ...
@@ -75,10 +79,12 @@ def evaluate(
 
     observations = env.reset_tensors(seed)
     task_ids = torch.as_tensor(task, device=agent.device)
+    generator = torch.Generator(agent.device).manual_seed(seed) if sampled else None
+    act = partial(agent.act, generator=generator) if sampled else partial(agent.act, deterministic=True)
     number = 0
     while (played < quota).any():
         before_step()
-        actions = agent.act(observations.to(agent.device), task_ids, deterministic=True)
+        actions = act(observations.to(agent.device), task_ids)
         step = env.step_tensors(actions)
         number += 1
         check_finite(step, env, number)
@@ -114,37 +120,63 @@ def _give_up(env: VectorEnvironment, slot: int) -> None:
     )
 
 
-def summary(task_names: tuple[str, ...], episodes: Episodes) -> dict[str, float]:
+def summary(
+    task_names: tuple[str, ...], episodes: Episodes, sampled: Episodes | None = None
+) -> dict[str, float]:
     """Metrics of an evaluation: `eval/return/<task>` and `eval/length/<task>`, the means over its episodes,
     and where the task tells it `eval/success/<task>`, the share of episodes with a step that was a success;
-    `eval/return_mean` and `eval/success_mean` are over the tasks."""
-    returns, lengths, successes = (values.mean(1) for values in episodes)
-    row = {f"eval/return/{name}": float(mean) for name, mean in zip(task_names, returns, strict=True)}
-    row |= {f"eval/length/{name}": float(mean) for name, mean in zip(task_names, lengths, strict=True)}
-    row["eval/return_mean"] = float(returns.mean())
-    told = ~np.isnan(successes)
-    if told.any():
-        names = np.array(task_names)[told]
-        row |= {f"eval/success/{name}": float(x) for name, x in zip(names, successes[told], strict=True)}
-        row["eval/success_mean"] = float(successes[told].mean())
+    `eval/return_mean` and `eval/success_mean` are over the tasks. Of episodes with the policy's own noise the
+    same is under `eval/sampled_return/<task>`, and so on."""
+    row: dict[str, float] = {}
+    for kind, played in (("", episodes), ("sampled_", sampled)):
+        for name, values in (
+            () if played is None else zip(("return", "length", "success"), played, strict=True)
+        ):
+            means = dict(zip(task_names, values.mean(1).tolist(), strict=True))
+            known = {task: mean for task, mean in means.items() if not np.isnan(mean)}
+            row |= {f"eval/{kind}{name}/{task}": mean for task, mean in known.items()}
+            if known and name != "length":
+                row[f"eval/{kind}{name}_mean"] = float(np.mean(list(known.values())))
     return row
+
+
+def worth(row: dict[str, float]) -> list[float]:
+    """What an evaluation's `summary` is compared by, the most important first: where every task tells its
+    successes their mean, and the mean return."""
+    tasks = sum(name.startswith("eval/return/") for name in row)
+    told = sum(name.startswith("eval/success/") for name in row)
+    names = ["eval/success_mean"] * (told == tasks) + ["eval/return_mean"]
+    return [row[name] for name in names]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Episodes of one run, or with `over_runs` the means of several, together with their scores."""
+    """Episodes of one run, or with `over_runs` the means of several, together with their scores.
+
+    Scores and their aggregates are of the mean action."""
 
     task_names: tuple[str, ...]
-    samples: Episodes
+    samples: Episodes  # of the mean action
     sample: Literal["episode", "run"] = "episode"
     scaled: bool = True  # False where episodes have not the length that the suite gives them: no scores
+    sampled: Episodes | None = None  # with the policy's own noise
 
     @classmethod
     def over_runs(cls, runs: Sequence[Evaluation]) -> Evaluation:
         """One sample per run: its mean over episodes. All must have the same tasks."""
-        fields = zip(*(run.samples for run in runs), strict=True)
-        means = Episodes(*(np.stack([values.mean(1) for values in field], axis=1) for field in fields))
-        return cls(runs[0].task_names, means, "run", all(run.scaled for run in runs))
+
+        def means(played: Sequence[Episodes]) -> Episodes:
+            fields = zip(*played, strict=True)
+            return Episodes(*(np.stack([values.mean(1) for values in field], axis=1) for field in fields))
+
+        noisy = [run.sampled for run in runs if run.sampled is not None]
+        return cls(
+            runs[0].task_names,
+            means([run.samples for run in runs]),
+            "run",
+            all(run.scaled for run in runs),
+            means(noisy) if len(noisy) == len(runs) else None,
+        )
 
     @cached_property
     def scores(self) -> dict[str, Values]:
@@ -154,22 +186,42 @@ class Evaluation:
         return {name: scores for name, scores in found.items() if scores is not None and self.scaled}
 
     @cached_property
+    def alike(self) -> list[str]:
+        """Tasks with a score whose episodes hardly differ, as where they start alike: they are one sample of
+        what the policy can do, however many they are."""
+        spread = (
+            dict(zip(self.task_names, self.samples.returns, strict=True)) if self.sample == "episode" else {}
+        )
+        return [
+            name for name, x in spread.items() if name in self.scores and x.std() <= ALIKE * abs(x.mean())
+        ]
+
+    @cached_property
     def estimates(self) -> dict[str, Estimate]:
-        """Aggregates of all scores; none without scores."""
-        return aggregate(np.stack(list(self.scores.values()))) if self.scores else {}
+        """Aggregates of all scores, without bounds where episodes are `alike`; none without scores."""
+        if not self.scores:
+            return {}
+        found = aggregate(np.stack(list(self.scores.values())))
+        if self.alike:
+            return {name: Estimate(each.value, np.nan, np.nan) for name, each in found.items()}
+        return found
+
+    def _numbers(self, played: Episodes) -> dict[str, Any]:
+        """Every episode's, by task; successes of the tasks that tell them."""
+        returns, lengths, successes = (
+            dict(zip(self.task_names, values.tolist(), strict=True)) for values in played
+        )
+        told = {name: values for name, values in successes.items() if not np.isnan(values).any()}
+        return {"returns": returns, "lengths": lengths, "successes": told}
 
     def record(self) -> dict[str, Any]:
         """What evaluation.json keeps: the summary, every number that it is made of, and the aggregates as
-        [value, low, high]; low and high are null where there is one sample per task."""
-        returns, lengths, successes = (
-            dict(zip(self.task_names, values.tolist(), strict=True)) for values in self.samples
-        )
-        told = {name: values for name, values in successes.items() if not np.isnan(values).any()}
+        [value, low, high]; low and high are null where there is one sample per task, or episodes that are
+        `alike`."""
         return {
-            **summary(self.task_names, self.samples),
-            "returns": returns,
-            "lengths": lengths,
-            "successes": told,
+            **summary(self.task_names, self.samples, self.sampled),
+            **self._numbers(self.samples),
+            **({} if self.sampled is None else {"sampled": self._numbers(self.sampled)}),
             "scores": {name: values.tolist() for name, values in self.scores.items()},
             "aggregate": {
                 name: [None if np.isnan(x) else x for x in estimate]
@@ -180,20 +232,34 @@ class Evaluation:
     def table(self) -> str:
         """Means over the samples, a line per task, and the aggregates of the scores."""
         width = max(len(name) for name in self.task_names)
-        lines = [f"  {'task':<{width}}  {'return':>20}  success  score   length"]
-        for name, returns, lengths, successes in zip(self.task_names, *self.samples, strict=True):
-            spread = f"{returns.mean():.1f} +- {returns.std():.1f}"
-            success = "-" if np.isnan(successes).any() else f"{successes.mean():.3f}"
+        noisy = self.sampled
+        extra = "" if noisy is None else f"  {'sampled return':>20}  success"
+        lines = [f"  {'task':<{width}}  {'return':>20}  success{extra}  score   length"]
+        for task, (name, lengths) in enumerate(zip(self.task_names, self.samples.lengths, strict=True)):
+            columns = "".join(
+                _columns(played, task) for played in (self.samples, noisy) if played is not None
+            )
             score = f"{self.scores[name].mean():.3f}" if name in self.scores else "-"
-            lines.append(f"  {name:<{width}}  {spread:>20}  {success:>7}  {score:>5}  {lengths.mean():7.1f}")
+            lines.append(f"  {name:<{width}}{columns}  {score:>5}  {lengths.mean():7.1f}")
         count = self.samples.returns.shape[1]
         if count > 1:
             lines.append(f"  [+-: standard deviation of {count} {self.sample}s per task]")
+        if noisy is not None:
+            lines.append("  [sampled: with the policy's own noise; the rest is of its mean action]")
         if self.scores:
             told = ", ".join(f"{name} {estimate}" for name, estimate in self.estimates.items())
             lines.append(f"  score over {len(self.scores)} of {len(self.task_names)} tasks: {told}")
-            if count > 1:
-                lines.append(f"  [bounds of 95%: stratified bootstrap of {count} {self.sample}s per task]")
+            if self.alike and count > 1:
+                more = f" and {len(self.alike) - 1} more tasks" if len(self.alike) > 1 else ""
+                told = (
+                    f"episodes of {self.alike[0]}{more} hardly differ (standard deviation within {ALIKE:.0%})"
+                )
+                lines.append(f"  [no bounds: {told}, so they are one sample]")
+            elif count > 1:
+                whose = ", all of one policy: seeds may differ more" if self.sample == "episode" else ""
+                lines.append(
+                    f"  [bounds of 95%: stratified bootstrap of {count} {self.sample}s per task{whose}]"
+                )
         elif not self.scaled:
             lines.append(
                 "  no scores: they presume the suites' own episode lengths, and episode_length is set"
@@ -201,10 +267,38 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def restore(folder: RunFolder, device: str) -> tuple[int, BRC]:
-    """The agent of a run's newest checkpoint and the step that it was written at."""
+def _columns(played: Episodes, task: int) -> str:
+    """Return and success of one task, as `table` has them."""
+    returns, _, successes = (values[task] for values in played)
+    spread = f"{returns.mean():.1f} +- {returns.std():.1f}"
+    success = "-" if np.isnan(successes).any() else f"{successes.mean():.3f}"
+    return f"  {spread:>20}  {success:>7}"
+
+
+def apart(names: Sequence[str], configs: Sequence[TrainConfig], steps: Sequence[int]) -> str:
+    """Why runs are no repetitions of one experiment with other seeds; empty where they are.
+
+    steps: at which they are compared.
+    """
+    told = [{**learning_settings(config), "step": step} for config, step in zip(configs, steps, strict=True)]
+    found = []
+    for key in told[0]:
+        values = [each[key] for each in told]
+        other = next((index for index, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            found.append(f"{key} is {values[0]} in {names[0]} and {values[other]} in {names[other]}")
+    runs = [(config.seed, each) for config, each in zip(configs, told, strict=True)]
+    for index, run in enumerate(runs):
+        if (first := runs.index(run)) < index:
+            twice = f"{names[index]} has the settings and the seed {run[0]} of {names[first]}"
+            found.append(f"{twice}: a run that was repeated is no further seed")
+    return "; ".join(found)
+
+
+def restore(folder: RunFolder, device: str, checkpoint: str = "last") -> tuple[int, BRC]:
+    """The agent of a run's checkpoint "last", "best" or of a step, and the step that it was written at."""
     folder.require_plain()
-    step, parts = folder.load("agent")
+    step, parts = folder.load("agent", checkpoint=checkpoint)
     # acting takes float32 products whatever learning took, on any device
     config = dataclasses.replace(folder.config(), precision="fp32")
     with folder.fitting():

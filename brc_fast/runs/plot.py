@@ -7,13 +7,12 @@ is the span from the lowest to the highest.
 
 from __future__ import annotations
 
-import dataclasses
 import io
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -21,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brc_fast import published
-from brc_fast.config import TrainConfig
+from brc_fast.config import TrainConfig, flat
 from brc_fast.disk import replace_file, require_replaceable
 from brc_fast.errors import InputError, MissingExtraError
 
 from .checkpoint import RunFolder
-from .metrics import read_rows
+from .metrics import read_records, read_rows
 from .scores import COVERAGE, RESAMPLES, normalized
 
 Metric = Literal["return", "success", "normalized"]
@@ -34,6 +33,7 @@ Reference = Literal["auto", "single_task", "multi_task", "none"]
 Group = Literal["seed", "none"]
 Series = tuple[list[int], list[float]]  # environment steps per task, values
 Array = NDArray[np.float64]
+log = logging.getLogger(__name__)
 
 # Told apart by lightness, too: in grey and by the colour-blind. The markers tell later ones apart.
 COLOURS = ("#004488", "#e0a526", "#bb5566", "#12824c", "#7b4ea3", "#222222")
@@ -44,7 +44,7 @@ AXIS = {"return": "evaluation return", "success": "success rate", "normalized": 
 NEUTRAL = (
     *("seed", "run", "overwrite", "steps", "threads", "graphs"),
     *("env.processes", "env.restarts", "env.step_seconds"),
-    *("report_every", "eval_every", "eval_envs", "checkpoint_every"),
+    *("report_every", "eval_every", "eval_sampled", "eval_envs", "checkpoint_every"),
 )
 LITERAL = {"parse_math": False}  # for names, which may hold any letters: no TeX
 SMALL = 12  # tasks; with more, their panels are small and the mean over tasks gets a large one
@@ -77,31 +77,32 @@ class Line(NamedTuple):
 
 def curves(folder: RunFolder, metric: Literal["return", "success"] = "return") -> dict[str, Series]:
     """Evaluation curves of a run: task -> (environment steps per task, mean return or share of successes)."""
+    return _curves(read_rows(folder.metrics), metric)
+
+
+def _curves(rows: Sequence[Mapping[str, Any]], metric: Literal["return", "success"]) -> dict[str, Series]:
     prefix = f"eval/{metric}/"
     out: dict[str, Series] = {}
-    for number, row in enumerate(read_rows(folder.metrics), 1):
-        try:
-            for name, value in row.items():
-                if name.startswith(prefix) and value is not None:
-                    steps, values = out.setdefault(name.removeprefix(prefix), ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(value))
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-            told = f"{folder.metrics} line {number} is no row of metrics: repair or delete it"
-            raise InputError(told) from None
-    for task, (steps, _) in out.items():
-        for before, after in pairwise(steps):
-            if after <= before:
-                told = f"an evaluation of {task} at step {after} after one at step {before}"
-                raise InputError(f"{folder.metrics} has {told}: repair or delete it")
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith(prefix) and value is not None:
+                steps, values = out.setdefault(name.removeprefix(prefix), ([], []))
+                steps.append(row["step"])
+                values.append(float(value))
     return out
 
 
 def evaluations(folder: RunFolder, metric: Metric) -> dict[str, Series]:
     """`curves` in the unit of `metric`; InputError where a run has none, or a task no known scale."""
-    returns, successes = curves(folder), curves(folder, "success")
+    found = read_records(folder.metrics)
+    returns, successes = (_curves(found.rows, kind) for kind in ("return", "success"))
     if not returns:
-        raise InputError(f"{folder.path} holds no evaluation to plot yet: see eval_every in its config.json")
+        why = ": see eval_every in its config.json"
+        if found.faults:
+            why = f"; {folder.metrics} {found.told()}"
+        raise InputError(f"{folder.path} holds no evaluation to plot yet{why}")
+    if found.faults:
+        log.warning("%s %s; the other rows are drawn", folder.metrics, found.told())
     if metric == "success" and not successes:
         raise InputError(f"{folder.path} holds no success rate: its tasks report none; use --metric return")
     if metric != "normalized":
@@ -122,7 +123,7 @@ def evaluations(folder: RunFolder, metric: Metric) -> dict[str, Series]:
 def experiments(folders: Sequence[RunFolder], metric: Metric, group: Group) -> list[Experiment]:
     """The runs, grouped by their settings; single-task runs of different tasks are one experiment."""
     configs = [folder.config() for folder in folders]
-    told = [tuple(_settings(config).items()) for config in configs]
+    told = [tuple(learning_settings(config).items()) for config in configs]
     runs = {(key, config.tasks, config.seed) for key, config in zip(told, configs, strict=True)}
     if group == "none" or len(runs) < len(folders):  # a run that was repeated is no further seed
         named = zip(_names(folders), folders, strict=True)
@@ -142,15 +143,9 @@ def experiments(folders: Sequence[RunFolder], metric: Metric, group: Group) -> l
     ]
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
+def learning_settings(config: TrainConfig) -> dict[str, Any]:
     """What tells experiments apart: "critic.width" -> 256. Of the tasks, those that share an agent."""
-    out: dict[str, Any] = {}
-    for name, value in dataclasses.asdict(config).items():
-        if isinstance(value, dict):
-            out |= {f"{name}.{inner}": setting for inner, setting in value.items()}
-        else:
-            out[name] = value
-    out = {name: value for name, value in out.items() if name not in NEUTRAL}
+    out = {name: value for name, value in flat(config).items() if name not in NEUTRAL}
     out["tasks"] = config.tasks if len(config.tasks) > 1 else ()
     return out
 

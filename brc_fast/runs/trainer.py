@@ -25,7 +25,7 @@ from brc_fast.learner.precision import cores
 from brc_fast.replay import ReplayBuffer
 
 from .checkpoint import Arrays, RunFolder, grouped, prefixed
-from .evaluate import evaluate, summary
+from .evaluate import evaluate, summary, worth
 from .interrupt import Stopped, StopRequest
 from .metrics import EpisodeTracker, MetricsWriter, Stopwatch, read_rows
 
@@ -70,6 +70,8 @@ class Trainer:
         self.task_ids = torch.as_tensor(ids, device=device)
         self.steps, self.updates, self.watch = 0, 0, Stopwatch()
         self.saved: int | None = None  # step of the newest checkpoint
+        self.rows: list[int] = []  # steps of the rows of metrics that were written
+        self.best: list[float] = []  # what the best evaluation so far is worth; empty before the first
         self.losses: dict[str, Tensor] = {}
         self.learner = ThreadPoolExecutor(1, "learner") if beside else None
         self.running: Future[dict[str, Tensor]] | None = None
@@ -162,12 +164,16 @@ class Trainer:
         return (values * scale.where(scale.isfinite(), 0.0)[self.task_ids]).cpu().numpy()
 
     def evaluate(self, before_step: Callable[[], object] = lambda: None) -> dict[str, float]:
-        """Returns of the current policy; the start states depend on the seed and the step alone."""
+        """Returns of the current policy, of its mean action and, with `eval_sampled`, of actions that are
+        drawn as in training; start states and noise depend on the seed and the step alone."""
         self.join()
+        self.watch.start()
         seed = int(np.random.SeedSequence([self.config.seed, self.steps]).generate_state(1)[0])
         episodes = self.config.eval_episodes
-        played = evaluate(self.agent, self.eval_env, seed, episodes, before_step=before_step)
-        return summary(self.names, played)
+        play = partial(evaluate, self.agent, self.eval_env, seed, episodes, before_step=before_step)
+        row = summary(self.names, play(), play(sampled=True) if self.config.eval_sampled else None)
+        row["time/evaluation_seconds"] = self.watch.lap("evaluation")
+        return row | {"time/total_seconds": self.watch.total}
 
     def row(self) -> dict[str, Tensor | float]:
         """Returns since the last row, scales, and the newest update's losses."""
@@ -189,7 +195,7 @@ class Trainer:
             try:
                 missing = self.missing_rows(folder)  # an evaluation that was not over, a row on a full disk
                 with self.rescued(folder):
-                    self.write_rows(missing, metrics, report, stop)
+                    self.write_rows(missing, folder, metrics, report, stop)
                 while self.steps < config.steps:
                     stop.check()
                     with self.rescued(folder):
@@ -200,7 +206,7 @@ class Trainer:
                     if rows or saves or stop:
                         self.require_finite(folder)
                     with self.rescued(folder):
-                        self.write_rows(rows, metrics, report, stop)
+                        self.write_rows(rows, folder, metrics, report, stop)
                     if saves:
                         self.save(folder)
             except Stopped:
@@ -221,7 +227,12 @@ class Trainer:
         return [kind for kind in due if not any(kind in row for row in rows)]
 
     def write_rows(
-        self, kinds: Sequence[str], metrics: MetricsWriter, report: Report, stop: StopRequest
+        self,
+        kinds: Sequence[str],
+        folder: RunFolder,
+        metrics: MetricsWriter,
+        report: Report,
+        stop: StopRequest,
     ) -> None:
         for kind in kinds:
             if kind == REPORT:
@@ -233,6 +244,9 @@ class Trainer:
                     raise
             else:
                 row = metrics.write(self.steps, {**self.evaluate(stop.check)})
+            self.rows.append(self.steps)
+            if kind == EVALUATION:
+                self.keep_best(folder, row)
             report(self.steps, row)
 
     def due(self, *every: int) -> bool:
@@ -240,20 +254,31 @@ class Trainer:
         before = self.steps - self.config.num_envs
         return any(self.steps // each > before // each for each in every)
 
+    def keep_best(self, folder: RunFolder, evaluation: dict[str, float]) -> None:
+        """Keep the agent beside the newest checkpoint where no evaluation before was as good."""
+        if self.best and worth(evaluation) <= self.best:
+            return
+        self.watch.start()
+        self.best = worth(evaluation)
+        folder.save(self.steps, {"agent": as_arrays(self.agent.state_dict())}, None, best=self.best)
+        self.watch.lap("checkpoint")
+
     def save(self, folder: RunFolder) -> None:
         """Write a checkpoint from which `load` goes on as if nothing had happened."""
         self.join()
+        self.watch.start()
         progress = prefixed(normalizer=self.normalizer.state_dict(), episodes=self.episodes.state_dict())
         progress |= prefixed(losses=as_arrays(self.losses))
-        progress["updates"] = np.array(self.updates)
+        progress["updates"], progress["rows"] = np.array(self.updates), np.array(self.rows, np.int64)
         if self.entropies is not None:
             progress["entropies"] = self.entropies.cpu().numpy()
         agent = as_arrays(self.agent.state_dict())
         parts = {"agent": agent, "environments": self.env.state_dict(), "progress": progress}
         if self.lagged is not None:
             parts["lagged_policy"] = as_arrays(self.lagged.state_dict())
-        folder.save(self.steps, parts, self.replay)
+        folder.save(self.steps, parts, self.replay, seconds=self.watch.total)
         self.saved = self.steps
+        self.watch.lap("checkpoint")
 
     def load(self, folder: RunFolder) -> None:
         """Go on from a folder's newest checkpoint; InputError if it does not fit this run."""
@@ -268,11 +293,15 @@ class Trainer:
             self.episodes.load_state_dict(grouped(progress, "episodes"))
             self.updates = int(progress["updates"])
             self.losses = as_tensors(grouped(progress, "losses"))
+            self.rows = progress.get("rows", np.empty(0, np.int64)).astype(np.int64).ravel().tolist()
             if self.entropies is not None:
                 self.entropies = torch.from_numpy(progress["entropies"]).to(self.agent.device)
             self.observations = self.env.load_state_dict(parts["environments"])
             begun = torch.from_numpy(np.flatnonzero(~self.env.continues))
             self.count(self.observations.cpu()[begun], begun)
+        best = folder.best()
+        self.best = [] if best is None else best[1]
+        self.watch.total = folder.seconds()
         folder.load_replay(self.replay)  # last: what fits the rest and not this is damaged
         self.episodes.forget(~self.env.continues)
         self.normalizer.forget(~self.env.continues)
