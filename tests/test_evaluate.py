@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -331,6 +334,114 @@ def test_several_runs_are_seeds_of_one_experiment(
     assert kept["together"]["scores"] == dict.fromkeys(tasks, [0.5] * 3)
     for run in runs:
         assert kept["runs"][run] == json.loads((Path(run) / "evaluation.json").read_text())
+
+
+def test_runs_that_are_no_seeds_of_one_experiment_are_listed_one_by_one(
+    made: list[Scripted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = ("metaworld/reach-v3",)
+    one, two = make_run(tmp_path / "one", task), make_run(tmp_path / "two", task, 1)
+    copy, wider, longer = (tmp_path / name for name in ("copy", "wider", "longer"))
+    for run in (copy, wider, longer):
+        shutil.copytree(two, run)
+    settings = json.loads((wider / "config.json").read_text())
+    settings["learning"]["discount"] = 0.9
+    (wider / "config.json").write_text(json.dumps({**settings, "seed": 2, "steps": 7}))
+    (longer / "config.json").write_text(
+        json.dumps(json.loads((two / "config.json").read_text()) | {"seed": 3})
+    )
+    (longer / "checkpoints" / "000000000500").rename(longer / "checkpoints" / "000000000600")
+    manifest = longer / "checkpoints" / "000000000600" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "step": 600}))
+    for runs, told in (
+        ([one, two, copy], f"{copy} has the settings and the seed 1 of {two}: a run that was repeated"),
+        ([one, two, wider], f"learning.discount is 0.99 in {one} and 0.9 in {wider}"),
+        ([one, longer], f"step is 500 in {one} and 600 in {longer}"),
+    ):
+        file = tmp_path / "all.json"
+        assert cli.main(["evaluate", *map(str, runs), "--episodes", "4", "--json", str(file)]) == 0
+        out = capsys.readouterr().out
+        assert f"not taken together: {told}" in out
+        assert "stratified bootstrap of" not in out.replace("of 4 episodes", "")
+        assert out.count("  metaworld/reach-v3 ") == len(runs)
+        kept = json.loads(file.read_text())
+        assert kept["together"] is None
+        assert told in kept["apart"]
+    assert cli.main(["evaluate", str(one), str(two), "--episodes", "4"]) == 0
+    assert "stratified bootstrap of 2 runs per task" in capsys.readouterr().out
+
+
+def test_episodes_that_hardly_differ_are_one_sample_and_have_no_interval() -> None:
+    def told(*returns: float) -> evaluate.Evaluation:
+        values = np.array([returns, [100.0, 300.0, 500.0]])
+        episodes = evaluate.Episodes(values, np.ones_like(values), np.full_like(values, np.nan))
+        return evaluate.Evaluation(("dmc/dog-run", "dmc/dog-walk"), episodes)
+
+    alike, apart = told(859.0, 860.0, 861.0), told(700.0, 860.0, 900.0)
+    assert alike.alike == ["dmc/dog-run"]
+    assert all(np.isnan(each.low) for each in alike.estimates.values())
+    assert alike.estimates["mean"].value == apart.estimates["mean"].value + (860 - 820) / 2000
+    assert "no bounds: episodes of dmc/dog-run hardly differ" in alike.table()
+    assert alike.record()["aggregate"]["iqm"][1:] == [None, None]
+    assert "of 3 episodes per task, all of one policy: seeds may differ more" in apart.table()
+    runs = evaluate.Evaluation.over_runs([alike, alike])
+    assert runs.estimates["mean"].low == runs.estimates["mean"].high  # of runs an interval is one
+
+
+def test_both_returns_are_printed_and_kept_and_the_sampled_ones_can_be_left_out(
+    made: list[Scripted], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", ("metaworld/reach-v3",))
+    assert cli.main(["evaluate", str(run), "--episodes", "4"]) == 0
+    kept = json.loads((run / "evaluation.json").read_text())
+    assert kept["sampled"]["returns"]["metaworld/reach-v3"] == kept["returns"]["metaworld/reach-v3"]
+    assert kept["eval/sampled_success_mean"] == 0.5
+    assert "sampled return  success" in capsys.readouterr().out
+    assert cli.main(["evaluate", str(run), "--episodes", "4", "--no-sampled"]) == 0
+    assert "sampled" not in capsys.readouterr().out
+    assert not [name for name in json.loads((run / "evaluation.json").read_text()) if "sampled" in name]
+
+
+def test_json_to_stdout_is_all_of_it_and_tables_go_to_stderr(
+    made: list[Scripted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("run"), ("dmc/dog-run",))
+    before = set(Path().iterdir())
+    assert cli.main(["evaluate", "run", "--episodes", "2", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["runs"]["run"]["step"] == 500
+    assert "run, step 500, 2 episodes per task" in err
+    assert set(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["device", "FIFO", "link"])
+@pytest.mark.parametrize("words", [["evaluate", "--json"], ["plot", "--output"], ["video", "--output"]])
+def test_no_output_replaces_a_device_a_fifo_or_what_a_link_names(
+    made: list[Scripted],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("brc_fast.runs.video.require_renderer", lambda: None)
+    run = make_run(Path("run"), ("dmc/dog-run",))
+    (run / "metrics.jsonl").write_text('{"step": 20, "eval/return/dmc/dog-run": 3.0}\n')
+    output, precious = Path("x" + {"plot": ".png", "video": ".gif"}.get(words[0], "")), Path("precious")
+    precious.write_text("precious")
+    if kind == "link":
+        output.symlink_to(precious)
+    elif kind == "FIFO":
+        os.mkfifo(output)
+    else:
+        try:
+            os.mknod(output, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("only root makes devices")
+    told = f"{output} must be a regular file, got a {kind}; name another"
+    assert_one_line([words[0], "run", words[1], str(output)], told, capsys, tmp_path)
 
 
 def test_runs_that_set_their_own_episode_length_get_no_scores(

@@ -322,6 +322,7 @@ def video(words: list[str]) -> int:
     folder.require_plain()
     config = folder.config()
     folder.require_foreign_code(config.tasks)
+    folder.choose(arguments.checkpoint)
     tasks = envs.expand(config.tasks)
     task = tasks[0] if arguments.task is None else arguments.task
     if task not in tasks:

@@ -218,8 +218,8 @@ class RunFolder:
         named = {} if newest is None else {"last": newest}
         if (best := self.best()) is not None:
             named["best"] = best[0]
-        there = {str(int(folder.name)): folder for folder in (*named.values(), *_complete(self.checkpoints))}
-        there |= named
+        steps = {int(folder.name): folder for folder in (*named.values(), *_complete(self.checkpoints))}
+        there = {str(step): steps[step] for step in sorted(steps)} | named
         if not there:
             raise InputError(f"{self.path} holds no complete checkpoint")
         if which not in there:
