@@ -53,7 +53,7 @@ def settings(task: str, device: str, workload: Workload | None = None) -> TrainC
     """The defaults of `brc-fast train` on a CPU, but for the task that is learned within 4000 updates; on a
     GPU many environments, and the width and batch size of a workload."""
     tasks = expand(task)
-    several: dict[str, Any] = {"tasks": tasks, "eval_every": 5_000}
+    several: dict[str, Any] = {"tasks": tasks, "eval_every": 5_000, "eval_sampled": False}
     if len(tasks) > 1:  # these are of each task
         several |= {"num_envs": 4, "eval_episodes": 2, "random_steps": 200}
     elif workload is not None:

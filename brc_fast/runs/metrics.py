@@ -181,7 +181,7 @@ class MetricsWriter:
         config: TrainConfig | None = None,
         project: str | None = None,
     ) -> None:
-        kept = [] if resume_step is None else _cut(path, resume_step, expected)
+        kept = None if resume_step is None else _cut(path, resume_step, expected)
         self._file = path.open("a", buffering=1)
         sync(path.parent)
         self._board = _tensorboard(path.parent / "tensorboard", kept, config)
@@ -338,20 +338,18 @@ def _show(board: Any, step: int, row: dict[str, float]) -> None:
         board.add_scalar(name, value, step, walltime=row.get("time/timestamp"))
 
 
-def _tensorboard(folder: Path, rows: list[dict[str, Any]], config: TrainConfig | None) -> Any:
-    """A writer that has shown these rows; None without TensorBoard.
-
-    It begins anew: what an earlier process had shown ended wherever that process was killed. A TensorBoard
-    that is looking forgets that, too: `purge_step`.
-    """
+def _tensorboard(folder: Path, rows: list[dict[str, Any]] | None, config: TrainConfig | None) -> Any:
+    """A writer; with the rows of a run that is resumed it has shown these and nothing else, for what an
+    earlier process had shown ended wherever that was killed. None without TensorBoard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
     except ImportError:
         return None
-    for old in folder.glob("events.out.tfevents.*"):
+    for old in folder.glob("events.out.tfevents.*") if rows is not None else ():
         old.unlink()
-    board = SummaryWriter(str(folder), purge_step=0)
+    # purge_step: a TensorBoard that is looking forgets what it has seen
+    board = SummaryWriter(str(folder), purge_step=None if rows is None else 0)
     if config is not None:
         settings = {
             name: value if isinstance(value, bool | int | float) else str(value)
@@ -360,7 +358,7 @@ def _tensorboard(folder: Path, rows: list[dict[str, Any]], config: TrainConfig |
         # the table's column of returns is the newest scalar of that name
         for summary in hparams(settings, {"eval/return_mean": None}):
             board._get_file_writer().add_summary(summary)
-    for row in rows:
+    for row in rows or ():
         shown = {name: math.nan if value is None else value for name, value in row.items() if name != "step"}
         _show(board, row["step"], shown)
     return board
