@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from .errors import InputError
 
@@ -16,6 +18,7 @@ _KINDS = {stat.S_IFREG: REGULAR, stat.S_IFDIR: FOLDER, stat.S_IFLNK: "link", sta
 _KINDS |= {stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 COPY = "replace it by a copy or delete it"
 DEEPEST = 100  # folders in a folder; Python deletes some 900 at once
+LONGEST = 2**20  # bytes of a JSON file, and of a line of one that has lines
 
 
 def require(path: Path, *kinds: str, remedy: str = COPY) -> None:
@@ -86,6 +89,64 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise InputError(f"{path} has become something else than a {REGULAR}; {COPY}")
         yield file
+
+
+def read_json(path: Path, most: int = LONGEST) -> Any:
+    """What a JSON file of at most `most` bytes holds.
+
+    ValueError for what is none, see `parse_json`; InputError, OSError: see `opened`.
+    """
+    with opened(path) as file:
+        return parse_json(file.read(most + 1), most)
+
+
+def parse_json(data: bytes, most: int = LONGEST) -> Any:
+    """What JSON in UTF-8 says; ValueError for more than `most` bytes, a name that an object has twice,
+    numbers that no float holds, text that UTF-8 does not hold, and anything else that is not JSON."""
+    if len(data) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    try:
+        value = json.loads(
+            data.decode(),
+            object_pairs_hook=_once,
+            parse_float=_finite,
+            parse_constant=_not_a_number,
+        )
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds half a character: {error.reason}") from error
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!a:.60} twice")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {text:.60}, which is too large")
+    return value
+
+
+def _not_a_number(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}, which is no number of JSON")
+
+
+def lines_of(file: BinaryIO) -> list[bytes]:
+    """Lines of a file, with their ends; InputError for one of more than a megabyte, before it is read."""
+    lines: list[bytes] = []
+    while line := file.readline(LONGEST + 1):
+        if len(line) > LONGEST:
+            raise InputError(f"{file.name} line {len(lines) + 1} has more than {LONGEST} bytes: delete it")
+        lines.append(line)
+    return lines
 
 
 def sync(path: Path) -> None:

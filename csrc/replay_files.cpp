@@ -1,4 +1,5 @@
 // Segments of a ReplayStore in files.
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -154,12 +155,58 @@ Snapshot ReplayStore::write_segment(int file, std::span<const std::uint64_t> fro
   return snapshot;
 }
 
+/// Refuses, before a row is read, a segment whose file or table has not the bytes that its numbers of rows say.
+void ReplayStore::require_bytes(const SegmentFile& segment) const {
+  const SegmentTable& table = segment.table;
+  std::uint64_t bytes = 0;
+  for (std::size_t s = 0; s < num_streams(); ++s) {
+    bytes += std::uint64_t{table.rows[s]} * layout_.used;
+    bytes += (std::uint64_t{table.side[s]} + (table.head[s] != 0 ? 1 : 0)) * layout_.observation.bytes;
+  }
+  struct stat status {};
+  if (::fstat(segment.file, &status) != 0) {
+    throw std::system_error(errno, std::generic_category(), "cannot read " + segment.name);
+  }
+  const auto there = static_cast<std::uint64_t>(status.st_size);
+  if (there < table.bytes) {
+    refuse(segment.name + " is truncated: it ends after " + to_string(there) + " of " + to_string(table.bytes) +
+           " bytes");
+  }
+  if (bytes != table.bytes || bytes != there) {
+    refuse(segment.name + " contradicts itself: its rows take " + to_string(bytes) + " bytes, and it has " +
+           to_string(there));
+  }
+}
+
+/// Refuses counters that no store has, or that could not be saved again.
+void ReplayStore::check_content(const Content& content) const {
+  require_streams(content.count, "count", num_streams());
+  require_streams(content.size, "size", num_streams());
+  require_streams(content.kept, "kept", num_streams());
+  require_streams(content.phase, "phase", num_streams());
+  require_streams(content.capacity, "capacity", num_streams());
+  for (std::size_t s = 0; s < num_streams(); ++s) {
+    const std::string which = "stream " + to_string(s) + " of the saved replay ";
+    if (content.size[s] > content.kept[s] || content.kept[s] > content.count[s]) {
+      refuse(which + "has more transitions than rows");
+    }
+    if (content.count[s] > kMostCounted) refuse(which + "has more transitions than can be counted");
+    const std::int64_t capacity = content.capacity[s];
+    if (capacity < 1 || content.size[s] > capacity || content.phase[s] >= capacity ||
+        (content.size[s] < capacity && content.phase[s] != content.size[s])) {
+      refuse(which + "has a size, phase and capacity that contradict each other");
+    }
+  }
+  if (content.draws > kMostCounted) refuse("the saved replay has more draws than can be counted");
+}
+
 void ReplayStore::check_segment(const Content& content, const SegmentFile& segment) const {
   const SegmentTable& table = segment.table;
   require_streams(table.first, "first", num_streams());
   require_streams(table.rows, "rows", num_streams());
   require_streams(table.side, "side", num_streams());
   require_streams(table.head, "head", num_streams());
+  require_bytes(segment);
   BlockReader reader(segment);
   std::vector<std::byte> row(layout_.used);
   const auto contradicts = [&](std::size_t s, const std::string& what) {
@@ -208,11 +255,7 @@ void ReplayStore::check_segment(const Content& content, const SegmentFile& segme
 
 void ReplayStore::load(const Content& content, std::span<const SegmentFile> segments, std::uint64_t seed) {
   const std::unique_lock lock(mutex_);
-  require_streams(content.count, "count", num_streams());
-  require_streams(content.size, "size", num_streams());
-  require_streams(content.kept, "kept", num_streams());
-  require_streams(content.phase, "phase", num_streams());
-  require_streams(content.capacity, "capacity", num_streams());
+  check_content(content);
   std::vector<std::uint64_t> end(num_streams());  // sequence number after the rows read so far
   std::vector<std::uint64_t> begin(num_streams());
   for (const SegmentFile& segment : segments) {
@@ -230,22 +273,14 @@ void ReplayStore::load(const Content& content, std::span<const SegmentFile> segm
     }
   }
   for (std::size_t s = 0; s < num_streams(); ++s) {
-    const std::string which = "stream " + to_string(s) + " of the saved replay ";
-    if (content.size[s] > content.kept[s] || content.kept[s] > content.count[s]) {
-      refuse(which + "has more transitions than rows");
-    }
     if (content.kept[s] > 0 &&
         (end[s] != content.count[s] || content.count[s] - begin[s] < content.kept[s])) {
-      refuse(which + "lacks rows in its files");
+      refuse("stream " + to_string(s) + " of the saved replay lacks rows in its files");
     }
-    if (content.count[s] > kMostCounted) refuse(which + "has more transitions than can be counted");
-    const std::int64_t capacity = content.capacity[s];
-    if (capacity < 1 || content.size[s] > capacity || content.phase[s] >= capacity ||
-        (content.size[s] < capacity && content.phase[s] != content.size[s])) {
-      refuse(which + "has a size, phase and capacity that contradict each other");
+    if (content.kept[s] > static_cast<std::uint64_t>(content.capacity[s]) + layout_.stack) {
+      refuse("stream " + to_string(s) + " of the saved replay has more rows than its capacity allows");
     }
   }
-  if (content.draws > kMostCounted) refuse("the saved replay has more draws than can be counted");
 
   ++life_;
   index_.clear();

@@ -149,6 +149,8 @@ class ReplayStore {
   void unstage(std::span<const std::int64_t> streams, const TransitionColumns& columns) noexcept;
   /// Lets a staged transition count, the i-th of an add.
   void commit(std::size_t s, std::size_t i) noexcept;
+  void check_content(const Content& content) const;
+  void require_bytes(const SegmentFile& segment) const;
   void check_segment(const Content& content, const SegmentFile& segment) const;
   void apply_segment(const Content& content, const SegmentFile& segment);
   void reserve_slots(std::size_t more);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,10 @@ def test_a_run_tells_its_plan_before_anything_is_built(
     ((message, before),) = told
     assert before == 0
     assert made == ["learner", "replay"]
-    assert f"learner on cpu, fp32: {message}\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"  cpu: {message} in fp32\n" in out
+    for part in ("learner", "replay", "environments", "evaluation", "in all"):
+        assert f"\n  {part} " in out
 
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_built_or_written(
@@ -190,12 +194,15 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_built_or_written(
     made: list[str] = []
     watch(monkeypatch, made)
     monkeypatch.setattr(memory, "available", lambda device: 10**5)
-    assert cli.main(["train", "toy/One", "--run", str(tmp_path / "run"), *WORDS, *SMALL]) == 2
+    words = [*WORDS, *SMALL, "--replay-capacity", "100"]
+    assert cli.main(["train", "toy/One", "--run", str(tmp_path / "run"), *words]) == 2
     printed = capsys.readouterr()
-    assert printed.out.startswith("learner on cpu, fp32: 0.0 M parameters take ")
+    assert printed.out.startswith("memory ")
     (told,) = printed.err.strip().splitlines()
     assert told.startswith("brc-fast: the learner does not fit: 0.0 M parameters take ")
-    assert told.endswith("but cpu has 0.1 MB; lower --critic.width or --batch-size")
+    assert re.search(
+        r", and all parts \d\.\d MB, but cpu has 0\.1 MB; lower --critic\.width or --batch-size$", told
+    )
     assert made == []
     assert list(tmp_path.iterdir()) == []
 

@@ -173,15 +173,15 @@ def test_nan_from_an_environment_ends_the_run_by_name_and_keeps_the_checkpoint(
 def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(
     toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_file = checkpoint.save_file
+    write_arrays = checkpoint.write_arrays
 
-    def failing(data: dict, file: Path) -> None:
+    def failing(file: Path, data: dict) -> tuple[int, int]:
         if "partial-400" in str(file) and file.name == "progress.safetensors":
             file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(data, file)
+        return write_arrays(file, data)
 
-    monkeypatch.setattr(checkpoint, "save_file", failing)
+    monkeypatch.setattr(checkpoint, "write_arrays", failing)
     assert train(tmp_path / "run") == 1
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(r"step 400.*No space left on device.*checkpoint 200 is still there", told)

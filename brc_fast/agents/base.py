@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 import weakref
 import zlib
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Generator, Tensor, nn
 
 from brc_fast import kernels
 from brc_fast.config import ActorConfig, CriticConfig, LearningConfig, Precision
-from brc_fast.learner.finite import FirstBad
+from brc_fast.learner.finite import FirstBad, require_finite
 from brc_fast.learner.flat import FlatNetworks
 from brc_fast.learner.graphs import OFF, Captured
 from brc_fast.learner.optimizer import FIXED, FlatAdamW
@@ -30,6 +30,28 @@ SETTINGS = {
     for config in (ActorConfig, CriticConfig, LearningConfig)
     for field in dataclasses.fields(config)
 }
+
+
+LARGEST_GENERATOR = 2**14  # bytes of the state of one, on any device; torch's on a CPU has 5056
+
+
+class KindOf(Protocol):
+    """Of an array in a file: its dtype's name and its shape."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def require_generator(state: Tensor) -> None:
+    """ValueError for a state of a CPU's generator whose next draw would read past its 624 words: torch looks
+    at how many are left and which is next, but not at whether they agree."""
+    if state.numel() != 5056:
+        return
+    left, following = int(state[8:12].view(torch.int32)), int(state[16:24].view(torch.int64))
+    if left + following != 625 and (left, following) != (1, 0):
+        raise ValueError(f"agent state generator has {left} words left and takes number {following} of 624")
 
 
 class TemperatureStep(NamedTuple):
@@ -212,20 +234,59 @@ class Agent:
         From another kind of device comes a generator's state of another size: that seeds the noise anew.
         States of checkpoints in format 2 are taken too.
         """
+        state = self._named(state)
+        for key, values in state.items():
+            require_finite(f"agent state {key}", values)
+            if ("/exp_avg_sq/" in key or key.endswith("_optimizer/step")) and (values < 0).any():
+                raise ValueError(f"agent state {key} must be 0 or more, got {values.min():g}")
+        self._take(state)
+
+    def _named(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state of any format as this version has it; ValueError for entries of other names or shapes, and
+        for integers in the place of floats."""
         mine = self.state_dict()
         for name, optimizer in self.optimizers().items():
             state = optimizer.with_named_moments(state, f"{name}/")
         for key in sorted(mine.keys() | state.keys()):
             if key not in state or key not in mine:
-                raise ValueError(f"agent state {'lacks' if key in mine else 'has an unknown entry'} {key}")
+                told = "lacks" if key in mine else "has an unknown entry"
+                raise ValueError(f"agent state {told} {ascii(key)[1:-1]:.80}")
             if key != "generator" and mine[key].shape != state[key].shape:
                 raise ValueError(
                     f"agent state {key} must have shape {list(mine[key].shape)}, got {list(state[key].shape)}"
                 )
+            if mine[key].is_floating_point() != state[key].is_floating_point():
+                raise ValueError(f"agent state {key} must be {mine[key].dtype}, got {state[key].dtype}")
+        drawn = state["generator"]
+        if drawn.dtype != torch.uint8 or drawn.dim() != 1 or drawn.numel() > LARGEST_GENERATOR:
+            raise ValueError(
+                f"agent state generator must be at most {LARGEST_GENERATOR} of torch.uint8, got "
+                f"{list(drawn.shape)} of {drawn.dtype}"
+            )
+        return state
+
+    def require_kinds(self, kinds: Mapping[str, KindOf]) -> None:
+        """ValueError names the first array of a file with this agent's state whose name, dtype or shape is
+        not what `state_dict` has."""
+        mine = self.state_dict()
+        given = {
+            name: torch.empty(kind.shape, dtype=getattr(torch, kind.dtype), device="meta")
+            for name, kind in kinds.items()
+        }
+        for name, values in self._named(given).items():
+            if values.dtype != mine[name].dtype:
+                raise ValueError(f"agent state {name} must be {mine[name].dtype}, got {values.dtype}")
+
+    def _take(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state that fits."""
         self.first_bad.clear()
         drawn = state["generator"].cpu()
-        if drawn.shape == mine["generator"].shape:
-            self.generator.set_state(drawn)
+        if drawn.shape == self.generator.get_state().shape:
+            require_generator(drawn)
+            try:
+                self.generator.set_state(drawn)
+            except RuntimeError as error:
+                raise ValueError(f"agent state generator is none of a generator: {error}") from error
         else:
             self.generator.manual_seed(zlib.crc32(drawn.numpy().tobytes()))
         for name, part in self.parts().items():
@@ -259,7 +320,7 @@ class Agent:
     ) -> Self:
         """The inverse of `__reduce__`."""
         agent = cls(*sizes, **settings)
-        agent.load_state_dict(state)
+        agent._take(agent._named(state))
         for name, optimizer in agent.optimizers().items():
             optimizer.learning_rate.copy_(rates[name][0])
             optimizer.tau.copy_(rates[name][1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -184,20 +184,32 @@ class RewardNormalizer:
             "rewards": self._rewards[: self._lengths.max()].copy(),
         }
 
-    def load_state_dict(self, state: dict[str, NDArray[np.float64]]) -> None:
+    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
         """Go on from a `state_dict` of a normalizer for the same environments."""
-        shapes = {
-            "return_min": (self.num_tasks,),
-            "return_max": (self.num_tasks,),
-            "lengths": self._lengths.shape,
+        lengths, rewards = state["lengths"], state["rewards"]
+        longest = int(lengths.max(initial=0)) if lengths.dtype.kind == "i" else 0
+        wanted = {
+            "return_min": ((self.num_tasks,), "float64"),
+            "return_max": ((self.num_tasks,), "float64"),
+            "lengths": (self._lengths.shape, "int64"),
+            "rewards": ((longest, len(self.task_ids)), "float64"),
         }
-        for name, shape in shapes.items():
+        for name, (shape, dtype) in wanted.items():
+            if state[name].dtype != dtype:
+                raise ValueError(f"normalizer {name} must be {dtype}, got {state[name].dtype}")
             if state[name].shape != shape:
                 raise ValueError(
                     f"normalizer {name} must have shape {list(shape)}, got {list(state[name].shape)}"
                 )
-        self.return_min, self.return_max = state["return_min"].copy(), state["return_max"].copy()
-        self._lengths = state["lengths"].astype(np.int64)
-        rows = max(64, len(state["rewards"]))
-        self._rewards = np.zeros((rows, len(self.task_ids)))
-        self._rewards[: len(state["rewards"])] = state["rewards"]
+        low, high = state["return_min"], state["return_max"]
+        none_yet = (low == np.inf) & (high == -np.inf)
+        if not (none_yet | (np.isfinite(low) & np.isfinite(high) & (low <= high))).all():
+            raise ValueError(
+                f"normalizer return_min and return_max must be finite and in order, got {low} and {high}"
+            )
+        if lengths.min(initial=0) < 0 or not np.isfinite(rewards).all():
+            raise ValueError("normalizer lengths must be 0 or more, and rewards finite")
+        self.return_min, self.return_max = low.copy(), high.copy()
+        self._lengths = lengths.copy()
+        self._rewards = np.zeros((max(64, longest), len(self.task_ids)))
+        self._rewards[:longest] = rewards

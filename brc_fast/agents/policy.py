@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from brc_fast import kernels
 from brc_fast.batch import Batch
+from brc_fast.learner.finite import require_finite
 from brc_fast.nn.inputs import ObservationStatistics
 from brc_fast.nn.modules import Actor, Critic
 
@@ -135,4 +136,6 @@ class LaggedPolicy:
             if state[name].shape != mine.shape:
                 wanted, got = list(mine.shape), list(state[name].shape)
                 raise ValueError(f"lagged policy {name} must have shape {wanted}, got {got}")
+            require_finite(f"lagged policy {name}", state[name])
+        for name, mine in self.state_dict().items():
             mine.copy_(state[name])

@@ -25,6 +25,7 @@ from brc_fast.runs.checkpoint import RunFolder
 from brc_fast.runs.plot import Group, Metric, Reference
 
 Parsed = TypeVar("Parsed")
+Modules = tyro.conf.UseAppendAction[tuple[str, ...]]
 CHANGEABLE = (  # when a run is resumed: how long, what is told of it, and what computes it
     *("steps", "report_every", "checkpoint_every"),
     *("eval_every", "eval_episodes", "eval_envs", "eval_sampled"),
@@ -63,6 +64,8 @@ class TrainArguments(TrainConfig):
     """W&B project to log to as well; a resumed run goes on there. WANDB_MODE=offline needs no network."""
     quiet: bool = False
     """Print nothing but what goes wrong."""
+    allow_module: Modules = ()
+    """With --resume: see brc-fast evaluate --help."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ class EvaluateArguments:
     """Which checkpoint: last, best (of the evaluations while it trained), or a step."""
     json: str | None = None
     """Write the numbers of all runs, and their aggregate, to this file too, or with - to stdout alone."""
+    allow_module: Modules = ()
+    """Module that a run's task gym/MODULE:ID may import although it lies in the current folder; once for
+    each."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ class VideoArguments:
     """Frames per second, at most; the nearest number that divides the control rate is taken."""
     camera: str | None = None
     """Name or number of a camera of the model; its first one, or a free view, when not given."""
+    allow_module: Modules = ()
+    """See brc-fast evaluate --help."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +181,12 @@ def option(words: Sequence[str], name: str) -> str | None:
     return None
 
 
+def options(words: Sequence[str], name: str) -> tuple[str, ...]:
+    """The values of an option that may be given several times; see `option`."""
+    found = (option(words[place:], name) for place in range(len(words)) if words[place].startswith("--"))
+    return tuple({value: None for value in found if value is not None})
+
+
 class Start(NamedTuple):
     """What a `train` command asks for."""
 
@@ -187,15 +201,17 @@ def parse_train(words: Sequence[str]) -> Start:
     """A run's settings, which are those of the command line over the file's over the kept run's or, for a new
     one, the device's defaults; and its folder."""
     resume, device, file = (option(words, name) for name in ("resume", "device", "config"))
+    modules = options(words, "allow-module")
     given = read_settings(Path(file)) if file is not None else {}
     device = device or given.get("device")
     default = preset(resolve_device(device if device in ("cpu", "cuda") else "auto"))
 
     if resume not in (None, "auto"):
         folder = RunFolder(resume)
-        kept = settings_of(folder)
+        kept = settings_of(folder, modules)
         if not folder.steps():
             raise InputError(f"{resume} holds no complete checkpoint: train it anew, with --overwrite")
+        folder.require_size(kept)
         config, quiet = _parsed(words, kept, file, given)
         return Start(refuse_changes(config, kept), folder, True, False, quiet)
 
@@ -205,9 +221,10 @@ def parse_train(words: Sequence[str]) -> Start:
     folder = RunFolder(config.run or default_run(config, default))
     if resume is None or not (folder.path / "config.json").exists():
         return Start(config, folder, False, config.overwrite, quiet)
-    kept = settings_of(folder)
+    kept = settings_of(folder, modules)
     if not folder.steps():  # killed before its first checkpoint
         return Start(config, folder, False, True, quiet)
+    folder.require_size(kept)
     config, quiet = _parsed(words, kept, file, given)
     config = replace(config, run=kept.run, overwrite=kept.overwrite)
     return Start(refuse_changes(config, kept), folder, True, False, quiet)
@@ -226,11 +243,11 @@ def _parsed(
     return replace(config, tasks=expand(config.tasks)) if config.tasks else config, arguments.quiet
 
 
-def settings_of(folder: RunFolder) -> TrainConfig:
-    """Settings of a run that may be somebody else's."""
+def settings_of(folder: RunFolder, modules: Sequence[str]) -> TrainConfig:
+    """Settings of a run that may be somebody else's, whose tasks may import these modules."""
     folder.require_plain()
     kept = folder.config()
-    folder.require_foreign_code(kept.tasks)
+    folder.require_foreign_code(kept.tasks, modules)
     return kept
 
 

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 from typing import Any
 
 import torch
@@ -98,8 +98,10 @@ def command(words: list[str]) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, and where that is not enough, or is nothing, of which kind it is."""
-    told = " ".join(str(error).split())
+    """What an error says, and where that is not enough, or is nothing, of which kind it is; in one line that
+    may be printed: a file from elsewhere must not speak to the terminal."""
+    line = " ".join(str(error).split())
+    told = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     if isinstance(error, (InputError, MissingExtraError, WorkerError, OSError, FloatingPointError)) and told:
         return told
     return f"{type(error).__name__}: {told}" if told else type(error).__name__
@@ -142,13 +144,14 @@ def train(words: list[str]) -> int:
     from brc_fast.runs.plot import plot as draw
     from brc_fast.runs.trainer import Trainer
 
+    about = {"command": join(["brc-fast", "train", *words]), "device": device}
     trainer = Trainer(config, device, say, quiet)
     successes = all(score_unit(task) == "success" for task in config.tasks)
     with contextlib.closing(trainer.env), contextlib.closing(trainer.eval_env), folder.claim():
         if not resumes:
             # again: another run may have begun there meanwhile
             folder.refuse_existing(replaces and (config.overwrite or not folder.steps()))
-            folder.create(config)
+            folder.create(config, **about)
         else:
             trainer.load(folder)
             if trainer.steps >= config.steps and not trainer.missing_rows(folder):
@@ -158,7 +161,7 @@ def train(words: list[str]) -> int:
         metrics = MetricsWriter(folder.metrics, written, trainer.rows, config=config, project=project)
         with Progress(config, trainer.steps, quiet) as progress:
             if resumes:
-                folder.write_config(config)  # what may refuse the run has been read
+                folder.write_config(config, **about)  # what may refuse the run has been read
 
             def report(step: int, row: dict[str, float]) -> None:
                 progress.report(step, row)
@@ -236,7 +239,7 @@ def evaluate(words: list[str]) -> int:
             raise InputError(f"json: there is no folder to write {output} to")
         require_replaceable(output, remedy="name another file with --json")
     folders = [RunFolder(run) for run in arguments.runs]
-    configs = same_tasks(folders, arguments.checkpoint)
+    configs = same_tasks(folders, arguments.checkpoint, arguments.allow_module)
 
     from brc_fast import envs
     from brc_fast.runs.evaluate import Evaluation, apart, env_settings, restore
@@ -284,8 +287,9 @@ def evaluate(words: list[str]) -> int:
     return code
 
 
-def same_tasks(folders: list[RunFolder], checkpoint: str) -> list[TrainConfig]:
-    """The settings of runs that are to be taken together, of which each has the checkpoint."""
+def same_tasks(folders: list[RunFolder], checkpoint: str, modules: Sequence[str]) -> list[TrainConfig]:
+    """The settings of runs that are to be taken together, of which each has the checkpoint; they may import
+    these modules."""
     if not folders:
         raise InputError("name at least one run folder")
     for folder in folders:
@@ -301,7 +305,7 @@ def same_tasks(folders: list[RunFolder], checkpoint: str) -> list[TrainConfig]:
         if [other.path.resolve() for other in folders].count(folder.path.resolve()) > 1:
             raise InputError(f"runs must differ, but {folder.path} is listed more than once")
         folder.choose(checkpoint)
-        folder.require_foreign_code(config.tasks)
+        folder.require_foreign_code(config.tasks, modules)
     return configs
 
 
@@ -321,7 +325,7 @@ def video(words: list[str]) -> int:
     folder = RunFolder(arguments.run)
     folder.require_plain()
     config = folder.config()
-    folder.require_foreign_code(config.tasks)
+    folder.require_foreign_code(config.tasks, arguments.allow_module)
     folder.choose(arguments.checkpoint)
     tasks = envs.expand(config.tasks)
     task = tasks[0] if arguments.task is None else arguments.task

@@ -7,6 +7,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
+def require_finite(name: str, values: Tensor) -> None:
+    """ValueError with the name and the place of the first number that is not finite."""
+    if values.is_floating_point() and not values.isfinite().all():
+        place = tuple(values.isfinite().logical_not().nonzero()[0].tolist())
+        raise ValueError(f"{name} must be finite, got {values[place]:g} at {list(place)}")
+
+
 class FirstBad:
     """The first update at which each of M numbers was not finite.
 

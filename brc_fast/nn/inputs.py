@@ -104,6 +104,10 @@ class ObservationStatistics:
             if name not in state:
                 raise ValueError(f"observation statistics lack {name}")
             require_shape(f"observation statistics' {name}", state[name], "[T, ...]", tuple(mine.shape))
+            least = -torch.inf if name == "mean" else 0.0
+            if not (state[name].isfinite() & (state[name] >= least)).all():
+                rule = "finite" if name == "mean" else "finite and 0 or more"
+                raise ValueError(f"observation statistics' {name} must be {rule}")
         for name, mine in self.state_dict().items():
             setattr(self, name, state[name].to(mine.device, torch.float64, copy=True))
         self.moments = self._moments()

@@ -246,7 +246,9 @@ class ReplayBuffer(Buffer):
         with self._saving:
             self._saved = files.save(self._store, self.schema, Path(folder), self._saved, previous)
 
-    def load(self, folder: str | os.PathLike[str], *, previous: bool = False) -> None:
+    def load(
+        self, folder: str | os.PathLike[str], *, previous: bool = False, same_capacity: bool = False
+    ) -> None:
         """Replaces the content, the seed and the draw counter by those of a saved buffer.
 
         Later samples and adds are then bit for bit those of the buffer that was saved. The capacity may
@@ -256,6 +258,7 @@ class ReplayBuffer(Buffer):
         Args:
             folder: what `save` was given.
             previous: load the generation before the last.
+            same_capacity: refuse a save of another capacity, whose files may be of any size.
 
         Raises:
             ValueError: no save, another format, other fields or task_ids, or damaged files, with their name.
@@ -263,7 +266,7 @@ class ReplayBuffer(Buffer):
         """
         with self._saving:
             self._saved = None  # a load that fails half-way leaves nothing that a save could go on from
-            self._saved = files.load(self._store, self.schema, Path(folder), previous)
+            self._saved = files.load(self._store, self.schema, Path(folder), previous, same_capacity)
 
 
 def _exact(field: Field) -> _core.Expected:

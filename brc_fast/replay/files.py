@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from brc_fast import _core
-from brc_fast.disk import REGULAR, opened, require, sync
+from brc_fast.disk import LONGEST, REGULAR, opened, read_json, require, sync
 from brc_fast.errors import InputError
 
 from .fields import Schema
@@ -54,10 +54,11 @@ def save(
         raise ValueError(f"{folder} must hold replay files only, found {foreign[0]}; name another folder")
     for entry in entries:
         require(entry, REGULAR, remedy="name another folder")
+    most = _longest(schema)
     with _alone(folder):
         made: list[Path] = []  # files that no manifest names yet
         try:
-            base = _base(folder, saved, previous, made)
+            base = _base(folder, saved, previous, made, most)
             identity = uuid.uuid4().hex
             segment = folder / f"segment-{identity}.bin"
             made.append(segment)
@@ -74,7 +75,7 @@ def save(
                 "content": content,
                 "segments": [*segments, table],
             }
-            _commit(folder, manifest, made)
+            _commit(folder, manifest, made, most)
         except OSError as error:
             for path in made:
                 path.unlink(missing_ok=True)
@@ -84,7 +85,7 @@ def save(
             raise OSError(
                 error.errno, f"the replay could not be saved: {error.strerror or error}; {kept}", str(folder)
             ) from error
-        _sweep(folder)
+        _sweep(folder, most)
         return json.dumps(manifest)
 
 
@@ -102,16 +103,20 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def load(store: _core.ReplayStore, schema: Schema, folder: Path, previous: bool) -> str:
+def load(
+    store: _core.ReplayStore, schema: Schema, folder: Path, previous: bool, same_capacity: bool = False
+) -> str:
     """Read a generation into the store and return its manifest."""
     file = folder / (PREVIOUS if previous else MANIFEST)
     if not file.exists():
         raise ValueError(f"{folder} holds no saved replay: {file.name} is missing")
     try:
-        manifest = _read(file)
+        manifest = _read(file, _longest(schema))
         if not isinstance(manifest["id"], str):
-            raise TypeError(f"id must be a text, got {manifest['id']!r}")
+            raise TypeError(f"id must be a text, got {manifest['id']!r:.60}")
         _require_schema(manifest["fields"], schema, folder)
+        if same_capacity:
+            _require_capacity(manifest, store, schema, folder)
         with ExitStack() as stack:
             segments = []
             for segment in manifest["segments"]:
@@ -133,11 +138,11 @@ def load(store: _core.ReplayStore, schema: Schema, folder: Path, previous: bool)
 
 
 def _base(
-    folder: Path, saved: str | None, previous: str | os.PathLike[str] | None, made: list[Path]
+    folder: Path, saved: str | None, previous: str | os.PathLike[str] | None, made: list[Path], most: int
 ) -> Manifest | None:
     """The generation that the store goes on from, its segments in `folder`; None if it is not to be had."""
     for source in (folder,) if previous is None else (folder, Path(previous)):
-        manifest = _intact(source / MANIFEST)
+        manifest = _intact(source / MANIFEST, most)
         if manifest is None or json.dumps(manifest) != saved:  # equal: its content has been checked
             continue
         stored, kept = (sum(map(sum, rows)) for rows in _rows(manifest))
@@ -187,7 +192,7 @@ def _useful(segment: dict[str, Any], content: dict[str, Any]) -> bool:
     return any(rows > 0 and first + rows > count - kept for first, rows, count, kept in each)
 
 
-def _commit(folder: Path, manifest: Manifest, made: list[Path]) -> None:
+def _commit(folder: Path, manifest: Manifest, made: list[Path], most: int) -> None:
     """Make it the folder's generation in one step, and the one before the previous; then clear `made`."""
     text = json.dumps(manifest)
     partial = folder / (MANIFEST + ".partial")
@@ -196,7 +201,7 @@ def _commit(folder: Path, manifest: Manifest, made: list[Path]) -> None:
         json.dump({"checksum": zlib.crc32(text.encode()), "manifest": manifest}, file)
         file.flush()
         os.fsync(file.fileno())
-    if _intact(folder / MANIFEST):
+    if _intact(folder / MANIFEST, most):
         older = folder / (PREVIOUS + ".partial")
         older.unlink(missing_ok=True)
         _copy(folder / MANIFEST, older)
@@ -211,35 +216,39 @@ def _copy(source: Path, target: Path) -> None:
     sync(target)
 
 
-def _sweep(folder: Path) -> None:
+def _sweep(folder: Path, most: int) -> None:
     """Delete what no generation names."""
     named = {MANIFEST, PREVIOUS}
     for name in (MANIFEST, PREVIOUS):
-        if manifest := _intact(folder / name):
+        if manifest := _intact(folder / name, most):
             named |= {segment["file"] for segment in manifest["segments"]}
     for entry in folder.iterdir():
         if entry.name not in named and OWN.fullmatch(entry.name):
             entry.unlink(missing_ok=True)
 
 
-def _intact(file: Path) -> Manifest | None:
+def _longest(schema: Schema) -> int:
+    """Bytes of a manifest at most: five numbers of every stream in every segment, and checksums."""
+    return LONGEST + 2**13 * len(schema.task_ids)
+
+
+def _intact(file: Path, most: int) -> Manifest | None:
     """A manifest, or None where it is missing or damaged."""
     try:
-        return _read(file)
+        return _read(file, most)
     except (FileNotFoundError, ValueError):
         return None
 
 
-def _read(file: Path) -> Manifest:
+def _read(file: Path, most: int) -> Manifest:
     """A manifest, checked; ValueError names the file and what is wrong, FileNotFoundError nothing."""
     try:
-        with opened(file) as stream:
-            outer = json.load(stream)
+        outer = read_json(file, most)
         manifest: Manifest = outer["manifest"]
         whole = zlib.crc32(json.dumps(manifest).encode()) == outer["checksum"]
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not whole:
         raise ValueError(f"{file} is damaged: its checksum differs")
@@ -253,12 +262,15 @@ def _read(file: Path) -> Manifest:
     if version != FORMAT:
         remedy = "upgrade brc-fast" if newer else "use the version that wrote it"
         raise ValueError(
-            f"{file} has replay format {version}, this version of brc-fast reads format {FORMAT}: {remedy}"
+            f"{file} has replay format {version!r:.20}, this version of brc-fast reads format {FORMAT}: "
+            f"{remedy}"
         )
     if order != sys.byteorder:
         raise ValueError(
-            f"{file} was written in {order}-endian order, this machine is {sys.byteorder}-endian"
+            f"{file} was written in {order!s:.20}-endian order, this machine is {sys.byteorder}-endian"
         )
+    if len(names) > MOST_SEGMENTS:
+        raise ValueError(f"{file} names {len(names)} segments, and a save has at most {MOST_SEGMENTS}")
     if foreign:
         raise ValueError(
             f"{file} gives segment {foreign[0] + 1} of {len(names)} a name that no save gives: it must be "
@@ -267,8 +279,18 @@ def _read(file: Path) -> Manifest:
     return manifest
 
 
+def _require_capacity(manifest: Manifest, store: _core.ReplayStore, schema: Schema, folder: Path) -> None:
+    """ValueError for another capacity, or for more rows than saves of this one leave in their segments."""
+    own, saved = store.capacities().tolist(), manifest["content"]["capacity"]
+    if saved != own:
+        raise ValueError(f"capacities of the replay in {folder} must be {own!s:.80}, got {saved!s:.80}")
+    rows, most = sum(map(sum, _rows(manifest)[0])), 3 * (sum(own) + schema.observation.stack * len(own))
+    if rows > most:
+        raise ValueError(f"the replay in {folder} must have at most {most} rows in its files, got {rows}")
+
+
 def _require_schema(saved: dict[str, Any], schema: Schema, folder: Path) -> None:
     """ValueError with both values where a field or the streams differ."""
     for name, own in schema.describe().items():
         if json.dumps(saved[name]) != json.dumps(own):  # the order of extras is that of a row
-            raise ValueError(f"{name} of the replay in {folder} must be {own}, got {saved[name]}")
+            raise ValueError(f"{name} of the replay in {folder} must be {own}, got {saved[name]!s:.200}")

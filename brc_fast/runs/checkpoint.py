@@ -1,6 +1,6 @@
 """Run folders and checkpoints: safetensors for arrays, JSON for the rest, never pickle.
 
-    RUN/config.json                  the settings, written once
+    RUN/config.json                  the settings and, under `written`, by what and when it was written
     RUN/metrics.jsonl                a row per report and per evaluation, each with `step`
     RUN/metrics.jsonl.damaged        lines of it that were none
     RUN/learning_curve.png
@@ -21,6 +21,7 @@ new since the previous checkpoint are written; the rest are links to its files.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import fcntl
 import importlib.util
 import json
@@ -28,30 +29,46 @@ import logging
 import os
 import re
 import shutil
-import stat
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import site
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
+from brc_fast import __version__
+from brc_fast.agents.memory import parameters_at_least, require_room
 from brc_fast.config import TrainConfig, from_dict
-from brc_fast.disk import FOLDER, opened, replace_file, require, require_replaceable, require_shallow, sync
+from brc_fast.disk import (
+    FOLDER,
+    opened,
+    read_json,
+    replace_file,
+    require,
+    require_replaceable,
+    require_shallow,
+    sync,
+)
 from brc_fast.errors import InputError
 
-FORMAT = 3  # what is written
+from .arrays import ArrayFile, Arrays, Kinds, checksum_of, write_arrays
+
+FORMAT = 3  # of checkpoints, what is written
+CONFIG_FORMAT = 1
 READ = (2, FORMAT)  # 2 has moments as one vector; agents.base.Agent.load_state_dict takes both
 KEPT = 2
+SMALL = 2**28  # bytes of a file that is read a second time, to tell damage from what does not fit
 REPLAY = "replay"
+INSTALLED = [
+    Path(folder).resolve()
+    for folder in (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("stdlib"))
+]
 STEP = re.compile(r"(0\d{11}|[1-9]\d{11,17})", re.ASCII)  # a checkpoint's name
 DAMAGED = ".damaged"
-Arrays = dict[str, NDArray[Any]]
+Fits = Callable[[Kinds], object]  # ValueError where what a file says it holds does not fit the run
 log = logging.getLogger(__name__)
 
 
@@ -59,7 +76,7 @@ class Replay(Protocol):
     """What keeps its own files; see ReplayBuffer.save and load."""
 
     def save(self, folder: Path, *, previous: Path | None = None) -> None: ...
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path, *, same_capacity: bool = False) -> None: ...
 
 
 class RunFolder:
@@ -108,34 +125,34 @@ class RunFolder:
                 require(checkpoint, FOLDER)
                 require_shallow(checkpoint)
 
-    def require_foreign_code(self, tasks: Iterable[str]) -> None:
-        """InputError for a task `gym/MODULE:ID` whose module lies in the run's folder, before it is imported.
+    def require_foreign_code(self, tasks: Iterable[str], allowed: Sequence[str] = ()) -> None:
+        """InputError for a task `gym/MODULE:ID` that would import code which the user did not choose: from
+        the run's own folder, or from the current one unless the module is `allowed`. Nothing is imported.
 
         A run that somebody else made would bring its own code: where Python looks for modules in the current
-        folder, that of a run there is a package. Only the module's first name is looked up.
+        folder, that of a run there is a package, and so is what lies beside it. What is installed in an
+        environment below the current folder was chosen. Only the module's first name is looked up.
         """
-        home = self.path.resolve()
+        home, here = self.path.resolve(), Path.cwd().resolve()
         for task in tasks:
             backend, _, name = task.partition("/")
-            first, *others = name.rpartition(":")[0].split(".")
-            if backend != "gym" or not first:
+            module = name.rpartition(":")[0]
+            if backend != "gym" or not module:
                 continue
-            try:
-                found = importlib.util.find_spec(first)
-            except ValueError:  # of __main__, which is loaded
-                continue
-            if found is None:
-                continue
-            folders = [Path(folder) for folder in found.submodule_search_locations or ()]
-            places = folders + [folder.joinpath(*others) for folder in folders]
-            if found.has_location and found.origin is not None:
-                places.append(Path(found.origin))
-            for place in (place.absolute() for place in places):
-                if place.resolve().is_relative_to(home) or home in (up.resolve() for up in place.parents):
-                    raise InputError(
-                        f"{task} would run code out of the run's own folder, {place}: move the module to a "
-                        "place of your own if you trust it"
-                    )
+            places = _places(module)
+            own = [place for place in places if _lies_in(place, home)]
+            if own:
+                raise InputError(
+                    f"{task} would run code out of the run's own folder, {own[0]}: move the module to a "
+                    "place of your own if you trust it"
+                )
+            near = [place for place in places if _lies_in(place, here)]
+            near = [place for place in near if not any(_lies_in(place, folder) for folder in INSTALLED)]
+            if near and module not in allowed:
+                raise InputError(
+                    f"{task}, named by the run's config.json, would import the module {module} out of the "
+                    f"current folder, {near[-1]}: add --allow-module {quote(module)} if you trust it"
+                )
 
     @contextmanager
     def claim(self) -> Iterator[None]:
@@ -153,30 +170,38 @@ class RunFolder:
         finally:
             os.close(handle)
 
-    def create(self, config: TrainConfig) -> None:
+    def create(self, config: TrainConfig, **about: str) -> None:
         """Make the folder, clear it of an earlier run (of nothing else), and write config.json."""
         self.path.mkdir(parents=True, exist_ok=True)
         for name in (*self.OWN, *(f"{name}.partial" for name in self.FILES)):
             old = self.path / name
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
-        self.write_config(config)
+        self.write_config(config, **about)
         with suppress(OSError):  # a folder that may be written and not read
             sync(self.path.parent)
 
-    def write_config(self, config: TrainConfig) -> None:
-        write_text(self.path / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    def write_config(self, config: TrainConfig, **about: str) -> None:
+        """Write config.json: the settings and, apart from them under `written`, its format, the version and
+        date of this writing, and what else is told `about` it, such as command and device."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        written = {"format": CONFIG_FORMAT, "brc_fast": __version__, "date": now, **about}
+        text = json.dumps({"written": written, **dataclasses.asdict(config)}, indent=2)
+        write_text(self.path / "config.json", text + "\n")
 
     def config(self) -> TrainConfig:
         """The settings of the run in this folder."""
         file = self.path / "config.json"
         try:
-            with opened(file) as stream:
-                config = from_dict(TrainConfig, json.load(stream))
+            values = read_json(file)
+            if not isinstance(values, dict):
+                raise TypeError(f"it must be an object, got {values!r:.60}")
+            _require_readable(file, values.pop("written", {"format": 0}))  # 0: before there was a number
+            config = from_dict(TrainConfig, values)
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{self.path} holds no run: {file.name} is missing") from None
         except InputError:
             raise
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise InputError(f"{file} cannot be read: {error}") from error
         assert isinstance(config, TrainConfig)
         return config
@@ -251,17 +276,8 @@ class RunFolder:
         try:
             files = {}
             for name, arrays in parts.items():
-                file = partial / f"{name}.safetensors"
-                contiguous = {
-                    key: np.ascontiguousarray(value).reshape(value.shape) for key, value in arrays.items()
-                }
-                file.touch()
-                mode = stat.S_IMODE(file.stat().st_mode)  # by the umask; safetensors makes files of its own
-                save_file(contiguous, file)
-                file.chmod(mode)
-                sync(file)
-                size, checksum = _checksum(file)
-                files[file.name] = {"bytes": size, "crc32": checksum}
+                size, checksum = write_arrays(partial / f"{name}.safetensors", arrays)
+                files[f"{name}.safetensors"] = {"bytes": size, "crc32": checksum}
             if replay is not None:
                 newest = self.newest()
                 replay.save(partial / REPLAY, previous=newest / REPLAY if newest else None)
@@ -270,7 +286,7 @@ class RunFolder:
             write_text(partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
             if self.metrics.exists():
                 sync(self.metrics)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             there = (
                 f"checkpoint {self.steps()[-1]} is still there" if self.steps() else "there is no earlier one"
@@ -295,22 +311,47 @@ class RunFolder:
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise InputError(f"{self.newest()} does not fit this run: {error}") from error
 
+    def require_size(self, config: TrainConfig) -> None:
+        """InputError where the newest checkpoint has far fewer bytes than an agent of these settings:
+        networks of a thousand blocks take half a minute to make, and would then be refused."""
+        newest = self.newest()
+        file = newest / "agent.safetensors" if newest is not None else None
+        if file is None or not file.exists():
+            return
+        least = sum(n * size for n, size in zip(parameters_at_least(config), (16, 12), strict=True))
+        if 8 * file.stat().st_size < least:  # of what is about as large the array that does not fit is told
+            raise InputError(
+                f"{newest} does not fit this run: {file.name} has {file.stat().st_size} bytes, and the "
+                f"networks of its config.json take {least} at least"
+            )
+
     def load_replay(self, replay: Replay) -> None:
         """The newest checkpoint's replay; InputError with its name and what to do where it is damaged."""
         newest = self.newest()
         assert newest is not None
+        for folder in (self.checkpoints, newest, newest / REPLAY):
+            require(folder, FOLDER)
         try:
-            replay.load(newest / REPLAY)
+            replay.load(newest / REPLAY, same_capacity=True)
         except ValueError as error:
             raise InputError(f"{error}; {_remedy(newest, self.steps())}") from error
 
-    def load(self, *names: str, checkpoint: str = "last") -> tuple[int, dict[str, Arrays]]:
-        """A checkpoint's step and the named groups of arrays, checked against its manifest; see `choose`."""
+    def load(
+        self, *names: str, checkpoint: str = "last", fits: Mapping[str, Fits] | None = None
+    ) -> tuple[int, dict[str, Arrays]]:
+        """A checkpoint's step and the named groups of arrays, checked against its manifest; see `choose`.
+
+        fits: by name, asked before an array is read whether the dtypes and shapes fit; see `fitting`.
+        """
+        require(self.checkpoints, FOLDER)
         folder, steps = self.choose(checkpoint), self.steps()
+        require(folder, FOLDER)
         try:
             manifest = _manifest(folder)
-            version, step, files = int(manifest["format"]), int(manifest["step"]), dict(manifest["files"])
-        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+            version, step, files = (manifest[name] for name in ("format", "step", "files"))
+            if (type(version), type(step), type(files)) != (int, int, dict):
+                raise TypeError("format and step must be integers, and files an object")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{folder / 'manifest.json'} is damaged ({error}); {_remedy(folder, steps)}"
             ) from error
@@ -325,24 +366,39 @@ class RunFolder:
         for name in names:
             file = folder / f"{name}.safetensors"
             wanted = files.get(file.name)
-            try:
-                size, checksum = _checksum(file)
-            except FileNotFoundError:
-                wanted = None
-            if wanted is None:
+            if wanted is None or not file.exists():
                 raise InputError(f"{file} is missing; {_remedy(folder, steps)}")
             if not isinstance(wanted, dict) or not wanted.keys() >= {"bytes", "crc32"}:
                 raise InputError(f"{file} has no size and checksum in its manifest; {_remedy(folder, steps)}")
-            if size != wanted["bytes"]:
-                told = f"{size} of {wanted['bytes']} bytes"
-                raise InputError(f"{file} is truncated: {told}; {_remedy(folder, steps)}")
-            if checksum != wanted["crc32"]:
-                raise InputError(f"{file} is damaged: its checksum differs; {_remedy(folder, steps)}")
             try:
-                groups[name] = load_file(file)
-            except (SafetensorError, TypeError, AttributeError, ValueError) as error:  # of numpy, for a dtype
+                groups[name] = self._read(file, wanted, (fits or {}).get(name))
+            except InputError:
+                raise
+            except ValueError as error:
                 raise InputError(f"{file} is damaged: {error}; {_remedy(folder, steps)}") from error
         return step, groups
+
+    def _read(self, path: Path, wanted: dict[str, Any], fits: Fits | None) -> Arrays:
+        """The arrays of a file; ValueError where it is damaged."""
+        with opened(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size != wanted["bytes"]:
+                told = f"is truncated: {size} of {wanted['bytes']!r:.60} bytes"
+                raise InputError(f"{path} {told}; {_remedy(path.parent, self.steps())}")
+            try:
+                file = ArrayFile(stream)
+                if fits is not None:
+                    with self.fitting():
+                        fits(file.kinds)
+            except ValueError:
+                if size < SMALL and checksum_of(stream) != wanted["crc32"]:
+                    raise ValueError("its checksum differs") from None
+                raise
+            require_room(str(path), size)
+            arrays, checksum = file.read()
+        if checksum != wanted["crc32"]:
+            raise ValueError("its checksum differs")
+        return arrays
 
 
 def prefixed(**groups: Mapping[str, NDArray[Any]]) -> Arrays:
@@ -371,8 +427,41 @@ def _complete(home: Path) -> list[Path]:
 
 
 def _manifest(folder: Path) -> Any:
-    with opened(folder / "manifest.json") as stream:
-        return json.load(stream)
+    return read_json(folder / "manifest.json")
+
+
+def _places(module: str) -> list[Path]:
+    """Files and folders that importing a module would read, as far as can be told without it."""
+    first, *others = module.split(".")
+    if not first:
+        return []
+    try:
+        found = importlib.util.find_spec(first)
+    except ValueError:  # of __main__, which is loaded
+        return []
+    if found is None:
+        return []
+    folders = [Path(folder) for folder in found.submodule_search_locations or ()]
+    places = folders + [folder.joinpath(*others) for folder in folders]
+    if found.has_location and found.origin is not None:
+        places.append(Path(found.origin))
+    return [place.absolute() for place in places]
+
+
+def _lies_in(place: Path, folder: Path) -> bool:
+    return place.resolve().is_relative_to(folder) or folder in (up.resolve() for up in place.parents)
+
+
+def _require_readable(file: Path, written: Any) -> None:
+    """InputError for a config.json of a format that this version does not know."""
+    version = written.get("format") if isinstance(written, dict) else None
+    if type(version) is not int or version < 0:
+        raise InputError(f"{file} cannot be read: written must have a format, got {written!r:.60}")
+    if version > CONFIG_FORMAT:
+        raise InputError(
+            f"{file} has format {version}, this version of brc-fast reads formats up to {CONFIG_FORMAT}: "
+            "upgrade brc-fast"
+        )
 
 
 def _remedy(folder: Path, steps: list[int]) -> str:
@@ -381,12 +470,3 @@ def _remedy(folder: Path, steps: list[int]) -> str:
     if others := [step for step in steps if f"{step:012d}" != folder.name]:
         return f"delete {folder} to go on from the checkpoint of step {others[-1]}"
     return "there is no earlier checkpoint to go on from"
-
-
-def _checksum(path: Path) -> tuple[int, int]:
-    """Bytes of a file, and their CRC-32."""
-    size = value = 0
-    with opened(path) as file:
-        while chunk := file.read(1 << 22):
-            size, value = size + len(chunk), zlib.crc32(chunk, value)
-    return size, value

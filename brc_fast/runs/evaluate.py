@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from brc_fast.agents.brc import BRC
-from brc_fast.agents.memory import plan_memory, require_memory
+from brc_fast.agents.memory import plan_least, plan_memory, require_fit, require_memory
 from brc_fast.config import TrainConfig
 from brc_fast.envs.base import (
     VectorEnvironment,
@@ -25,6 +25,7 @@ from brc_fast.envs.base import (
 from brc_fast.errors import InputError
 from brc_fast.spec import Spec
 
+from .arrays import Kinds
 from .checkpoint import RunFolder
 from .plot import learning_settings
 from .scores import Estimate, Values, aggregate, normalized
@@ -298,15 +299,28 @@ def apart(names: Sequence[str], configs: Sequence[TrainConfig], steps: Sequence[
 def restore(folder: RunFolder, device: str, checkpoint: str = "last") -> tuple[int, BRC]:
     """The agent of a run's checkpoint "last", "best" or of a step, and the step that it was written at."""
     folder.require_plain()
-    step, parts = folder.load("agent", checkpoint=checkpoint)
     # acting takes float32 products whatever learning took, on any device
     config = dataclasses.replace(folder.config(), precision="fp32")
-    with folder.fitting():
-        state = {name: torch.from_numpy(value) for name, value in parts["agent"].items()}
-        spec = Spec.vectors(*BRC.sizes_of(config, state), config.tasks)
+    require_fit(plan_least(config, device)[:1])
+    folder.require_size(config)
+
+    def spec_of(state: dict[str, torch.Tensor]) -> Spec:
+        return Spec.vectors(*BRC.sizes_of(config, state), config.tasks)
+
+    def fits(kinds: Kinds) -> None:
+        state = {
+            name: torch.empty(kind.shape, dtype=getattr(torch, kind.dtype), device="meta")
+            for name, kind in kinds.items()
+        }
+        spec = spec_of(state)
         plan = plan_memory(dataclasses.replace(config, batch_size=1, updates_per_step=1), spec, device)
         require_memory(plan, device)
-        agent = BRC.from_config(config, spec, device)
+        BRC.from_config(config, spec, "meta").require_kinds(kinds)
+
+    step, parts = folder.load("agent", checkpoint=checkpoint, fits={"agent": fits})
+    with folder.fitting():
+        state = {name: torch.from_numpy(value) for name, value in parts["agent"].items()}
+        agent = BRC.from_config(config, spec_of(state), device)
         agent.load_state_dict(state)
     return step, agent
 

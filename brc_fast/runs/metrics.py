@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from brc_fast.config import TrainConfig, flat
-from brc_fast.disk import opened, replace_file, sync
+from brc_fast.disk import lines_of, opened, replace_file, sync
 from brc_fast.envs.base import Step
 
 from .checkpoint import DAMAGED
@@ -228,7 +228,7 @@ def read_records(path: Path) -> Records:
     """All rows of a metrics.jsonl, and what in it is none; nothing where there is no such file."""
     try:
         with opened(path) as file:
-            lines = file.read().split(b"\n")
+            lines = lines_of(file)
     except FileNotFoundError:
         return Records([], {}, [])
     numbered: list[tuple[int, dict[str, Any]]] = []  # with the number of the line
@@ -239,11 +239,11 @@ def read_records(path: Path) -> Records:
         faults[number] = why + after
 
     for number, line in enumerate(lines, 1):
-        if not line:
+        if not line.strip(b"\n"):
             continue
-        row = _row(line)
+        row = _row(line.rstrip(b"\n"))
         if isinstance(row, str):
-            torn = number == len(lines) and numbered and line.strip(b"\0")  # the newline comes last
+            torn = not line.endswith(b"\n") and numbered and line.strip(b"\0")  # the newline comes last
             refuse(number, "is cut off" if torn else row)
             continue
         if numbered and row["step"] < numbered[-1][1]["step"]:
@@ -259,7 +259,9 @@ def read_records(path: Path) -> Records:
             continue
         numbered.append((number, row))
     faults = dict(sorted(faults.items()))
-    return Records([row for _, row in numbered], faults, [lines[number - 1] for number in faults])
+    return Records(
+        [row for _, row in numbered], faults, [lines[number - 1].rstrip(b"\n") for number in faults]
+    )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

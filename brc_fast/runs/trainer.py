@@ -16,15 +16,17 @@ from torch import Tensor
 
 from brc_fast import envs
 from brc_fast.agents.brc import BRC
-from brc_fast.agents.memory import plan_memory, require_memory
+from brc_fast.agents.memory import plan_least, plan_run, require_fit, table
 from brc_fast.agents.normalizer import RewardNormalizer
 from brc_fast.agents.policy import LaggedPolicy
 from brc_fast.config import TrainConfig
 from brc_fast.envs.base import Step, check_finite, require_time_limit, tasks_with_success
+from brc_fast.learner.finite import require_finite
 from brc_fast.learner.precision import cores
 from brc_fast.replay import ReplayBuffer
 
-from .checkpoint import Arrays, RunFolder, grouped, prefixed
+from .arrays import Arrays, Kind, Kinds, kinds_of, require_kinds
+from .checkpoint import Fits, RunFolder, grouped, prefixed
 from .evaluate import evaluate, summary, worth
 from .interrupt import Stopped, StopRequest
 from .metrics import EpisodeTracker, MetricsWriter, Stopwatch, read_rows
@@ -48,14 +50,15 @@ class Trainer:
         quiet: bool = False,
     ) -> None:
         self.config = config
+        require_fit(plan_least(config, device))
         made = partial(envs.make, config.tasks, seed=config.seed, quiet=quiet, **vars(config.env))
         self.env, self.eval_env = map(made, (config.num_envs, config.eval_envs or config.eval_episodes))
         require_time_limit(self.env)
         self.names, ids = self.env.task_names, self.env.task_ids
         spec = self.env.task_spec
-        memory = plan_memory(config, spec, device)
-        say(f"learner on {device}, {config.precision}: {memory}")
-        require_memory(memory, device)
+        memory = plan_run(config, spec, device)
+        say(table(memory))
+        require_fit(memory)
         self.agent = BRC.from_config(config, spec, device)
         self.lagged = LaggedPolicy(self.agent) if config.policy_lag >= config.updates_per_step else None
         self.replay = ReplayBuffer(config.replay_capacity, *spec.fields, task_ids=ids, seed=config.seed)
@@ -267,11 +270,7 @@ class Trainer:
         """Write a checkpoint from which `load` goes on as if nothing had happened."""
         self.join()
         self.watch.start()
-        progress = prefixed(normalizer=self.normalizer.state_dict(), episodes=self.episodes.state_dict())
-        progress |= prefixed(losses=as_arrays(self.losses))
-        progress["updates"], progress["rows"] = np.array(self.updates), np.array(self.rows, np.int64)
-        if self.entropies is not None:
-            progress["entropies"] = self.entropies.cpu().numpy()
+        progress = self.progress()
         agent = as_arrays(self.agent.state_dict())
         parts = {"agent": agent, "environments": self.env.state_dict(), "progress": progress}
         if self.lagged is not None:
@@ -280,10 +279,42 @@ class Trainer:
         self.saved = self.steps
         self.watch.lap("checkpoint")
 
+    def progress(self) -> Arrays:
+        """What a checkpoint keeps beside agent, environments and replay."""
+        progress = prefixed(normalizer=self.normalizer.state_dict(), episodes=self.episodes.state_dict())
+        progress |= prefixed(losses=as_arrays(self.losses))
+        progress["updates"], progress["rows"] = np.array(self.updates), np.array(self.rows, np.int64)
+        if self.entropies is not None:
+            progress["entropies"] = self.entropies.cpu().numpy()
+        return progress
+
+    def fits(self) -> dict[str, Fits]:
+        """For the parts of a checkpoint, whether what they say they hold fits this run."""
+        agent = {"agent": self.agent.require_kinds}
+        if self.lagged is not None:
+            lagged = kinds_of(as_arrays(self.lagged.state_dict()))
+            agent["lagged_policy"] = partial(require_kinds, "the lagged policy", lagged)
+        return {**agent, "progress": self._require_progress}
+
+    def _require_progress(self, kinds: Kinds) -> None:
+        wanted, name = kinds_of(self.progress()), "normalizer/rewards"
+        longest = max(group.max_episode_steps or 0 for group in getattr(self.env, "groups", [self.env]))
+        if name in kinds and kinds[name].shape and kinds[name].shape[0] <= longest:  # steps of an episode
+            rewards = wanted[name]
+            wanted[name] = rewards._replace(shape=(kinds[name].shape[0], *rewards.shape[1:]))
+        # how much a run has told, and of which updates, is its own; older checkpoints do not say
+        loss = Kind.of(torch.empty((), dtype=self.agent.dtype))
+        told = {f"losses/{name}": loss for name in self.agent.METRICS}
+        told["rows"] = Kind("int64", kinds["rows"].shape[:1] if "rows" in kinds else ())
+        wanted = {name: kind for name, kind in wanted.items() if name not in told}
+        wanted |= {name: kind for name, kind in told.items() if name in kinds}
+        require_kinds("its progress", wanted, kinds)
+
     def load(self, folder: RunFolder) -> None:
         """Go on from a folder's newest checkpoint; InputError if it does not fit this run."""
         lagged = ("lagged_policy",) if self.lagged is not None else ()
-        self.steps, parts = folder.load("agent", "environments", "progress", *lagged)
+        names = "agent", "environments", "progress", *lagged
+        self.steps, parts = folder.load(*names, fits=self.fits())
         with folder.fitting():
             self.agent.load_state_dict(as_tensors(parts["agent"]))
             if self.lagged is not None:
@@ -294,7 +325,10 @@ class Trainer:
             self.updates = int(progress["updates"])
             self.losses = as_tensors(grouped(progress, "losses"))
             self.rows = progress.get("rows", np.empty(0, np.int64)).astype(np.int64).ravel().tolist()
+            if not 0 <= self.updates < 2**62:
+                raise ValueError(f"updates must be in [0, 2**62), got {self.updates}")
             if self.entropies is not None:
+                require_finite("entropies", torch.from_numpy(progress["entropies"]))
                 self.entropies = torch.from_numpy(progress["entropies"]).to(self.agent.device)
             self.observations = self.env.load_state_dict(parts["environments"])
             begun = torch.from_numpy(np.flatnonzero(~self.env.continues))
