@@ -101,8 +101,8 @@ def read_json(path: Path, most: int = LONGEST) -> Any:
 
 
 def parse_json(data: bytes, most: int = LONGEST) -> Any:
-    """What JSON in UTF-8 says; ValueError for more than `most` bytes, a name that an object has twice,
-    numbers that no float holds, text that UTF-8 does not hold, and anything else that is not JSON."""
+    """What JSON in UTF-8 says; ValueError for more than `most` bytes, a name that an object has twice, a
+    number that no float holds, text that UTF-8 does not hold, and anything else that is not JSON."""
     if len(data) > most:
         raise ValueError(f"it has more than {most} bytes")
     try:

@@ -193,7 +193,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_built_or_written(
 ) -> None:
     made: list[str] = []
     watch(monkeypatch, made)
-    monkeypatch.setattr(memory, "available", lambda device: 10**5)
+    monkeypatch.setattr(memory, "available", lambda device: 2 * 10**5)
     words = [*WORDS, *SMALL, "--replay-capacity", "100"]
     assert cli.main(["train", "toy/One", "--run", str(tmp_path / "run"), *words]) == 2
     printed = capsys.readouterr()
@@ -201,7 +201,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_built_or_written(
     (told,) = printed.err.strip().splitlines()
     assert told.startswith("brc-fast: the learner does not fit: 0.0 M parameters take ")
     assert re.search(
-        r", and all parts \d\.\d MB, but cpu has 0\.1 MB; lower --critic\.width or --batch-size$", told
+        r", and all parts \d\.\d MB, but cpu has 0\.2 MB; lower --critic\.width or --batch-size$", told
     )
     assert made == []
     assert list(tmp_path.iterdir()) == []

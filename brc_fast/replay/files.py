@@ -114,6 +114,7 @@ def load(
         manifest = _read(file, _longest(schema))
         if not isinstance(manifest["id"], str):
             raise TypeError(f"id must be a text, got {manifest['id']!r:.60}")
+        _require_numbers(manifest)
         _require_schema(manifest["fields"], schema, folder)
         if same_capacity:
             _require_capacity(manifest, store, schema, folder)
@@ -277,6 +278,23 @@ def _read(file: Path, most: int) -> Manifest:
             "segment-ID.bin, with 32 hexadecimal digits as ID"
         )
     return manifest
+
+
+def _require_numbers(manifest: Manifest) -> None:
+    """TypeError or KeyError unless every number that the store takes is one, in the range of its kind."""
+    content = manifest["content"]
+    single, lists = [(manifest, "seed", 64), (content, "draws", 64)], []
+    lists += [(content, name, 64 if name == "count" else 32) for name in ("count", "size", "kept", "phase")]
+    lists.append((content, "capacity", 63))
+    for segment in manifest["segments"]:
+        single.append((segment, "bytes", 63))
+        lists += [(segment, name, 32) for name in ("rows", "side", "checksums")]
+        lists += [(segment, "first", 64), (segment, "head", 1)]
+    found = [(name, [holder[name]], bits) for holder, name, bits in single]
+    found += [(name, holder[name], bits) for holder, name, bits in lists]
+    for name, values, bits in found:
+        if not isinstance(values, list) or not all(type(x) is int and 0 <= x < 2**bits for x in values):
+            raise TypeError(f"{name} must be of integers in [0, 2**{bits}), got {values!r:.60}")
 
 
 def _require_capacity(manifest: Manifest, store: _core.ReplayStore, schema: Schema, folder: Path) -> None:

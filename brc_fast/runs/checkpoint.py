@@ -312,8 +312,8 @@ class RunFolder:
             raise InputError(f"{self.newest()} does not fit this run: {error}") from error
 
     def require_size(self, config: TrainConfig) -> None:
-        """InputError where the newest checkpoint has far fewer bytes than an agent of these settings:
-        networks of a thousand blocks take half a minute to make, and would then be refused."""
+        """InputError where the newest checkpoint has far fewer bytes than an agent of these settings: those of
+        a thousand blocks take half a minute to make, and would then be refused."""
         newest = self.newest()
         file = newest / "agent.safetensors" if newest is not None else None
         if file is None or not file.exists():
