@@ -139,13 +139,14 @@ def _not_a_number(name: str) -> NoReturn:
     raise ValueError(f"it holds {name}, which is no number of JSON")
 
 
-def lines_of(file: BinaryIO) -> list[bytes]:
+def lines_of(path: Path) -> list[bytes]:
     """Lines of a file, with their ends; InputError for one of more than a megabyte, before it is read."""
     lines: list[bytes] = []
-    while line := file.readline(LONGEST + 1):
-        if len(line) > LONGEST:
-            raise InputError(f"{file.name} line {len(lines) + 1} has more than {LONGEST} bytes: delete it")
-        lines.append(line)
+    with opened(path) as file:
+        while line := file.readline(LONGEST + 1):
+            if len(line) > LONGEST:
+                raise InputError(f"{path} line {len(lines) + 1} has more than {LONGEST} bytes: delete it")
+            lines.append(line)
     return lines
 
 

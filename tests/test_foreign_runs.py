@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -337,6 +339,236 @@ def test_returns_of_other_environments_do_not_fit(
     one_line(COMMANDS["resume"](run), f"does not fit this run: episodes {name} must be ", capsys, run)
 
 
+PARTS = ["agent", "progress", "environments"]
+JSON_FILES = ["config.json", f"{NEWEST}/manifest.json", f"{NEWEST}/replay/manifest.json"]
+READ_BY = {"config.json": COMMANDS, "metrics.jsonl": ["resume", "plot"]}
+
+
+def readers(name: str) -> list[str]:
+    """Commands that read a file of a run."""
+    if name.endswith(("agent.safetensors", f"{NEWEST}/manifest.json")):
+        return ["resume", "evaluate"]  # and video, which knows no task of the tests
+    return list(READ_BY.get(name, ["resume"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        (name, command)
+        for name in [*JSON_FILES, "metrics.jsonl", *(f"{NEWEST}/{part}.safetensors" for part in PARTS)]
+        for command in readers(name)
+    ],
+)
+def test_a_file_of_a_hundred_gigabytes_of_nothing_is_refused_without_reading_it(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str], name: str, command: str
+) -> None:
+    with (run / name).open("r+b") as file:
+        file.truncate(100 * 2**30)
+    if name.endswith(".safetensors"):  # a manifest that knows; its checksum is not come to
+        manifest = json.loads((run / NEWEST / "manifest.json").read_text())
+        manifest["files"][Path(name).name]["bytes"] = 100 * 2**30
+        (run / NEWEST / "manifest.json").write_text(json.dumps(manifest))
+    began = time.monotonic()
+    words = COMMANDS[command](run)
+    if name == f"{NEWEST}/replay/manifest.json":
+        refused(words, run / name, capsys, outside, told="is damaged: it has more than ")
+    else:
+        one_line(words, Path(name).name, capsys, outside)
+    assert time.monotonic() - began < 20
+
+
+def test_a_segment_of_rows_that_no_save_leaves_is_refused_without_reading_it(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replay = run / NEWEST / "replay"
+    rows = 2**32 - 1
+
+    def change(manifest: dict[str, Any]) -> None:
+        segment = manifest["segments"][0]
+        each = (segment["bytes"] - sum(segment["head"]) * 12) // sum(segment["rows"])
+        segment.update(rows=[rows, rows], head=[0, 0], bytes=2 * rows * each)
+        with (replay / segment["file"]).open("r+b") as file:
+            file.truncate(segment["bytes"])
+
+    replay_oracle.rewrite(replay, change)
+    one_line(COMMANDS["resume"](run), "must have at most ... rows in its files, got 85", capsys, outside)
+
+
+@pytest.mark.parametrize(("name", "command"), [(name, x) for name in JSON_FILES for x in readers(name)])
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        pytest.param("[" * 100_000 + "]" * 100_000, "nested too deep", id="deep"),
+        pytest.param(f'{{"a": {"9" * 5000}}}', "4300 digits", id="long"),
+        pytest.param('{"a": 1, "a": 2}', "it has 'a' twice", id="twice"),
+        pytest.param('{"a": 1e999}', "it holds 1e999, which is too large", id="infinite"),
+        pytest.param('{"a": NaN}', "it holds NaN, which is no number of JSON", id="nan"),
+        pytest.param('{"\\ud800": 1}', "it holds half a character", id="surrogate"),
+        pytest.param('{"a": "\\udc00"}', "it holds half a character", id="half"),
+        pytest.param(" " * 20_000_000, "it has more than ", id="blank"),
+    ],
+)
+def test_json_that_only_a_forger_writes_is_refused_in_one_line(
+    run: Path,
+    outside: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
+    told: str,
+    command: str,
+) -> None:
+    (run / name).write_text(text)
+    one_line(COMMANDS[command](run), f"{run / name} ... {told}", capsys, run, outside)
+
+
+def rewritten(file: Path, name: str, values: Any) -> None:
+    """Give an array of a part other values, and have the manifest agree."""
+    arrays = load_file(file)
+    assert name in arrays
+    save_file({**arrays, name: values}, file)
+    rewrite(file, lambda header: None)
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name", ["actor/body.input.kernel", "critic_optimizer/exp_avg/body.input.kernel", "critic/body.head.bias"]
+)
+def test_weights_that_are_not_finite_are_refused_by_name(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str], name: str, value: float, command: str
+) -> None:
+    file = run / NEWEST / "agent.safetensors"
+    names = list(load_file(file))
+    name = next(each for each in names if each.startswith(name.split("/")[0]) and each.endswith(name[-8:]))
+    values = load_file(file)[name]
+    values.reshape(-1)[-1] = value
+    rewritten(file, name, values)
+    told = f"does not fit this run: agent state {name} must be finite, got {value:g} at ["
+    one_line(COMMANDS[command](run), told, capsys, run, outside)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "kind"),
+    [
+        ("agent", "actor/body.input.kernel", np.int32),
+        ("agent", "critic/body.head.bias", np.uint32),
+        ("agent", "generator", np.int8),
+        ("progress", "updates", np.float64),
+        ("progress", "normalizer/return_min", np.int64),
+        ("progress", "normalizer/lengths", np.uint64),
+        ("progress", "episodes/succeeded", np.uint8),
+    ],
+)
+def test_arrays_of_another_kind_of_the_same_size_are_refused(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str], part: str, name: str, kind: Any
+) -> None:
+    file = run / NEWEST / f"{part}.safetensors"
+    values = load_file(file)[name]
+    rewritten(file, name, values.reshape(-1).view(kind).reshape(values.shape))
+    one_line(COMMANDS["resume"](run), "does not fit this run: ", capsys, run, outside)
+    if part == "agent":
+        one_line(COMMANDS["evaluate"](run), "does not fit this run: ", capsys, run, outside)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "change", "told"),
+    [
+        ("progress", "updates", lambda x: x * 0 - 1, "updates must be in [0, 2**62), got -1"),
+        ("progress", "normalizer/lengths", lambda x: x * 0 - 1, "normalizer lengths must be 0 or more"),
+        ("progress", "normalizer/return_max", lambda x: x * 0 - 1e9, "return_min and return_max must be "),
+        ("progress", "normalizer/return_min", lambda x: x * np.nan, "return_min and return_max must be "),
+        (
+            "agent",
+            "critic_optimizer/step",
+            lambda x: x * 0 - 1,
+            "step must be 0 or more, got -1",
+        ),
+        ("agent", "generator", lambda x: x * 0, "has 0 words left and takes number 0 of 624"),
+        (
+            "agent",
+            "generator",
+            lambda x: np.append(x[:16], [112, 2, *x[18:]]).astype(x.dtype),
+            "takes number ",
+        ),
+        ("agent", "generator", lambda x: np.zeros(2**20, np.uint8), "generator must be at most "),
+    ],
+)
+def test_numbers_that_no_run_saves_are_refused(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str], part: str, name: str, change: Any, told: str
+) -> None:
+    file = run / NEWEST / f"{part}.safetensors"
+    rewritten(file, name, np.asarray(change(load_file(file)[name])))
+    one_line(COMMANDS["resume"](run), told, capsys, run, outside)
+
+
+def test_a_truth_value_that_is_neither_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run / NEWEST / "progress.safetensors"
+    succeeded = load_file(file)["episodes/succeeded"]
+    succeeded.view(np.uint8)[0] = 2
+    rewritten(file, "episodes/succeeded", succeeded)
+    one_line(COMMANDS["resume"](run), "progress.safetensors is damaged: ... neither 0 nor 1", capsys, run)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", f"{NEWEST}/agent.safetensors"])
+def test_a_file_that_may_not_be_read_is_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Permissions do not stop root, so the system's answer is put in its place."""
+    honest = os.open
+
+    def denied(path: Any, *rest: Any, **options: Any) -> int:
+        if str(path) == str(run / name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return honest(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", denied)
+    for command in readers(name):
+        one_line(COMMANDS[command](run), f"Permission denied: '{run / name}'", capsys)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", *(f"{NEWEST}/{part}.safetensors" for part in PARTS)]
+)
+def test_a_device_in_the_place_of_a_file_is_never_read(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (run / name).unlink()
+    if device(run / name) != run / name:
+        (run / name).symlink_to("/dev/zero")
+    for command in readers(name):
+        refused(COMMANDS[command](run), run / name, capsys, run, outside)
+
+
+def test_networks_that_the_checkpoint_cannot_hold_are_refused_at_once(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings(run, "critic", depth=1000)
+    began = time.monotonic()
+    for command in ("resume", "evaluate"):
+        one_line(COMMANDS[command](run), "does not fit this run: agent.safetensors has ", capsys, run)
+    settings(run, "critic", width=2**20, members=1000)
+    one_line(COMMANDS["evaluate"](run), "the learner does not fit: ", capsys, run)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(("name", "told"), [("num_envs", "environments"), ("eval_envs", "evaluation")])
+def test_environments_that_fit_no_memory_are_refused_before_they_are_made(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, told: str
+) -> None:
+    settings(run, "", **{name: 2**20, "replay_capacity": 1000})
+    monkeypatch.setattr("brc_fast.agents.memory.available", lambda device: 2 * 10**10)
+    monkeypatch.setattr("brc_fast.envs.make", None)
+    one_line(
+        COMMANDS["resume"](run), f"the {told} does not fit: 1048576 environments of each task", capsys, run
+    )
+
+
+def test_a_terminal_is_not_spoken_to_by_a_name(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings(run, "", **{"\x1b[2J\x07": 1})
+    line = one_line(COMMANDS["evaluate"](run), "written by another version: it has ", capsys, run)
+    assert line.isprintable()
+
+
 ROW = '{"step": 20, "eval/return/toy/One": 3.0, "eval/return_mean": 3.0}\n'
 
 
@@ -627,6 +859,41 @@ def test_a_module_beside_the_run_is_imported_as_ever(
     RunFolder(".").require_foreign_code(tasks)
     (tmp_path / "mine" / "run").symlink_to(run)
     RunFolder(tmp_path / "mine" / "run").require_foreign_code(tasks)
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate", "video"])
+@pytest.mark.parametrize("module", ["beside", "folder.beside"])
+def test_code_in_the_current_folder_is_run_only_when_the_user_says_so(
+    run: Path,
+    outside: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    module: str,
+) -> None:
+    file = outside / f"{module.replace('.', '/')}.py"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("")
+    settings(run, "", tasks=[f"gym/{module}:X-v0"])
+    monkeypatch.chdir(outside)
+    monkeypatch.syspath_prepend("")
+    words = COMMANDS[command](run)
+    line = one_line(words, f"gym/{module}:X-v0, named by the run's config.json, would import", capsys, run)
+    assert f"current folder, {file}: " in line
+    assert line.endswith(f"add --allow-module {module} if you trust it")
+    one_line([*words, "--allow-module", "other"], f"add --allow-module {module} if", capsys, run)
+    if command != "video":
+        assert cli.main([*words, "--allow-module", "other", "--allow-module", module]) == 0
+    monkeypatch.chdir(run)
+    monkeypatch.syspath_prepend(str(outside))
+    RunFolder(run).require_foreign_code([f"gym/{module}:X-v0"])  # from there, another folder of one's own
+
+
+def test_what_is_installed_below_the_current_folder_was_chosen(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/")
+    RunFolder(run).require_foreign_code(["gym/json:X-v0", "gym/numpy:X-v0"])
 
 
 @pytest.mark.parametrize("task", ["humanoidbench/run:evil", "dmc/run:evil", "envpool/run:evil"])

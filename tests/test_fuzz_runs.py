@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzing import FINE, NUMBERS, campaign, changed_bytes, changed_value, text_of
+from fuzzing import FINE, campaign, changed_bytes, changed_value, text_of
 from run_folders import SMALL, contents
 
 from brc_fast import _core

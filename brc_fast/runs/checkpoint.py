@@ -29,7 +29,7 @@ import logging
 import os
 import re
 import shutil
-import site
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -62,10 +62,6 @@ READ = (2, FORMAT)  # 2 has moments as one vector; agents.base.Agent.load_state_
 KEPT = 2
 SMALL = 2**28  # bytes of a file that is read a second time, to tell damage from what does not fit
 REPLAY = "replay"
-INSTALLED = [
-    Path(folder).resolve()
-    for folder in (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("stdlib"))
-]
 STEP = re.compile(r"(0\d{11}|[1-9]\d{11,17})", re.ASCII)  # a checkpoint's name
 DAMAGED = ".damaged"
 Fits = Callable[[Kinds], object]  # ValueError where what a file says it holds does not fit the run
@@ -147,11 +143,12 @@ class RunFolder:
                     "place of your own if you trust it"
                 )
             near = [place for place in places if _lies_in(place, here)]
-            near = [place for place in near if not any(_lies_in(place, folder) for folder in INSTALLED)]
+            near = [place for place in near if not any(_lies_in(place, folder) for folder in _installed())]
             if near and module not in allowed:
                 raise InputError(
                     f"{task}, named by the run's config.json, would import the module {module} out of the "
-                    f"current folder, {near[-1]}: add --allow-module {quote(module)} if you trust it"
+                    f"current folder, {_file(near, module)}: add --allow-module {quote(module)} if you trust "
+                    "it"
                 )
 
     @contextmanager
@@ -312,8 +309,8 @@ class RunFolder:
             raise InputError(f"{self.newest()} does not fit this run: {error}") from error
 
     def require_size(self, config: TrainConfig) -> None:
-        """InputError where the newest checkpoint has far fewer bytes than an agent of these settings: those of
-        a thousand blocks take half a minute to make, and would then be refused."""
+        """InputError where the newest checkpoint has far fewer bytes than an agent of these settings: one of
+        a thousand blocks takes half a minute to make, to be refused then."""
         newest = self.newest()
         file = newest / "agent.safetensors" if newest is not None else None
         if file is None or not file.exists():
@@ -446,6 +443,24 @@ def _places(module: str) -> list[Path]:
     if found.has_location and found.origin is not None:
         places.append(Path(found.origin))
     return [place.absolute() for place in places]
+
+
+def _file(places: list[Path], module: str) -> Path:
+    """The file of a module that is found at one of these places, or the nearest thing to it."""
+    last = module.rpartition(".")[2]
+    for place in places:
+        for file in (place, place.with_name(f"{place.name}.py"), place / "__init__.py"):
+            if file.is_file() and last in (file.stem, file.parent.name):
+                return file
+    return places[-1]
+
+
+def _installed() -> list[Path]:
+    """Folders whose modules somebody has installed."""
+    packages = [
+        Path(folder) for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")
+    ]
+    return [folder.resolve() for folder in (*packages, Path(sysconfig.get_path("stdlib")))]
 
 
 def _lies_in(place: Path, folder: Path) -> bool:

@@ -227,8 +227,7 @@ MOST_TOLD = 5
 def read_records(path: Path) -> Records:
     """All rows of a metrics.jsonl, and what in it is none; nothing where there is no such file."""
     try:
-        with opened(path) as file:
-            lines = lines_of(file)
+        lines = lines_of(path)
     except FileNotFoundError:
         return Records([], {}, [])
     numbered: list[tuple[int, dict[str, Any]]] = []  # with the number of the line
