@@ -559,7 +559,7 @@ def test_environments_that_fit_no_memory_are_refused_before_they_are_made(
     monkeypatch.setattr("brc_fast.agents.memory.available", lambda device: 2 * 10**10)
     monkeypatch.setattr("brc_fast.envs.make", None)
     one_line(
-        COMMANDS["resume"](run), f"the {told} does not fit: 1048576 environments of each task", capsys, run
+        COMMANDS["resume"](run), f"the {told} ... not fit: 1048576 environments of each task", capsys, run
     )
 
 

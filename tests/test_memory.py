@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fresh
+import numpy as np
 import pytest
 import torch
 from kernel_harness import bytes_beside, tensors_of
 
-from brc_fast import BRC, Batch
+from brc_fast import BRC, Batch, ReplayBuffer
 from brc_fast.agents import memory
 from brc_fast.agents.memory import MemoryPlan, available, bytes_of, plan_memory, require_memory
 from brc_fast.command import main as cli
@@ -132,6 +134,128 @@ def test_what_is_available_is_asked_of_the_device(monkeypatch: pytest.MonkeyPatc
     assert 10**8 < available("cpu") < 10**14
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (5 * GB, 16 * GB))
     assert available("cuda") == available("cuda:0") == 5 * GB
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{text}\n")
+    return root
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB"}
+MOUNT = "30 25 0:26 {top} /sys/fs/cgroup{place} rw,nosuid shared:9 - {kind} cgroup rw,{options}"
+
+
+@pytest.mark.parametrize("top", ["/", "/machine"])
+@pytest.mark.parametrize("tight", ["memory.max", "memory.high"])
+@pytest.mark.parametrize("level", ["", "a", "a/b", "a/b/c"])
+def test_the_tightest_of_all_control_groups_around_counts(
+    tmp_path: Path, level: str, tight: str, top: str
+) -> None:
+    """Of version 2, nested: what files keep in memory does not count, and "max" is no limit."""
+    inside = "/a/b/c" if top == "/" else f"{top}/a/b/c"
+    mount = MOUNT.format(top=top, place="", kind="cgroup2", options="nsdelegate")
+    files = {**MEMINFO, "proc/self/cgroup": f"0::{inside}", "proc/self/mountinfo": mount}
+    for each in ("a", "a/b", "a/b/c"):
+        group = f"sys/fs/cgroup/{each}"
+        files |= {
+            f"{group}/memory.max": "max",
+            f"{group}/memory.current": "1",
+            f"{group}/memory.stat": "anon 1",
+        }
+    group = f"sys/fs/cgroup/{level}".rstrip("/")
+    stat = "anon 500\ninactive_file 200\nactive_file 9"
+    files |= {f"{group}/{tight}": "5000", f"{group}/memory.current": "1700", f"{group}/memory.stat": stat}
+    found = memory.limits(tree(tmp_path, files))
+    assert found[memory.MEMORY] == 8_000_000 * 1024
+    assert min(found.values()) == found[f"control group {tmp_path / group}"] == 3500
+
+
+def test_a_control_group_of_version_1_counts(tmp_path: Path) -> None:
+    mount = MOUNT.format(top="/", place="/memory", kind="cgroup", options="memory")
+    other = MOUNT.format(top="/", place="/cpu", kind="cgroup", options="cpu,cpuacct")
+    files = {
+        **MEMINFO,
+        "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/job/step",
+        "proc/self/mountinfo": f"{other}\n{mount}",
+        "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "9000",
+        "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "4000",
+        "sys/fs/cgroup/memory/job/memory.stat": "total_inactive_file 1000",
+        "sys/fs/cgroup/memory/job/step/memory.limit_in_bytes": str(2**63 - 4096),
+        "sys/fs/cgroup/memory/job/step/memory.usage_in_bytes": "4000",
+    }
+    found = memory.limits(tree(tmp_path, files))
+    assert min(found.values()) == found[f"control group {tmp_path / 'sys/fs/cgroup/memory/job'}"] == 6000
+
+
+def test_a_strict_system_gives_no_more_than_it_has_not_promised_yet(tmp_path: Path) -> None:
+    told = "MemAvailable: 8000000 kB\nCommitLimit: 5000 kB\nCommitted_AS: 3000 kB"
+    files = {"proc/meminfo": told, "proc/sys/vm/overcommit_memory": "2"}
+    assert min(memory.limits(tree(tmp_path, files)).values()) == 2000 * 1024
+
+
+def test_ulimit_counts_and_is_named() -> None:
+    code = """
+import resource
+from brc_fast.agents import memory
+before = memory.limits()
+for name, kind, column in (("ulimit -d", resource.RLIMIT_DATA, 5), ("ulimit -v", resource.RLIMIT_AS, 0)):
+    used = int(open("/proc/self/statm").read().split()[column]) * resource.getpagesize()
+    resource.setrlimit(kind, (used + 10**9, used + 10**9))
+    print(name in before, abs(memory.limits()[name] - 10**9) < 10**8, memory.available("cpu") < 10**9)
+    try:
+        memory.require_room("x", 10**12)
+    except ValueError as error:
+        print(error)
+"""
+    first, told, second, _ = fresh.run(code).stdout.strip().splitlines()
+    assert first == second == "False True True"
+    assert told.startswith("x has 1000.00 GB, and there are ")
+    assert "(ulimit -d)" in told
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_the_plan_tells_what_a_replay_takes(tasks: int) -> None:
+    settings = config(tasks, replay_capacity=500_000, num_envs=4)
+    spec = Spec.vectors(7, 3, settings.tasks)
+    (planned,) = (need for need in memory.plan_run(settings, spec, "cpu") if need.name == "replay")
+    ids = np.repeat(np.arange(tasks), settings.num_envs)
+    built = ReplayBuffer(settings.replay_capacity, *spec.fields, task_ids=ids)
+    assert built.nbytes == pytest.approx(planned.size, rel=0.2)
+    (least,) = (need for need in memory.plan_least(settings, "cpu") if need.name == "replay")
+    assert least.size <= planned.size
+
+
+def test_the_least_plan_asks_for_no_more_than_the_plan() -> None:
+    for body in ("bronet", "simba", "mlp"):
+        critic = CriticConfig(width=40, depth=2, num_atoms=21, embedding_size=4, body=body)
+        settings = config(critic=critic)
+        spec = Spec.vectors(7, 3, settings.tasks)
+        least, plan = (
+            {need.name: need.size for need in needs}
+            for needs in (memory.plan_least(settings, "cpu"), memory.plan_run(settings, spec, "cpu"))
+        )
+        assert least.keys() == plan.keys()
+        assert all(least[name] <= plan[name] for name in plan)
+        assert least["learner"] > plan["learner"] // 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"replay_capacity": 10**8}, "the replay does not fit: .* lower --replay-capacity$"),
+        ({"num_envs": 2**20}, "the environments do not fit: .* lower --num-envs$"),
+        ({"eval_envs": 2**20}, "the evaluation does not fit: .* lower --eval-envs"),
+        ({"critic": CriticConfig(width=2**17)}, "the learner does not fit: .* lower --critic.width or"),
+    ],
+)
+def test_what_takes_the_most_is_named_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], told: str
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda device: 4 * 10**9)
+    with pytest.raises(InputError, match=told):
+        memory.require_fit(memory.plan_least(config(**{"replay_capacity": 1000} | changes), "cpu"))
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, built: list[str]) -> None:

@@ -202,9 +202,10 @@ def require_fit(needs: Sequence[Need]) -> None:
             continue
         largest = max(here, key=lambda need: need.size)
         rest = f", and all parts {_told(total)}" if len(here) > 1 else ""
+        verb = "do" if largest.name.endswith("s") else "does"
         raise InputError(
-            f"the {largest.name} does not fit: {largest.told}{rest}, but {device} has {_room(device)}; lower "
-            f"{largest.remedy}"
+            f"the {largest.name} {verb} not fit: {largest.told}{rest}, but {device} has {_room(device)}; "
+            f"lower {largest.remedy}"
         )
 
 
