@@ -400,6 +400,13 @@ def test_a_saved_state_that_does_not_fit_is_refused():
         (missing, f"must hold {len(state)} arrays, got {len(state) - 1}; ... leaf/0001"),
         ({**state, "leaf/0000": first[:2]}, "leaf/0000 ... must be float32[4 ... got float32[2"),
         ({**state, "leaf/0000": first.astype(float)}, "leaf/0000 ... must be float32[4 ... got float64[4"),
+        ({**state, "fills": state["fills"] + 2**40}, "counts of resets and start states that disagree"),
+        ({**state, "fills": state["fills"] * np.array([1, 0])}, "that disagree"),
+        (
+            {**state, "used": state["used"] + 2**30},
+            "that disagree",
+        ),  # else start states would be made for hours
+        ({**state, "used": state["used"] - 1}, "that disagree"),
     ):
         with pytest.raises(InputError, match=says(words)):
             env.load_state_dict(wrong)

@@ -431,6 +431,8 @@ def test_a_loaded_run_starts_new_episodes_that_are_those_of_the_next_reset():
         ({"counts": np.array([5, 1, 0])}, "is that of 5 environments and does not fit 3"),
         ({"key": np.zeros(2, np.uint32)}, "key: uint32[4], counts: int64[3]; got key: uint32[2], "),
         ({"more": np.zeros(1)}, "more: float64[1]"),
+        ({"counts": np.array([3, -1, 0])}, "must have counts in [0, 2**62), got [ 3 -1  0]"),
+        ({"counts": np.array([3, 2**63 - 1, 0])}, "must have counts in [0, 2**62)"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(change, message):

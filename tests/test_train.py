@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from extras import require
 from refusals import says
 from run_folders import arrays, assert_one_line, assert_same_run, contents, rows_without_time
 
-from brc_fast import envs
+from brc_fast import __version__, envs
 from brc_fast.command import main as cli
 from brc_fast.config import TrainConfig, from_dict
 from brc_fast.errors import InputError
@@ -336,6 +337,33 @@ def test_a_config_of_an_older_version_has_defaults_and_one_of_a_newer_is_refused
     assert from_dict(TrainConfig, values) == TrainConfig(tasks=("toy/One",), seed=3)
     with pytest.raises(InputError, match="written by another version: it has magic"):
         from_dict(TrainConfig, {**values, "magic": 1})
+
+
+def test_a_config_tells_by_what_it_was_written_and_an_older_one_tells_nothing(
+    toy: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, words = tmp_path / "run", ["--steps", "200"]
+    assert train(run, *words) == 0
+    values = json.loads((run / "config.json").read_text())
+    told = values["written"]
+    assert (told["format"], told["brc_fast"], told["device"]) == (1, __version__, "cpu")
+    assert told["command"].startswith("brc-fast train toy/One --run ")
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(told["date"])) < timedelta(minutes=5)
+    assert values.keys() - {"written"} == {field.name for field in dataclasses.fields(TrainConfig)}
+    config = RunFolder(run).config()
+    del values["written"]
+    (run / "config.json").write_text(json.dumps(values))
+    assert RunFolder(run).config() == config
+    assert cli.main(["train", "--resume", str(run), "--steps", "400"]) == 0
+    told = json.loads((run / "config.json").read_text())["written"]
+    assert told["command"] == f"brc-fast train --resume {run} --steps 400"
+    for written, words in (
+        ({"format": 2}, "has format 2, ... reads formats up to 1: upgrade brc-fast"),
+        ({"format": "1"}, "cannot be read: written must have a format"),
+        (5, "cannot be read: written must have a format, got 5"),
+    ):
+        (run / "config.json").write_text(json.dumps({"written": written, **values}))
+        one_line(["evaluate", str(run)], words, capsys, run)
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,7 @@ def evaluate(words: list[str]) -> int:
     configs = same_tasks(folders, arguments.checkpoint, arguments.allow_module)
 
     from brc_fast import envs
+    from brc_fast.agents.memory import environments, require_fit
     from brc_fast.runs.evaluate import Evaluation, apart, env_settings, restore
     from brc_fast.runs.evaluate import evaluate as run_episodes
 
@@ -255,6 +256,7 @@ def evaluate(words: list[str]) -> int:
         settings = env_settings(config)
         scaled = settings.get("episode_length") is None
         step, agent = restore(folder, device, arguments.checkpoint)
+        require_fit([environments("environments", config, slots, "--num-envs")])
         with contextlib.closing(envs.make(config.tasks, slots, seed, **settings)) as env:
             play = partial(run_episodes, agent, env, seed, count)
             played, noisy = play(), play(sampled=True) if arguments.sampled else None

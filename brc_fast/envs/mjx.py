@@ -198,6 +198,12 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
                     f"{name} ({meaning}) must be {leaf.dtype}{list(leaf.shape)}, "
                     f"got {got.dtype}{list(got.shape)}"
                 )
+        fills, filled, used = int(state["fills"][0]), state["fills"][1:], state["used"]
+        each = self.num_envs // count
+        if not (fills < 2**30 and (filled > 0).all() and (filled <= fills).all()) or not (
+            (used >= 0).all() and (used <= filled * each).all()
+        ):
+            raise InputError(f"the saved state of {task} has counts of resets and start states that disagree")
         _wait_for_torch()
         arrays = [jnp.array(state[f"leaf/{i:04d}"]) for i in range(len(paths))]
         self._slots, self._observations, ring = jax.tree.unflatten(structure, arrays)

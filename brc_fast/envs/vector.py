@@ -262,6 +262,10 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
             raise InputError(
                 f"the saved state of {task} is that of {saved} environments and does not fit {self.num_envs}"
             )
+        if state["counts"].min() < 0 or state["counts"].max() >= 2**62:
+            raise InputError(
+                f"the saved state of {task} must have counts in [0, 2**62), got {state['counts']}"
+            )
         self._key = state["key"].copy()
         self._starts, self._lost = map(int, state["counts"][1:])
         self._steps = 0
