@@ -353,21 +353,22 @@ def test_runs_that_are_no_seeds_of_one_experiment_are_listed_one_by_one(
     (longer / "checkpoints" / "000000000500").rename(longer / "checkpoints" / "000000000600")
     manifest = longer / "checkpoints" / "000000000600" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "step": 600}))
+    short = ("--episodes", "2", "--no-sampled")
     for runs, told in (
         ([one, two, copy], f"{copy} has the settings and the seed 1 of {two}: a run that was repeated"),
         ([one, two, wider], f"learning.discount is 0.99 in {one} and 0.9 in {wider}"),
         ([one, longer], f"step is 500 in {one} and 600 in {longer}"),
     ):
         file = tmp_path / "all.json"
-        assert cli.main(["evaluate", *map(str, runs), "--episodes", "4", "--json", str(file)]) == 0
+        assert cli.main(["evaluate", *map(str, runs), *short, "--json", str(file)]) == 0
         out = capsys.readouterr().out
         assert f"not taken together: {told}" in out
-        assert "stratified bootstrap of" not in out.replace("of 4 episodes", "")
+        assert "stratified bootstrap of" not in out.replace("of 2 episodes", "")
         assert out.count("  metaworld/reach-v3 ") == len(runs)
         kept = json.loads(file.read_text())
         assert kept["together"] is None
         assert told in kept["apart"]
-    assert cli.main(["evaluate", str(one), str(two), "--episodes", "4"]) == 0
+    assert cli.main(["evaluate", str(one), str(two), *short]) == 0
     assert "stratified bootstrap of 2 runs per task" in capsys.readouterr().out
 
 
