@@ -11,6 +11,11 @@ class WorkerError(RuntimeError):
     """Processes of environments ended more often than they may be started again."""
 
 
+class SimulatorError(WorkerError):
+    """An environment raised, in this process or in its own: the message names task, step, slot and what it
+    said, and the cause is its own exception, or from another process its traceback as text."""
+
+
 class MissingExtraError(ImportError):
     """An optional dependency is not installed; the message holds the pip command that brings it."""
 

@@ -23,12 +23,13 @@ import cloudpickle
 import gymnasium
 from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Tuple
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from brc_fast.envs import make
 from brc_fast.envs.base import check_finite
-from brc_fast.envs.gym import SimulatorError, WorkerError, make_gym
+from brc_fast.envs.gym import make_gym
 from brc_fast.envs.vector import VectorAdapter
-from brc_fast.errors import InputError, MissingExtraError
+from brc_fast.errors import InputError, MissingExtraError, SimulatorError, WorkerError
 
 needs_dmc, needs_gym = needs("dmc"), needs("gym")
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -106,8 +107,10 @@ class Counter(gymnasium.Env):
             reward = None
         if tripped and self.trouble == "exit":
             os._exit(7)
-        if self.trouble == "success":
-            info["success"] = bool(tripped)
+        if self.trouble in ("success", "is_success"):
+            info[self.trouble] = bool(tripped)
+        if self.trouble == "share of success":
+            info["is_success"] = [np.nan, np.float32(tripped)][self.steps % 2]
         ended = self.episode % 3 == 0 and self.steps == LENGTH - 1
         return observation, reward, ended, False, info
 
@@ -245,6 +248,65 @@ def test_success_is_that_of_the_step_and_not_of_the_reset_beside_it(mode):
         assert torch.equal(env.successes, told), number
 
 
+@pytest.mark.parametrize("processes", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_is_success_counts_as_success(mode, processes):
+    env = adapted(mode, processes=processes, trouble="is_success")
+    ours = make_gym(registered(trouble="is_success"), N, processes=processes)
+    with contextlib.closing(env), contextlib.closing(ours):
+        for each in (env, ours):
+            each.reset_tensors(0)
+            for number in range(LENGTH):  # the last one ends the episode
+                each.step_tensors(tripping(each, 1) if number % 2 else still(each))
+                assert each.successes.tolist() == [False, bool(number % 2), False]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_success_told_as_a_number_is_one_above_zero(mode):
+    for env in (
+        adapted(mode, trouble="share of success"),
+        make_gym(registered(trouble="share of success"), N),
+    ):
+        env.reset_tensors(0)
+        assert [env.step_tensors(tripping(env, 1)) and env.successes.tolist() for _ in range(2)] == [
+            [False, True, False],
+            [False] * N,  # NaN
+        ]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_infos_of_a_step_hold_its_success_and_not_that_of_another(mode):
+    env = adapted(mode, trouble="success")
+    env.reset(seed=0)
+    for number in range(1, 3 * LENGTH):
+        *_, terminated, truncated, infos = env.step(tripping(env, 1).numpy())
+        ended = terminated | truncated
+        restarted = ended & (mode is not AutoresetMode.NEXT_STEP)
+        dropped = infos.get("_dropped", np.zeros(N, bool))
+        assert infos.get("_success", np.zeros(N, bool)).tolist() == (~restarted & ~dropped).tolist()
+        final = infos.get("final_info", {})
+        assert final.get("_success", np.zeros(N, bool)).tolist() == restarted.tolist()
+        told = infos.get("success", np.zeros(N, bool)) | final.get("success", np.zeros(N, bool))
+        assert told.tolist() == [False, not dropped[1], False], number
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gymnasiums_statistics_count_every_step_of_an_episode_and_no_other(mode):
+    env = RecordEpisodeStatistics(adapted(mode))
+    env.reset(seed=0)
+    counted = []
+    for _ in range(5 * LENGTH):
+        observations, *_, infos = env.step(np.zeros((N, 1), np.float32))
+        if "episode" in infos:
+            counted.append((float(infos["episode"]["r"][0]), int(infos["episode"]["l"][0])))
+        if mode is AutoresetMode.NEXT_STEP and "dropped" in infos:
+            assert infos["dropped"].all()
+            assert (observations[:, 2] == 0).all()
+    whole, short = (10.0, LENGTH), (6.0, LENGTH - 1)  # rewards are 1, 2, 3 and 4
+    assert counted[:3] == [whole, whole, short]
+    assert set(counted) == {whole, short}
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_task_whose_steps_report_no_success_has_none(mode):
     env = adapted(mode)
@@ -294,6 +356,42 @@ def test_actions_reach_exactly_the_bounds(bounds):
     space = env.venv.single_action_space
     assert (low.dtype, low, high) == (np.float32, space.low, space.high)
     assert middle == pytest.approx((bounds[0] + bounds[1]) / 2, abs=1e-6)
+
+
+def test_actions_beyond_the_bounds_are_held_at_them():
+    env = adapted()
+    env.reset(seed=0)
+    for actions in ([[-9.0], [0.5], [9.0]], torch.tensor([[-2], [0.5], [2]], dtype=torch.float64)):
+        env.step(actions)
+        assert [slot.unwrapped.action[0] for slot in env.venv.envs] == [-2.0, 4.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("actions", "words"),
+    [
+        (np.array([[0], [np.nan], [0]]), "actions must be finite, got [nan] in environment 1"),
+        ([[0.0], [0.0], [-np.inf]], "actions must be finite, got [-inf] in environment 2"),
+        ([[0.0], [0.0, 1.0], [0.0]], "actions must be one array"),
+        ([["left"], ["right"], ["left"]], "actions must be numbers, got <U5"),
+        (None, "actions must be numbers, got object"),
+        ([0.0, 0.0, 0.0], f"actions must have shape [N, A] = [{N}, 1], got [{N}]"),
+        (1.0, f"actions must have shape [N, A] = [{N}, 1], got []"),
+    ],
+)
+def test_actions_that_cannot_be_taken_are_told_before_the_environment_sees_them(actions, words):
+    env = adapted()
+    env.reset(seed=0)
+    with pytest.raises(InputError, match=says(words)):
+        env.step(actions)
+    assert not hasattr(env.venv.envs[0].unwrapped, "action")
+
+
+def test_whole_numbers_and_lists_are_actions_too():
+    env = adapted()
+    env.reset(seed=0)
+    for actions in (np.array([[-1], [0], [1]]), [[-1], [0], [1]], [[False], [False], [True]]):
+        env.step(actions)
+        assert env.venv.envs[2].unwrapped.action[0] == 6.0
 
 
 def test_spaces_are_those_of_the_contract():
@@ -405,6 +503,40 @@ def test_a_seed_fixes_the_run_and_no_two_slots_or_resets_start_alike():
     more = [start, first.reset_tensors(None), first.reset_tensors(None), first.reset_tensors(4)]
     assert len({float(x) for starts in more for x in starts[:, 0]}) == 4 * N
     assert torch.equal(more[1], second.reset_tensors(None))
+
+
+def test_a_list_seeds_each_slot_as_gymnasium_does():
+    def alone(seed):
+        return float(Counted()().reset(seed=seed)[0][0])
+
+    for env in (adapted(), make_gym(registered(), N)):
+        observations, _ = env.reset(seed=[5, 6, 5])
+        assert observations[:, 0].tolist() == [alone(5), alone(6), alone(5)]
+        following = env.reset_tensors(None)
+        assert torch.equal(
+            torch.from_numpy(env.reset(seed=[5, None, 7])[0])[:, 0][::2], torch.tensor([alone(5), alone(7)])
+        )
+        env.reset_tensors([5, 6, 5])
+        assert torch.equal(env.reset_tensors(None), following)
+    both = make([registered(), registered(dtype=np.float64)], 2)
+    observations, _ = both.reset(seed=[1, 2, 3, 2])
+    assert observations[:, 0].tolist() == [alone(1), alone(2), alone(3), alone(2)]
+
+
+@pytest.mark.parametrize(
+    ("seed", "words"),
+    [
+        ([1, 2], "seed must be one integer, or 3 for 3 environments, got 2"),
+        ([1, 2, -1], "seed must be an integer in [0, 2**64), got -1"),
+        ([1, 2, 0.5], "seed must be an integer in [0, 2**64), got 0.5"),
+        (-1, "seed must be an integer in [0, 2**64), got -1"),
+        ("abc", "seed must be an integer, or one for each environment, got 'abc'"),
+        (1.5, "seed must be an integer, or one for each environment, got 1.5"),
+    ],
+)
+def test_a_seed_that_cannot_be_used_is_refused(seed, words):
+    with pytest.raises(InputError, match=says(words)):
+        adapted().reset(seed=seed)
 
 
 def test_tasks_with_the_same_seed_start_differently():
@@ -583,6 +715,30 @@ def test_an_exception_in_this_process_is_told_with_task_slot_and_step_and_its_tr
     assert 'raise OSError("the simulator is unwell")' in caplog.text  # the command line shows no traceback
 
 
+class Unwell(SyncVectorEnv):
+    def step(self, actions):
+        raise OSError("the simulator is unwell")
+
+
+def test_what_a_vector_environment_raises_is_told_with_its_task_and_step(caplog):
+    env = VectorAdapter(Unwell([Counted()] * 2), "mine", max_episode_steps=LENGTH)
+    env.reset_tensors(0)
+    told = "mine, at step 1 since the reset: raised OSError: the simulator is unwell"
+    with pytest.raises(SimulatorError, match=told) as error:
+        env.step_tensors(still(env))
+    assert isinstance(error.value.__cause__, OSError)
+
+
+def test_an_exception_in_a_process_is_told_with_its_own_traceback_in_the_end(workers, caplog):
+    env = workers(trouble="raise", restarts=0)
+    env.reset_tensors(0)
+    told = f"{env.task_names[0]}, at step 1 ... slot 2 raised OSError: the simulator is unwell"
+    with pytest.raises(SimulatorError, match=says(told)) as error:
+        env.step_tensors(tripping(env, 2))
+    assert "in step\nOSError: the simulator is unwell" in str(error.value.__cause__)
+    assert "in step\nOSError: the simulator is unwell" in caplog.text
+
+
 def test_an_environment_that_cannot_be_closed_does_not_hide_what_it_raised(caplog):
     env = make_gym(registered(trouble="raise twice"), N)
     env.reset_tensors(0)
@@ -665,6 +821,64 @@ def test_close_ends_all_workers_also_while_one_is_dead_or_at_work(workers, pendi
     assert not multiprocessing.active_children()
 
 
+def all_end(pids):
+    """Whether two processes were there and are gone, or soon will be."""
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return len(pids) == 2 and not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+SIGNALLED = """
+import os, signal, torch
+from brc_fast.envs.gym import make_gym
+signals = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+for number in signals:
+    signal.signal(number, lambda number, frame: None)
+env = make_gym("gym/Pendulum-v1", 2, processes=True)
+env.reset_tensors(0)
+for number in signals:
+    os.killpg(0, number)
+    assert not env.step_tensors(torch.zeros(2, 1)).dropped.any(), number
+print(*(process.pid for process in env.venv.processes))
+env.close()
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+def test_a_signal_to_all_processes_is_the_parents_to_answer_and_leaves_no_worker():
+    script = [sys.executable, "-c", SIGNALLED]
+    ended = subprocess.run(script, capture_output=True, text=True, start_new_session=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert all_end([int(pid) for pid in ended.stdout.split()])
+
+
+STUCK = """
+import sys, types, gymnasium, numpy as np, time, torch
+from brc_fast.envs.gym import make_gym
+class Stuck(gymnasium.Env):
+    observation_space = action_space = gymnasium.spaces.Box(-1, 1, (1,))
+    def reset(self, **_):
+        return np.zeros(1, np.float32), {}
+    def step(self, action):
+        time.sleep(600)
+gymnasium.register("Stuck-v0", Stuck, max_episode_steps=9)
+env = make_gym("gym/Stuck-v0", 2, processes=True)
+env.reset_tensors(0)
+print(*(process.pid for process in env.venv.processes), flush=True)
+env.step_tensors(torch.zeros(2, 1))
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+def test_a_worker_that_is_stuck_in_a_step_ends_with_its_parent():
+    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as running:
+        pids = [int(pid) for pid in running.stdout.readline().split()]
+        time.sleep(0.5)  # so that they are in the step
+        running.kill()
+    assert all_end(pids)
+
+
 SCRIPT = """
 import os, signal, sys, time, torch
 from brc_fast.envs.gym import make_gym
@@ -702,10 +916,7 @@ def test_no_worker_outlives_its_parent_or_runs_its_script(tmp_path, how):
     assert out == ""
     if how != "kill":  # workers may then complain of the closed pipe
         assert err.count("Traceback") == (how == "interrupt")
-    deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+    assert all_end(pids)
 
 
 # Real simulators beside their own interface

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from gymnasium import Space
 
 
+# Of all slots, or of each; None goes on with the random numbers.
+Seed = int | Sequence[int | None] | None
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -90,8 +93,12 @@ class VectorEnvironment(Protocol):
         """[N] bool: the task called the newest step (that which led to `successors`) a success; None where no
         task has such a notion."""
 
-    def reset_tensors(self, seed: int | None) -> Tensor:
-        """Start every environment anew; returns the observations. Without a seed the random numbers go on."""
+    def reset_tensors(self, seed: Seed) -> Tensor:
+        """Start every environment anew; returns the observations. Without a seed the random numbers go on.
+
+        A list has a seed for each slot, as Gymnasium's: a slot of gym/ then starts as `Env.reset(seed=...)`
+        does, while mjx/ makes one seed of the whole list.
+        """
 
     def step_tensors(self, actions: Tensor) -> Step:
         """Apply actions [N, A] float32 in [-1, 1], or [N] int64 where they are discrete."""
@@ -195,9 +202,16 @@ def action_space(action: Box | Discrete) -> Space[Any]:
 class GymnasiumFace:
     """The `gymnasium.vector.VectorEnv` side of an adapter, in terms of its tensors.
 
-    Stands before `VectorEnv` among the bases. An ended slot restarts in the same step, as Gymnasium's
-    SAME_STEP mode has it: `infos["final_obs"]` is an object array [N] that holds the true successor where
-    `infos["_final_obs"]`, and `infos["final_info"]["dropped"]` marks transitions not to be used.
+    Stands before `VectorEnv` among the bases. `metadata["autoreset_mode"]` says how slots restart: SAME_STEP,
+    or NEXT_STEP where a vector environment of that mode is behind it. `infos` of a step holds, each entry
+    beside a mask of the same name with an underscore [N]:
+
+    - "success" [N] bool, of the slots whose task tells it; "dropped" [N] bool, of those whose step was no
+      transition;
+    - in SAME_STEP mode "final_obs", an object array [N] with the true successor of each ended slot, and
+      "final_info", where an ended slot has its "success" and "dropped".
+
+    Actions may be given as an array, a list or a tensor of numbers; those that are not finite are refused.
     """
 
     num_envs: int
@@ -214,7 +228,9 @@ class GymnasiumFace:
     action_space: Space[Any]
     _seed: int | None
 
-    def declare(self, task_spec: Spec, task_ids: NDArray[np.int64], seed: int) -> None:
+    def declare(
+        self, task_spec: Spec, task_ids: NDArray[np.int64], seed: int, next_step: bool = False
+    ) -> None:
         """Set what Gymnasium and `VectorEnvironment` ask every adapter for."""
         from gymnasium.vector import AutoresetMode
         from gymnasium.vector.utils import batch_space
@@ -224,7 +240,7 @@ class GymnasiumFace:
         self.task_names = task_spec.tasks
         self.task_ids = task_ids
         self.continues = np.ones(len(task_ids), bool)
-        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP if next_step else AutoresetMode.SAME_STEP}
         self.single_observation_space = observation_space(task_spec.observation)
         self.single_action_space = action_space(task_spec.action)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
@@ -239,9 +255,16 @@ class GymnasiumFace:
     def action_size(self) -> int:
         return self.task_spec.action.size
 
-    def as_actions(self, actions: Tensor | NDArray[Any]) -> Tensor:
+    def as_actions(self, actions: Any) -> Tensor:
         """Check and detach actions, float32 [N, A] or int64 [N], on their own device. Waits for it where they
         are discrete."""
+        if not isinstance(actions, Tensor):
+            try:
+                actions = np.asarray(actions)
+            except ValueError as error:
+                raise InputError(f"actions must be one array, got {actions!r:.60}") from error
+            if actions.dtype.kind not in "biuf":
+                raise InputError(f"actions must be numbers, got {actions.dtype}")
         if actions.shape != self.action_space.shape:
             letters = "[N, A]" if isinstance(self.task_spec.action, Box) else "[N]"
             wanted, got = list(self.action_space.shape or ()), list(actions.shape)
@@ -256,37 +279,71 @@ class GymnasiumFace:
             raise InputError(f"actions must lie in [0, n) = [0, {n}), got {low if low < 0 else high}")
         return given.long()
 
-    def reset_tensors(self, seed: int | None) -> Tensor:
+    def reset_tensors(self, seed: Seed) -> Tensor:
         raise NotImplementedError
 
     def step_tensors(self, actions: Tensor) -> Step:
         raise NotImplementedError
 
     def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+        self, *, seed: Seed = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[Any], dict[str, Any]]:
         if options:
             raise InputError(f"reset takes no options, got {', '.join(options)}")
+        check_seed(seed, self.num_envs)
         observations = self.reset_tensors(self._seed if seed is None else seed)
         self._seed = None  # later resets without a seed go on with the random numbers
         return observations.cpu().numpy(), {}
 
     def step(
-        self, actions: NDArray[Any]
+        self, actions: Any
     ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        step = self.step_tensors(self.as_actions(actions))
+        checked = self.as_actions(actions)
+        if checked.is_floating_point() and not checked.isfinite().all():
+            slot = int((~finite_rows(checked)).nonzero()[0])
+            raise InputError(f"actions must be finite, got {checked[slot].tolist()} in environment {slot}")
+        step = self.step_tensors(checked)
         observations, successors, rewards, terminated, truncated, dropped = (x.cpu().numpy() for x in step)
-        infos: dict[str, Any] = {}
-        ended = terminated | truncated
-        if ended.any():
+        from gymnasium.vector import AutoresetMode
+
+        told = {"dropped": (dropped, dropped)}  # entry, and the slots that have it
+        if self.successes is not None:
+            told["success"] = self.successes.numpy(), tasks_with_success(self)[self.task_ids] & ~dropped
+        restarted = terminated | truncated
+        if self.metadata["autoreset_mode"] is not AutoresetMode.SAME_STEP:
+            restarted = np.zeros(self.num_envs, bool)
+        infos = _infos({name: (values, slots & ~restarted) for name, (values, slots) in told.items()})
+        if restarted.any():
             final_obs = np.full(self.num_envs, None, dtype=object)
-            for slot in ended.nonzero()[0]:
+            for slot in restarted.nonzero()[0]:
                 final_obs[slot] = successors[slot]
-            final_info = {"dropped": dropped, "_dropped": ended}
-            infos = {
-                "final_obs": final_obs,
-                "_final_obs": ended,
-                "final_info": final_info,
-                "_final_info": ended,
-            }
+            told["dropped"] = dropped, restarted
+            final = _infos({name: (values, slots & restarted) for name, (values, slots) in told.items()})
+            infos |= {"final_obs": final_obs, "_final_obs": restarted}
+            infos |= {"final_info": final, "_final_info": restarted}
         return observations, rewards, terminated, truncated, infos
+
+
+def _infos(told: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]) -> dict[str, Any]:
+    """Entries of `infos` [N], with the masks of the slots that have them; none that no slot has."""
+    infos: dict[str, Any] = {}
+    for name, (values, slots) in told.items():
+        if slots.any():
+            infos |= {name: values & slots, f"_{name}": slots}
+    return infos
+
+
+def check_seed(seed: Seed, num_envs: int) -> None:
+    """InputError for what is neither one seed nor one for each slot."""
+    seeds = [seed] if seed is None or isinstance(seed, int | np.integer) else seed
+    if not isinstance(seeds, Sequence | np.ndarray) or isinstance(seeds, str):
+        raise InputError(f"seed must be an integer, or one for each environment, got {seed!r:.60}")
+    if seeds is seed and len(seeds) != num_envs:
+        raise InputError(
+            f"seed must be one integer, or {num_envs} for {num_envs} environments, got {len(seeds)}"
+        )
+    for each in seeds:
+        if each is not None and (
+            not isinstance(each, int | np.integer) or isinstance(each, bool) or not 0 <= each < 2**64
+        ):
+            raise InputError(f"seed must be an integer in [0, 2**64), got {each!r:.60}")

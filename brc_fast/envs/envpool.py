@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from brc_fast.errors import InputError, MissingExtraError
 
-from .vector import VectorAdapter, check_spaces, is_image
+from .vector import SUCCESS, VectorAdapter, check_spaces, is_image
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ _OBSERVATIONS = {
     "QuadrupedEscape-v1": (*_QUADRUPED, "origin", "rangefinder"),
     "QuadrupedFetch-v1": (*_QUADRUPED, "ball_state", "target_position"),
 }
-_SUCCESS = ("success", "is_success", "solved")  # of MetaWorld and Adroit; of Fetch and Shadow; of MyoSuite
+_SUCCESS = (*SUCCESS, "solved")  # of MetaWorld and Adroit, of Fetch and Shadow; of MyoSuite
 
 
 class Pool(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
@@ -102,7 +102,7 @@ class Pool(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         self._newest: Any = create_empty_array(self.single_observation_space, num_envs)
 
     def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+        self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[Any], dict[str, Any]]:
         """Restart all slots, or those of `options["reset_mask"]` [N] bool; returns all observations [N, O].
 
@@ -113,9 +113,10 @@ class Pool(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         if seed is not None or self._pool is None:
             self._pool = None  # ends the old threads before there are new ones
             # EnvPool's rule, slot i gets seed + i, would let runs with neighbouring seeds share their starts.
-            seeds = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1  # an int32 each
+            drawn = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1  # an int32 each
+            seeds = seed if isinstance(seed, list) else drawn.tolist()
             with _no_warnings():
-                self._pool = self._make(seed=seeds.tolist())
+                self._pool = self._make(seed=[each % 2**31 for each in seeds])
                 _ = self._pool.observation_space  # made, and kept, at its first use
         mask = (options or {}).get("reset_mask")
         slots = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask)

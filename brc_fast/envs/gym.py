@@ -14,16 +14,17 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from multiprocessing import TimeoutError, get_context
+from multiprocessing import TimeoutError, get_context, parent_process
 from multiprocessing.connection import wait
+from multiprocessing.util import Finalize
+from threading import Thread
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 import gymnasium
@@ -34,25 +35,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from brc_fast.errors import InputError, MissingExtraError, WorkerError
+from brc_fast.errors import SimulatorError as SimulatorError
 
 from . import vector
 from .base import Step
-from .vector import VectorAdapter, check_spaces, is_image, leaves
+from .vector import SUCCESS, VectorAdapter, check_spaces, is_image, leaves, simulator_error
 
 log = logging.getLogger(__name__)
 
 # Torch and JAX run threads here, whose locks `fork` would copy; `spawn` starts 8 dogs half as fast.
 _START_METHOD = "forkserver"
+_SCHEDULER = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # signals that one sends to every process of a job
 _STOP_SECONDS = 2.0  # given to all workers to end by themselves
+_ENDED = (EOFError, ConnectionError)  # of a pipe without a process at its other end
 _HOW_TO_LOOK = "--env.processes False runs it in this process and shows the traceback"
 
 
-class _Failure(Exception):
+class _Failure(WorkerError):
     """What happened to a worker or to an environment in this process, in words."""
-
-
-class SimulatorError(WorkerError):
-    """An environment in this process raised; its own exception is the cause."""
 
 
 def make_gym(
@@ -75,7 +75,7 @@ def make_gym(
     step_seconds:    a worker that takes longer than this for a step or a reset counts as dead; default: none
 
     Raises InputError for an id that does not exist or cannot be used, MissingExtraError for `dmc` without its
-    extra. What an environment in this process raises is the cause of a SimulatorError.
+    extra. What an environment raises is the cause of a SimulatorError.
     """
     suite, _, name = task.partition("/")
     kwargs: dict[str, Any] = {}
@@ -178,8 +178,26 @@ class Slot(gymnasium.Wrapper[Any, Any, Any, Any]):
         if not (finite and math.isfinite(reward)):
             return self._last, 0.0, False, True, {"lost": True}
         self._last = seen
-        kept = {"success": bool(info["success"])} if "success" in info else {}
-        return seen, reward, terminated, truncated, kept
+        told = next((info[key] for key in SUCCESS if info.get(key) is not None), None)
+        return seen, reward, terminated, truncated, {} if told is None else {"success": bool(told > 0)}
+
+
+def _leave_signals_to_the_parent() -> None:
+    """In a worker: what a terminal or a scheduler sends to all processes is the parent's to answer, which
+    ends its workers; and no worker outlives it, not even one that is stuck in a step."""
+    for name in ("SIGINT", "SIGHUP"):  # of a terminal; programs that the environment starts ignore them too
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for name in _SCHEDULER:  # those programs do not: an environment may end them so
+        signal.signal(getattr(signal, name), lambda number, frame: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # see _lean_processes
+    parent = parent_process()
+    if parent is not None:
+
+        def end_with_parent() -> None:
+            parent.join()
+            os._exit(1)
+
+        Thread(target=end_with_parent, daemon=True).start()
 
 
 class SlotFactory:
@@ -210,20 +228,6 @@ class SlotFactory:
             return Slot(gymnasium.make(self.spec, disable_env_checker=True, **self.kwargs))
 
 
-def _leave_signals_to_the_parent() -> None:
-    """What a terminal or a scheduler sends reaches all processes of a run; the parent finishes the step and
-    ends its workers. SIGTERM, by which Python ends those of a script that did not, waits for that."""
-
-    def end(*_: object) -> None:
-        waiting = threading.Timer(_STOP_SECONDS, os._exit, (128 + signal.SIGTERM,))
-        waiting.daemon = True
-        waiting.start()
-
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end)
-
-
 class Here(SyncVectorEnv[Any, Any]):
     """A SyncVectorEnv that says which slot raised and what (`_Failure`)."""
 
@@ -252,7 +256,7 @@ class Here(SyncVectorEnv[Any, Any]):
             env.busy = False
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             slot = next((slot for slot, env in enumerate(self._slots) if env.busy), None)
             if slot is None:
                 raise
@@ -271,6 +275,8 @@ class Workers(AsyncVectorEnv[Any, Any]):
         except _Failure:
             self.close()
             raise
+        # At the end of this process multiprocessing would ask daemons with a SIGTERM, and wait for them.
+        Finalize(self, _kill, (self.processes,), exitpriority=0)
 
     def reset(self, **kwargs: Any) -> Any:
         with self._watched():
@@ -289,7 +295,7 @@ class Workers(AsyncVectorEnv[Any, Any]):
     def _watched(self) -> Iterator[None]:
         try:
             yield
-        except (EOFError, ConnectionError) as error:  # a pipe without a process at its other end
+        except _ENDED as error:
             raise _Failure(self._who_ended()) from error
         except TimeoutError as error:
             late = [slot for slot, pipe in enumerate(self.parent_pipes) if not pipe.poll()]
@@ -311,30 +317,32 @@ class Workers(AsyncVectorEnv[Any, Any]):
         failed = [slot for slot, success in enumerate(successes) if not success]
         if failed:
             try:
-                slot, kind, message, trace = self.error_queue.get(timeout=2.0)
-                raised = f"{kind.__name__}: {message}"
-            except Exception:  # the exception could not be pickled
-                slot, raised, trace = failed[0], "an exception", ""
-            failure = _Failure(f"slot {slot} raised {raised}")
-            failure.add_note(trace)
-            raise failure
+                slot, kind, message, traceback = self.error_queue.get(timeout=2.0)
+            except Exception as error:  # the exception could not be pickled
+                raise _Failure(f"slot {failed[0]} raised an exception") from error
+            raised = RuntimeError(f"in the process of slot {slot}:\n{traceback}")
+            raise _Failure(f"slot {slot} raised {kind.__name__}: {message}") from raised
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
         for pipe in self.parent_pipes:
             with suppress(OSError):
                 pipe.send(("close", None))
         deadline = time.monotonic() + _STOP_SECONDS
-        for pipe in self.parent_pipes:  # a signal to all may have ended the server that knows who lives
-            with suppress(EOFError, OSError):
+        for pipe, process in zip(self.parent_pipes, self.processes, strict=True):
+            if process.pid is None:  # it did not start
+                continue
+            with suppress(EOFError, OSError):  # not `join`, which does not wait where the server is gone
                 while pipe.poll(max(0.0, deadline - time.monotonic())):
-                    pipe.recv()
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            if process.is_alive():
-                process.kill()
-                process.join()
-        for pipe in self.parent_pipes:
+                    pipe.recv_bytes()
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+            process.join()
             pipe.close()
+
+
+def _kill(processes: list[Any]) -> None:
+    for process in processes:
+        process.kill()
 
 
 @contextmanager
@@ -350,9 +358,14 @@ def _lean_processes(factory: SlotFactory) -> Iterator[None]:
     sys.modules["__main__"] = ModuleType("__main__")  # a worker would run its file again
     for module in ours:
         cloudpickle.register_pickle_by_value(module)
+    # The server outlives these too, as it hands on what it blocks, and so does the tracker that it starts
+    # with. SIGTERM is not among them: other processes of this server may be ended by it.
+    signals = [getattr(signal, name) for name in _SCHEDULER if name != "SIGTERM"] + [signal.SIGHUP]
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for module in ours:
             cloudpickle.unregister_pickle_by_value(module)
         sys.modules["__main__"] = main
@@ -401,10 +414,10 @@ class GymAdapter(VectorAdapter):
         yes, no = torch.ones(self.num_envs, dtype=torch.bool), torch.zeros(self.num_envs, dtype=torch.bool)
         return Step(self._restarted(), successors, torch.zeros(self.num_envs), no, yes, yes.clone())
 
-    def _restarted(self) -> Tensor:
+    def _restarted(self, given: Sequence[int | None] | None = None) -> Tensor:
         while True:
             try:
-                return super()._restarted()
+                return super()._restarted(given)
             except _Failure as failure:
                 self._replace(failure)
 
@@ -412,13 +425,14 @@ class GymAdapter(VectorAdapter):
         """Build all environments anew, or give up; the caller has to reset them."""
         task, when = self.task_names[0], self.when
         if isinstance(self.venv, Here):
-            _raise(f"{task}, {when}: {failure}", failure.__cause__)
+            simulator_error(f"{task}, {when}: {failure}", failure.__cause__)
         while True:
             if not self._restarts_left:
                 self.close()
-                raise WorkerError(
-                    f"{task}, {when}: {failure}, after {self._restarts} restarts; {_HOW_TO_LOOK}"
-                ) from failure
+                told = f"{task}, {when}: {failure}, after {self._restarts} restarts; {_HOW_TO_LOOK}"
+                if failure.__cause__ is None or isinstance(failure.__cause__, _ENDED):
+                    raise WorkerError(told) from failure
+                simulator_error(told, failure.__cause__)
             self._restarts_left -= 1
             log.warning(
                 "%s, %s: %s; starting all %d environments anew, %d restarts left",
@@ -434,12 +448,6 @@ class GymAdapter(VectorAdapter):
                 return
             except _Failure as again:
                 failure = again
-
-
-def _raise(told: str, error: BaseException | None) -> NoReturn:
-    """A SimulatorError from what an environment raised. The command line shows no traceback: it is logged."""
-    log.error("%s", told, exc_info=error)
-    raise SimulatorError(told) from error
 
 
 @contextmanager
@@ -483,4 +491,4 @@ def _explained(task: str) -> Iterator[None]:
     except (InputError, _Failure):
         raise
     except Exception as error:
-        _raise(f"{task} cannot be made: {type(error).__name__}: {error}", error)
+        simulator_error(f"{task} cannot be made: {type(error).__name__}: {error}", error)

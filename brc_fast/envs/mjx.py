@@ -25,7 +25,7 @@ from brc_fast.spec import Spec
 
 from . import _jax
 from ._programs import BLOCKS, Slots, Start, programs
-from .base import GymnasiumFace, Step, check_start
+from .base import GymnasiumFace, Seed, Step, check_start
 
 _jax.setup()
 
@@ -92,9 +92,10 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         with _jax.progress(f"compiling {names} for {each} environments", self._quiet):
             self.compile()
 
-    def reset_tensors(self, seed: int | None) -> Tensor:
+    def reset_tensors(self, seed: Seed) -> Tensor:
         if seed is not None:
-            entropies = [[seed, zlib.crc32(task.encode())] for task in self.task_names]
+            given = [seed] if isinstance(seed, int | np.integer) else [0 if x is None else x for x in seed]
+            entropies = [[*given, zlib.crc32(task.encode())] for task in self.task_names]
             drawn = [np.random.SeedSequence(entropy).generate_state(2, np.uint32) for entropy in entropies]
             self._keys = np.stack(drawn).astype(np.uint32)
             self._fills = 0
@@ -119,7 +120,7 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
             raise InputError("step needs a reset first: call reset or reset_tensors")
         # First of all: from here on JAX waits for the work that torch has queued on tensors of earlier steps.
         # Kept for two steps, when `_refill` has waited for this one to be over.
-        self._actions = _to_jax(self.as_actions(actions)), self._actions[0]
+        self._actions = _to_jax(self.as_actions(actions).clamp(-1, 1)), self._actions[0]
         self._refill()
         step: Step
         self._slots, used, step = self._programs.step(

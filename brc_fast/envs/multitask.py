@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
@@ -17,11 +17,13 @@ from torch.nn.functional import pad
 from brc_fast.errors import InputError
 from brc_fast.spec import Spec
 
-from .base import GymnasiumFace, Privileged, Step, VectorEnvironment
+from .base import GymnasiumFace, Privileged, Seed, Step, VectorEnvironment
 
 
 class Group(VectorEnvironment, Protocol):
     """An environment that can begin a step and be asked for it later."""
+
+    metadata: dict[str, Any]  # Gymnasium's; "autoreset_mode" says how slots restart
 
     def launch(self, actions: Tensor) -> Any:
         """Begin a step with actions [N, A]."""
@@ -62,6 +64,9 @@ class MultiTaskEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
             Spec.joined([group.task_spec for group in self.groups], task_names),
             task_ids=np.repeat(np.arange(len(task_names)), [len(slots_of[name]) for name in task_names]),
             seed=seed,
+            next_step=all(
+                group.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP for group in self.groups
+            ),
         )
         self.continues = np.concatenate([group.continues for group in self.groups])[order]
 
@@ -75,9 +80,13 @@ class MultiTaskEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         }
         return np.array([counts[name] for name in self.task_names], np.int64)
 
-    def reset_tensors(self, seed: int | None) -> Tensor:
+    def reset_tensors(self, seed: Seed) -> Tensor:
         self._compile()
-        observations = self._padded([group.reset_tensors(seed) for group in self.groups])
+        seeds: list[Seed] = [seed] * len(self.groups)
+        if not (seed is None or isinstance(seed, int | np.integer)):
+            seeds = [[seed[place] for place in places] for places in self._places]
+        starts = zip(self.groups, seeds, strict=True)
+        observations = self._padded([group.reset_tensors(given) for group, given in starts])
         self._note_newest()
         return observations
 

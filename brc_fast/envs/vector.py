@@ -5,21 +5,37 @@ An image is kept as it is, and discrete actions count from 0.
 
 from __future__ import annotations
 
+import logging
 import zlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from gymnasium import Space, spaces
+from gymnasium.error import AlreadyPendingCallError, NoAsyncCallError
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 
-from brc_fast.errors import InputError
+from brc_fast.errors import InputError, SimulatorError, WorkerError
 from brc_fast.spec import Box, Discrete, Field, Spec
 
-from .base import GymnasiumFace, Step, check_start, finite_rows
+from .base import GymnasiumFace, Seed, Step, check_start, finite_rows
+
+log = logging.getLogger(__name__)
+
+SUCCESS = (
+    "success",
+    "is_success",
+)  # entries of info: MetaWorld's, Gymnasium-Robotics' and Stable-Baselines3's
+
+
+def simulator_error(told: str, error: BaseException | None) -> NoReturn:
+    """A SimulatorError from what an environment raised. The command line shows no traceback: it is logged."""
+    log.error("%s", told, exc_info=error)
+    raise SimulatorError(told) from error
 
 
 class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
@@ -29,7 +45,8 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
                         with `step_async` and `step_wait` is stepped while other groups are
     max_episode_steps:  longest episode in steps, None where nobody knows
     lost_key:           boolean entry of a step's info: the transition is lost, the observation a placeholder
-    success_key:        boolean entry of a step's info: the task calls the step a success
+    success_keys:       entries of a step's info, numbers or booleans of which the first that is there counts:
+                        above zero, the task calls the step a success
     observation_space:  of one slot; a Dict with fewer keys than the environment's leaves the others out.
                         One Box of uint8 with two or more dimensions is an image and stays one, all else
                         becomes a vector
@@ -49,12 +66,13 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
         *,
         max_episode_steps: int | None,
         lost_key: str | None = None,
-        success_key: str | None = "success",
+        success_keys: Sequence[str] = SUCCESS,
         observation_space: Space[Any] | None = None,
     ) -> None:
         self.venv = venv
         self.max_episode_steps = max_episode_steps
-        self._lost_key, self._success_key = lost_key, success_key
+        self._lost_keys = [] if lost_key is None else [lost_key]
+        self._success_keys = success_keys
         try:
             self._mode = AutoresetMode(venv.metadata.get("autoreset_mode"))
         except ValueError:
@@ -66,7 +84,8 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
         actions = venv.single_action_space
         check_spaces(task, self._space, actions)
         self._symmetric = isinstance(actions, spaces.Box) and bool((actions.low == -actions.high).all())
-        self.declare(spec_of(task, self._space, actions), np.zeros(venv.num_envs, np.int64), seed)
+        spent = self._mode is AutoresetMode.NEXT_STEP
+        self.declare(spec_of(task, self._space, actions), np.zeros(venv.num_envs, np.int64), seed, spent)
         self.continues[:] = False
         self._set_key(seed)
         self._lost = 0
@@ -83,11 +102,15 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
         """Transitions lost since the last reset, [1]."""
         return np.array([self._lost], np.int64)
 
-    def reset_tensors(self, seed: int | None) -> Tensor:
-        if seed is not None:
-            self._set_key(seed)
+    def reset_tensors(self, seed: Seed) -> Tensor:
         self._lost = self._steps = 0
-        return self._restarted()
+        if seed is None or isinstance(seed, int | np.integer):
+            if seed is not None:
+                self._set_key(int(seed))
+            return self._restarted()
+        if None not in seed:  # what follows depends on nothing else
+            self._set_key([0 if each is None else int(each) for each in seed])
+        return self._restarted(seed)
 
     def step_tensors(self, actions: Tensor) -> Step:
         return self.collect(self.launch(actions))
@@ -97,10 +120,25 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
         if not self._running:
             raise InputError("step needs a reset first: call reset or reset_tensors")
         self._steps += 1
-        return self._send(self._native(self.as_actions(actions)))
+        native = self._native(self.as_actions(actions))
+        with self._simulating():
+            return self._send(native)
 
     def collect(self, launched: Any) -> Step:
-        return self._as_step(*self._receive(launched))
+        with self._simulating():
+            received = self._receive(launched)
+        return self._as_step(*received)
+
+    @contextmanager
+    def _simulating(self) -> Iterator[None]:
+        """Turn what the vector environment raises into a SimulatorError that names the task and the step."""
+        try:
+            yield
+        except (InputError, WorkerError, AlreadyPendingCallError, NoAsyncCallError):
+            raise
+        except (Exception, SystemExit) as error:
+            told = f"{self.task_names[0]}, {self.when}: raised {type(error).__name__}: {error}"
+            simulator_error(told, error)
 
     def _start(self, seeds: list[int]) -> Any:
         """Reset all slots, slot i with seeds[i]; returns their observations."""
@@ -118,17 +156,21 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
         result = self.venv.step_wait() if hasattr(self.venv, "step_wait") else self.venv.step(sent)
         return result  # type: ignore[no-any-return]
 
-    def _set_key(self, seed: int) -> None:
-        entropy = [seed, zlib.crc32(self.task_names[0].encode())]
+    def _set_key(self, seed: int | list[int]) -> None:
+        entropy = [*(seed if isinstance(seed, list) else [seed]), zlib.crc32(self.task_names[0].encode())]
         self._key = np.random.SeedSequence(entropy).generate_state(4, np.uint32)
         self._starts = 0  # times that all slots were started since the key was set
 
-    def _restarted(self) -> Tensor:
-        """Start all slots with seeds not used before."""
+    def _restarted(self, given: Sequence[int | None] | None = None) -> Tensor:
+        """Start all slots, with the given seeds or ones not used before."""
         sequence = np.random.SeedSequence([*self._key.tolist(), self._starts])
         self._starts += 1
-        seeds = sequence.generate_state(self.num_envs, np.uint32) >> 1  # some simulators take an int32
-        observations = self._read(self._start(seeds.tolist()), self.num_envs)
+        seeds = (sequence.generate_state(self.num_envs, np.uint32) >> 1).tolist()  # some take an int32
+        if given is not None:
+            seeds = [drawn if each is None else int(each) for drawn, each in zip(seeds, given, strict=True)]
+        with self._simulating():
+            start = self._start(seeds) if given is None else self.venv.reset(seed=seeds)[0]
+        observations = self._read(start, self.num_envs)
         check_start(torch.from_numpy(observations), self, self.when)
         self._ended = np.zeros(self.num_envs, bool)
         self._running = True
@@ -169,7 +211,7 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
         if isinstance(space, spaces.Discrete):
             native += space.start
             return native
-        native = native.reshape(self.num_envs, *space.shape)
+        native = native.reshape(self.num_envs, *space.shape).clip(-1, 1)
         if self._symmetric:
             native *= space.high
             return native
@@ -187,8 +229,8 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
         for name, values in (("rewards", rewards), ("terminated", terminated), ("truncated", truncated)):
             self._check_shape(name, values, self.num_envs)
         ended = terminated | truncated
-        lost = self._flags(self._lost_key, infos, ended)
-        success = self._flags(self._success_key, infos, ended)
+        lost = self._flags(self._lost_keys, infos, ended)
+        success = self._flags(self._success_keys, infos, ended)
 
         if self._mode is AutoresetMode.SAME_STEP:
             if ended.any() and "final_obs" not in infos:
@@ -204,7 +246,8 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
                 lost = ~finite if lost is None else lost | ~finite
                 ended |= lost
             if ended.any():
-                restarted, _ = self.venv.reset(options={"reset_mask": ended.copy()})
+                with self._simulating():
+                    restarted, _ = self.venv.reset(options={"reset_mask": ended.copy()})
                 observations[ended] = self._read(restarted, self.num_envs)[ended]
 
         dropped = np.zeros(self.num_envs, bool)
@@ -226,8 +269,11 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
         rest = map(torch.from_numpy, (successors, rewards, terminated, truncated, dropped))
         return Step(self._acting_on(observations), *rest)
 
-    def _flags(self, key: str | None, infos: dict[str, Any], ended: NDArray[np.bool_]) -> NDArray[Any] | None:
-        """A boolean entry of the infos of this step, [N], False where a slot has none; None without any."""
+    def _flags(
+        self, keys: Sequence[str], infos: dict[str, Any], ended: NDArray[np.bool_]
+    ) -> NDArray[Any] | None:
+        """Whether an entry of the infos of this step is above zero, [N], False where a slot has none; None
+        without any."""
         if not infos:
             return None
         places = [(infos, ~ended)]
@@ -237,10 +283,12 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
             places.append((infos["final_info"], ended))
         flags = None
         for source, slots in places:
-            slots = slots & source.get(f"_{key}", True)
-            if key in source and slots.any():
-                flags = np.zeros(self.num_envs, bool) if flags is None else flags
-                flags[slots] = np.asarray(source[key])[slots].astype(bool)
+            for key in keys:
+                told = slots & source.get(f"_{key}", True)
+                if key in source and told.any():
+                    flags = np.zeros(self.num_envs, bool) if flags is None else flags
+                    flags[told] = np.asarray(source[key])[told].astype(np.float32) > 0  # NaN is not
+                    break
         return flags
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
