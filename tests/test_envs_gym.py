@@ -411,6 +411,27 @@ BOUNDS, VECTORS = "; only continuous actions with finite bounds", "; only vector
     [
         ("single_action_space", MultiBinary(2), f"action space MultiBinary(2){BOUNDS}"),
         ("single_action_space", Box(-np.inf, np.inf, (1,), np.float32), f"space Box(-inf, inf, ... {BOUNDS}"),
+        (
+            "single_action_space",
+            Box(np.array([-1, -1], np.float32), np.array([1, np.inf], np.float32)),
+            f"{BOUNDS} can be used, and action 1 lies in [-1, inf]",
+        ),
+        (
+            "single_action_space",
+            Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (2, 2), np.float32),
+            f"{BOUNDS} can be used, and action 0 lies in [-3.40282e+38, 3.40282e+38], where 1e+18",
+        ),
+        (
+            "single_action_space",
+            Box(0, np.finfo(np.float64).max, (1,), np.float64),
+            f"{BOUNDS} can be used, and action 0 lies in [0, 1.79769e+308], where 1e+18",
+        ),
+        (
+            "single_action_space",
+            Box(np.array([-1, 3], np.float32), np.array([1, 3], np.float32)),
+            "in which action 1 is always 3; leave it out",
+        ),
+        ("single_action_space", Box(-5, 5, (2,), np.int64), f"space Box(-5, 5, (2,), int64){BOUNDS}"),
         ("single_observation_space", Discrete(5), "Discrete(5) among its observations; only Box"),
         ("single_observation_space", Box(0, 1, (8, 8, 1), np.float32), f"(8, 8, 1), ... an image{VECTORS}"),
         (

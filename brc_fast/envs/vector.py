@@ -26,6 +26,7 @@ from .base import GymnasiumFace, Seed, Step, check_start, finite_rows
 
 log = logging.getLogger(__name__)
 
+WIDEST = 1e18  # bound of an action: its square is finite in float32
 SUCCESS = (
     "success",
     "is_success",
@@ -327,18 +328,25 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
 def check_spaces(task: str, observation_space: Space[Any], action_space: Space[Any]) -> None:
     """Raise InputError unless observations are an image or can be made a vector, and actions are discrete, or
     continuous and bounded."""
-    if not (
-        isinstance(action_space, spaces.Discrete)
-        or (
-            isinstance(action_space, spaces.Box)
-            and np.issubdtype(action_space.dtype, np.floating)
-            and action_space.is_bounded()
-        )
-    ):
+    box = isinstance(action_space, spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
+    if not (box or isinstance(action_space, spaces.Discrete)):
         raise InputError(
             f"{task} has the action space {action_space}; only continuous actions with finite bounds, and "
             "discrete ones, can be used"
         )
+    bounds = zip(action_space.low.flat, action_space.high.flat, strict=True) if box else ()
+    for number, (low, high) in enumerate(bounds):
+        if not -WIDEST <= low <= high <= WIDEST:
+            raise InputError(
+                f"{task} has the action space {action_space}; only continuous actions with finite bounds can "
+                f"be used, and action {number} lies in [{low:g}, {high:g}], where {WIDEST:g} and more is no "
+                "bound; give the space those that the task uses, or wrap it in Gymnasium's TransformAction"
+            )
+        if low == high:
+            raise InputError(
+                f"{task} has the action space {action_space}, in which action {number} is always {low:g}; "
+                "leave it out"
+            )
     if not is_image(observation_space):
         check_vectors(task, observation_space)
 
