@@ -143,19 +143,22 @@ class Slot(gymnasium.Wrapper[Any, Any, Any, Any]):
                 wanted, got = list(self.unflattened.shape), list(image.shape)
                 raise ValueError(f"an observation must be uint8 {wanted}, got {image.dtype} {got}")
             return image
-        if isinstance(self.unflattened, gymnasium.spaces.Box):
-            flat = np.array(observation, np.float32).ravel()
-        else:
-            parts = [np.ravel(leaf) for leaf in leaves(self.unflattened, observation)]
-            flat = np.concatenate(parts, dtype=np.float32)
+        with np.errstate(over="ignore"):  # infinity, which is told where it is checked
+            if isinstance(self.unflattened, gymnasium.spaces.Box):
+                flat = np.array(observation, np.float32).ravel()
+            else:
+                parts = [np.ravel(leaf) for leaf in leaves(self.unflattened, observation)]
+                flat = np.concatenate(parts, dtype=np.float32)
         if flat.shape != self._zeros.shape:
             raise ValueError(f"an observation must have {self._zeros.size} numbers, got {flat.size}")
         return flat
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         self.busy = True
-        observation, _ = self.env.reset(**kwargs)
-        self._last = self._read(observation)
+        result = self.env.reset(**kwargs)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise ValueError(f"reset must return (observation, info), got {result!r:.60}")
+        self._last = self._read(result[0])
         self.busy = False
         return self._last, {}
 
@@ -169,17 +172,34 @@ class Slot(gymnasium.Wrapper[Any, Any, Any, Any]):
         try:
             observation, reward, terminated, truncated, info = self.env.step(action)
         except Exception as error:
+            if _wants_five_values(error):
+                form = "(observation, reward, terminated, truncated, info)"
+                raise ValueError(f"step must return {form}: {error}") from error
             if type(error).__name__ != "PhysicsError":  # dm_control's word for a state that is not finite
                 raise
             return self._last, 0.0, False, True, {"lost": True}
         seen = self._read(observation)
+        if isinstance(reward, np.ndarray):
+            if reward.size != 1:
+                raise ValueError(f"a reward must be one number, got {reward.size}")
+            reward = reward.item()
         # Zero times what is not finite is NaN; a fifth of the time of np.isfinite(seen).all().
         finite = self.image or math.isfinite(seen.dot(self._zeros))
         if not (finite and math.isfinite(reward)):
             return self._last, 0.0, False, True, {"lost": True}
         self._last = seen
         told = next((info[key] for key in SUCCESS if info.get(key) is not None), None)
-        return seen, reward, terminated, truncated, {} if told is None else {"success": bool(told > 0)}
+        kept = {} if told is None else {"success": bool(told > 0)}
+        return seen, reward, bool(terminated), bool(truncated), kept
+
+
+def _wants_five_values(error: Exception) -> bool:
+    """Whether a wrapper of Gymnasium's could not unpack what the environment's step returned."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    by = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__"))
+    return isinstance(error, ValueError) and "to unpack" in str(error) and by.startswith("gymnasium.wrappers")
 
 
 def _leave_signals_to_the_parent() -> None:

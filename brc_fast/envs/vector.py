@@ -225,7 +225,8 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
     ) -> Step:
         observations = self._read(raw, self.num_envs)
         successors = observations.copy()
-        rewards = np.array(rewards, np.float32)
+        with np.errstate(over="ignore"):  # infinity, which `check_finite` tells
+            rewards = np.array(rewards, np.float32)
         terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
         for name, values in (("rewards", rewards), ("terminated", terminated), ("truncated", truncated)):
             self._check_shape(name, values, self.num_envs)
