@@ -6,7 +6,9 @@ functions that return a configuration; there is nothing to subclass.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from difflib import SequenceMatcher
 from types import UnionType
@@ -20,6 +22,14 @@ MOST_NETWORKS = 1_000  # of an ensemble, and blocks of a network: each is an obj
 BODIES = ["bronet", "simba", "mlp"]  # names of bodies; nn.bodies has the networks
 LOSSES = ["categorical", "mse"]  # of critics' losses: nn.losses
 CONDITIONINGS = ["embedding", "heads", "one_hot", "none"]  # of ways to tell tasks apart: nn.conditioning
+MOST_KWARGS = 10_000  # characters
+_MAKES = "it is an argument of gymnasium.make, not of the environment"
+RESERVED = {  # keyword arguments of environments that are not theirs
+    **dict.fromkeys(("id", "disable_env_checker", "vectorization_mode", "vector_kwargs", "wrappers"), _MAKES),
+    "max_episode_steps": "give episode_length (--env.episode-length) instead",
+    "num_envs": "give num_envs (--num-envs) instead",
+    "render_mode": "brc-fast video chooses it",
+}
 LONGEST_EPISODE = 1_000_000  # environment steps; an evaluation waits for ten such episodes
 
 
@@ -138,6 +148,33 @@ class LearningConfig:
         _finite(self, "target_entropy_per_action")
 
 
+def keywords(text: str) -> dict[str, Any]:
+    """Keyword arguments out of a JSON object: plain values only, so that settings of a stranger can say no
+    more than an environment takes. InputError for all else."""
+    found: object = None
+    if len(text) <= MOST_KWARGS:
+        with suppress(ValueError, RecursionError):
+            given = json.loads(text)
+            json.dumps(given, allow_nan=False)  # NaN and infinity are not JSON
+            found = given
+    if not isinstance(found, dict):
+        raise InputError(
+            f"kwargs must be a JSON object of at most {MOST_KWARGS} characters, such as "
+            f"'{{\"gain\": 2.0}}', got {text!r:.60}"
+        )
+    return check_keywords(found)
+
+
+def check_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same keyword arguments; InputError for a name that is none or that has a setting of its own."""
+    for name in kwargs:
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise InputError(f"kwargs must have names of arguments, got {name!r:.60}")
+        if name in RESERVED:
+            raise InputError(f"kwargs cannot set {name}: {RESERVED[name]}")
+    return kwargs
+
+
 @dataclass(frozen=True)
 class EnvConfig:
     """How tasks are simulated; see envs.make."""
@@ -155,8 +192,12 @@ class EnvConfig:
     step_seconds: float | None = None
     """Seconds after which a process that is still at a step or a reset counts as dead; no limit when not
     given."""
+    kwargs: str | None = None
+    """Arguments of the environment's constructor, for gym/ tasks: a JSON object such as '{"gain": 2.0}'."""
 
     def __post_init__(self) -> None:
+        if self.kwargs is not None:
+            object.__setattr__(self, "kwargs", json.dumps(keywords(self.kwargs)))  # in one form
         _require(self, "positive", self.episode_length is None or self.episode_length > 0, "episode_length")
         _require(self, "0 or more", self.restarts >= 0, "restarts")
         _require(self, "positive", self.step_seconds is None or self.step_seconds > 0, "step_seconds")

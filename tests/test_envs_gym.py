@@ -1,7 +1,9 @@
 """Gymnasium and dm_control behind the adapter: a wrong successor shows in the tags of a counter."""
 
 import contextlib
+import dataclasses
 import importlib.util
+import json
 import logging
 import multiprocessing
 import os
@@ -25,6 +27,7 @@ from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscr
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
+from brc_fast.config import EnvConfig, TrainConfig, from_dict
 from brc_fast.envs import make
 from brc_fast.envs.base import check_finite
 from brc_fast.envs.gym import make_gym
@@ -85,6 +88,8 @@ class Counter(gymnasium.Env):
         self.start = np.float32(self.np_random.random())
         self.episode = 1 if seed is not None else self.episode + 1
         self.steps = 0
+        if self.trouble == "bare start":
+            return self.observe()
         starts = {"short start": np.zeros(1), "nan start": np.full(3, np.nan)}
         return starts.get(self.trouble, self.observe()), {"success": True}  # of no step, must not be read
 
@@ -105,6 +110,12 @@ class Counter(gymnasium.Env):
             observation = {"short": np.zeros(1), "long": np.zeros(4), "text": "three"}[self.trouble]
         if tripped and self.trouble == "no reward":
             reward = None
+        if tripped and self.trouble == "two rewards":
+            reward = np.ones(2)
+        if tripped and self.trouble == "four values":
+            return observation, reward, False, info
+        if self.trouble == "array reward":
+            reward = np.array([reward])
         if tripped and self.trouble == "exit":
             os._exit(7)
         if self.trouble in ("success", "is_success"):
@@ -654,6 +665,77 @@ def test_an_id_with_only_a_vector_implementation_runs_as_that():
         del gymnasium.registry["OnlyVector-v0"]
 
 
+# Arguments of the constructor
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_keyword_arguments_reach_the_environment(processes):
+    for kwargs in ({"low": -7.0, "high": 7.0}, '{"low": -7.0, "high": 7.0}'):
+        with contextlib.closing(make(registered(), 1, kwargs=kwargs, processes=processes)) as env:
+            env.reset(seed=0)
+            assert env.venv.single_action_space == Box(-7.0, 7.0, (1,), np.float32)
+
+
+def test_keyword_arguments_go_over_those_of_the_registration_and_to_gym_tasks_alone():
+    env = make([registered(low=-3.0), registered(low=-4.0)], 1, kwargs={"high": 9.0})
+    assert [group.venv.single_action_space.low[0] for group in env.groups] == [-3.0, -4.0]
+    assert [group.venv.single_action_space.high[0] for group in env.groups] == [9.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"hihg": 2.0}, "unexpected keyword argument 'hihg' ... kwargs (--env.kwargs) are the arguments"),
+        ({"dtype": "abc"}, "kwargs (--env.kwargs) are the arguments of its constructor"),
+        ({1: 2}, "kwargs must have names of arguments, got 1"),
+        ({"max_episode_steps": 3}, "kwargs cannot set max_episode_steps: give episode_length"),
+        ({"render_mode": "human"}, "kwargs cannot set render_mode"),
+        ('{"id": "Hopper-v5"}', "kwargs cannot set id"),
+        ([1], "kwargs must be a dictionary or a JSON object, got [1]"),
+    ],
+)
+def test_keyword_arguments_that_cannot_be_used_are_refused(kwargs, words):
+    with pytest.raises(InputError, match=says(words)):
+        make(registered(), 1, kwargs=kwargs)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gain=2",
+        "[1]",
+        "3",
+        '{"a": NaN}',
+        '{"a": 1e999}',
+        '{"a": ' + "9" * 5000 + "}",
+        "[" * 9000,
+        " " * 20_000,
+    ],
+)
+def test_keyword_arguments_in_settings_are_a_json_object(text):
+    with pytest.raises(InputError, match="kwargs must be a JSON object of at most 10000 characters, such as"):
+        EnvConfig(kwargs=text)
+
+
+def test_keyword_arguments_are_kept_with_the_settings_of_a_run():
+    config = TrainConfig(env=EnvConfig(kwargs='{"gain":2.0,  "modes": ["a", null]}'))
+    kept = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert from_dict(TrainConfig, kept) == config
+    assert config.env == EnvConfig(kwargs='{"gain": 2.0, "modes": ["a", null]}')
+    kept["env"]["kwargs"] = {"gain": 2.0}
+    with pytest.raises(InputError, match="kwargs must be"):
+        from_dict(TrainConfig, kept)
+
+
+def test_a_constructor_that_needs_arguments_says_how_to_give_them():
+    gymnasium.register("Needy-v0", lambda need: Counter(), max_episode_steps=LENGTH)
+    with pytest.raises(
+        InputError, match=says("Needy-v0 cannot be made ... 'need' ... kwargs (--env.kwargs)")
+    ):
+        make("gym/Needy-v0", 1)
+    assert make("gym/Needy-v0", 1, kwargs={"need": True}).num_envs == 1
+
+
 # Worker processes
 
 
@@ -776,6 +858,8 @@ def test_an_environment_that_cannot_be_closed_does_not_hide_what_it_raised(caplo
         ("long", "ValueError: ... 3 numbers, got 4"),
         ("text", "ValueError: could not convert string to float"),
         ("no reward", "TypeError: must be real number, not NoneType"),
+        ("two rewards", "ValueError: a reward must be one number, got 2"),
+        ("four values", "ValueError: step must return (observation, reward, terminated, truncated, info)"),
     ],
 )
 def test_a_step_of_another_shape_or_type_is_told_with_task_slot_and_step(workers, trouble, what, processes):
@@ -791,6 +875,10 @@ def test_a_step_of_another_shape_or_type_is_told_with_task_slot_and_step(workers
     ("trouble", "what"),
     [
         ("short start", ", in the reset: slot 0 raised ValueError: ... 3 numbers, got 1"),
+        (
+            "bare start",
+            ", in the reset: slot 0 raised ValueError: reset must return (observation, info), got ",
+        ),
         ("nan start", " are not finite in environment 0 in the reset; "),
     ],
 )
@@ -798,6 +886,12 @@ def test_a_start_that_cannot_be_used_is_told_with_task_and_slot(workers, trouble
     env = workers(trouble=trouble, restarts=0, processes=processes, count=1)
     with pytest.raises((WorkerError, InputError), match=says(f"{env.task_names[0]}{what}")):
         env.reset_tensors(0)
+
+
+def test_a_reward_may_be_an_array_of_one_number():
+    env = make_gym(registered(trouble="array reward"), N)
+    env.reset_tensors(0)
+    assert [step.rewards.tolist() for step in run(env, 2)] == [[1.0] * N, [2.0] * N]
 
 
 def test_a_constructor_that_raises_is_told_with_the_task():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from brc_fast.config import check_keywords, keywords
 from brc_fast.errors import InputError, MissingExtraError
 
 from .suites import body, expand, list_tasks, resolve
@@ -35,6 +36,8 @@ def make(
     processes: bool | None = None,
     restarts: int = 3,
     step_seconds: float | None = None,
+    kwargs: Mapping[str, Any] | str | None = None,
+    render: bool = False,
     quiet: bool = False,
 ) -> MJXVectorEnv | VectorAdapter | MultiTaskEnv:
     """Make a vector environment of one task, or of several side by side.
@@ -51,6 +54,8 @@ def make(
                      which means yes for dmc/ and humanoidbench/ with several slots, and no for gym/
     restarts:        how often the processes of a task are started again after one has died
     step_seconds:    a process that needs longer for a step or a reset counts as dead; None: there is no limit
+    kwargs:          arguments of the environments' constructor, or a JSON object of such (gym/ tasks)
+    render:          make environments that can draw themselves, for `brc_fast.runs.video` (gym/ tasks)
     quiet:           no compile progress on stderr
 
     Raises InputError for a name or number that cannot be used, MissingExtraError where the simulator is
@@ -68,12 +73,18 @@ def make(
         raise InputError(f"randomize must be True, False or a function, got {randomize!r}")
     if impl not in ("jax", "warp"):
         raise InputError(f"impl must be 'jax' or 'warp', got {impl!r}")
+    if isinstance(kwargs, str):
+        kwargs = keywords(kwargs)
+    elif not isinstance(kwargs, Mapping | None):
+        raise InputError(f"kwargs must be a dictionary or a JSON object, got {kwargs!r:.60}")
+    kwargs = check_keywords(dict(kwargs or {}))
     backends = {resolve(task)[0] for task in names}
     for name, asked, takers in (
         ("impl", impl != "jax", {"mjx"}),
         ("randomize", bool(randomize), {"mjx"}),
         ("processes", processes is not None, {"gym", "dmc", "humanoidbench"}),
         ("step_seconds", step_seconds is not None, {"gym", "dmc", "humanoidbench"}),
+        ("kwargs", bool(kwargs), {"gym"}),
     ):
         if asked and not takers & backends:
             suited = ", ".join(f"{taker}/..." for taker in sorted(takers))
@@ -86,7 +97,10 @@ def make(
         if backend == "mjx":
             bodies.setdefault(body(task), []).append(task)
             continue
-        groups.append(_simulated(task, num_envs, seed, episode_length, processes, restarts, step_seconds))
+        gym: dict[str, Any] = {"processes": processes, "restarts": restarts, "step_seconds": step_seconds}
+        if backend == "gym":
+            gym |= {"kwargs": kwargs, "render": render}
+        groups.append(_simulated(task, num_envs, seed, episode_length, gym))
     for together in bodies.values():
         groups.append(_mjx(tuple(together), num_envs, seed, episode_length, impl, randomize, quiet))
     if len(groups) == 1:
@@ -125,11 +139,9 @@ def _simulated(
     num_envs: int,
     seed: int,
     episode_length: int | None,
-    processes: bool | None,
-    restarts: int,
-    step_seconds: float | None,
+    gym: dict[str, Any],
 ) -> VectorAdapter:
-    """One task of a simulator that runs on the CPU."""
+    """One task of a simulator that runs on the CPU; `gym` has further arguments of `make_gym`."""
     backend, _ = resolve(task)
     if _missing("gymnasium"):
         raise MissingExtraError(f"{backend}/... environments", _EXTRA[backend])
@@ -143,15 +155,7 @@ def _simulated(
     if here:
         from .gym import make_gym
 
-        return make_gym(
-            task,
-            num_envs,
-            seed,
-            episode_length=episode_length,
-            processes=processes,
-            restarts=restarts,
-            step_seconds=step_seconds,
-        )
+        return make_gym(task, num_envs, seed, episode_length=episode_length, **gym)
     from .envpool import make_envpool
 
     return make_envpool(task, num_envs, seed, episode_length=episode_length)

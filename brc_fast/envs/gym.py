@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import TimeoutError, get_context, parent_process
@@ -64,6 +64,8 @@ def make_gym(
     processes: bool | None = None,
     restarts: int = 3,
     step_seconds: float | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    render: bool = False,
 ) -> VectorAdapter:
     """Slots of a task `gym/<id>`, `gym/<module>:<id>`, `dmc/<domain>-<task>` or `humanoidbench/<id>`.
 
@@ -72,13 +74,15 @@ def make_gym(
                      humanoidbench with more than one slot. An id that Gymnasium has only as a vector
                      environment always runs in this one
     restarts:        times that all workers are started anew, after one died, before WorkerError is raised
+    kwargs:          arguments of the environments' constructor
+    render:          make environments that can draw themselves, where they can
     step_seconds:    a worker that takes longer than this for a step or a reset counts as dead; default: none
 
     Raises InputError for an id that does not exist or cannot be used, MissingExtraError for `dmc` without its
     extra. What an environment raises is the cause of a SimulatorError.
     """
     suite, _, name = task.partition("/")
-    kwargs: dict[str, Any] = {}
+    given, kwargs = kwargs, dict(kwargs or {})
     if suite == "dmc":
         if any(importlib.util.find_spec(module) is None for module in ("shimmy", "dm_control")):
             raise MissingExtraError("dmc/... environments", "dmc")
@@ -91,7 +95,7 @@ def make_gym(
         kwargs["max_episode_steps"] = episode_length
 
     module, _, registered = name.rpartition(":")
-    with _explained(task), _silence():
+    with _explained(task, given), _silence():
         if module:
             importlib.import_module(module)
         spec = gymnasium.spec(registered)
@@ -100,8 +104,14 @@ def make_gym(
             limit = episode_length or spec.max_episode_steps
             return VectorAdapter(venv, task, seed, max_episode_steps=limit)
         # A spec also carries what the running script has registered; a module registers its own everywhere.
-        factory = SlotFactory(name if module else replace(spec, order_enforce=False), kwargs)
-        factory.spare = probe = factory()
+        made = name if module else replace(spec, order_enforce=False)
+        factory = SlotFactory(made, kwargs)
+        if render:
+            with suppress(TypeError):  # of a constructor that takes no render_mode
+                drawn = SlotFactory(made, {**kwargs, "render_mode": "rgb_array"})
+                drawn.spare = drawn()
+                factory = drawn
+        probe = factory.spare = factory.spare or factory()
     check_spaces(task, probe.unflattened, probe.action_space)
     if processes is None:
         processes = suite != "gym" and num_envs > 1
@@ -490,9 +500,9 @@ def _silence() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(task: str) -> Iterator[None]:
-    """Turn what Gymnasium says of an id into an InputError, and what a constructor raises into an error that
-    names the task."""
+def _explained(task: str, kwargs: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Turn what Gymnasium says of an id, or a constructor of its arguments, into an InputError, and what it
+    raises otherwise into an error that names the task."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -511,4 +521,8 @@ def _explained(task: str) -> Iterator[None]:
     except (InputError, _Failure):
         raise
     except Exception as error:
-        simulator_error(f"{task} cannot be made: {type(error).__name__}: {error}", error)
+        told = f"{task} cannot be made: {type(error).__name__}: {error}"
+        asks = isinstance(error, TypeError) and "missing" in str(error)
+        if asks or (kwargs and isinstance(error, (TypeError, ValueError))):
+            raise InputError(f"{told}; kwargs (--env.kwargs) are the arguments of its constructor") from error
+        simulator_error(told, error)
