@@ -222,6 +222,56 @@ def test_envs_lists_all_25_names_of_a_suite(capsys: pytest.CaptureFixture[str]) 
     assert {CARTPOLE, "mjx/HumanoidRun", "mjx/PendulumSwingup"} <= set(names)
 
 
+@pytest.mark.parametrize(
+    ("backend", "extra", "one"),
+    [
+        ("gym", "gym", "gym/Pendulum-v1"),
+        ("mjx", "mjx", CARTPOLE),
+        ("dmc", "dmc", "dmc/dog-run"),
+        ("envpool", "envpool", "envpool/WalkerRun-v1"),
+        ("metaworld", "envpool", "metaworld/reach-v3"),
+    ],
+)
+def test_envs_lists_what_a_simulator_has_here(
+    backend: str, extra: str, one: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require(extra)
+    assert cli.main(["envs", backend]) == 0
+    names = capsys.readouterr().out.split()
+    assert one in names
+    assert len(names) == len(set(names)) > 20
+    assert all(name.startswith(f"{backend}/") for name in names)
+
+
+def test_envs_of_gym_are_each_of_the_newest_version(capsys: pytest.CaptureFixture[str]) -> None:
+    require("gym")
+    assert cli.main(["envs", "gym"]) == 0
+    names = capsys.readouterr().out.split()
+    assert [name for name in names if name.startswith("gym/HalfCheetah-")] == ["gym/HalfCheetah-v5"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "module", "extra"),
+    [
+        ("gym", "gymnasium", "gym"),
+        ("mjx", "jax", "mjx"),
+        ("dmc", "dm_control", "dmc"),
+        ("metaworld", "envpool", "envpool"),
+    ],
+)
+def test_envs_of_a_simulator_that_is_not_there_names_its_extra(
+    backend: str, module: str, extra: str, tmp_path: Path
+) -> None:
+    require("gymnasium")
+    code = f"import sys; sys.modules[{module!r}] = None; import importlib.util as u; find = u.find_spec; "
+    code += f"u.find_spec = lambda name: None if name == {module!r} else find(name); "
+    code += f"from brc_fast.command.main import main; sys.exit(main(['envs', {backend!r}]))"
+    result = fresh.run(code, tmp_path)
+    assert result.returncode == 2
+    assert f"brc-fast[{extra}]" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
 def test_doctor_tells_versions_devices_and_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

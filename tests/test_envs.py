@@ -87,7 +87,14 @@ def test_suites_are_the_papers():
     [
         ({"tasks": "mjx/CartpoleSwingUp"}, "task 'mjx/CartpoleSwingUp'; nearest: mjx/CartpoleSwingup, "),
         ({"tasks": "metaworld/reech-v3"}, "task 'metaworld/reech-v3'; nearest: metaworld/reach-v3, "),
-        ({"tasks": "HopperHop"}, "task 'HopperHop'; nearest: mjx/HopperHop, ... all names: brc-fast envs"),
+        ({"tasks": "HopperHop"}, "task 'HopperHop'; did you mean mjx/HopperHop; all names: brc-fast envs"),
+        ({"tasks": "HoperHop"}, "task 'HoperHop'; nearest: mjx/HopperHop, ... all names: brc-fast envs"),
+        ({"tasks": "Hopper-v5"}, "task 'Hopper-v5'; did you mean gym/Hopper-v5; "),
+        ({"tasks": "Hoper-v5"}, "task 'Hoper-v5'; nearest: gym/Hopper-v5, "),
+        ({"tasks": "reach-v3"}, "task 'reach-v3'; did you mean metaworld/reach-v3; "),
+        ({"tasks": "dog-run"}, "task 'dog-run'; did you mean dmc/dog-run; "),
+        ({"tasks": "my_envs:Mine-v0"}, "task 'my_envs:Mine-v0'; did you mean gym/my_envs:Mine-v0; "),
+        ({"tasks": "phys2d/CartPole-v1"}, "known suites: mjx, ... did you mean gym/phys2d/CartPole-v1; "),
         ({"tasks": "metaworld/mt5"}, "task 'metaworld/mt5'; nearest: metaworld/mt50, "),
         ({"tasks": "dmc25"}, "task 'dmc25'; nearest: mjx/dmc25, mjx/dmc-easy, "),
         (

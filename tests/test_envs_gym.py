@@ -613,7 +613,14 @@ def test_a_state_that_does_not_fit_is_refused(change, message):
     ("task", "message"),
     [
         ("gym/Pendulom-v1", "gym/Pendulom-v1 cannot be made: ... Did you mean: "),
-        ("gym/no_such_module:Foo-v0", "not installed: No module named 'no_such_module'"),
+        ("gym/Pendulom-v1", "; nearest: gym/Pendulum-v1, "),
+        ("gym/Pendulum", "; nearest: gym/Pendulum-v1, "),
+        ("gym/gymnasium.envs:Pendulom-v1", "; nearest: gym/gymnasium.envs:Pendulum-v1, "),
+        (
+            "gym/no_such_module:Foo-v0",
+            "not installed: ... 'no_such_module' ... PYTHONPATH=FOLDER",
+        ),
+        ("gym/no.such.module:Foo-v0", "not installed: No module named 'no' ... PYTHONPATH=FOLDER"),
     ],
 )
 def test_a_name_that_cannot_be_used_is_an_input_error(task, message):
@@ -624,6 +631,19 @@ def test_a_name_that_cannot_be_used_is_an_input_error(task, message):
 @pytest.mark.skipif(
     importlib.util.find_spec("humanoid_bench") is not None, reason="humanoid_bench is installed"
 )
+def test_a_module_that_lacks_another_is_not_looked_for_in_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "lacking.py").write_text("import no_such_simulator")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"No module named 'no_such_simulator'$"):
+        make_gym("gym/lacking:Foo-v0", 1)
+
+
+@needs_dmc
+def test_a_misspelt_dmc_task_is_told_the_nearest():
+    with pytest.raises(InputError, match="; nearest: dmc/dog-run, "):
+        make("dmc/dog-rum", 1)
+
+
 def test_humanoidbench_says_where_it_comes_from():
     with pytest.raises(InputError, match=r"needs humanoid_bench, .*clone https"):
         make_gym("humanoidbench/h1-walk-v0", 1)
@@ -729,9 +749,7 @@ def test_keyword_arguments_are_kept_with_the_settings_of_a_run():
 
 def test_a_constructor_that_needs_arguments_says_how_to_give_them():
     gymnasium.register("Needy-v0", lambda need: Counter(), max_episode_steps=LENGTH)
-    with pytest.raises(
-        InputError, match=says("Needy-v0 cannot be made ... 'need' ... kwargs (--env.kwargs)")
-    ):
+    with pytest.raises(InputError, match=says("Needy-v0 cannot be made ... 'need' ... --env.kwargs")):
         make("gym/Needy-v0", 1)
     assert make("gym/Needy-v0", 1, kwargs={"need": True}).num_envs == 1
 

@@ -368,16 +368,16 @@ def plot(words: list[str]) -> int:
 
 
 def envs(words: list[str]) -> int:
-    """Print what names there are, or the tasks of a suite."""
-    from brc_fast.envs import list_tasks
+    """Print what names there are, or the tasks of a suite or simulator."""
+    from brc_fast.envs import installed, list_tasks
     from brc_fast.envs.suites import BACKENDS, SUITES, UNAVAILABLE
 
     if len(words) > 1:
         raise InputError(f"brc-fast envs takes at most one suite, got {' '.join(words)}")
     if words:
-        print("\n".join(list_tasks(words[0])))
+        print("\n".join(installed(words[0]) if words[0] in BACKENDS else list_tasks(words[0])))
         return 0
-    print("tasks")
+    print("tasks (brc-fast envs gym lists those that are installed, and so on)")
     for backend, meaning in BACKENDS.items():
         print(f"  {backend + '/...':<24}{meaning}")
     print("suites (brc-fast envs SUITE lists the tasks)")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from brc_fast.config import check_keywords, keywords
 from brc_fast.errors import InputError, MissingExtraError
 
-from .suites import body, expand, list_tasks, resolve
+from .suites import KNOWN, body, expand, list_tasks, resolve
 
 if TYPE_CHECKING:
     from ._playground import Randomizer
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .multitask import MultiTaskEnv
     from .vector import VectorAdapter
 
-__all__ = ["expand", "list_tasks", "make", "resolve"]
+__all__ = ["expand", "installed", "list_tasks", "make", "resolve"]
 
 log = logging.getLogger(__name__)
 _EXTRA = {"gym": "gym", "dmc": "dmc", "envpool": "envpool", "metaworld": "envpool", "humanoidbench": "gym"}
@@ -159,6 +159,26 @@ def _simulated(
     from .envpool import make_envpool
 
     return make_envpool(task, num_envs, seed, episode_length=episode_length)
+
+
+def installed(backend: str) -> tuple[str, ...]:
+    """Task ids that a simulator of `suites.BACKENDS` has here, in the order of its own list.
+
+    Raises MissingExtraError where it is not installed.
+    """
+    if backend == "mjx":
+        if any(map(_missing, _MJX_NEEDS)):
+            raise MissingExtraError("mjx/... environments", "mjx")
+        return tuple(f"mjx/{name}" for name in KNOWN["mjx"])
+    if _missing("gymnasium"):
+        raise MissingExtraError(f"{backend}/... environments", _EXTRA[backend])
+    if backend in ("envpool", "metaworld"):
+        from .envpool import list_envpool
+
+        return list_envpool(backend)
+    from .gym import list_gym
+
+    return list_gym(backend)
 
 
 def _missing(module: str) -> bool:

@@ -129,7 +129,7 @@ def check_finite(step: Step, env: VectorEnvironment, step_number: int) -> None:
             slot = int(bad.nonzero()[0])
             raise InputError(
                 f"{name} of {env.task_names[env.task_ids[slot]]} are not finite in environment {slot} "
-                f"at step {step_number}; the task must return numbers that float32 holds, or mark the slot as "
+                f"at step {step_number}; the task must return numbers that float32 holds or mark the slot as "
                 "dropped"
             )
 

@@ -167,12 +167,7 @@ def make_envpool(
     observations that cannot be used.
     """
     suite, _, rest = task.partition("/")
-    try:
-        known = importlib.import_module("envpool").list_all_envs()
-    except ModuleNotFoundError as error:
-        if error.name != "envpool":
-            raise
-        raise MissingExtraError(f"{suite}/... environments", "envpool") from error
+    known = _known(suite)
     name = rest
     if suite == "metaworld":
         base, _, version = re.sub("-v2-goal-observable$", "-v3", rest).rpartition("-")
@@ -190,6 +185,25 @@ def make_envpool(
         config["max_episode_steps"] = episode_length
     pool = Pool(name, num_envs, **config)
     return VectorAdapter(pool, task, seed, max_episode_steps=pool.max_episode_steps)
+
+
+def list_envpool(backend: str) -> tuple[str, ...]:
+    """Task ids of envpool/ or metaworld/; MissingExtraError without EnvPool."""
+    known = _known(backend)
+    if backend == "metaworld":
+        return tuple(f"{_metaworld(name)}" for name in known if name.startswith("MetaWorld/"))
+    return tuple(f"envpool/{name}" for name in known)
+
+
+def _known(suite: str) -> list[str]:
+    """EnvPool's ids."""
+    try:
+        known: list[str] = importlib.import_module("envpool").list_all_envs()
+    except ModuleNotFoundError as error:
+        if error.name != "envpool":
+            raise
+        raise MissingExtraError(f"{suite}/... environments", "envpool") from error
+    return known
 
 
 def _camel(words: str) -> str:

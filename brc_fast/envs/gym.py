@@ -7,6 +7,7 @@ not finite ends the episode inside the worker, marked as lost. And when a worker
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import logging
@@ -84,8 +85,7 @@ def make_gym(
     suite, _, name = task.partition("/")
     given, kwargs = kwargs, dict(kwargs or {})
     if suite == "dmc":
-        if any(importlib.util.find_spec(module) is None for module in ("shimmy", "dm_control")):
-            raise MissingExtraError("dmc/... environments", "dmc")
+        _require_dmc()
         name = f"shimmy:dm_control/{name}-v0"
         if episode_length is not None:
             kwargs["task_kwargs"] = {"time_limit": math.inf}
@@ -121,6 +121,45 @@ def make_gym(
             return Workers(factory, num_envs, step_seconds) if processes else Here(factory, num_envs)
 
     return GymAdapter(build, task, seed, probe.max_episode_steps, restarts)
+
+
+def list_gym(backend: str) -> tuple[str, ...]:
+    """Task ids of gym/ (of each name the newest version), dmc/ or humanoidbench/; MissingExtraError or
+    InputError where it is not installed."""
+    if backend == "gym":
+        newest: dict[tuple[str | None, str], Any] = {}
+        for spec in gymnasium.registry.values():
+            known = newest.get((spec.namespace, spec.name))
+            if known is None or (spec.version or 0) > (known.version or 0):
+                newest[spec.namespace, spec.name] = spec
+        return tuple(f"gym/{spec.id}" for spec in newest.values())
+    if backend == "dmc":
+        _require_dmc()
+        with _silence():
+            suite = importlib.import_module("dm_control.suite")
+        return tuple(f"dmc/{domain}-{task}" for domain, task in suite.ALL_TASKS)
+    with _explained("humanoidbench/...", None), _silence():
+        before = set(gymnasium.registry)
+        importlib.import_module("humanoid_bench")
+    return tuple(f"humanoidbench/{name}" for name in gymnasium.registry if name not in before)
+
+
+def _nearest(backend: str, name: str) -> str:
+    """Tasks whose ids resemble `name`."""
+    if backend == "gym":
+        module, colon, wanted = name.rpartition(":")
+        tasks = {known: f"gym/{module}{colon}{known}" for known in gymnasium.registry}
+    else:
+        wanted = name
+        tasks = {task.partition("/")[2]: task for task in list_gym(backend)}
+    by_lower = {known.lower(): task for known, task in tasks.items()}
+    close = difflib.get_close_matches(wanted.lower(), by_lower, n=4, cutoff=0.0)
+    return ", ".join(by_lower[key] for key in close)
+
+
+def _require_dmc() -> None:
+    if any(importlib.util.find_spec(module) is None for module in ("shimmy", "dm_control")):
+        raise MissingExtraError("dmc/... environments", "dmc")
 
 
 class Slot(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -513,11 +552,20 @@ def _explained(task: str, kwargs: Mapping[str, Any] | None = None) -> Iterator[N
             ) from error
         if error.name in ("imageio", "packaging"):  # Gymnasium's MuJoCo tasks import them
             raise MissingExtraError(task, "gym") from error
+        module = task.partition("/")[2].rpartition(":")[0]
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            raise InputError(
+                f"{task} needs a module that is not installed: {error}; if it is a file of your own, say "
+                "where: PYTHONPATH=FOLDER brc-fast ..."
+            ) from error
         raise InputError(f"{task} needs a module that is not installed: {error}") from error
     except ImportError as error:
         raise InputError(f"{task} cannot be imported: {error}") from error
     except gymnasium.error.Error as error:
-        raise InputError(f"{task} cannot be made: {error}") from error
+        prefix, _, rest = task.partition("/")
+        known = rest.rpartition(":")[2] in gymnasium.registry
+        hint = "" if known else f"; nearest: {_nearest(prefix, rest)}"
+        raise InputError(f"{task} cannot be made: {error}{hint}") from error
     except (InputError, _Failure):
         raise
     except Exception as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Sequence
@@ -102,7 +104,7 @@ BACKENDS = {
     "metaworld": "a MetaWorld task, metaworld/reach-v3 (runs in EnvPool)",
     "humanoidbench": "an id of HumanoidBench, humanoidbench/h1-walk-v0 (your own checkout)",
 }
-_KNOWN = {
+KNOWN = {
     "mjx": (*MJX_TASKS, *MJX_LOCOMOTION, *MJX_MANIPULATION),
     "metaworld": tuple(f"{name}-v3" for name in _MT50.split()),
 }
@@ -114,7 +116,8 @@ def list_tasks(suite: str = "mjx/dmc25") -> tuple[str, ...]:
     if suite in UNAVAILABLE:
         raise InputError(f"{suite} cannot be made: {UNAVAILABLE[suite]}")
     if suite not in SUITES:
-        raise InputError(f"unknown suite {suite!r}; suites: {', '.join((*SUITES, *UNAVAILABLE))}")
+        every = ", ".join((*SUITES, *UNAVAILABLE))
+        raise InputError(f"unknown suite {suite!r}; suites: {every}; simulators: {', '.join(BACKENDS)}")
     return SUITES[suite]
 
 
@@ -146,14 +149,35 @@ def resolve(task: str) -> tuple[str, str]:
         raise InputError(f"{task} cannot be made: {UNAVAILABLE['shadowhand/train']}")
     if slash and backend not in BACKENDS:
         known = ", ".join(BACKENDS)
-        raise InputError(f"unknown suite {backend!r} in task {task!r}; known suites: {known}; {_HOW_TO_LIST}")
+        told = f"unknown suite {backend!r} in task {task!r}; known suites: {known}; "
+        hint = f"did you mean gym/{task}; " if _in_gymnasium(task) else ""
+        raise InputError(f"{told}{hint}{_HOW_TO_LIST}")
     plain = re.sub("-v2-goal-observable$", "-v3", name) if backend == "metaworld" else name
-    known_here = plain in _KNOWN[backend] or _registered(plain) if backend in _KNOWN else bool(name)
+    known_here = plain in KNOWN[backend] or _registered(plain) if backend in KNOWN else bool(name)
     if ":" in name and backend != "gym":  # would name a module to import
         known_here = False
     if not known_here:
-        raise InputError(f"unknown task {task!r}; {_nearest(task)}{_HOW_TO_LIST}")
+        whole = [] if slash else _with_backend(task)
+        hint = f"did you mean {' or '.join(whole)}; " if whole else _nearest(task)
+        raise InputError(f"unknown task {task!r}; {hint}{_HOW_TO_LIST}")
     return backend, plain
+
+
+def _with_backend(name: str) -> list[str]:
+    """Tasks that are called `name` behind their backend, as far as can be told without a simulator."""
+    plain = re.sub("-v2-goal-observable$", "-v3", name)
+    found = [f"{backend}/{name}" for backend, known in KNOWN.items() if plain in known]
+    found += [task for tasks in SUITES.values() for task in tasks if task.partition("/")[2] == name]
+    if ":" in name or _in_gymnasium(name):
+        found.append(f"gym/{name}")
+    return list(dict.fromkeys(found))
+
+
+def _in_gymnasium(name: str) -> bool:
+    """Whether Gymnasium, if it is installed, knows an id."""
+    if importlib.util.find_spec("gymnasium") is None:
+        return False
+    return name in importlib.import_module("gymnasium").registry
 
 
 def body(task: str) -> str:
@@ -172,10 +196,12 @@ def _nearest(task: str) -> str:
     backend = task.partition("/")[0]
     names = [
         f"{prefix}/{name}"
-        for prefix, known in _KNOWN.items()
-        if prefix == backend or backend not in _KNOWN
+        for prefix, known in KNOWN.items()
+        if prefix == backend or backend not in KNOWN
         for name in known
     ]
+    if "/" not in task and importlib.util.find_spec("gymnasium") is not None:
+        names += [f"gym/{name}" for name in importlib.import_module("gymnasium").registry]
     names += [suite for suite in SUITES if suite.partition("/")[0] == backend or backend not in BACKENDS]
     by_lower = {name.rpartition("/")[2].lower(): name for name in names}
     wanted = task.rpartition("/")[2].lower()
