@@ -274,6 +274,27 @@ def test_a_task_that_ends_is_terminated_and_a_time_limit_truncates():
 
 
 @needs_envpool
+def test_a_policy_sees_what_a_robot_senses_and_not_what_the_simulator_knows():
+    task = "MuJoCoPlayground/Go1JoystickFlatTerrain-v1"
+    env = make_envpool(f"envpool/{task}", N, episode_length=3)
+    observations = env.reset_tensors([1, 2, 3])
+    pool = env.venv._make(seed=[1, 2, 3])
+    seen = pool.reset()[0]
+    assert seen["state"].shape == (N, 48)
+    assert seen["privileged_state"].shape == (N, 123)
+    assert np.array_equal(observations.numpy(), seen["state"].astype(np.float32))
+
+
+@needs_envpool
+def test_a_list_of_seeds_starts_each_slot_by_its_own():
+    env = make_envpool(PENDULUM, N)
+    starts = env.reset_tensors([7, 8, 7][:N])
+    assert torch.equal(starts[0], starts[2])
+    assert not torch.equal(starts[0], starts[1])
+    assert torch.equal(env.reset_tensors([7, 8, 7][:N]), starts)
+
+
+@needs_envpool
 def test_metaworld_shows_its_goal_and_draws_another_for_every_episode():
     env = make_envpool(REACH, N, episode_length=2)
     goals = [env.reset_tensors(0)[:, -3:]]

@@ -65,9 +65,9 @@ _SUCCESS = (*SUCCESS, "solved")  # of MetaWorld and Adroit, of Fetch and Shadow;
 class Pool(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
     """An EnvPool pool as a vector environment that is reset by mask (AutoresetMode.DISABLED).
 
-    Observations are [N, O] float32, of a dictionary the entries named in `_OBSERVATIONS`, or all; or images
-    [N, C, H, W] uint8. `infos` holds "success" [N] where the task reports it, and nothing else. Keywords go
-    to `envpool.make`.
+    Observations are [N, O] float32, of a dictionary the entries named in `_OBSERVATIONS`, or all but what is
+    privileged (of MuJoCo Playground's robots "state" alone, as in mjx/); or images [N, C, H, W] uint8.
+    `infos` holds "success" [N] where the task reports it, and nothing else. Keywords go to `envpool.make`.
     """
 
     def __init__(self, name: str, num_envs: int, **config: Any) -> None:
@@ -86,7 +86,8 @@ class Pool(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         self._keys: Sequence[str] = ()
         leaves = [space]
         if isinstance(space, Dict):
-            self._keys = _OBSERVATIONS.get(name, tuple(space))
+            senses = ("state",) if "privileged_state" in space.spaces else tuple(space)  # Playground's robots
+            self._keys = _OBSERVATIONS.get(name, senses)
             leaves = [space[key] for key in self._keys]
         boxes = [leaf for leaf in leaves if isinstance(leaf, Box)]
         if len(boxes) < len(leaves):
