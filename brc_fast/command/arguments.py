@@ -105,12 +105,12 @@ class VideoArguments:
     """GIF, or MP4 where ffmpeg is installed; RUN/video-<task>.gif when not given."""
     seed: int = 1_000_000
     """Of the start state."""
-    size: str = "480x640"
-    """Height and width in pixels."""
+    size: str | None = None
+    """Height and width in pixels, of what MuJoCo draws; 480x640 when not given."""
     fps: int = 25
     """Frames per second, at most; the nearest number that divides the control rate is taken."""
     camera: str | None = None
-    """Name or number of a camera of the model; its first one, or a free view, when not given."""
+    """Name or number of a camera of a MuJoCo model; its first one, or a free view, when not given."""
     allow_module: Modules = ()
     """See brc-fast evaluate --help."""
 

@@ -335,14 +335,18 @@ def video(words: list[str]) -> int:
         raise InputError(f"{folder.path} did not learn {task}; its tasks: {', '.join(tasks)}")
     default = folder.path / f"video-{task.replace('/', '-').replace(':', '-')}{filming.suffix()}"
     output = filming.check_output(Path(arguments.output) if arguments.output else default)
-    filming.require_renderer()
+    filming.choose_renderer()
+    if not task.startswith("gym/"):  # some of which draw without MuJoCo
+        filming.require_renderer()
 
     from brc_fast.runs.evaluate import env_settings, restore
 
     step, agent = restore(folder, resolve_device("auto"), arguments.checkpoint)
-    shared = ("episode_length", "impl", "randomize") if task.startswith("mjx/") else ("episode_length",)
-    taken = {name: value for name, value in env_settings(config).items() if name in shared}
-    with contextlib.closing(envs.make(task, 1, arguments.seed, **taken)) as env:
+    shared = {"mjx": ("impl", "randomize"), "gym": ("kwargs",)}.get(task.partition("/")[0], ())
+    taken = {name: env_settings(config)[name] for name in ("episode_length", *shared)}
+    with contextlib.closing(envs.make(task, 1, arguments.seed, render=True, **taken)) as env:
+        if task.startswith("gym/") and filming.in_mujoco(env):
+            filming.require_renderer()
         frames, result = filming.film(agent, env, tasks.index(task), arguments.seed, output, settings)
     print(f"{output}: {task} at step {step}, {frames} frames, return {result:.1f}")
     return 0

@@ -55,7 +55,7 @@ def make(
     restarts:        how often the processes of a task are started again after one has died
     step_seconds:    a process that needs longer for a step or a reset counts as dead; None: there is no limit
     kwargs:          arguments of the environments' constructor, or a JSON object of such (gym/ tasks)
-    render:          make environments that can draw themselves, for `brc_fast.runs.video` (gym/ tasks)
+    render:          make environments that can draw themselves, for `brc_fast.runs.video`
     quiet:           no compile progress on stderr
 
     Raises InputError for a name or number that cannot be used, MissingExtraError where the simulator is
@@ -99,8 +99,8 @@ def make(
             continue
         gym: dict[str, Any] = {"processes": processes, "restarts": restarts, "step_seconds": step_seconds}
         if backend == "gym":
-            gym |= {"kwargs": kwargs, "render": render}
-        groups.append(_simulated(task, num_envs, seed, episode_length, gym))
+            gym["kwargs"] = kwargs
+        groups.append(_simulated(task, num_envs, seed, episode_length, render, gym))
     for together in bodies.values():
         groups.append(_mjx(tuple(together), num_envs, seed, episode_length, impl, randomize, quiet))
     if len(groups) == 1:
@@ -139,6 +139,7 @@ def _simulated(
     num_envs: int,
     seed: int,
     episode_length: int | None,
+    render: bool,
     gym: dict[str, Any],
 ) -> VectorAdapter:
     """One task of a simulator that runs on the CPU; `gym` has further arguments of `make_gym`."""
@@ -155,10 +156,10 @@ def _simulated(
     if here:
         from .gym import make_gym
 
-        return make_gym(task, num_envs, seed, episode_length=episode_length, **gym)
+        return make_gym(task, num_envs, seed, episode_length=episode_length, render=render, **gym)
     from .envpool import make_envpool
 
-    return make_envpool(task, num_envs, seed, episode_length=episode_length)
+    return make_envpool(task, num_envs, seed, episode_length=episode_length, render=render)
 
 
 def installed(backend: str) -> tuple[str, ...]:

@@ -70,11 +70,14 @@ class Pool(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
     `infos` holds "success" [N] where the task reports it, and nothing else. Keywords go to `envpool.make`.
     """
 
-    def __init__(self, name: str, num_envs: int, **config: Any) -> None:
+    def __init__(self, name: str, num_envs: int, render: bool = False, **config: Any) -> None:
         envpool = importlib.import_module("envpool")
         self.num_envs = num_envs
         threads = min(num_envs, _cores())
         self._make = partial(envpool.make_gymnasium, name, num_envs=num_envs, num_threads=threads, **config)
+        if render:
+            self.render_mode = "rgb_array"
+            self._make.keywords["render_mode"] = self.render_mode
         with _no_warnings():
             spec = envpool.make_spec(name, **config)
             space = spec.gymnasium_observation_space
@@ -143,6 +146,10 @@ class Pool(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         self.step_async(actions)
         return self.step_wait()
 
+    def render(self) -> tuple[Any, ...]:
+        """A picture [H, W, 3] of the first slot. Without OpenGL in this process EnvPool would end it."""
+        return tuple(self._pool.render())
+
     def close_extras(self, **kwargs: Any) -> None:
         self._pool = None  # EnvPool's own close leaves the threads running, its destructor ends them
 
@@ -154,7 +161,7 @@ class Pool(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
 
 
 def make_envpool(
-    task: str, num_envs: int, seed: int = 0, *, episode_length: int | None = None
+    task: str, num_envs: int, seed: int = 0, *, episode_length: int | None = None, render: bool = False
 ) -> VectorAdapter:
     """Make `num_envs` slots of a task in EnvPool, on as many threads as there are cores to use.
 
@@ -184,7 +191,7 @@ def make_envpool(
         config["max_episode_steps"] = METAWORLD_STEPS
     if episode_length is not None:
         config["max_episode_steps"] = episode_length
-    pool = Pool(name, num_envs, **config)
+    pool = Pool(name, num_envs, render, **config)
     return VectorAdapter(pool, task, seed, max_episode_steps=pool.max_episode_steps)
 
 

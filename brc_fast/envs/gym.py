@@ -106,7 +106,7 @@ def make_gym(
         # A spec also carries what the running script has registered; a module registers its own everywhere.
         made = name if module else replace(spec, order_enforce=False)
         factory = SlotFactory(made, kwargs)
-        if render:
+        if render and suite == "gym":
             with suppress(TypeError):  # of a constructor that takes no render_mode
                 drawn = SlotFactory(made, {**kwargs, "render_mode": "rgb_array"})
                 drawn.spare = drawn()

@@ -1,6 +1,7 @@
-"""Film an episode of a MuJoCo task: MJX, dm_control, Gymnasium's and HumanoidBench's tasks, on a CPU too.
+"""Film an episode, on a CPU too.
 
-What is drawn is MuJoCo's own picture of the simulated state, so all of them look alike.
+Of tasks whose MuJoCo model and state can be reached (MJX, dm_control, Gymnasium's and HumanoidBench's) it is
+MuJoCo's own picture of the state, so all of them look alike. Other tasks draw themselves (`rgb_array`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn.functional import pad
 
 from brc_fast.agents.brc import BRC
@@ -38,29 +40,36 @@ Frame = NDArray[np.uint8]  # [height, width, 3]
 State = dict[str, NDArray[Any]]  # fields of MuJoCo's data that decide what is seen
 
 SEEN = ("qpos", "qvel", "mocap_pos", "mocap_quat")
+FRAMES_PER_SECOND = 30  # of a task that draws itself and names no number
 ONE_GEOM = "<mujoco><worldbody><geom size='1'/></worldbody></mujoco>"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Size in pixels, frames per second at most, and a camera's name or number (None: the model's first)."""
+    """Size in pixels, frames per second at most, and a camera's name or number (None: the model's first).
+
+    chosen: which of "size" and "camera" the user gave: a task that draws itself has neither.
+    """
 
     height: int = 480
     width: int = 640
     fps: int = 25
     camera: str | None = None
+    chosen: tuple[str, ...] = ()
 
     @classmethod
-    def parse(cls, size: str, fps: int, camera: str | None) -> Settings:
+    def parse(cls, size: str | None, fps: int, camera: str | None) -> Settings:
         """From "480x640"; InputError for what cannot be used."""
-        match = re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", size)
+        match = re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", size or "480x640")
         if match is None:
             raise InputError(
                 f"size must be height x width in pixels, each 10 to 9999, such as 480x640, got {size!r}"
             )
         if not 1 <= fps <= 100:
             raise InputError(f"fps must be in [1, 100], got {fps}")
-        return cls(int(match[1]), int(match[2]), fps, camera)
+        given = {"size": size, "camera": camera}
+        chosen = tuple(name for name, value in given.items() if value is not None)
+        return cls(int(match[1]), int(match[2]), fps, camera, chosen)
 
 
 class Simulation(NamedTuple):
@@ -71,8 +80,16 @@ class Simulation(NamedTuple):
     seconds: float  # between two actions
 
 
-def simulation(env: VectorEnvironment) -> Simulation:
-    """The only place that knows how adapters keep their simulator, after a reset; InputError for others."""
+class Pictures(NamedTuple):
+    """An environment that draws itself."""
+
+    draw: Callable[[], Frame]
+    seconds: float  # between two actions, as it is to be shown
+
+
+def simulation(env: VectorEnvironment) -> Simulation | Pictures:
+    """The only place that knows how adapters keep their simulator, after a reset; InputError for what cannot
+    be filmed."""
     task = env.task_names[0]
     if task.startswith("mjx/"):
         return _mjx(env)
@@ -81,13 +98,49 @@ def simulation(env: VectorEnvironment) -> Simulation:
     if hasattr(inner, "_env") and hasattr(inner._env, "physics"):  # dm_control behind Shimmy
         physics = inner._env.physics
         return Simulation(physics.model.ptr, lambda: _copied(physics.data.ptr), inner._env.control_timestep())
-    if hasattr(inner, "model") and hasattr(inner, "data"):
+    if _is_mujoco(inner):
         seconds = getattr(inner, "dt", inner.model.opt.timestep)
         return Simulation(inner.model, lambda: _copied(inner.data), float(seconds))
+    drawing: Any = slots[0] if slots else getattr(env, "venv", None)
+    if getattr(drawing, "render_mode", None) == "rgb_array":
+        per_second = (drawing.metadata or {}).get("render_fps") or FRAMES_PER_SECOND
+        return Pictures(lambda: _picture(task, drawing), 1.0 / float(per_second))
     raise InputError(
-        f"{task} cannot be filmed: its MuJoCo model and state are out of reach; mjx/..., dmc/..., "
-        "humanoidbench/... and the MuJoCo tasks of gym/... can"
+        f"{task} cannot be filmed: it draws no pictures (render_mode rgb_array; envs.make: render=True), and "
+        "its MuJoCo model and state are out of reach, where those of mjx/... and dmc/... are not"
     )
+
+
+def in_mujoco(env: VectorEnvironment) -> bool:
+    """Whether slots that Gymnasium made are MuJoCo's."""
+    slots = getattr(getattr(env, "venv", None), "envs", None)
+    return bool(slots) and _is_mujoco(slots[0].unwrapped)
+
+
+def _is_mujoco(inner: Any) -> bool:
+    if not (hasattr(inner, "model") and hasattr(inner, "data")) or not importlib.util.find_spec("mujoco"):
+        return False
+    import mujoco
+
+    return isinstance(inner.model, mujoco.MjModel) and isinstance(inner.data, mujoco.MjData)
+
+
+def _picture(task: str, drawing: Any) -> Frame:
+    """What an environment, or the first of a vector environment, draws of itself now."""
+    try:
+        frame = drawing.render()
+    except Exception as error:  # whatever it needs to draw
+        raise InputError(
+            f"{task} cannot be filmed: its render raised {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(frame, tuple) or (isinstance(frame, np.ndarray) and frame.ndim == 4):
+        frame = frame[0]
+    told = f"{frame.dtype}{list(frame.shape)}" if isinstance(frame, np.ndarray) else f"{frame!r:.60}"
+    if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3):
+        raise InputError(f"{task} cannot be filmed: it must draw uint8 [height, width, 3], got {told}")
+    if frame.shape[2] != 3 or not frame.size:
+        raise InputError(f"{task} cannot be filmed: it must draw uint8 [height, width, 3], got {told}")
+    return frame
 
 
 def _mjx(env: Any) -> Simulation:
@@ -128,25 +181,46 @@ def film(
     require_time_limit(env)
     observations = env.reset_tensors(seed)
     source = simulation(env)
-    model = copy.copy(source.model)  # some tasks move their target by changing the model at every reset
-    states: list[State] = []
-    total, ended = 0.0, False
-    ids = torch.tensor([task_id], device=agent.device)
-    while not ended:
-        states.append(source.read())
-        require_kept_limit(env, 0, len(states))
-        seen = pad(observations.to(agent.device), (0, agent.observation_size - observations.shape[1]))
-        actions = agent.act(seen, ids, deterministic=True)[:, : sizes[1][1]]
-        step = env.step_tensors(actions)
-        total += float(step.rewards[0])
-        ended = bool(step.terminated[0] | step.truncated[0])
-        observations = step.observations
-    if step.dropped[0]:
-        log.warning("the episode was lost to NaN after %d steps; the video ends there", len(states))
     every = max(1, math.ceil(1.0 / (settings.fps * source.seconds) - 1e-6))
-    states = states[::every]
-    write(render(model, states, settings), output, 1.0 / (every * source.seconds))
-    return len(states), total
+    speed = 1.0 / (every * source.seconds)
+    episode = Episode(agent, env, task_id, observations)
+    shown = (number for number in episode if number % every == 0)
+    if isinstance(source, Pictures):
+        if settings.chosen:
+            told = " and ".join(settings.chosen)
+            raise InputError(f"{told}: {env.task_names[0]} draws itself; only what MuJoCo draws has a choice")
+        write((source.draw() for _ in shown), output, speed)
+    else:
+        model = copy.copy(source.model)  # some tasks move their target by changing the model at every reset
+        states = [source.read() for _ in shown]
+        write(render(model, states, settings), output, speed)
+    return math.ceil(episode.steps / every), episode.total
+
+
+class Episode:
+    """The steps of one episode with the mean action; iterating yields their numbers, each before its step."""
+
+    def __init__(self, agent: BRC, env: VectorEnvironment, task_id: int, observations: Tensor) -> None:
+        self.agent, self.env, self.observations = agent, env, observations
+        self.ids = torch.tensor([task_id], device=agent.device)
+        self.action_size = env.task_spec.vector_sizes("the agent")[1]
+        self.steps, self.total = 0, 0.0
+
+    def __iter__(self) -> Iterator[int]:
+        ended = False
+        while not ended:
+            yield self.steps
+            self.steps += 1
+            require_kept_limit(self.env, 0, self.steps)
+            surplus = self.agent.observation_size - self.observations.shape[1]
+            seen = pad(self.observations.to(self.agent.device), (0, surplus))
+            actions = self.agent.act(seen, self.ids, deterministic=True)[:, : self.action_size]
+            step = self.env.step_tensors(actions)
+            self.total += float(step.rewards[0])
+            ended = bool(step.terminated[0] | step.truncated[0])
+            self.observations = step.observations
+        if step.dropped[0]:
+            log.warning("the episode was lost to NaN after %d steps; the video ends there", self.steps)
 
 
 def render(model: Any, states: list[State], settings: Settings) -> Iterator[Frame]:
@@ -179,17 +253,19 @@ def _camera(model: Any, wanted: str | None) -> int:
     raise InputError(f"camera must be one of {told or 'none'}, or -1 for a free view, got {wanted!r}")
 
 
-def require_renderer() -> None:
-    """Find out whether pictures can be drawn at all, before anything slow starts.
-
-    Without a display, MUJOCO_GL chooses how; it has to be set before MuJoCo is imported. InputError says what
-    to set or install.
-    """
+def choose_renderer() -> None:
+    """Without a display, MUJOCO_GL chooses how MuJoCo draws; it has to be set before MuJoCo is imported."""
     headless = platform.system() == "Linux" and not (
         os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     )
     if headless and not os.environ.get("MUJOCO_GL"):
         os.environ["MUJOCO_GL"] = "osmesa" if find_library("OSMesa") and not find_library("EGL") else "egl"
+
+
+def require_renderer() -> None:
+    """Find out whether MuJoCo can draw at all, before anything slow starts; InputError says what to set or
+    install."""
+    choose_renderer()
     if importlib.util.find_spec("mujoco") is None:
         raise MissingExtraError("brc-fast video", "video")
     with contextlib.suppress(ImportError):
