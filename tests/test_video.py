@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from extras import require
+from refusals import says
 from run_folders import assert_one_line, make_run
 from scripted import Scripted
 
@@ -193,6 +194,94 @@ def test_a_task_without_a_reachable_simulator_is_refused() -> None:
         env.reset_tensors(0)
         with pytest.raises(InputError, match="gym/Pendulum-v1 cannot be filmed"):
             video.simulation(env)
+
+
+def drawing(**ways: Any) -> str:
+    """A task whose picture number t is of grey level 20 t."""
+    import gymnasium
+
+    class Drawing(gymnasium.Env[Any, Any]):
+        metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+        observation_space = action_space = gymnasium.spaces.Box(-1, 1, (1,))
+        model = data = "not MuJoCo's"
+
+        def __init__(self, render_mode: str | None = None) -> None:
+            self.render_mode = render_mode
+
+        def reset(self, **_: Any) -> Any:
+            self.steps = 0
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action: Any) -> Any:
+            self.steps += 1
+            return np.zeros(1, np.float32), 1.0, False, False, {}
+
+        def render(self) -> Any:
+            return np.full((8, 12, 3), 20 * self.steps, np.uint8)
+
+    name = f"Drawing{len(gymnasium.registry)}-v0"
+    gymnasium.register(name, type("Drawing", (Drawing,), ways), max_episode_steps=6)
+    return f"gym/{name}"
+
+
+def test_a_task_that_draws_itself_is_filmed_by_its_own_pictures(tmp_path: Path) -> None:
+    require("gymnasium")
+    output = tmp_path / "a.gif"
+    with contextlib.closing(envs.make(drawing(), 1, render=True)) as env:
+        assert not video.in_mujoco(env)
+        frames, total = video.film(Pushing(), env, 3, 0, output, video.Settings(fps=5))  # type: ignore[arg-type]
+    assert (frames, total) == (3, 6.0)
+    with Image.open(output) as gif:
+        assert gif.size == (12, 8)
+        for number in range(3):  # every second one of 10 per second
+            gif.seek(number)
+            assert gif.info["duration"] == 200
+            assert np.asarray(gif.convert("L")).mean() == pytest.approx(40 * number, abs=2)
+
+
+def raising(self: Any) -> Any:
+    raise OSError("no screen")
+
+
+@pytest.mark.parametrize(
+    ("ways", "chosen", "told"),
+    [
+        ({"render": lambda self: None}, {}, "must draw uint8 [height, width, 3], got None"),
+        ({"render": lambda self: np.zeros((8, 8, 4), np.uint8)}, {}, "got uint8[8, 8, 4]"),
+        ({"render": lambda self: np.zeros((8, 8, 3))}, {}, "got float64[8, 8, 3]"),
+        ({"render": raising}, {}, "cannot be filmed: its render raised OSError: no screen"),
+        (
+            {"__init__": lambda self: None},
+            {},
+            "cannot be filmed: it draws no pictures (render_mode rgb_array",
+        ),
+        ({}, {"size": "48x64", "camera": "1"}, "size and camera: ... draws itself"),
+    ],
+)
+def test_a_task_that_cannot_be_shown_as_asked_is_told(
+    ways: dict[str, Any], chosen: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    require("gymnasium")
+    settings = video.Settings.parse(chosen.get("size"), 25, chosen.get("camera"))
+    output = tmp_path / "a.gif"
+    with (
+        contextlib.closing(envs.make(drawing(**ways), 1, render=True)) as env,
+        pytest.raises(InputError, match=says(told)),
+    ):
+        video.film(Pushing(), env, 3, 0, output, settings)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_envpool_task_draws_its_first_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("envpool")
+    with contextlib.closing(envs.make("envpool/Pong-v5", 1, render=True)) as env:
+        env.reset_tensors(0)
+        source = video.simulation(env)
+        assert isinstance(source, video.Pictures)
+        frame = source.draw()
+    assert frame.dtype == np.uint8
+    assert frame.shape[2] == 3
+    assert frame.std() > 5
 
 
 def brc_fast(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -309,7 +309,8 @@ class GymnasiumFace:
 
         told = {"dropped": (dropped, dropped)}  # entry, and the slots that have it
         if self.successes is not None:
-            told["success"] = self.successes.numpy(), tasks_with_success(self)[self.task_ids] & ~dropped
+            env: Any = self
+            told["success"] = self.successes.numpy(), tasks_with_success(env)[self.task_ids] & ~dropped
         restarted = terminated | truncated
         if self.metadata["autoreset_mode"] is not AutoresetMode.SAME_STEP:
             restarted = np.zeros(self.num_envs, bool)
@@ -334,7 +335,7 @@ def _infos(told: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]) -> dict
     return infos
 
 
-def check_seed(seed: Seed, num_envs: int) -> None:
+def check_seed(seed: Any, num_envs: int) -> None:
     """InputError for what is neither one seed nor one for each slot."""
     seeds = [seed] if seed is None or isinstance(seed, int | np.integer) else seed
     if not isinstance(seeds, Sequence | np.ndarray) or isinstance(seeds, str):

@@ -329,13 +329,15 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
 def check_spaces(task: str, observation_space: Space[Any], action_space: Space[Any]) -> None:
     """Raise InputError unless observations are an image or can be made a vector, and actions are discrete, or
     continuous and bounded."""
-    box = isinstance(action_space, spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
-    if not (box or isinstance(action_space, spaces.Discrete)):
+    box = action_space if isinstance(action_space, spaces.Box) else None
+    if not isinstance(action_space, spaces.Discrete) and (
+        box is None or not np.issubdtype(box.dtype, np.floating)
+    ):
         raise InputError(
             f"{task} has the action space {action_space}; only continuous actions with finite bounds, and "
             "discrete ones, can be used"
         )
-    bounds = zip(action_space.low.flat, action_space.high.flat, strict=True) if box else ()
+    bounds = () if box is None else zip(box.low.flat, box.high.flat, strict=True)
     for number, (low, high) in enumerate(bounds):
         if not -WIDEST <= low <= high <= WIDEST:
             raise InputError(

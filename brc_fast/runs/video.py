@@ -128,7 +128,7 @@ def _is_mujoco(inner: Any) -> bool:
 def _picture(task: str, drawing: Any) -> Frame:
     """What an environment, or the first of a vector environment, draws of itself now."""
     try:
-        frame = drawing.render()
+        frame: Any = drawing.render()
     except Exception as error:  # whatever it needs to draw
         raise InputError(
             f"{task} cannot be filmed: its render raised {type(error).__name__}: {error}"
@@ -136,9 +136,7 @@ def _picture(task: str, drawing: Any) -> Frame:
     if isinstance(frame, tuple) or (isinstance(frame, np.ndarray) and frame.ndim == 4):
         frame = frame[0]
     told = f"{frame.dtype}{list(frame.shape)}" if isinstance(frame, np.ndarray) else f"{frame!r:.60}"
-    if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3):
-        raise InputError(f"{task} cannot be filmed: it must draw uint8 [height, width, 3], got {told}")
-    if frame.shape[2] != 3 or not frame.size:
+    if not (told.startswith("uint8") and frame.ndim == 3 and frame.shape[2] == 3 and frame.size):
         raise InputError(f"{task} cannot be filmed: it must draw uint8 [height, width, 3], got {told}")
     return frame
 
