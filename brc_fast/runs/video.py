@@ -113,7 +113,7 @@ def simulation(env: VectorEnvironment) -> Simulation | Pictures:
 
 def in_mujoco(env: VectorEnvironment) -> bool:
     """Whether slots that Gymnasium made are MuJoCo's."""
-    slots = getattr(getattr(env, "venv", None), "envs", None)
+    slots: Any = getattr(getattr(env, "venv", None), "envs", None)
     return bool(slots) and _is_mujoco(slots[0].unwrapped)
 
 
@@ -138,7 +138,8 @@ def _picture(task: str, drawing: Any) -> Frame:
     told = f"{frame.dtype}{list(frame.shape)}" if isinstance(frame, np.ndarray) else f"{frame!r:.60}"
     if not (told.startswith("uint8") and frame.ndim == 3 and frame.shape[2] == 3 and frame.size):
         raise InputError(f"{task} cannot be filmed: it must draw uint8 [height, width, 3], got {told}")
-    return frame
+    picture: Frame = frame
+    return picture
 
 
 def _mjx(env: Any) -> Simulation:
