@@ -27,10 +27,8 @@ from .base import GymnasiumFace, Seed, Step, check_start, finite_rows
 log = logging.getLogger(__name__)
 
 WIDEST = 1e18  # bound of an action: its square is finite in float32
-SUCCESS = (
-    "success",
-    "is_success",
-)  # entries of info: MetaWorld's, Gymnasium-Robotics' and Stable-Baselines3's
+# Entries of info: MetaWorld's; Gymnasium-Robotics' and Stable-Baselines3's.
+SUCCESS = ("success", "is_success")
 
 
 def simulator_error(told: str, error: BaseException | None) -> NoReturn:
