@@ -85,6 +85,15 @@ def raiser(error: BaseException) -> Callable[[], None]:
     return raising
 
 
+@pytest.fixture(autouse=True)
+def unheard() -> Iterator[None]:
+    """A signal that a run does not hear does nothing, instead of ending the tests."""
+    before = {number: signal.signal(number, lambda *_: None) for number in StopRequest.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def whole(toy: dict, tmp_path: Path) -> Path:
     """A run that was never stopped."""

@@ -49,7 +49,7 @@ MOST_NAMED = 3  # settings in the name of a run's folder
 @dataclass(frozen=True)
 class TrainArguments(TrainConfig):
     """Train one BRC agent. The defaults shown are the ones for this device; "BRC" marks the value of the
-    authors' published code."""
+    authors' published code. Exit codes: 0 done; 1 failed; 2 bad input; 128 + n ended, saved, by signal n."""
 
     tasks: tyro.conf.Positional[tuple[str, ...]] = ()
     """Names of tasks such as mjx/CartpoleSwingup or suites such as mjx/dmc25; several train one agent."""
