@@ -133,6 +133,9 @@ class Trials:
         """Runs that are struck up to four times each, until all strikes have come."""
         left = list(numbers)
         while left:
+            print(
+                f"{len(left)} strikes left: {dict(sorted(self.endings.items()))}", file=sys.stderr, flush=True
+            )
             run = self.folder / "struck"
             for _ in range(self.random.randint(1, 4)):
                 if left and self.strike(run, left[-1]):
@@ -149,6 +152,9 @@ def main() -> None:
         parser.add_argument(name, type=int, default=0)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
+    for number in StopRequest.SIGNALS:  # `nohup` and a shell's `&` ignore some, and runs would, too
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     trials = Trials(given.folder, given.seed)
     others = [StopRequest.SIGNALS[i % len(StopRequest.SIGNALS)] for i in range(given.signals)]
     numbers = [signal.SIGKILL] * given.kills + others
