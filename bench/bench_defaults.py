@@ -8,9 +8,9 @@ cost more per environment step take fewer of them, so that all cost about the sa
 as VARIANT/TASK-SEED, and one that is finished is not made again: what was stopped goes on. A run that fails
 is named, and the others go on.
 
-A figure is the mean over seeds of the mean return (or success) of a run's last three evaluations; its low and
-high are the worst and the best seed. `seconds` are those of the processor, all threads, start and evaluations
-included: what else the machine does hardly changes them.
+A figure is the mean over the seeds that are finished (`rounds`) of the mean return of a run's last three
+evaluations; its low and high are the worst and the best seed. `seconds` are those of the processor, all
+threads, start and evaluations included: what else the machine does hardly changes them.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import Parser, Results, Unavailable, git, positive
+from harness import Parser, Results, git, positive
 
 LAST = 3  # evaluations that a run's figure is the mean of
 EVALUATIONS = 10  # of a run
+RETURN = "eval/return_mean"
 
 
 class Task(NamedTuple):
     names: tuple[str, ...]
     steps: int  # environment steps per task
-    measure: str  # what an evaluation is judged by
 
 
 class Variant(NamedTuple):
@@ -44,11 +44,11 @@ class Variant(NamedTuple):
 
 FOUR = ("reach-v3", "drawer-close-v3", "button-press-topdown-v3", "window-open-v3")
 TASKS = {
-    "swingup": Task(("mjx/CartpoleSwingup",), 200_000, "return"),
-    "cheetah": Task(("gym/HalfCheetah-v5",), 300_000, "return"),
-    "hopper": Task(("gym/Hopper-v5",), 300_000, "return"),
-    "reach": Task(("metaworld/reach-v3",), 100_000, "success"),
-    "four": Task(tuple(f"metaworld/{name}" for name in FOUR), 100_000, "success"),
+    "swingup": Task(("mjx/CartpoleSwingup",), 200_000),
+    "cheetah": Task(("gym/HalfCheetah-v5",), 300_000),
+    "hopper": Task(("gym/Hopper-v5",), 300_000),
+    "reach": Task(("metaworld/reach-v3",), 100_000),
+    "four": Task(tuple(f"metaworld/{name}" for name in FOUR), 100_000),
 }
 RATE = "--learning.learning-rate"
 VARIANTS = {
@@ -85,7 +85,7 @@ class Job(NamedTuple):
         every = max(1, steps // EVALUATIONS // 1_000 * 1_000) if not dry else 100
         words = [*TASKS[self.task].names, "--run", str(self.folder(root)), "--seed", str(self.seed)]
         words += ["--overwrite", "--device", "cpu", "--threads", "1", "--steps", str(steps)]
-        words += ["--eval-every", str(every), "--checkpoint-every", str(2 * steps)]
+        words += ["--eval-every", str(every), "--checkpoint-every", str(2 * steps), "--no-eval-sampled"]
         if dry:
             words += ["--random-steps", "50", "--eval-episodes", "1", "--env.episode-length", "50"]
         return [*words, *VARIANTS[self.variant].options]
@@ -109,9 +109,8 @@ class Job(NamedTuple):
 
     def figure(self, root: Path) -> float:
         """Mean of the last evaluations."""
-        key = f"eval/{TASKS[self.task].measure}_mean"
         rows = map(json.loads, (self.folder(root) / "metrics.jsonl").read_text().splitlines())
-        values = [row[key] for row in rows if key in row][-LAST:]
+        values = [row[RETURN] for row in rows if RETURN in row][-LAST:]
         return float(sum(values) / len(values))
 
 
@@ -121,9 +120,8 @@ def tell(found: Results, jobs: Sequence[Job], root: Path) -> None:
         for variant in dict.fromkeys(job.variant for job in jobs):
             those = [job for job in jobs if (job.task, job.variant) == (task, variant)]
             done = [job for job in those if job.record(root).exists()]
-            if len(done) < len(those):
-                left = Unavailable(f"{len(done)} of {len(those)} seeds are finished")
-                found.add(task, variant, TASKS[task].measure, None, 0, missing=str(left))
+            if not done:
+                found.add(task, variant, "return", None, 0, missing="no run is finished")
                 continue
             values = [job.figure(root) for job in done]
             records = [json.loads(job.record(root).read_text()) for job in done]
@@ -131,7 +129,7 @@ def tell(found: Results, jobs: Sequence[Job], root: Path) -> None:
             told: dict[str, Any] = {"seeds": values, "steps": done[0].steps, "better": "more"}
             told["commits"] = sorted({record["commit"] for record in records})
             told["seconds"] = [record["cpu"] for record in records]
-            found.add(task, variant, TASKS[task].measure, spread, len(values), **told)
+            found.add(task, variant, "return", spread, len(values), **told)
             found.store()
 
 

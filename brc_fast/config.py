@@ -303,7 +303,8 @@ def gpu_preset() -> TrainConfig:
 
 
 def cpu_preset() -> TrainConfig:
-    """Sizes that learn a small task within minutes on two CPU cores (measured; see README)."""
+    """Sizes that learn a small task within minutes on two CPU cores, and the learning rate that suits tens of
+    thousands of updates of them (measured; see README and docs/training.md)."""
     return TrainConfig(
         num_envs=10,
         steps=400_000,
@@ -314,6 +315,7 @@ def cpu_preset() -> TrainConfig:
         eval_every=25_000,
         critic=CriticConfig(width=128),
         actor=ActorConfig(width=128),
+        learning=LearningConfig(learning_rate=1e-3),
     )
 
 

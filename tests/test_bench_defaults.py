@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 import bench_defaults as bench
 import harness
 
-PENDULUM = bench.Task(("gym/Pendulum-v1",), 10_000, "return")
+PENDULUM = bench.Task(("gym/Pendulum-v1",), 10_000)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_run_that_fails_is_named_and_has_no_figure(
     assert "pendulum-0 ended with exit code 2" in capsys.readouterr().err
     (entry,) = json.loads((tmp_path / "told.json").read_text())["measurements"]
     assert entry["value"] is None
-    assert entry["missing"] == "0 of 1 seeds are finished"
+    assert entry["missing"] == "no run is finished"
 
 
 def test_what_costs_more_takes_fewer_steps() -> None:
