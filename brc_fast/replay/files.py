@@ -287,7 +287,7 @@ def _require_numbers(manifest: Manifest) -> None:
     lists += [(content, name, 64 if name == "count" else 32) for name in ("count", "size", "kept", "phase")]
     lists.append((content, "capacity", 63))
     for segment in manifest["segments"]:
-        single.append((segment, "bytes", 63))
+        single.append((segment, "bytes", 64))
         lists += [(segment, name, 32) for name in ("rows", "side", "checksums")]
         lists += [(segment, "first", 64), (segment, "head", 1)]
     found = [(name, [holder[name]], bits) for holder, name, bits in single]
