@@ -216,7 +216,8 @@ class Trainer:
                 self.require_finite(folder)
                 if self.saved != self.steps:
                     self.save(folder)
-            return stop.signal
+                return stop.signal
+        return None  # done, also where a signal came too late to stop it
 
     def due_rows(self) -> list[str]:
         """The kinds of rows, in their order, that a run with these settings writes at the newest step."""
