@@ -133,9 +133,8 @@ class Trials:
         """Runs that are struck up to four times each, until all strikes have come."""
         left = list(numbers)
         while left:
-            print(
-                f"{len(left)} strikes left: {dict(sorted(self.endings.items()))}", file=sys.stderr, flush=True
-            )
+            endings = dict(sorted(self.endings.items()))
+            print(f"{len(left)} strikes left: {endings}", file=sys.stderr, flush=True)
             run = self.folder / "struck"
             for _ in range(self.random.randint(1, 4)):
                 if left and self.strike(run, left[-1]):

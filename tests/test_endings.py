@@ -151,6 +151,22 @@ def test_a_run_that_dies_after_a_late_evaluation_does_not_write_it_twice(
     assert_same_run(whole, run)
 
 
+def test_a_signal_that_comes_with_the_last_row_ends_nothing(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save = Trainer.save
+
+    def late(self: Trainer, folder: RunFolder) -> None:
+        save(self, folder)
+        if self.steps == 120:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "save", late)
+    assert train(tmp_path / "run") == 0
+    assert "go on with" not in capfd.readouterr().out
+    assert_same_run(whole, tmp_path / "run")
+
+
 def test_a_second_signal_ends_the_run_at_once_with_its_own_code(
     toy: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
