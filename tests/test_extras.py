@@ -54,6 +54,8 @@ RUNS_UNDER = {
 # Where it is there: torch brings Triton for a GPU, and an environment has brought its simulator.
 IF_THERE = {
     "brc_fast/command/doctor.py": {"jax"},
+    "brc_fast/envs/gym.py": {"dm-control", "humanoid-bench"},
+    "brc_fast/envs/suites.py": {"gymnasium"},
     "brc_fast/runs/video.py": {"triton", "playground"},
     "kernels/runtime/language.py": {"triton"},
     "kernels/tools/aot.py": {"triton"},

@@ -153,14 +153,10 @@ def test_an_episode_beyond_the_limit_that_its_task_claims_ends_the_evaluation(tm
     with pytest.raises(InputError, match=f"{told} is 5"):
         evaluate.evaluate(agent, claimed(), 0, 2)
     env = claimed()
-    env.venv.envs[0].model, env.venv.envs[0].data = FakeModel(), FakeModel()
+    env.venv.envs[0].render_mode = "rgb_array"
+    env.venv.envs[0].render = lambda: np.zeros((8, 8, 3), np.uint8)
     with pytest.raises(InputError, match=f"{told} is 5"):
         video.film(agent, env, 0, 0, tmp_path / "x.gif", video.Settings())
-
-
-class FakeModel:
-    opt = type("Options", (), {"timestep": 0.1})
-    qpos = qvel = mocap_pos = mocap_quat = np.zeros(1)
 
 
 def test_of_several_tasks_the_longest_limit_holds() -> None:

@@ -196,6 +196,7 @@ class Trainer:
         config = self.config
         with StopRequest() as stop:
             try:
+                self.rows = [row["step"] for row in read_rows(folder.metrics)]  # what is lost was told
                 missing = self.missing_rows(folder)  # an evaluation that was not over, a row on a full disk
                 with self.rescued(folder):
                     self.write_rows(missing, folder, metrics, report, stop)
@@ -303,11 +304,13 @@ class Trainer:
         if name in kinds and kinds[name].shape and kinds[name].shape[0] <= longest:  # steps of an episode
             rewards = wanted[name]
             wanted[name] = rewards._replace(shape=(kinds[name].shape[0], *rewards.shape[1:]))
-        # how much a run has told, and of which updates, is its own; older checkpoints do not say
+        # how much a run has told, and of which updates, is its own; older checkpoints do not say that, nor
+        # how long the episodes are that were running
         loss = Kind.of(torch.empty((), dtype=self.agent.dtype))
         told = {f"losses/{name}": loss for name in self.agent.METRICS}
         told["rows"] = Kind("int64", kinds["rows"].shape[:1] if "rows" in kinds else ())
-        wanted = {name: kind for name, kind in wanted.items() if name not in told}
+        newer = {*told, "episodes/lengths", "episodes/steps"} - kinds.keys()
+        wanted = {name: kind for name, kind in wanted.items() if name not in {*told, *newer}}
         wanted |= {name: kind for name, kind in told.items() if name in kinds}
         require_kinds("its progress", wanted, kinds)
 
