@@ -60,6 +60,7 @@ IF_THERE = {
     "kernels/runtime/language.py": {"triton"},
     "kernels/tools/aot.py": {"triton"},
     "bench/bench_envs.py": {"envpool", "playground"},
+    "tests/run_kills.py": {"matplotlib", "tensorboard"},  # of tests/test_endings.py, which asks for them
 }
 # Imported, but declared by another distribution, which pip follows.
 BROUGHT_BY = {"ml-dtypes": "jax", "packaging": "pytest"}
