@@ -206,7 +206,7 @@ def failed(folder: RunFolder, error: Exception) -> int:
 @contextlib.contextmanager
 def without_tracebacks() -> Iterator[None]:
     """What an environment in this process raises is logged with its traceback, which `failed` keeps."""
-    logger = logging.getLogger("brc_fast.envs.gym")
+    logger = logging.getLogger("brc_fast.envs.vector")
 
     def unless_raised(record: logging.LogRecord) -> bool:
         return record.exc_info is None
