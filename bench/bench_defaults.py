@@ -1,7 +1,7 @@
 """Which settings learn best on a CPU: returns of runs that differ in one setting.
 
     python bench/bench_defaults.py [--variants NAME ...] [--tasks NAME ...] [--seeds N] [--workers N]
-        [--runs FOLDER] [--save NAME]
+        [--runs FOLDER] [--finished] [--save NAME]
 
 A run is `brc-fast train` with the defaults of a CPU, one thread, and the settings of a variant; those that
 cost more per environment step take fewer of them, so that all cost about the same. Runs are kept under FOLDER
@@ -140,6 +140,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME")
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--workers", type=positive, default=1, help="runs at once, each on one thread")
+    parser.add_argument(
+        "--finished", action="store_true", help="make no further run"
+    )
     parser.add_argument("--save", metavar="NAME", help="of a file under bench/results")
     parser.add_argument("--dry", action="store_true", help="tiny runs")
     given = parser.parse_args(words)
@@ -148,8 +151,9 @@ def main(words: Sequence[str] | None = None) -> int:
     told = {"variants": {name: VARIANTS[name].options for name in given.variants}}
     told |= {"tasks": {name: TASKS[name].names for name in given.tasks}}
     found = Results("defaults", given.save, **told)
-    with ThreadPoolExecutor(given.workers) as pool:
-        list(pool.map(lambda job: job.run(given.runs, given.dry), jobs))
+    if not given.finished:
+        with ThreadPoolExecutor(given.workers) as pool:
+            list(pool.map(lambda job: job.run(given.runs, given.dry), jobs))
     tell(found, jobs, given.runs)
     return found.end()
 
