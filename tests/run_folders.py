@@ -115,6 +115,8 @@ def replay(run: Path) -> dict[str, np.ndarray]:
 def assert_same_run(one: Path, two: Path) -> None:
     assert rows_without_time(one) == rows_without_time(two)
     left, right = arrays(one), arrays(two)
+    for run in (left, right):  # a checkpoint may be older than the last of the rows, which were compared
+        run["progress"].pop("rows")
     for part, values in left.items():
         assert values.keys() == right[part].keys()
         for name, value in values.items():

@@ -35,7 +35,7 @@ SHORT = [
     *("--eval-episodes", "2", "--checkpoint-every", "60"),
 ]
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 138, "SIGUSR2": 140, "SIGXCPU": 152}
-EPISODE = 20  # steps, of the toy environment
+EVALUATION = 40  # steps: an episode of the toy environment, with the mean action and with sampled ones
 
 
 def train(run: Path, *words: str) -> int:
@@ -118,7 +118,7 @@ def test_each_signal_ends_a_run_saved_and_with_its_customary_exit_code(
 
 
 @pytest.mark.parametrize(
-    ("total", "step"), [(EPISODE + 5, 80), (2 * EPISODE + 5, 120)], ids=["middle", "last"]
+    ("total", "step"), [(EVALUATION + 5, 80), (2 * EVALUATION + 5, 120)], ids=["middle", "last"]
 )
 def test_a_signal_ends_an_evaluation_which_is_made_after_the_resume(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: int, step: int
@@ -141,7 +141,7 @@ def test_a_run_that_dies_after_a_late_evaluation_does_not_write_it_twice(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        within_evaluation(patch, EPISODE + 5, lambda: signal.raise_signal(signal.SIGTERM))
+        within_evaluation(patch, EVALUATION + 5, lambda: signal.raise_signal(signal.SIGTERM))
         assert train(run) == 143
     with monkeypatch.context() as patch:
         after_collecting(patch, 92, raiser(SystemExit(9)))  # the checkpoint of step 80 is still the newest
@@ -259,7 +259,7 @@ def test_an_evaluation_that_fails_is_made_after_the_resume(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        within_evaluation(patch, EPISODE + 5, raiser(RuntimeError("the camera\nfell off")))
+        within_evaluation(patch, EVALUATION + 5, raiser(RuntimeError("the camera\nfell off")))
         assert train(run) == 1
     assert last_line(capfd).startswith("brc-fast: RuntimeError: the camera fell off; saved at step 80; go on")
     assert resume(run) == 0
