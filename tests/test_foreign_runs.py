@@ -889,6 +889,22 @@ def test_code_in_the_current_folder_is_run_only_when_the_user_says_so(
     RunFolder(run).require_foreign_code([f"gym/{module}:X-v0"])  # from there, another folder of one's own
 
 
+def test_a_task_of_the_current_folder_that_the_user_names_needs_no_leave(
+    run: Path, outside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (outside / "beside.py").write_text("")
+    settings(run, "", tasks=["gym/beside:X-v0"])
+    monkeypatch.chdir(outside)
+    monkeypatch.syspath_prepend("")
+    config = ["train", "--config", str(run / "config.json"), "--run", str(outside / "new")]
+    one_line(config, "add --allow-module beside if you trust it", capsys, run)
+    assert not (outside / "new").exists()
+    assert cli.go_on(RunFolder(run)) == f"go on with: brc-fast train --resume {run} --allow-module beside"
+    named = ["train", "gym/beside:X-v0", "--run", str(run), "--resume", "auto"]
+    assert cli.main([*named, "--steps", "60"]) == 0
+    assert RunFolder(run).steps()[-1] == 60
+
+
 def test_what_is_installed_below_the_current_folder_was_chosen(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from brc_fast.config import TrainConfig, flat, from_dict, preset
 from brc_fast.disk import opened
 from brc_fast.envs import expand
 from brc_fast.errors import InputError
-from brc_fast.runs.checkpoint import RunFolder
+from brc_fast.runs.checkpoint import RunFolder, module_of
 from brc_fast.runs.plot import Group, Metric, Reference
 
 Parsed = TypeVar("Parsed")
@@ -201,10 +201,12 @@ def parse_train(words: Sequence[str]) -> Start:
     """A run's settings, which are those of the command line over the file's over the kept run's or, for a new
     one, the device's defaults; and its folder."""
     resume, device, file = (option(words, name) for name in ("resume", "device", "config"))
-    modules = options(words, "allow-module")
+    modules = (*options(words, "allow-module"), *filter(None, map(module_of, words)))  # tasks the user names
     given = read_settings(Path(file)) if file is not None else {}
     device = device or given.get("device")
     default = preset(resolve_device(device if device in ("cpu", "cuda") else "auto"))
+    if file is not None and Path(file).suffix != ".toml":  # a run's, and perhaps somebody else's
+        RunFolder(Path(file).parent).require_foreign_code(with_settings(default, given, file).tasks, modules)
 
     if resume not in (None, "auto"):
         folder = RunFolder(resume)

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from shlex import join, quote
+from shlex import join
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from brc_fast.disk import require_replaceable
 from brc_fast.errors import InputError, MissingExtraError, WorkerError
 from brc_fast.kernels.products import chosen_products, fast_bfloat16, measured_rate
 from brc_fast.learner.precision import cores
-from brc_fast.runs.checkpoint import RunFolder, write_text
+from brc_fast.runs.checkpoint import RunFolder, module_of, write_text
 from brc_fast.runs.interrupt import Interrupted, interrupts_kept
 from brc_fast.runs.weights_and_biases import require_wandb
 
@@ -189,7 +189,13 @@ def train(words: list[str]) -> int:
 def go_on(folder: RunFolder) -> str:
     if not folder.steps():
         return "there is no checkpoint: train it anew, with --overwrite"
-    return f"go on with: brc-fast train --resume {quote(str(folder.path))}"
+    words = ["brc-fast", "train", "--resume", str(folder.path)]
+    for task in folder.config().tasks:
+        try:
+            folder.require_foreign_code([task])
+        except InputError:  # the user named it to begin with, and has to again
+            words += ["--allow-module", module_of(task)]
+    return f"go on with: {join(words)}"
 
 
 def failed(folder: RunFolder, error: Exception) -> int:

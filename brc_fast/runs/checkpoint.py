@@ -131,9 +131,8 @@ class RunFolder:
         """
         home, here = self.path.resolve(), Path.cwd().resolve()
         for task in tasks:
-            backend, _, name = task.partition("/")
-            module = name.rpartition(":")[0]
-            if backend != "gym" or not module:
+            module = module_of(task)
+            if not module:
                 continue
             places = _places(module)
             own = [place for place in places if _lies_in(place, home)]
@@ -425,6 +424,12 @@ def _complete(home: Path) -> list[Path]:
 
 def _manifest(folder: Path) -> Any:
     return read_json(folder / "manifest.json")
+
+
+def module_of(task: str) -> str:
+    """The module of a task `gym/MODULE:ID`; "" of others."""
+    backend, _, name = task.partition("/")
+    return name.rpartition(":")[0] if backend == "gym" else ""
 
 
 def _places(module: str) -> list[Path]:
