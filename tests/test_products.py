@@ -195,7 +195,7 @@ def test_a_learner_takes_the_cores_that_there_are(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(cli, "cores", lambda: there)
-    cli.use_cpu(TrainConfig(("toy/0",), threads=asked))
+    cli.use_cpu(TrainConfig(("toy/0",), threads=asked), print)
     assert torch.get_num_threads() == taken
     told = "--threads 9: this machine has 2 cores, so 2 are used\n"
     assert capsys.readouterr().out == (told if asked == 9 else "")
@@ -208,7 +208,7 @@ def test_bfloat16_without_instructions_for_it_works_and_says_how_slow(
 ) -> None:
     monkeypatch.setattr(cli, "fast_bfloat16", lambda: fast)
     monkeypatch.setattr(cli, "measured_rate", lambda dtype: 5.0 if dtype == torch.float32 else 2.0)
-    cli.use_cpu(TrainConfig(("toy/0",), precision="bf16"))
+    cli.use_cpu(TrainConfig(("toy/0",), precision="bf16"), print)
     slow = "this processor has no bfloat16 instructions, products take 2.5 times as long as in fp32"
     assert capsys.readouterr().out == ("" if fast else f"--precision bf16: {slow}\n")
 
