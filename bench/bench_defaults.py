@@ -140,9 +140,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME")
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--workers", type=positive, default=1, help="runs at once, each on one thread")
-    parser.add_argument(
-        "--finished", action="store_true", help="make no further run"
-    )
+    parser.add_argument("--finished", action="store_true", help="make no further run")
     parser.add_argument("--save", metavar="NAME", help="of a file under bench/results")
     parser.add_argument("--dry", action="store_true", help="tiny runs")
     given = parser.parse_args(words)

@@ -79,7 +79,13 @@ void tables_that_lie_change_nothing(std::uint64_t seed) {
       {"contradicts itself", [](Content&, SegmentTable& table) { ++table.side[0]; }},
       {"has rows after its last", [](Content&, SegmentTable& table) { ++table.rows[0]; }},
       {"has rows after its last", [](Content&, SegmentTable& table) { ++table.first[0]; }},
-      {"has rows after its last", [](Content& content, SegmentTable&) { --content.count[0]; }},
+      {"has rows after its last",
+       [](Content& content, SegmentTable&) {
+         --content.count[0];
+         content.kept[0] = std::min<std::uint64_t>(content.kept[0], content.count[0]);
+         if (content.size[0] <= content.kept[0]) return;
+         content.size[0] = content.phase[0] = content.kept[0];
+       }},
       {"has rows after its last",  // whose numbers pass the largest one, and end at the right one
        [](Content& content, SegmentTable& table) {
          table.first[0] = UINT64_MAX;
