@@ -454,4 +454,4 @@ def test_a_run_struck_at_random_moments_equals_one_never_stopped(tmp_path: Path)
 
 @pytest.mark.exhaustive
 def test_a_run_struck_at_more_random_moments_equals_one_never_stopped(tmp_path: Path) -> None:
-    strikes(tmp_path, "--kills", "40", "--signals", "30", "--seed", str(random.randrange(2**31)))
+    strikes(tmp_path, "--kills", "20", "--signals", "15", "--seed", str(random.randrange(2**31)))
