@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from harness import Parser, Results, git, positive
 
 LAST = 3  # evaluations that a run's figure is the mean of
@@ -146,6 +147,7 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     seeds = range(given.seeds)
     jobs = [Job(variant, task, seed) for variant in given.variants for seed in seeds for task in given.tasks]
+    torch.set_num_threads(1)  # as every run has it, for what the result says of threads
     told = {"variants": {name: VARIANTS[name].options for name in given.variants}}
     told |= {"tasks": {name: TASKS[name].names for name in given.tasks}}
     found = Results("defaults", given.save, **told)

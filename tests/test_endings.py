@@ -231,7 +231,7 @@ def test_an_environment_that_raises_costs_one_step(
             "brc-fast: toy/One, at step 21: slot 1 raised OSError: lost the robot; saved at step 80; "
             f"go on with: brc-fast train --resume '{run}'; traceback in {run / 'error.txt'}"
         )
-        assert "WorkerError" in (run / "error.txt").read_text()
+        assert "WorkerError" in (tmp_path / "run" / "error.txt").read_text()
         assert RunFolder(run).steps() == [60, 80]
         assert arrays(run)["progress"]["updates"] == (80 - 40) // 4 + 1
         before = (run / "checkpoints").stat().st_mtime_ns
@@ -399,6 +399,33 @@ def test_an_environment_whose_processes_are_gone_still_has_its_state() -> None:
     again = make_gym("gym/Pendulum-v1", 2, restarts=0)
     assert again.load_state_dict(state).shape == (2, 3)
     again.close()
+
+
+def test_what_a_simulator_raises_is_one_line_and_its_traceback_is_in_a_file(tmp_path: Path) -> None:
+    """In a process of its own: pytest takes what is logged."""
+    require("gym")
+    (tmp_path / "falls.py").write_text(
+        "import gymnasium\n"
+        "from gymnasium.envs.classic_control import PendulumEnv\n"
+        "class Falls(PendulumEnv):\n"
+        "    steps = 0\n"
+        "    def step(self, action):\n"
+        "        Falls.steps += 1\n"
+        "        if Falls.steps == 30:\n"
+        "            raise OSError('the gripper is gone')\n"
+        "        return super().step(action)\n"
+        "gymnasium.register('Falls-v0', Falls, max_episode_steps=20)\n"
+    )
+    words = ["train", "gym/falls:Falls-v0", "--run", "run", *SHORT, "--eval-every", "1000000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "brc_fast", *words]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    told = ended.stderr
+    assert ended.returncode == 1, told
+    assert "slot" in told.splitlines()[-1]
+    assert "OSError: the gripper is gone; saved at step" in told.splitlines()[-1]
+    assert "Traceback" not in told
+    assert "raise OSError('the gripper is gone')" in (tmp_path / "run" / "error.txt").read_text()
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")

@@ -125,6 +125,7 @@ def test_a_folder_is_named_by_what_makes_another_run() -> None:
     assert name(**three) == changed
     digests = {name(**three, batch_size=size) for size in (32, 64)}
     assert len(digests) == 2
+    digests.add(name(env=EnvConfig(kwargs='{"xml_file": "/a/b.xml"}')))  # no folders of that name
     assert all(re.fullmatch(r"runs/mjx-CartpoleSwingup-[0-9a-f]{8}-seed0", each) for each in digests)
 
 

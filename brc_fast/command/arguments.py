@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import json
+import re
 import tomllib
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from brc_fast.config import TrainConfig, flat, from_dict, preset
-from brc_fast.disk import opened
+from brc_fast.disk import LONGEST, opened, read_json
 from brc_fast.envs import expand
 from brc_fast.errors import InputError
 from brc_fast.runs.checkpoint import RunFolder, module_of
@@ -268,13 +268,13 @@ def refuse_changes(config: TrainConfig, kept: TrainConfig) -> TrainConfig:
 def default_run(config: TrainConfig, default: TrainConfig) -> str:
     """runs/mjx-CartpoleSwingup-critic.width=256-seed0: the first task and the number of others, then the
     settings that make another run of it, which are those that are not the defaults and cannot change on a
-    resume; of more than three a digest."""
+    resume; of more than three, and of such as no folder should be called, a digest."""
     more = f"+{len(config.tasks) - 1}" if len(config.tasks) > 1 else ""
     same = {*CHANGEABLE, *PLACES, "tasks", "seed"}
     before = flat(default)
     new = {name: value for name, value in flat(config).items() if value != before[name]}
     changed = [f"{name}={value}" for name, value in new.items() if name not in same]
-    if len(changed) > MOST_NAMED:
+    if len(changed) > MOST_NAMED or not re.fullmatch(r"[\w.=+-]{0,100}", "".join(changed), re.ASCII):
         changed = [f"{zlib.crc32(' '.join(changed).encode()):08x}"]
     parts = [config.tasks[0].replace("/", "-") + more, *changed, f"seed{config.seed}"]
     return f"runs/{'-'.join(parts)}"
@@ -283,9 +283,11 @@ def default_run(config: TrainConfig, default: TrainConfig) -> str:
 def read_settings(path: Path) -> dict[str, Any]:
     """Settings of a TOML file, or of a run's config.json, by their names on the command line."""
     try:
-        with opened(path) as file:
-            text = file.read().decode()
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        if path.suffix == ".toml":
+            with opened(path) as file:
+                values = tomllib.loads(file.read(LONGEST).decode())
+        else:
+            values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError(f"it must hold settings by name, got {values!r:.60}")
     except FileNotFoundError:

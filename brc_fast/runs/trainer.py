@@ -196,7 +196,7 @@ class Trainer:
         config = self.config
         with StopRequest() as stop:
             try:
-                self.rows = [row["step"] for row in read_rows(folder.metrics)]  # what is lost was told
+                self.rows = [row["step"] for row in read_rows(folder.metrics)]  # what else it had was told
                 missing = self.missing_rows(folder)  # an evaluation that was not over, a row on a full disk
                 with self.rescued(folder):
                     self.write_rows(missing, folder, metrics, report, stop)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from brc_fast.disk import opened, replace_file
+from brc_fast.disk import read_json, replace_file
 from brc_fast.errors import InputError, MissingExtraError
 
 NAMES = "wandb.json"  # in the run's folder: the project, and the id by which a resumed run goes on
@@ -74,13 +74,12 @@ def _identity(project: str, folder: Path) -> str:
     """The id of this run in a project, made once."""
     file = folder / NAMES
     try:
-        with opened(file) as stream:
-            known = json.load(stream)
+        known = read_json(file)
         if known["project"] == project and re.fullmatch("[0-9a-f]{32}", known["id"]):
             return str(known["id"])
     except InputError:
         raise
-    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         pass
     identity = uuid.uuid4().hex
     replace_file(file, (json.dumps({"project": project, "id": identity}) + "\n").encode())
