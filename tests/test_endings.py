@@ -231,7 +231,7 @@ def test_an_environment_that_raises_costs_one_step(
             "brc-fast: toy/One, at step 21: slot 1 raised OSError: lost the robot; saved at step 80; "
             f"go on with: brc-fast train --resume '{run}'; traceback in {run / 'error.txt'}"
         )
-        assert "WorkerError" in (tmp_path / "run" / "error.txt").read_text()
+        assert "WorkerError" in (run / "error.txt").read_text()
         assert RunFolder(run).steps() == [60, 80]
         assert arrays(run)["progress"]["updates"] == (80 - 40) // 4 + 1
         before = (run / "checkpoints").stat().st_mtime_ns
