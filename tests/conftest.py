@@ -152,10 +152,9 @@ class ToyEnv:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> Tensor:
-        if state["state"].shape != self.state.shape:
-            raise ValueError(
-                f"state must have shape {list(self.state.shape)}, got {list(state['state'].shape)}"
-            )
+        wanted = {name: (x.shape, x.dtype) for name, x in self.state_dict().items()}
+        if {name: (x.shape, x.dtype) for name, x in state.items()} != wanted:
+            raise ValueError(f"the state must hold {wanted}")
         high, low, inc_high, inc_low = (int(word) for word in state["rng"])
         words = self.rng.bit_generator.state
         words["state"] = {"state": high << 64 | low, "inc": inc_high << 64 | inc_low}
