@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <cstring>
 #include <system_error>
+#include <utility>
 
 #include "checksum.hpp"
 #include "finite.hpp"
@@ -14,6 +15,7 @@ namespace brc {
 namespace {
 
 constexpr std::size_t kBlockBytes = std::size_t{4} << 20;
+constexpr std::size_t kSliceBytes = std::size_t{1} << 19;  // copied for a save while others wait
 constexpr std::uint64_t kMostCounted = 1ull << 62;  // transitions or draws: far from where they would wrap
 constexpr std::uint32_t kAside = 1;  // in a file, a link holds the two flags and whether there is a slot
 
@@ -106,52 +108,176 @@ void require_streams(const Vector& values, const char* name, std::size_t streams
   require_length(name, values.size(), streams, "values");
 }
 
+/// Bytes that are put at the end and taken from the front.
+class Queue {
+ public:
+  /// Lets the next `bytes` be put without an allocation. Throws std::bad_alloc.
+  void reserve(std::size_t bytes) {
+    if (data_.capacity() - data_.size() < bytes)
+      data_.reserve(std::max(2 * data_.capacity(), data_.size() + bytes));
+  }
+  std::byte* put(std::size_t bytes) noexcept {
+    data_.resize(data_.size() + bytes);
+    return data_.data() + data_.size() - bytes;
+  }
+  const std::byte* take(std::size_t bytes) noexcept {
+    return data_.data() + std::exchange(taken_, taken_ + bytes);
+  }
+
+ private:
+  std::vector<std::byte> data_;
+  std::size_t taken_ = 0;
+};
+
+/// Of one stream in a save. Rows are named by their sequence number.
+struct SavedStream {
+  std::uint64_t first = 0;      // row of the segment
+  std::uint64_t next = 0;       // row to write
+  std::uint64_t following = 0;  // row whose successor is to be written, if that is kept aside
+  std::uint64_t end = 0;        // after the last row of the segment
+  bool head = false;            // the successor of the last row lay in the head when the save began
+  bool over = false;            // all of it is written
+  Queue images;                 // of rows replaced before they were written, in order
+  Queue successors;  // kept aside, of rows replaced before those were written, in order; the head comes last
+};
+
 }  // namespace
 
+class Saved {
+ public:
+  explicit Saved(std::size_t streams) : streams_(streams) {}
+  [[nodiscard]] SavedStream& operator[](std::size_t s) noexcept { return streams_[s]; }
+
+ private:
+  std::vector<SavedStream> streams_;
+};
+
+void ReplayStore::put_image(std::size_t at, bool newest, std::byte* image) const noexcept {
+  const std::byte* const row = rows_.row(at);
+  const std::uint32_t word = newest ? 0 : index_.link(at);  // a later jump may have moved its successor
+  const std::uint32_t flags = (word & ~kSlot) | ((word & kSlot) != 0 ? kAside : 0);
+  std::memcpy(image, row, layout_.observation.bytes);  // part by part: the gaps between them stay zero
+  for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
+    std::memcpy(image + layout_.offsets[f], row + layout_.offsets[f], layout_.fields[f].bytes);
+  }
+  std::memcpy(image + layout_.reward, row + layout_.reward, sizeof(float));
+  std::memcpy(image + layout_.link, &flags, sizeof(flags));
+}
+
+void ReplayStore::reserve_saved(std::span<const std::int64_t> ids) {
+  if (save_ == nullptr) return;
+  for (const std::int64_t id : ids) {
+    const Stream& stream = index_.streams()[static_cast<std::size_t>(id)];
+    SavedStream& saved = (*save_)[static_cast<std::size_t>(id)];
+    if (saved.over || stream.kept + 1 < stream.ring) continue;
+    saved.images.reserve(layout_.used);
+    saved.successors.reserve(layout_.observation.bytes);
+  }
+}
+
+void ReplayStore::keep_for_save(std::size_t s, std::size_t i) noexcept {
+  const Stream& stream = index_.streams()[s];
+  SavedStream& saved = (*save_)[s];
+  const std::uint64_t oldest = stream.count - stream.kept;
+  if (saved.over || stream.kept + 1 < stream.ring || oldest < saved.first || oldest >= saved.end) return;
+  const std::size_t frame = layout_.observation.bytes;
+  const std::size_t row = stream.first_row + stream.position(stream.kept - 1);
+  const bool newest = saved.head && oldest + 1 == saved.end;
+  if (oldest >= saved.next) put_image(row, newest, saved.images.put(layout_.used));
+  if (oldest < saved.following || (!newest && (index_.link(row) & kSlot) == 0)) return;
+  const Window window = index_.window({static_cast<std::uint32_t>(s), 0, oldest, row}, 1);
+  const std::byte* successor = this->successor(s, window);
+  if (window.successor == static_cast<std::int64_t>(index_.head_row(s))) {  // the head is staged over
+    successor = departs_[i] != 0 ? departed_.row(i) : rows_.row(index_.head_row(s));
+  }
+  std::memcpy(saved.successors.put(frame), successor, frame);
+}
+
 Snapshot ReplayStore::write_segment(int file, std::span<const std::uint64_t> from) const {
-  const std::shared_lock lock(mutex_);
+  const std::lock_guard alone(saving_);
   require_streams(from, "from", num_streams());
   Snapshot snapshot;
   SegmentTable& table = snapshot.table;
+  Saved save(num_streams());
+  {
+    const std::unique_lock lock(mutex_);
+    for (std::size_t s = 0; s < num_streams(); ++s) {
+      const Stream& stream = index_.streams()[s];
+      Content& content = snapshot.content;
+      content.count.push_back(stream.count);
+      content.size.push_back(stream.size);
+      content.kept.push_back(stream.kept);
+      content.phase.push_back(stream.phase);
+      content.capacity.push_back(stream.capacity);
+      SavedStream& saved = save[s];
+      saved.first = saved.next = std::clamp(from[s], stream.count - stream.kept, stream.count);
+      saved.end = stream.count;
+      saved.head = stream.head_valid && saved.first < saved.end;
+    }
+    snapshot.content.draws = draws_;
+    save_ = &save;
+  }
+  struct End {
+    const ReplayStore& store;
+    ~End() {
+      const std::unique_lock lock(store.mutex_);
+      store.save_ = nullptr;
+    }
+  } const end{*this};
+
   BlockWriter writer(file, table);
   const std::size_t frame = layout_.observation.bytes;
-  std::vector<std::byte> image(layout_.used);
+  std::vector<std::byte> slice;
+  std::vector<std::uint64_t> aside;  // rows whose successors are kept aside
+  const auto in_slices = [&](std::uint64_t count, std::size_t bytes, const auto& put) {
+    const std::uint64_t most = std::max<std::uint64_t>(1, kSliceBytes / bytes);
+    for (std::uint64_t done = 0; done < count;) {
+      const std::uint64_t part = std::min(most, count - done);
+      slice.assign(static_cast<std::size_t>(part) * bytes, std::byte{});
+      {
+        const std::shared_lock lock(mutex_);
+        for (std::byte* to = slice.data(); to != slice.data() + slice.size(); to += bytes) put(done++, to);
+      }
+      writer.put(slice.data(), slice.size());
+    }
+  };
   for (std::size_t s = 0; s < num_streams(); ++s) {
     const Stream& stream = index_.streams()[s];
-    Content& content = snapshot.content;
-    content.count.push_back(stream.count);
-    content.size.push_back(stream.size);
-    content.kept.push_back(stream.kept);
-    content.phase.push_back(stream.phase);
-    content.capacity.push_back(stream.capacity);
-    const std::uint64_t first = std::clamp(from[s], stream.count - stream.kept, stream.count);
-    const auto rows = static_cast<std::uint32_t>(stream.count - first);
-    std::vector<std::uint32_t> aside;
-    for (std::uint32_t back = rows; back-- > 0;) {
-      const std::size_t at = stream.first_row + stream.position(back);
-      const std::byte* row = rows_.row(at);
-      const std::uint32_t word = index_.link(at);
-      const std::uint32_t slot = word & kSlot;
-      const std::uint32_t flags = (word & ~kSlot) | (slot != 0 ? kAside : 0);
-      if (slot != 0) aside.push_back(slot - 1);
-      std::memcpy(image.data(), row, frame);  // part by part: the gaps between them stay zero
-      for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
-        std::memcpy(image.data() + layout_.offsets[f], row + layout_.offsets[f], layout_.fields[f].bytes);
+    SavedStream& saved = save[s];
+    const auto kept = [&](std::uint64_t sequence) { return sequence >= stream.count - stream.kept; };
+    const auto pick = [&](std::uint64_t sequence) {
+      const std::uint32_t position = stream.position(stream.back(sequence));
+      return Pick{static_cast<std::uint32_t>(s), 0, sequence, stream.first_row + position};
+    };
+    aside.clear();
+    in_slices(saved.end - saved.first, layout_.used, [&](std::uint64_t, std::byte* image) {
+      const std::uint64_t sequence = saved.next++;
+      if (kept(sequence)) {
+        put_image(pick(sequence).row, saved.head && sequence + 1 == saved.end, image);
+      } else {
+        std::memcpy(image, saved.images.take(layout_.used), layout_.used);
       }
-      std::memcpy(image.data() + layout_.reward, row + layout_.reward, sizeof(float));
-      std::memcpy(image.data() + layout_.link, &flags, sizeof(flags));
-      writer.put(image.data(), image.size());
-    }
-    for (const std::uint32_t slot : aside) writer.put(side_.at(slot), frame);
-    const bool head = stream.head_valid && rows > 0;  // the successor of the newest row written
-    if (head) writer.put(heads_.row(s), frame);
-    table.first.push_back(first);
-    table.rows.push_back(rows);
+      std::uint32_t flags;
+      std::memcpy(&flags, image + layout_.link, sizeof(flags));
+      if ((flags & kAside) != 0) aside.push_back(sequence);
+    });
+    table.first.push_back(saved.first);
+    table.rows.push_back(static_cast<std::uint32_t>(saved.end - saved.first));
     table.side.push_back(static_cast<std::uint32_t>(aside.size()));
-    table.head.push_back(head);
+    table.head.push_back(saved.head);
+    if (saved.head) aside.push_back(saved.end - 1);
+    in_slices(aside.size(), frame, [&](std::uint64_t i, std::byte* to) {
+      const std::uint64_t sequence = aside[static_cast<std::size_t>(i)];
+      const std::byte* const from_there =
+          kept(sequence) ? successor(s, index_.window(pick(sequence), 1)) : saved.successors.take(frame);
+      std::memcpy(to, from_there, frame);
+      saved.following = sequence + 1;
+    });
+    const std::unique_lock lock(mutex_);
+    saved = {};
+    saved.over = true;
   }
   writer.flush();
-  snapshot.content.draws = draws_;
   return snapshot;
 }
 
@@ -244,6 +370,7 @@ void ReplayStore::check_segment(const Content& content, const SegmentFile& segme
 }
 
 void ReplayStore::load(const Content& content, std::span<const SegmentFile> segments, std::uint64_t seed) {
+  const std::lock_guard alone(saving_);
   const std::unique_lock lock(mutex_);
   check_content(content);
   std::vector<std::uint64_t> end(num_streams());  // sequence number after the rows read so far

@@ -225,13 +225,15 @@ const Strata& ReplayIndex::strata(const Request& request, Strata& scratch) const
   return scratch;
 }
 
-Picker::Picker(const ReplayIndex& index, const Strata& strata, std::uint64_t draw, std::size_t count) noexcept
+Picker::Picker(const ReplayIndex& index, const Strata& strata, std::uint64_t draw, std::size_t count,
+               std::size_t first) noexcept
     : index_(index),
       strata_(strata),
       seed_(index.seed),
       draw_(draw),
       count_(count),
-      offset_(draw_words(index.seed, draw, kShareQuad, 0)[0] / 4294967296.0) {
+      offset_(draw_words(index.seed, draw, kShareQuad, 0)[0] / 4294967296.0),
+      i_(first) {
   begin_group();
 }
 
@@ -249,7 +251,7 @@ void Picker::fill(std::span<Pick> picks) noexcept {
   std::array<std::uint32_t, 4> words{};
   std::uint32_t quad = kShareQuad;  // that the words belong to
   for (std::size_t i = 0; i < picks.size();) {
-    while (i_ == end_) {
+    while (i_ >= end_) {
       ++group_;
       begin_group();
     }

@@ -265,8 +265,10 @@ inline Placement ReplayIndex::append(std::size_t s, bool departs, bool terminate
 /// The elements of one batch, in order.
 class Picker {
  public:
-  /// Batch number `draw`, of `count` elements. The index and the strata must outlive it unchanged.
-  Picker(const ReplayIndex& index, const Strata& strata, std::uint64_t draw, std::size_t count) noexcept;
+  /// Batch number `draw`, of `count` elements, from element `first` on. The index and the strata must outlive
+  /// it unchanged.
+  Picker(const ReplayIndex& index, const Strata& strata, std::uint64_t draw, std::size_t count,
+         std::size_t first = 0) noexcept;
   /// The next elements, their steps 0: `count` at most over all calls. O(log N) each.
   void fill(std::span<Pick> picks) noexcept;
 

@@ -15,10 +15,12 @@
 namespace brc {
 namespace {
 
-constexpr std::size_t kAhead = 8;            // rows between a prefetch and its use
-constexpr std::size_t kLine = 64;            // bytes of a cache line
-constexpr std::size_t kGroup = 16;           // rows put together before they are written
-constexpr std::size_t kPrefetchBytes = 384;  // of a row to read
+constexpr std::size_t kAhead = 8;                          // rows between a prefetch and its use
+constexpr std::size_t kLine = 64;                          // bytes of a cache line
+constexpr std::size_t kGroup = 16;                         // rows put together before they are written
+constexpr std::size_t kPrefetchBytes = 384;                // of a row to read
+constexpr std::size_t kSliceBytes = std::size_t{1} << 20;  // sampled at once while writers wait, but for
+constexpr std::size_t kFewest = 64;                        // transitions at least
 
 constexpr std::uint32_t kApart =
     1u << 31;  // marks a row that its successor does not follow; rows have 29 bits
@@ -206,6 +208,7 @@ void ReplayStore::add(std::span<const std::int64_t> ids, const TransitionColumns
       slots += std::size_t{departs_[i]} + (ends_[i] != 0);
     }
     reserve_slots(slots);
+    reserve_saved(ids);
   } catch (...) {
     unstage(ids, columns);
     throw;
@@ -266,6 +269,7 @@ void ReplayStore::unstage(std::span<const std::int64_t> ids, const TransitionCol
 }
 
 void ReplayStore::commit(std::size_t s, std::size_t i) noexcept {
+  if (save_ != nullptr) keep_for_save(s, i);
   const Placement to =
       index_.append(s, departs_[i] != 0, (ends_[i] & kTerminated) != 0, (ends_[i] & kTruncated) != 0);
   const auto keep_aside = [this](std::int64_t slot, const std::byte* observation) {
@@ -310,53 +314,70 @@ void ReplayStore::require_finite(const char* name, const Field& field, Bytes val
          to_string(value_at(values, field.kind, i)) + "; nothing was stored");
 }
 
+template <class Draw, class Use>
+void ReplayStore::pick_in_slices(const Request& request, std::size_t num_batches, std::size_t batch_size,
+                                 const BatchColumns& out, const Draw& draw, const Use& use) const {
+  require_columns(out, layout_, num_batches * batch_size);
+  const std::size_t bytes =
+      2 * layout_.stack * layout_.observation.bytes + layout_.stride;  // of a transition
+  const std::size_t most = std::max(kFewest, kSliceBytes / bytes);
+  std::vector<Pick> picks(std::min(batch_size, most));
+  std::uint64_t number = 0;
+  for (std::size_t u = 0; u < num_batches; ++u) {
+    for (std::size_t begin = 0; begin < batch_size; begin += most) {
+      const std::span<Pick> part = std::span(picks).first(std::min(most, batch_size - begin));
+      const std::shared_lock lock(mutex_);
+      index_.require_request(request, batch_size);
+      if (u == 0 && begin == 0) number = draw();
+      Strata scratch;
+      Picker(index_, index_.strata(request, scratch), number + u, batch_size, begin).fill(part);
+      use(u * batch_size + begin, part);
+    }
+  }
+}
+
 void ReplayStore::gather_ahead(const Request& request, std::uint64_t draw, std::size_t num_batches,
                                std::size_t batch_size, const BatchColumns& out, Ahead& ahead) const {
-  const std::shared_lock lock(mutex_);
-  require_columns(out, layout_, num_batches * batch_size);
-  index_.require_request(request, batch_size);
-  ahead.picks.resize(num_batches * batch_size);
-  ahead.life = life_;
-  Strata scratch;
-  const Strata& strata = index_.strata(request, scratch);
-  for (std::size_t u = 0; u < num_batches; ++u) {
-    const std::span<Pick> picks = std::span(ahead.picks).subspan(u * batch_size, batch_size);
-    Picker(index_, strata, draw + u, batch_size).fill(picks);
-    gather(picks, request, u * batch_size, out);
-  }
+  ahead.picks.clear();
+  std::vector<Pick> gathered;
+  gathered.reserve(num_batches * batch_size);
+  bool whole = true;
+  const auto begin = [&] {
+    ahead.life = life_;
+    return draw;
+  };
+  pick_in_slices(request, num_batches, batch_size, out, begin, [&](std::size_t first, std::span<Pick> picks) {
+    gather(picks, request, first, out);
+    gathered.insert(gathered.end(), picks.begin(), picks.end());
+    whole = whole && ahead.life == life_;
+  });
+  if (whole) ahead.picks = std::move(gathered);
 }
 
 std::size_t ReplayStore::settle(const Request& request, std::size_t num_batches, std::size_t batch_size,
                                 const BatchColumns& out, Ahead& ahead) {
-  const std::shared_lock lock(mutex_);
-  require_columns(out, layout_, num_batches * batch_size);
-  index_.require_request(request, batch_size);
-  const bool fresh = ahead.picks.size() == num_batches * batch_size && ahead.life == life_;
-  Strata scratch;
-  const Strata& strata = index_.strata(request, scratch);
-  std::vector<Pick> picks(batch_size);
-  std::uint64_t draw = draws_.fetch_add(num_batches);
+  const bool gathered = ahead.picks.size() == num_batches * batch_size;
   std::size_t changed = 0;
-  for (std::size_t u = 0; u < num_batches; ++u, ++draw) {
-    Picker(index_, strata, draw, batch_size).fill(picks);
-    if (!fresh) {
-      gather(picks, request, u * batch_size, out);
-      changed += batch_size;
-      continue;
+  const auto begin = [&] { return draws_.fetch_add(num_batches); };
+  pick_in_slices(request, num_batches, batch_size, out, begin, [&](std::size_t first, std::span<Pick> picks) {
+    if (!gathered || ahead.life != life_) {
+      gather(picks, request, first, out);
+      changed += picks.size();
+      return;
     }
-    for (std::size_t i = 0; i < batch_size; ++i) {
+    for (std::size_t i = 0; i < picks.size(); ++i) {
+      const Pick& before = ahead.picks[first + i];
       Pick& now = picks[i];
-      const Pick& before = ahead.picks[u * batch_size + i];
       const bool same = before.stream == now.stream && before.sequence == now.sequence;
       // Fewer steps than asked for may have become more: the newest transition has followers now.
       if (same && (before.steps == request.powers.size() ||
                    before.steps == index_.window(now, request.powers.size()).steps)) {
         continue;
       }
-      gather_one(now, request, u * batch_size + i, out);
+      gather_one(now, request, first + i, out);
       ++changed;
     }
-  }
+  });
   return changed;
 }
 
@@ -497,6 +518,7 @@ ReplayIndex ReplayStore::index() const {
 }
 
 void ReplayStore::adopt(const ReplayIndex& index, std::uint64_t draws) {
+  const std::lock_guard alone(saving_);
   const std::unique_lock lock(mutex_);
   if (index.rows() != index_.rows()) refuse("the index must have the rows of the store");
   side_.reserve(index.slots());

@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "fair_lock.hpp"
 #include "replay_index.hpp"
 #include "replay_layout.hpp"
 #include "replay_segment.hpp"
@@ -22,6 +23,9 @@ struct Ahead {
   std::vector<Pick> picks;  // [U * B], empty: nothing was gathered
   std::uint64_t life = 0;   // of the store's content
 };
+
+/// A save under way: how far it is, and the rows that were replaced before it came to them.
+class Saved;
 
 /// Transitions of N streams (environment slots), each of one of T tasks, sampled at random.
 ///
@@ -43,8 +47,11 @@ struct Ahead {
 /// further one replaces the oldest of its stream, whose side slot is freed.
 ///
 /// Threads: every method locks. Those that only read the content (sample, gather_ahead, settle, write_segment
-/// and the rest that is const) run side by side; add, load and adopt run alone. No method calls back
-/// into its caller.
+/// and the rest that is const) run side by side; add, load and adopt run alone. Nobody waits long for a turn:
+/// samples and saves take theirs in slices of about a megabyte, and what an add replaces before a save has
+/// come to it is kept for that. So a save holds what was stored when it began, while each transition of a
+/// sample is one of those stored when it is drawn. Loads, adoptions and saves wait for each other. No method
+/// calls back into its caller.
 ///
 /// Failure: a method that throws leaves the store as it was, except for load, which says so.
 /// std::invalid_argument and std::out_of_range name the rule that was broken, OutOfMemory the numbers.
@@ -78,7 +85,8 @@ class ReplayStore {
   void read(std::int64_t stream, std::int64_t age, const Request& request, const BatchColumns& out) const;
 
   /// Writes to a file all rows kept whose sequence number is at least `from` [N] of their stream, and says
-  /// what it wrote. Throws std::system_error. O(bytes), with a few megabytes of memory.
+  /// what it wrote. Throws std::system_error. O(bytes), with a few megabytes of memory and what is replaced
+  /// meanwhile.
   [[nodiscard]] Snapshot write_segment(int file, std::span<const std::uint64_t> from) const;
   /// Replaces the content by that of segments, oldest first, which together hold what `content` says. Reads
   /// every file twice: before anything changes, all of it is checked. A read error after that leaves the
@@ -127,6 +135,10 @@ class ReplayStore {
  private:
   void require_finite(std::span<const std::int64_t> streams, const TransitionColumns& columns) const;
   void require_finite(const char* name, const Field& field, Bytes values, std::int64_t stream) const;
+  /// Calls `use(first, picks)` for the elements of U batches from number `draw()` on, in slices and locked.
+  template <class Draw, class Use>
+  void pick_in_slices(const Request& request, std::size_t num_batches, std::size_t batch_size,
+                      const BatchColumns& out, const Draw& draw, const Use& use) const;
   void gather(std::span<Pick> picks, const Request& request, std::size_t first,
               const BatchColumns& out) const noexcept;
   void gather_plain(std::span<Pick> picks, std::size_t first, const BatchColumns& out) const noexcept;
@@ -147,6 +159,13 @@ class ReplayStore {
   [[nodiscard]] bool stage(std::span<const std::int64_t> streams, const TransitionColumns& columns) noexcept;
   /// Brings the heads back that `stage` has overwritten.
   void unstage(std::span<const std::int64_t> streams, const TransitionColumns& columns) noexcept;
+  /// Makes room in the save under way for what an add to these streams replaces.
+  void reserve_saved(std::span<const std::int64_t> streams);
+  /// Keeps the row that the i-th staged transition replaces for the save under way, if that still needs it.
+  void keep_for_save(std::size_t s, std::size_t i) noexcept;
+  /// Writes the image of a row in a file, `newest` at the moment of the save and with its successor in the
+  /// head.
+  void put_image(std::size_t row, bool newest, std::byte* image) const noexcept;
   /// Lets a staged transition count, the i-th of an add.
   void commit(std::size_t s, std::size_t i) noexcept;
   void check_content(const Content& content) const;
@@ -160,7 +179,9 @@ class ReplayStore {
     return read();
   }
 
-  mutable std::shared_mutex mutex_;  // guards index_, rows_ and side_
+  mutable std::mutex saving_;      // held by saves, loads and adoptions, and locked before mutex_
+  mutable FairLock mutex_;         // guards all that follows
+  mutable Saved* save_ = nullptr;  // the save that is under way
   const Layout layout_;
   const bool allow_not_finite_;
   ReplayIndex index_;

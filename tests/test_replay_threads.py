@@ -6,12 +6,14 @@ import ctypes
 import functools
 import itertools
 import os
+import select
 import sys
 import time
 import tracemalloc
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,20 @@ import torch
 from extras import require
 
 from brc_fast.batch import Batch
-from brc_fast.replay import DeviceReplayBuffer, Field, ReplayBuffer, arena
+from brc_fast.replay import DeviceReplayBuffer, Field, ReplayBuffer, arena, files
 
 require("hypothesis")
 
-from replay_oracle import arrays_of, assert_same_batch, filled, more, read_all, wait_until_full
+from replay_oracle import (
+    arrays_of,
+    assert_same_batch,
+    filled,
+    manifest_of,
+    more,
+    read_all,
+    wait_for,
+    wait_until_full,
+)
 
 
 def test_what_is_held_never_changes() -> None:
@@ -241,6 +252,53 @@ def test_two_threads_may_save_to_the_same_folder(tmp_path: Path) -> None:
             future.result()
     feed.loaded(tmp_path).check_content()
     feed.loaded(tmp_path, previous=True).check_content()
+
+
+@pytest.mark.parametrize("stack", [1, 3])
+@pytest.mark.parametrize("steps", [1, 7, 200])
+@pytest.mark.parametrize("base", [False, True], ids=["whole", "further"])
+def test_a_save_holds_what_was_stored_when_it_began(
+    tmp_path: Path, stack: int, steps: int, base: bool
+) -> None:
+    """And an add does not wait for it, though the file takes no more bytes for now."""
+    image = Field((50_000,), "uint8", stack=stack)
+    feed = filled([90, 2], (0, 1, 0), steps=20 if base else 70, observation=image)
+    store, folder = feed.buffer._store, tmp_path / "replay"
+    if base:
+        feed.buffer.save(folder)
+        more(feed, 55)
+    expected, draws = feed.copied(), feed.draws
+    start = files._start(manifest_of(folder) if base else None, 3)
+    out, into = os.pipe()
+    with ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(store.write_segment, into, start)
+        wait_for(lambda: select.select([out], [], [], 0)[0])
+        before = time.monotonic()
+        more(feed, steps)
+        assert time.monotonic() - before < 5
+        assert not saving.done()
+        segment = tmp_path / "segment"
+        with segment.open("wb") as file:
+            while len(data := os.read(out, 1 << 20)) > 0:
+                file.write(data)
+                if saving.done() and into >= 0:
+                    os.close(into)
+                    into = -1
+        os.close(out)
+        snapshot = saving.result()
+    segments = [(segment, snapshot["table"])]
+    if base:
+        segments.insert(0, (folder / (old := manifest_of(folder)["segments"][0])["file"], old))
+    with ExitStack() as opened:
+        files_ = [
+            (opened.enter_context(path.open("rb")).fileno(), str(path), table) for path, table in segments
+        ]
+        expected.buffer._store.load(snapshot["content"], files_, feed.seed)
+    assert expected.draws == draws
+    expected.check_content(3, 0.5)
+    more(expected, 3)  # it goes on as the buffer did
+    expected.check_content()
+    feed.check_content()
 
 
 STREAMS, EPISODE = 4, 7
