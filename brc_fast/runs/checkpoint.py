@@ -167,9 +167,14 @@ class RunFolder:
             os.close(handle)
 
     def create(self, config: TrainConfig, **about: str) -> None:
-        """Make the folder, clear it of an earlier run (of nothing else), and write config.json."""
+        """Make the folder, clear it of an earlier run (of nothing else), and write config.json.
+
+        The earlier config.json goes last, replaced by this one, and checkpoints first: whoever is killed on the
+        way leaves a run that has none, and not a folder of which nobody knows what it holds.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in (*self.OWN, *(f"{name}.partial" for name in self.FILES)):
+        others = [name for name in self.FILES if name != "config.json"]
+        for name in (*self.FOLDERS, *others, *(f"{name}.partial" for name in self.FILES)):
             old = self.path / name
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
         self.write_config(config, **about)
