@@ -252,7 +252,14 @@ def test_before_the_first_step_there_is_nothing_to_go_on_from(
         "brc-fast: ValueError: no connection; there is no checkpoint: train it anew, with --over"
     )
     with monkeypatch.context() as patch:  # killed while it begins anew
-        patch.setattr(RunFolder, "write_config", lambda *_, **__: raiser(OSError("the disk is gone"))())
+        unlink = Path.unlink
+
+        def stopping(path: Path, **options: Any) -> None:
+            if path.name == "metrics.jsonl":
+                raise OSError("the disk is gone")
+            unlink(path, **options)
+
+        patch.setattr(Path, "unlink", stopping)
         assert train(tmp_path / "run", "--resume", "auto") != 0
     assert train(tmp_path / "run", "--resume", "auto") == 0
 
