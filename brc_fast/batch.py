@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,16 +22,7 @@ def sent(x: Tensor, device: str | torch.device) -> Tensor:
     return x.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
-class _Columns(NamedTuple):
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    masks: Tensor
-    next_observations: Tensor
-    task_ids: Tensor
-
-
-class Batch(_Columns):
+class Batch(NamedTuple):
     """Transitions for one update ([B, ...]) or for U updates ([U, B, ...]).
 
     ================== ============ ======== ==================================================
@@ -44,32 +34,86 @@ class Batch(_Columns):
     masks              [.., B]      float32  0 where the task truly ended, 1 otherwise (a time limit is 1)
     next_observations  [.., B, O]   float32  where the action really led, also at the end of an episode
     task_ids           [.., B]      int64    0 <= id < T
+    extras             by name               further columns; none are needed for an update
     ================== ============ ======== ==================================================
 
-    `extras` holds further fields of a replay [.., B, ...] by name. It is an attribute, not an element of the
-    tuple.
+    A replay gives as extras, beside the fields of its own that it was made with:
+
+    ================== ============ ======== ==================================================
+    terminated         [.., B]      bool     the task ended with this transition, and masks is 0
+    truncated          [.., B]      bool     the episode was cut after it
+    steps              [.., B]      int64    m, the steps that were summed
+    indices            [.., B]      int64    what the replay calls it: `replay[indices]`
+    weights            [.., B]      float32  importance, where it was sampled by priority
+    ================== ============ ======== ==================================================
 
     Sampled with several steps, `rewards` holds sum_i discount^i r_i over the m steps that were made,
-    `next_observations` is where the last led, and `masks` is discount^(m-1) instead of 1, so that the target
-    is rewards + discount * masks * value(next_observations) for every m. A replay may hold other shapes and
-    dtypes of observations and actions; the agent takes those above.
+    `next_observations` is where the last led, as are `terminated` and `truncated` of that, and `masks` is
+    discount^(m-1) instead of 1, so that the target is rewards + discount * masks * value(next_observations)
+    for every m. A replay may hold other shapes and dtypes of observations and actions; the agent takes those
+    above. Of a replay whose observations have names, both columns are dicts.
+
+    It is a tuple of tensors and one dict, for jax.tree.map, torch's pytree and default_collate.
     """
 
-    extras: Mapping[str, Tensor] = MappingProxyType({})
+    observations: Any  # Tensor, or a dict of them
+    actions: Tensor
+    rewards: Tensor
+    masks: Tensor
+    next_observations: Any
+    task_ids: Tensor
+    extras: Mapping[str, Tensor] = {}
 
-    def with_extras(self, extras: Mapping[str, Tensor]) -> Batch:
-        """The same transitions with these further fields."""
-        out = Batch(*self)
-        out.extras = extras
-        return out
+    @property
+    def terminated(self) -> Tensor:
+        return self.extras["terminated"]
 
-    def _replace(self, **changes: Any) -> Batch:
-        return Batch(*super()._replace(**changes)).with_extras(self.extras)
+    @property
+    def truncated(self) -> Tensor:
+        return self.extras["truncated"]
+
+    @property
+    def steps(self) -> Tensor:
+        return self.extras["steps"]
+
+    @property
+    def indices(self) -> Tensor:
+        return self.extras["indices"]
+
+    @property
+    def weights(self) -> Tensor:
+        return self.extras["weights"]
+
+    def __getitem__(self, place: Any) -> Any:
+        """An element of the tuple. TypeError for a slice, which would be of columns and not of rows."""
+        if isinstance(place, slice):
+            raise TypeError(
+                "a Batch has columns, not rows: take rows of each by batch.map(lambda x: x[rows])"
+            )
+        return tuple.__getitem__(self, place)
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """The six that an update takes."""
+        return tuple(self)[:-1]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        found: list[Tensor] = []
+        self.map(lambda tensor: (found.append(tensor), tensor)[1])
+        return found
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The batch of what `function` makes of each tensor."""
-        extras = {name: function(value) for name, value in self.extras.items()}
-        return Batch(*map(function, self)).with_extras(extras)
+
+        def each(value: Any) -> Any:
+            return (
+                {name: function(x) for name, x in value.items()}
+                if isinstance(value, Mapping)
+                else function(value)
+            )
+
+        return Batch(*map(each, self))
 
     def check(self, observation_size: int, action_size: int, num_tasks: int) -> None:
         """ValueError unless these are U batches [U, B, ...] of an agent of these sizes, TypeError for task
@@ -82,7 +126,7 @@ class Batch(_Columns):
         rows = tuple(self.rewards.shape)
         sizes = {"observations": ("O", observation_size), "actions": ("A", action_size)}
         sizes["next_observations"] = sizes["observations"]
-        for name, field in self._asdict().items():
+        for name, field in zip(self._fields, self.columns, strict=False):
             letter, size = sizes.get(name, ("", 0))
             if letter:
                 require_shape(name, field, f"[U, B, {letter}]", (*rows, size))
@@ -118,8 +162,12 @@ class Batch(_Columns):
         return self.map(lambda field: sent(field, device))
 
     def numpy(self) -> dict[str, NDArray[Any]]:
-        """Arrays by name on the same memory, for JAX and others; TypeError on a GPU and for bfloat16.
+        """Arrays by name on the same memory, extras among them, for JAX and others.
+
+        TypeError on a GPU and for bfloat16.
 
         Hold them while another library copies from them: torch does not know of it.
         """
-        return {name: value.numpy() for name, value in {**self._asdict(), **self.extras}.items()}
+        named = self.map(Tensor.numpy)._asdict()
+        extras: dict[str, NDArray[Any]] = named.pop("extras")
+        return named | extras

@@ -76,10 +76,13 @@ class Field:
             object.__setattr__(self, attribute, value)
 
     @classmethod
-    def of(cls, name: str, value: int | Sequence[int] | Field) -> Field:
-        """A field from a number of floats, a shape or a field."""
+    def of(cls, name: str, value: Any) -> Field:
+        """A field from a number of floats, a shape, a field or a space of Gymnasium."""
         if isinstance(value, Field):
             return value
+        if hasattr(value, "contains") and hasattr(value, "dtype") and value.shape is not None:  # a space
+            dtype = np.dtype(value.dtype).name
+            return cls(value.shape, "float32" if dtype == "float64" else dtype)
         sizes = tuple(value) if isinstance(value, Sequence) else (value,)
         if not all(isinstance(size, (int, np.integer)) for size in sizes):
             raise TypeError(f"{name} must be a number of floats, a shape or a Field, got {value!r}")

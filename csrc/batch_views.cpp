@@ -38,8 +38,8 @@ std::byte* Views::memory_of(Slot& slot) const {
   return static_cast<std::byte*>(slot.memory.mutable_data());
 }
 
-Views::Views(std::vector<Part> parts) : parts_(std::move(parts)) {
-  for (const Part& part : parts_) bytes_ = std::max(bytes_, part.offset + part.bytes);
+Views::Views(std::vector<View> parts) : parts_(std::move(parts)) {
+  for (const View& part : parts_) bytes_ = std::max(bytes_, part.offset + part.bytes);
 }
 
 py::list Views::tensors(const std::shared_ptr<Slot>& slot) const {
@@ -49,7 +49,7 @@ py::list Views::tensors(const std::shared_ptr<Slot>& slot) const {
   slot->used = true;
   Loan* const shared = loan.release();  // of the tensors from now on; for ever, if one cannot be made
   for (std::size_t i = 0; i < parts_.size(); ++i) {
-    const Part& part = parts_[i];
+    const View& part = parts_[i];
     dlpack::ManagedTensor& tensor = shared->tensors[i];
     tensor = {dlpack::kMajor,
               0,
@@ -79,27 +79,37 @@ py::list Views::arrays(const std::shared_ptr<Slot>& slot) const {
   });
   py::list made(parts_.size());
   for (std::size_t i = 0; i < parts_.size(); ++i) {
-    const Part& part = parts_[i];
+    const View& part = parts_[i];
     made[i] = py::array(part.dtype, part.shape, static_cast<const void*>(data + part.offset), use);
   }
   return made;
 }
 
 BatchColumns Views::columns(Slot& slot, const Layout& layout) const {
-  if (parts_.size() != 5 + layout.fields.size()) refuse("another number of columns is expected");
+  const std::size_t parts = layout.parts.size();
+  if (parts_.size() != 2 * parts + 7 + layout.fields.size()) refuse("another number of columns is expected");
   std::byte* const data = memory_of(slot);
-  const auto bytes = [&](std::size_t i) { return MutableBytes(data + parts_[i].offset, parts_[i].bytes); };
-  const auto values = [&](std::size_t i, auto zero) {
+  std::size_t next = 0;
+  const auto bytes = [&] {
+    const View& part = parts_[next++];
+    return MutableBytes(data + part.offset, part.bytes);
+  };
+  const auto values = [&](auto zero) {
     using T = decltype(zero);
-    return std::span<T>(reinterpret_cast<T*>(bytes(i).data()), bytes(i).size() / sizeof(T));
+    const MutableBytes column = bytes();
+    return std::span<T>(reinterpret_cast<T*>(column.data()), column.size() / sizeof(T));
   };
   BatchColumns columns;
-  columns.observations = bytes(0);
-  columns.next_observations = bytes(1);
-  columns.rewards = values(2, 0.0f);
-  columns.masks = values(3, 0.0f);
-  columns.task_ids = values(4, std::int64_t{0});
-  for (std::size_t f = 5; f < parts_.size(); ++f) columns.fields[f - 5] = bytes(f);
+  for (std::size_t p = 0; p < parts; ++p) columns.observations[p] = bytes();
+  for (std::size_t p = 0; p < parts; ++p) columns.next_observations[p] = bytes();
+  columns.rewards = values(0.0f);
+  columns.masks = values(0.0f);
+  columns.task_ids = values(std::int64_t{0});
+  columns.terminated = values(static_cast<unsigned char>(0));
+  columns.truncated = values(static_cast<unsigned char>(0));
+  columns.steps = values(std::int64_t{0});
+  columns.indices = values(std::int64_t{0});
+  for (std::size_t f = 0; f < layout.fields.size(); ++f) columns.fields[f] = bytes();
   return columns;
 }
 

@@ -22,7 +22,7 @@ struct Slot {
 };
 
 /// One column of a batch: where it lies in a slot, and as what tensors and numpy know it.
-struct Part {
+struct View {
   pybind11::dtype dtype;
   dlpack::DataType type;
   std::vector<std::int64_t> shape;
@@ -34,7 +34,7 @@ struct Part {
 /// Columns of a batch side by side in a slot.
 class Views {
  public:
-  explicit Views(std::vector<Part> parts);
+  explicit Views(std::vector<View> parts);
   /// Tensors of the type that `read_tensors` was given, or numpy arrays. Together they keep the slot, and
   /// mark it as used until the last of them is gone. Throws std::invalid_argument for a slot that is too
   /// small. Precondition of `tensors`: `read_tensors` was true.
@@ -46,7 +46,8 @@ class Views {
  private:
   [[nodiscard]] std::byte* memory_of(Slot& slot) const;
 
-  std::vector<Part> parts_;  // observations, next_observations, rewards, masks, task_ids, fields...
+  std::vector<View> parts_;  // of observations, of next observations; rewards, masks, task_ids, terminated,
+                             // truncated, steps, indices; fields
   std::size_t bytes_ = 0;
 };
 

@@ -29,6 +29,8 @@ using brc::Request;
 using brc::Slot;
 using brc::Views;
 
+using Arrays = std::vector<py::array>;
+
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
@@ -39,6 +41,10 @@ std::span<const T> in(const Array<T>& array) {
 
 std::span<const unsigned char> in(const Array<bool>& array) {
   return {reinterpret_cast<const unsigned char*>(array.data()), static_cast<std::size_t>(array.size())};
+}
+
+std::span<unsigned char> out(Array<bool>& array) {
+  return {reinterpret_cast<unsigned char*>(array.mutable_data()), static_cast<std::size_t>(array.size())};
 }
 
 template <class T>
@@ -74,7 +80,7 @@ class BoundStore {
     static const Expected kIds{py::detail::npy_api::NPY_INT64_, {dlpack::kInt, 64, 1}, {}};
     static const Expected kFloats{py::detail::npy_api::NPY_FLOAT_, {dlpack::kFloat, 32, 1}, {}};
     static const Expected kFlags{py::detail::npy_api::NPY_BOOL_, {dlpack::kBool, 8, 1}, {}};
-    if (store.layout().fields.size() != 1) return false;
+    if (store.layout().fields.size() != 1 || store.layout().parts.size() != 1) return false;
     const bool all = streams.is_none();
     py::ssize_t m = all ? static_cast<py::ssize_t>(store.num_streams()) : -1;
     const auto* ids = all ? nullptr : static_cast<const std::int64_t*>(exact_data(streams, kIds, m));
@@ -88,12 +94,12 @@ class BoundStore {
     const auto rows = static_cast<std::size_t>(m);
     const std::size_t frame = store.layout().observation.bytes;
     brc::TransitionColumns columns;
-    columns.observations = {static_cast<const std::byte*>(data[0]), rows * frame};
+    columns.observations[0] = {static_cast<const std::byte*>(data[0]), rows * frame};
     columns.fields[0] = {static_cast<const std::byte*>(data[1]), rows * store.layout().fields[0].bytes};
     columns.rewards = {static_cast<const float*>(data[2]), rows};
     columns.terminated = {static_cast<const unsigned char*>(data[3]), rows};
     columns.truncated = {static_cast<const unsigned char*>(data[4]), rows};
-    columns.successors = {static_cast<const std::byte*>(data[5]), rows * frame};
+    columns.successors[0] = {static_cast<const std::byte*>(data[5]), rows * frame};
     const py::gil_scoped_release released;
     if (all) {
       store.add(columns);
@@ -103,25 +109,45 @@ class BoundStore {
     return true;
   }
 
-  void add(const Array<std::int64_t>& streams, const py::array& observations,
-           const std::vector<py::array>& fields, const Array<float>& rewards, const Array<bool>& terminated,
-           const Array<bool>& truncated, const py::array& successors) {
-    brc::TransitionColumns columns;
-    columns.observations = in_bytes(observations);
-    if (fields.size() != store.layout().fields.size()) brc::refuse("another number of fields is expected");
-    for (std::size_t f = 0; f < fields.size(); ++f) columns.fields[f] = in_bytes(fields[f]);
-    columns.rewards = in(rewards);
-    columns.terminated = in(terminated);
-    columns.truncated = in(truncated);
-    columns.successors = in_bytes(successors);
+  void add(const Array<std::int64_t>& streams, const Arrays& observations, const Arrays& fields,
+           const Array<float>& rewards, const Array<bool>& terminated, const Array<bool>& truncated,
+           const Arrays& successors) {
+    const brc::TransitionColumns columns =
+        columns_of(observations, fields, rewards, terminated, truncated, successors);
     const auto ids = in(streams);
     const py::gil_scoped_release released;
     store.add(ids, columns);
   }
 
+  void extend(std::int64_t stream, const Arrays& observations, const Arrays& fields,
+              const Array<float>& rewards, const Array<bool>& terminated, const Array<bool>& truncated,
+              const Arrays& successors) {
+    const brc::TransitionColumns columns =
+        columns_of(observations, fields, rewards, terminated, truncated, successors);
+    const py::gil_scoped_release released;
+    store.extend(stream, columns);
+  }
+
   ReplayStore store;
 
  private:
+  brc::TransitionColumns columns_of(const Arrays& observations, const Arrays& fields,
+                                    const Array<float>& rewards, const Array<bool>& terminated,
+                                    const Array<bool>& truncated, const Arrays& successors) const {
+    brc::TransitionColumns columns;
+    const auto put = [](brc::Columns<brc::Bytes>& to, const Arrays& from, std::size_t count) {
+      if (from.size() != count) brc::refuse("another number of columns is expected");
+      for (std::size_t i = 0; i < count; ++i) to[i] = in_bytes(from[i]);
+    };
+    put(columns.observations, observations, store.layout().parts.size());
+    put(columns.fields, fields, store.layout().fields.size());
+    put(columns.successors, successors, store.layout().parts.size());
+    columns.rewards = in(rewards);
+    columns.terminated = in(terminated);
+    columns.truncated = in(truncated);
+    return columns;
+  }
+
   Expected observation_;
   Expected action_;
 };
@@ -149,11 +175,12 @@ std::size_t settle(BoundStore& self, const Request& request, std::size_t num_bat
   return self.store.settle(request, num_batches, batch_size, columns, ahead);
 }
 
-void read_one(const BoundStore& self, std::int64_t stream, std::int64_t age, const Request& request,
-              const Views& views, Slot& slot) {
+void read_transitions(const BoundStore& self, const Array<std::int64_t>& indices, const Request& request,
+                      const Views& views, Slot& slot) {
   const brc::BatchColumns columns = views.columns(slot, self.store.layout());
+  const auto names = in(indices);
   const py::gil_scoped_release released;
-  self.store.read(stream, age, request, columns);
+  self.store.read(names, request, columns);
 }
 
 // ---- Files
@@ -203,12 +230,40 @@ void load(BoundStore& self, const py::dict& content_, const std::vector<py::tupl
 
 // ---- An index whose rows lie elsewhere
 
+struct Plan {
+  Array<std::int64_t> steps, observations, successors;
+  Array<float> masks;
+  Array<std::int64_t> task_ids;
+  Array<bool> terminated, truncated;
+  Array<std::int64_t> summed, indices;
+
+  explicit Plan(const py::dict& columns)
+      : steps(columns["steps"]),
+        observations(columns["observations"]),
+        successors(columns["successors"]),
+        masks(columns["masks"]),
+        task_ids(columns["task_ids"]),
+        terminated(columns["terminated"]),
+        truncated(columns["truncated"]),
+        summed(columns["summed"]),
+        indices(columns["indices"]) {}
+  brc::PlanColumns columns() {
+    return {out(steps),      out(observations), out(successors), out(masks),  out(task_ids),
+            out(terminated), out(truncated),    out(summed),     out(indices)};
+  }
+};
+
 void plan(DeviceIndex& index, const Request& request, std::size_t num_batches, std::size_t batch_size,
-          Array<std::int64_t> steps, Array<std::int64_t> observations, Array<std::int64_t> successors,
-          Array<float> masks, Array<std::int64_t> task_ids) {
-  const brc::PlanColumns columns{out(steps), out(observations), out(successors), out(masks), out(task_ids)};
+          const py::dict& arrays) {
+  Plan into(arrays);
+  const brc::PlanColumns columns = into.columns();
   const py::gil_scoped_release released;
   index.plan(request, num_batches, batch_size, columns);
+}
+
+void plan_named(DeviceIndex& index, const Request& request, const Array<std::int64_t>& names,
+                const py::dict& arrays) {
+  index.plan_named(request, in(names), Plan(arrays).columns());
 }
 
 void index_add(DeviceIndex& index, const Array<std::int64_t>& streams, const Array<bool>& departs,
@@ -302,8 +357,22 @@ PYBIND11_MODULE(_core, module) {
       .def(py::init<std::string, std::size_t, std::size_t, brc::Kind>(), "name"_a, "nbytes"_a, "item"_a,
            "kind"_a);
   py::class_<brc::Layout>(module, "Layout")
-      .def(py::init<brc::Field, std::vector<brc::Field>, std::size_t>(), "observation"_a, "fields"_a,
-           "stack"_a)
+      .def(py::init([](const std::vector<std::pair<brc::Field, std::size_t>>& parts,
+                       std::vector<brc::Field> fields) {
+             std::vector<brc::Part> known;
+             for (const auto& [field, stack] : parts) known.push_back({field, stack});
+             return brc::Layout(std::move(known), std::move(fields));
+           }),
+           "parts"_a, "fields"_a)
+      .def_property_readonly("parts",
+                             [](const brc::Layout& layout) {
+                               std::vector<std::size_t> offsets;
+                               for (const brc::Part& part : layout.parts) offsets.push_back(part.offset);
+                               return offsets;
+                             })
+      .def_property_readonly("observation",
+                             [](const brc::Layout& layout) { return layout.observation.bytes; })
+      .def_readonly("stack", &brc::Layout::stack)
       .def_readonly("offsets", &brc::Layout::offsets)
       .def_readonly("reward", &brc::Layout::reward)
       .def_readonly("used", &brc::Layout::used)
@@ -316,7 +385,7 @@ PYBIND11_MODULE(_core, module) {
   py::class_<Slot, std::shared_ptr<Slot>>(module, "Slot")
       .def(py::init<py::array>())
       .def_property_readonly("used", [](const Slot& slot) { return slot.used.load(); });
-  py::class_<brc::Part>(module, "Part")
+  py::class_<brc::View>(module, "View")
       .def(py::init([](const py::dtype& dtype, std::uint8_t code, std::vector<std::int64_t> shape,
                        std::size_t offset) {
              std::vector<std::int64_t> strides(shape.size());
@@ -324,7 +393,7 @@ PYBIND11_MODULE(_core, module) {
              for (std::size_t d = shape.size(); d-- > 0; count *= shape[d]) strides[d] = count;
              const auto item = static_cast<std::size_t>(dtype.itemsize());
              const std::size_t bytes = static_cast<std::size_t>(count) * item;
-             return brc::Part{dtype,
+             return brc::View{dtype,
                               {code, static_cast<std::uint8_t>(8 * item), 1},
                               std::move(shape),
                               std::move(strides),
@@ -333,7 +402,7 @@ PYBIND11_MODULE(_core, module) {
            }),
            "dtype"_a, "code"_a, "shape"_a, "offset"_a);
   py::class_<Views>(module, "Views")
-      .def(py::init<std::vector<brc::Part>>())
+      .def(py::init<std::vector<brc::View>>())
       .def("tensors", &Views::tensors)
       .def("arrays", &Views::arrays);
 
@@ -353,12 +422,32 @@ PYBIND11_MODULE(_core, module) {
            "layout"_a, "capacities"_a, "task_ids"_a, "seed"_a, "allow_not_finite"_a, "observation"_a,
            "action"_a)
       .def("try_add", &BoundStore::try_add)
-      .def("add", &BoundStore::add, exact("streams"), exact("observations"), "fields"_a, exact("rewards"),
-           exact("terminated"), exact("truncated"), exact("successors"))
+      .def("add", &BoundStore::add, exact("streams"), "observations"_a, "fields"_a, exact("rewards"),
+           exact("terminated"), exact("truncated"), "successors"_a)
       .def("sample", &sample)
       .def("gather_ahead", &gather_ahead)
       .def("settle", &settle)
-      .def("read", &read_one)
+      .def("read", &read_transitions)
+      .def("extend", &BoundStore::extend, "stream"_a, "observations"_a, "fields"_a, exact("rewards"),
+           exact("terminated"), exact("truncated"), "successors"_a)
+      .def(
+          "clear", [](BoundStore& self) { self.store.clear(); }, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "discard_episode",
+          [](BoundStore& self, std::int64_t stream) { return self.store.discard_episode(stream); },
+          py::call_guard<py::gil_scoped_release>())
+      .def("reset",
+           [](BoundStore& self, const Array<std::int64_t>& streams) {
+             const auto ids = in(streams);
+             const py::gil_scoped_release released;
+             self.store.reset(ids);
+           })
+      .def("indices", [](const BoundStore& self) { return to_array(self.store.indices()); })
+      .def("sequences",
+           [](BoundStore& self, std::size_t batch_size, std::size_t length) {
+             const auto [names, starts] = self.store.sequences(batch_size, length);
+             return std::pair(to_array(names), to_array(starts));
+           })
       .def("write_segment", &write_segment, "file"_a, "start"_a)
       .def("load", &load, "content"_a, "segments"_a, "seed"_a)
       .def("adopt",
@@ -390,8 +479,18 @@ PYBIND11_MODULE(_core, module) {
           exact("streams"), exact("rows"))
       .def("add", &index_add, exact("streams"), exact("departs"), exact("terminated"), exact("truncated"),
            exact("rows"), exact("moved"), exact("successors"))
-      .def("plan", &plan, "request"_a, "num_batches"_a, "batch_size"_a, exact("steps"), exact("observations"),
-           exact("successors"), exact("masks"), exact("task_ids"))
+      .def("plan", &plan)
+      .def("plan_named", &plan_named)
+      .def("clear", &DeviceIndex::clear)
+      .def("discard_episode", &DeviceIndex::discard_episode)
+      .def("reset", [](DeviceIndex& index, const Array<std::int64_t>& streams,
+                       Array<std::int64_t> moved) { index.reset(in(streams), out(moved)); })
+      .def("indices", [](const DeviceIndex& index) { return to_array(index.indices()); })
+      .def("sequences",
+           [](DeviceIndex& index, std::size_t batch_size, std::size_t length) {
+             const auto [names, starts] = index.sequences(batch_size, length);
+             return std::pair(to_array(names), to_array(starts));
+           })
       .def("adopt", &index_adopt)
       .def("sizes", [](const DeviceIndex& index) { return of_streams(index, &brc::Stream::size); })
       .def("capacities", [](const DeviceIndex& index) { return of_streams(index, &brc::Stream::capacity); })

@@ -17,6 +17,10 @@ struct PlanColumns {
   std::span<std::int64_t> successors;    // [B, stack] places
   std::span<float> masks;                // [B]
   std::span<std::int64_t> task_ids;      // [B]
+  std::span<unsigned char> terminated;   // [B]
+  std::span<unsigned char> truncated;    // [B]
+  std::span<std::int64_t> summed;        // [B] how many steps
+  std::span<std::int64_t> indices;       // [B]
 };
 
 /// A ReplayIndex with its own links and a lock; its draws are those of a ReplayStore with equal arguments and
@@ -71,24 +75,51 @@ class DeviceIndex {
   /// Plans U batches and advances draws() by U.
   void plan(const Request& request, std::size_t num_batches, std::size_t batch_size, const PlanColumns& out) {
     const std::lock_guard lock(mutex_);
-    const std::size_t n_step = request.powers.size();
-    const std::size_t total = num_batches * batch_size;
-    require_length("steps", out.steps.size(), total * n_step, "values");
-    require_length("observations", out.observations.size(), total * stack_, "values");
-    require_length("successors", out.successors.size(), total * stack_, "values");
-    require_length("masks", out.masks.size(), total, "values");
-    require_length("task_ids", out.task_ids.size(), total, "values");
+    require_plan(request, num_batches * batch_size, out);
     index_.require_request(request, batch_size);
     Strata scratch;
     const Strata& strata = index_.strata(request, scratch);
     std::vector<Pick> picks(batch_size);
-    std::vector<std::uint32_t> positions(stack_);
     for (std::size_t u = 0; u < num_batches; ++u, ++draws_) {
       Picker(index_, strata, draws_, batch_size).fill(picks);
-      for (std::size_t i = 0; i < batch_size; ++i) {
-        plan_one(picks[i], request, u * batch_size + i, positions, out);
-      }
+      plan_all(picks, request, u * batch_size, out);
     }
+  }
+  /// Plans the transitions of these names; throws std::out_of_range where one is not stored.
+  void plan_named(const Request& request, std::span<const std::int64_t> names, const PlanColumns& out) {
+    const std::lock_guard lock(mutex_);
+    require_plan(request, names.size(), out);
+    std::vector<Pick> picks;
+    for (const std::int64_t name : names) picks.push_back(index_.find(name));
+    plan_all(picks, request, 0, out);
+  }
+  [[nodiscard]] std::vector<std::int64_t> indices() const {
+    const std::lock_guard lock(mutex_);
+    return index_.indices();
+  }
+  [[nodiscard]] Sequences sequences(std::size_t batch_size, std::size_t length) {
+    const std::lock_guard lock(mutex_);
+    Sequences made = index_.sequences(draws_, batch_size, length);
+    ++draws_;
+    return made;
+  }
+  void clear() {
+    const std::lock_guard lock(mutex_);
+    index_.clear();
+  }
+  std::size_t discard_episode(std::int64_t stream) {
+    const std::lock_guard lock(mutex_);
+    const std::size_t taken = index_.discard_episode(index_.require_stream(stream));
+    index_.refresh();
+    return taken;
+  }
+  /// Lets the heads of streams go: `moved` [M] says to which side slot what the rows `heads` name must be moved.
+  void reset(std::span<const std::int64_t> ids, std::span<std::int64_t> moved) {
+    const std::lock_guard lock(mutex_);
+    require_length("moved", moved.size(), ids.size(), "values");
+    index_.require_streams(ids);
+    index_.reserve_slots(ids.size());
+    for (std::size_t i = 0; i < ids.size(); ++i) moved[i] = index_.leave(static_cast<std::size_t>(ids[i]));
   }
 
   void adopt(const ReplayIndex& index, std::uint64_t draws, std::span<const std::uint32_t> links) {
@@ -107,6 +138,21 @@ class DeviceIndex {
 
  private:
   void bind() { index_.bind({reinterpret_cast<std::byte*>(links_.data()), sizeof(std::uint32_t)}); }
+  void require_plan(const Request& request, std::size_t total, const PlanColumns& out) const {
+    require_length("steps", out.steps.size(), total * request.powers.size(), "values");
+    require_length("observations", out.observations.size(), total * stack_, "values");
+    require_length("successors", out.successors.size(), total * stack_, "values");
+    require_length("masks", out.masks.size(), total, "values");
+    for (const std::size_t length : {out.task_ids.size(), out.terminated.size(), out.truncated.size(),
+                                     out.summed.size(), out.indices.size()}) {
+      require_length("each column", length, total, "values");
+    }
+  }
+  void plan_all(std::span<const Pick> picks, const Request& request, std::size_t first,
+                const PlanColumns& out) const {
+    std::vector<std::uint32_t> positions(stack_);
+    for (std::size_t i = 0; i < picks.size(); ++i) plan_one(picks[i], request, first + i, positions, out);
+  }
   void plan_one(const Pick& pick, const Request& request, std::size_t i, std::span<std::uint32_t> positions,
                 const PlanColumns& out) const noexcept {
     const std::size_t n_step = request.powers.size();
@@ -131,6 +177,10 @@ class DeviceIndex {
     out.successors[i * stack_ + stack_ - 1] = window.successor;
     out.masks[i] = window.terminated ? 0.0f : request.powers[window.steps - 1];
     out.task_ids[i] = stream.task;
+    out.terminated[i] = window.terminated;
+    out.truncated[i] = window.truncated;
+    out.summed[i] = window.steps;
+    out.indices[i] = index_.index_of(pick);
   }
 
   mutable std::mutex mutex_;  // guards every field below

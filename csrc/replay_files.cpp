@@ -164,18 +164,18 @@ void ReplayStore::put_image(std::size_t at, bool newest, std::byte* image) const
   std::memcpy(image + layout_.link, &flags, sizeof(flags));
 }
 
-void ReplayStore::reserve_saved(std::span<const std::int64_t> ids) {
+void ReplayStore::reserve_saved(std::span<const std::int64_t> ids, std::size_t each) {
   if (save_ == nullptr) return;
   for (const std::int64_t id : ids) {
     const Stream& stream = index_.streams()[static_cast<std::size_t>(id)];
     SavedStream& saved = (*save_)[static_cast<std::size_t>(id)];
-    if (saved.over || stream.kept + 1 < stream.ring) continue;
-    saved.images.reserve(layout_.used);
-    saved.successors.reserve(layout_.observation.bytes);
+    if (saved.over || stream.kept + each < stream.ring) continue;
+    saved.images.reserve(each * layout_.used);
+    saved.successors.reserve(each * layout_.observation.bytes);
   }
 }
 
-void ReplayStore::keep_for_save(std::size_t s, std::size_t i) noexcept {
+void ReplayStore::keep_for_save(std::size_t s, const std::byte* head) noexcept {
   const Stream& stream = index_.streams()[s];
   SavedStream& saved = (*save_)[s];
   const std::uint64_t oldest = stream.count - stream.kept;
@@ -186,11 +186,8 @@ void ReplayStore::keep_for_save(std::size_t s, std::size_t i) noexcept {
   if (oldest >= saved.next) put_image(row, newest, saved.images.put(layout_.used));
   if (oldest < saved.following || (!newest && (index_.link(row) & kSlot) == 0)) return;
   const Window window = index_.window({static_cast<std::uint32_t>(s), 0, oldest, row}, 1);
-  const std::byte* successor = this->successor(s, window);
-  if (window.successor == static_cast<std::int64_t>(index_.head_row(s))) {  // the head is staged over
-    successor = departs_[i] != 0 ? departed_.row(i) : rows_.row(index_.head_row(s));
-  }
-  std::memcpy(saved.successors.put(frame), successor, frame);
+  const bool in_head = window.successor == static_cast<std::int64_t>(index_.head_row(s));
+  std::memcpy(saved.successors.put(frame), in_head ? head : successor(s, window), frame);
 }
 
 Snapshot ReplayStore::write_segment(int file, std::span<const std::uint64_t> from) const {
@@ -306,7 +303,8 @@ void ReplayStore::check_content(const Content& content) const {
     if (content.size[s] > content.kept[s] || content.kept[s] > content.count[s]) {
       refuse(which + "has more transitions than rows");
     }
-    if (content.count[s] > kMostCounted) refuse(which + "has more transitions than can be counted");
+    if (content.count[s] > kMostCounted / num_streams())
+      refuse(which + "has more transitions than can be counted");
     const std::int64_t capacity = content.capacity[s];
     if (capacity < 1 || content.size[s] > capacity || content.phase[s] >= capacity ||
         (content.size[s] < capacity && content.phase[s] != content.size[s])) {
@@ -335,6 +333,12 @@ void ReplayStore::check_segment(const Content& content, const SegmentFile& segme
     refuse(segment.name + " holds " + name + " of stream " + to_string(s) +
            " that are not finite, and this store refuses them");
   };
+  const auto require_frame = [&](std::size_t s, const char* name, const std::byte* data) {
+    for (const Part& part : layout_.parts) {
+      require_values(s, layout_.parts.size() == 1 ? name : part.field.name.c_str(), part.field,
+                     data + part.offset);
+    }
+  };
   for (std::size_t s = 0; s < num_streams(); ++s) {
     if (table.first[s] > content.count[s] || table.rows[s] > content.count[s] - table.first[s]) {
       contradicts(s, "has rows after its last");
@@ -351,7 +355,7 @@ void ReplayStore::check_segment(const Content& content, const SegmentFile& segme
         contradicts(s, "lacks its head");
       }
       aside += flags & kAside;
-      require_values(s, "observations", layout_.observation, row.data());
+      require_frame(s, "observations", row.data());
       for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
         require_values(s, layout_.fields[f].name.c_str(), layout_.fields[f], row.data() + layout_.offsets[f]);
       }
@@ -363,15 +367,14 @@ void ReplayStore::check_segment(const Content& content, const SegmentFile& segme
     if (table.head[s] != 0 && table.rows[s] == 0) contradicts(s, "has a head and no row");
     for (std::uint32_t i = 0; i < aside + (table.head[s] != 0 ? 1u : 0u); ++i) {
       reader.get(row.data(), layout_.observation.bytes);
-      require_values(s, "successors", layout_.observation, row.data());
+      require_frame(s, "successors", row.data());
     }
   }
   if (!reader.at_end()) refuse(segment.name + " is longer than its streams");
 }
 
 void ReplayStore::load(const Content& content, std::span<const SegmentFile> segments, std::uint64_t seed) {
-  const std::lock_guard alone(saving_);
-  const std::unique_lock lock(mutex_);
+  const auto locks = alone();
   check_content(content);
   std::vector<std::uint64_t> end(num_streams());  // sequence number after the rows read so far
   std::vector<std::uint64_t> begin(num_streams());

@@ -1,7 +1,9 @@
 #include "replay_index.hpp"
 
 #include <cmath>
+#include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "philox.hpp"
 
@@ -135,6 +137,100 @@ void ReplayIndex::rewind(std::size_t s, std::uint64_t count) noexcept {
     resize(stream, std::min(stream.size, stream.kept));
     stream.head_valid = false;
   }
+}
+
+std::size_t ReplayIndex::discard_episode(std::size_t s) noexcept {
+  const Stream& stream = streams_[s];
+  const std::uint32_t before = stream.size;
+  if (before == 0) return 0;
+  std::uint64_t first = stream.count - 1;
+  while (first > stream.count - stream.kept && !begins(pick_at(s, first))) --first;
+  const std::uint64_t taken = std::min<std::uint64_t>(stream.count - first, before);
+  rewind(s, first);
+  // Rows that are kept for their frames alone stay so, and below the capacity the first cells are taken.
+  const auto size = static_cast<std::uint32_t>(before - taken);
+  if (taken > 0) adopt(s, stream.count, size, size);
+  return static_cast<std::size_t>(taken);
+}
+
+std::int64_t ReplayIndex::leave(std::size_t s) noexcept {
+  Stream& stream = streams_[s];
+  if (!std::exchange(stream.head_valid, false)) return -1;
+  const std::size_t newest = stream.first_row + stream.position(0);
+  const std::uint32_t slot = take_slot();
+  links_.set(newest, links_.get(newest) | (slot + 1));
+  aside_[newest] = true;
+  return slot;
+}
+
+Pick ReplayIndex::find(std::int64_t index) const {
+  const auto name = static_cast<std::uint64_t>(index);
+  const std::size_t s = index < 0 ? 0 : name % streams_.size();
+  const std::uint64_t sequence = name / streams_.size();
+  const Stream& stream = streams_[s];
+  if (index < 0 || sequence >= stream.count) {
+    throw std::out_of_range("index " + to_string(index) + " is of no transition that was added");
+  }
+  if (sequence < stream.count - stream.size) {
+    throw std::out_of_range("the transition with index " + to_string(index) + " has been replaced since");
+  }
+  return pick_at(s, sequence);
+}
+
+bool ReplayIndex::begins(const Pick& pick) const noexcept {
+  const Stream& stream = streams_[pick.stream];
+  if (stream.back(pick.sequence) + 1 >= stream.kept) return true;
+  return (links_.get(pick_at(pick.stream, pick.sequence - 1).row) & kSlot) != 0;
+}
+
+std::size_t ReplayIndex::require_stream(std::int64_t stream) const {
+  if (stream < 0 || static_cast<std::size_t>(stream) >= streams_.size()) {
+    throw std::out_of_range("stream must lie in 0.." + to_string(streams_.size() - 1) + ", got " +
+                            to_string(stream));
+  }
+  return static_cast<std::size_t>(stream);
+}
+
+std::vector<std::int64_t> ReplayIndex::indices() const {
+  std::vector<std::int64_t> names;
+  names.reserve(size_);
+  for (std::size_t s = 0; s < streams_.size(); ++s) {
+    const Stream& stream = streams_[s];
+    for (std::uint64_t sequence = stream.count - stream.size; sequence < stream.count; ++sequence) {
+      names.push_back(index_of({static_cast<std::uint32_t>(s), 0, sequence, 0}));
+    }
+  }
+  return names;
+}
+
+Sequences ReplayIndex::sequences(std::uint64_t draw, std::size_t count, std::size_t length) const {
+  std::vector<std::uint32_t> ends;  // first elements that streams up to and with each have
+  std::uint32_t longest = 0;
+  for (const Stream& stream : streams_) {
+    const std::size_t more = length >= 1 && stream.size >= length ? stream.size - length + 1 : 0;
+    ends.push_back((ends.empty() ? 0 : ends.back()) + static_cast<std::uint32_t>(more));
+    longest = std::max(longest, stream.size);
+  }
+  if (ends.back() == 0) {
+    refuse("length must lie in 1.." + to_string(longest) + ", the transitions of the longest stream, got " +
+           to_string(length));
+  }
+  const BoundedDraw bounded(ends.back());
+  Sequences made;
+  for (std::size_t i = 0; i < count; ++i) {
+    std::uint32_t k = 0;
+    for (std::uint32_t attempt = 0;; ++attempt) {
+      if (bounded(draw_words(seed, draw, static_cast<std::uint32_t>(i / 4), attempt)[i % 4], k)) break;
+    }
+    const auto s = static_cast<std::size_t>(std::ranges::upper_bound(ends, k) - ends.begin());
+    const std::uint64_t first = streams_[s].count - streams_[s].size + k - (s == 0 ? 0 : ends[s - 1]);
+    for (std::size_t step = 0; step < length; ++step) {
+      const Pick pick = pick_at(s, first + step);
+      made.indices.push_back(index_of(pick));
+      made.starts.push_back(begins(pick));
+    }
+  }
+  return made;
 }
 
 void ReplayIndex::clear() noexcept {
@@ -287,7 +383,7 @@ Window ReplayIndex::window(const Pick& pick, std::size_t n_step) const noexcept 
   const Stream& stream = streams_[pick.stream];
   std::uint32_t back = stream.back(pick.sequence);
   std::uint32_t pos = stream.position(back);
-  Window window{stream.first_row + pos, pos, 1, pos, 0, false};
+  Window window{stream.first_row + pos, pos, 1, pos, 0, false, false};
   std::uint32_t word = links_.get(window.row);
   while (window.steps < n_step && (word & kSlot) == 0 && back > 0) {
     --back;
@@ -299,6 +395,7 @@ Window ReplayIndex::window(const Pick& pick, std::size_t n_step) const noexcept 
   window.successor = slot != 0 ? -static_cast<std::int64_t>(slot)
                                : static_cast<std::int64_t>(stream.first_row + stream.after(window.last));
   window.terminated = (word & kTerminated) != 0;
+  window.truncated = (word & kTruncated) != 0;
   return window;
 }
 

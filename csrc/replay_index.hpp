@@ -120,6 +120,13 @@ struct Window {
   std::uint32_t last;      // ring position of the last step
   std::int64_t successor;  // place of the last step's successor
   bool terminated;         // at the last step
+  bool truncated;
+};
+
+/// Transitions that followed each other, row by row.
+struct Sequences {
+  std::vector<std::int64_t> indices;  // [B, length] their names
+  std::vector<unsigned char> starts;  // [B, length] whether an episode begins with it
 };
 
 /// The index of N streams of T tasks.
@@ -164,6 +171,11 @@ class ReplayIndex {
   void set_link(std::size_t row, std::uint32_t word) noexcept { links_.set(row, word); }
   /// Takes the newest transitions of a stream off until `count` were ever added. Precondition: they are kept.
   void rewind(std::size_t s, std::uint64_t count) noexcept;
+  /// Takes the newest episode of a stream off, over or not, and returns how many transitions that were.
+  std::size_t discard_episode(std::size_t s) noexcept;
+  /// Lets the head go: its observation is to be moved to the side slot that is returned, or -1 where there is
+  /// none. Precondition: a slot is reserved.
+  std::int64_t leave(std::size_t s) noexcept;
   /// Empties every stream.
   void clear() noexcept;
   /// Must follow appends, rewinds and adoptions before the next draw. O(1), or O(N) where a reach changed.
@@ -178,6 +190,28 @@ class ReplayIndex {
   [[nodiscard]] const Strata& strata(const Request& request, Strata& scratch) const;
   /// Where a picked transition is; `n_step` bounds its steps. O(n_step).
   [[nodiscard]] Window window(const Pick& pick, std::size_t n_step) const noexcept;
+  /// The name of a transition as long as it is stored: its number in its stream times N plus the stream. It
+  /// is given again where transitions were taken back.
+  [[nodiscard]] std::int64_t index_of(const Pick& pick) const noexcept {
+    return static_cast<std::int64_t>(pick.sequence * streams_.size() + pick.stream);
+  }
+  /// The transition of that name; throws std::out_of_range where none is stored.
+  [[nodiscard]] Pick find(std::int64_t index) const;
+  /// The transition of this number. Precondition: it is stored.
+  [[nodiscard]] Pick pick_at(std::size_t s, std::uint64_t sequence) const noexcept {
+    const Stream& stream = streams_[s];
+    const std::size_t row = stream.first_row + stream.position(stream.back(sequence));
+    return {static_cast<std::uint32_t>(s), 0, sequence, row};
+  }
+  /// Whether an episode begins with a stored transition: nothing older is kept, or does not lead to it.
+  [[nodiscard]] bool begins(const Pick& pick) const noexcept;
+  /// The names of all transitions, stream after stream and oldest first.
+  [[nodiscard]] std::vector<std::int64_t> indices() const;
+  /// Batch number `draw`, of `count` sequences of `length` transitions of a stream each. All that are stored
+  /// are equally likely. Refuses a length that no stream has.
+  [[nodiscard]] Sequences sequences(std::uint64_t draw, std::size_t count, std::size_t length) const;
+  /// The stream; throws std::out_of_range where there is none.
+  [[nodiscard]] std::size_t require_stream(std::int64_t stream) const;
   /// Ring positions of the `frames` [F] up to and with `position`, oldest first; before the first frame of an
   /// episode, that frame again. `back` is the transition's distance from the newest. O(F).
   void frames(const Stream& stream, std::uint32_t position, std::uint32_t back,

@@ -101,19 +101,20 @@ BRC_INLINE bool differ(const std::byte* one, const std::byte* other, std::size_t
   return any != 0;
 }
 
-/// Puts together what of the rows of some transitions, from `first` on, observations do not fill with lines
-/// of their own, but for links: `tails` [G]. Whether observations differ from `heads` [G], where those are
-/// `valid`, goes to `departs` [G].
-BRC_VECTOR_CLONES void put_together(const Layout& layout, const TransitionColumns& columns, std::size_t first,
-                                    std::span<std::byte* const> heads, const bool* valid, std::byte* tails,
-                                    unsigned char* departs) noexcept {
+/// Puts together what of the rows of some transitions, from `first` on, `observations` [G] do not fill with
+/// lines of their own, but for links: `tails` [G]. Whether observations differ from `heads` [G], where those
+/// are `valid`, goes to `departs` [G].
+BRC_VECTOR_CLONES void put_together(const Layout& layout, const TransitionColumns& columns,
+                                    const std::byte* observations, std::size_t first,
+                                    std::span<const std::byte* const> heads, const bool* valid,
+                                    std::byte* tails, unsigned char* departs) noexcept {
   const std::size_t frame = layout.observation.bytes;
   const std::size_t tail = tail_bytes(layout);
   const std::size_t whole = layout.stride - tail;
   const std::span<const Field> fields = layout.fields;
   for (std::size_t g = 0; g < heads.size(); ++g, tails += tail) {
     const std::size_t i = first + g;
-    const std::byte* const from = columns.observations.data() + i * frame;
+    const std::byte* const from = observations + g * frame;
     departs[g] = valid[g] && differ(heads[g], from, frame);
     copy_bytes(tails, from + whole, frame - whole);
     for (std::size_t f = 0; f < fields.size(); ++f) {
@@ -190,6 +191,21 @@ void ReplayStore::reserve_slots(std::size_t more) {
   side_.reserve(std::min(index_.slots(), index_.used_slots() + more + 1));
 }
 
+Bytes ReplayStore::joined(const Columns<Bytes>& parts, std::size_t first, std::size_t count,
+                          std::vector<std::byte>& memory) const {
+  const std::size_t frame = layout_.observation.bytes;
+  if (layout_.parts.size() == 1) return parts[0].subspan(first * frame, count * frame);
+  if (memory.size() < count * frame) memory.resize(count * frame);  // the gaps are zero, and stay so
+  for (std::size_t p = 0; p < layout_.parts.size(); ++p) {
+    const std::size_t bytes = layout_.parts[p].field.bytes;
+    std::byte* to = memory.data() + layout_.parts[p].offset;
+    for (std::size_t i = 0; i < count; ++i, to += frame) {
+      copy_bytes(to, parts[p].data() + (first + i) * bytes, bytes);
+    }
+  }
+  return {memory.data(), count * frame};
+}
+
 void ReplayStore::add(std::span<const std::int64_t> ids, const TransitionColumns& columns) {
   const std::unique_lock lock(mutex_);
   if (ids.data() != all_streams_.data()) {
@@ -198,7 +214,9 @@ void ReplayStore::add(std::span<const std::int64_t> ids, const TransitionColumns
     index_.require_streams(ids);
   }
   require_columns(columns, layout_, ids.size());
-  const bool finite = stage(ids, columns);
+  const Bytes seen = joined(columns.observations, 0, ids.size(), seen_);
+  const Bytes led = joined(columns.successors, 0, ids.size(), led_);
+  const bool finite = stage(ids, columns, seen, led);
   try {
     if (!finite && !allow_not_finite_) require_finite(ids, columns);
     std::size_t slots = 0;
@@ -210,14 +228,15 @@ void ReplayStore::add(std::span<const std::int64_t> ids, const TransitionColumns
     reserve_slots(slots);
     reserve_saved(ids);
   } catch (...) {
-    unstage(ids, columns);
+    unstage(ids, seen);
     throw;
   }
   for (std::size_t i = 0; i < ids.size(); ++i) commit(static_cast<std::size_t>(ids[i]), i);
   index_.refresh();
 }
 
-bool ReplayStore::stage(std::span<const std::int64_t> ids, const TransitionColumns& columns) noexcept {
+bool ReplayStore::stage(std::span<const std::int64_t> ids, const TransitionColumns& columns, Bytes seen,
+                        Bytes led) noexcept {
   const Field& observation = layout_.observation;
   const std::size_t frame = observation.bytes;
   const std::size_t tail = tail_bytes(layout_);
@@ -225,6 +244,12 @@ bool ReplayStore::stage(std::span<const std::int64_t> ids, const TransitionColum
   bool finite = all_finite(std::as_bytes(columns.rewards), Kind::float32);
   for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
     finite = finite && all_finite(columns.fields[f], layout_.fields[f].kind);
+  }
+  if (layout_.parts.size() > 1) {
+    for (std::size_t p = 0; p < layout_.parts.size(); ++p) {
+      const Kind kind = layout_.parts[p].field.kind;
+      finite = finite && all_finite(columns.observations[p], kind) && all_finite(columns.successors[p], kind);
+    }
   }
   // In groups: what was put together from small parts is best read again some time later.
   std::array<std::byte*, kGroup> rows;
@@ -238,17 +263,16 @@ bool ReplayStore::stage(std::span<const std::int64_t> ids, const TransitionColum
       heads[g] = heads_.row(s);
       valid[g] = index_.streams()[s].head_valid;
     }
-    put_together(layout_, columns, begin, std::span(heads).first(count), valid.data(), tails_.row(0),
-                 &departs_[begin]);
-    const std::byte* const observations = columns.observations.data() + begin * frame;
+    const std::byte* const observations = seen.data() + begin * frame;
+    put_together(layout_, columns, observations, begin, std::span(heads).first(count), valid.data(),
+                 tails_.row(0), &departs_[begin]);
     for (std::size_t g = 0; g < count; ++g) {
       // An observation that equals the last successor was looked at when it came.
       if (valid[g] && departs_[begin + g] == 0) continue;
       finite = finite && all_finite({observations + g * frame, frame}, observation.kind);
       if (valid[g]) std::memcpy(departed_.row(begin + g), heads[g], frame);
     }
-    finite &= copy_finite(std::span(heads).first(count), columns.successors.data() + begin * frame, frame,
-                          observation.kind);
+    finite &= copy_finite(std::span(heads).first(count), led.data() + begin * frame, frame, observation.kind);
     for (std::size_t g = 0; g < count; ++g) {
       stream_lines(rows[g], observations + g * frame, whole);
       stream_lines(rows[g] + whole, tails_.row(g), tail);
@@ -258,26 +282,123 @@ bool ReplayStore::stage(std::span<const std::int64_t> ids, const TransitionColum
   return finite;
 }
 
-void ReplayStore::unstage(std::span<const std::int64_t> ids, const TransitionColumns& columns) noexcept {
+void ReplayStore::unstage(std::span<const std::int64_t> ids, Bytes seen) noexcept {
   const std::size_t frame = layout_.observation.bytes;
   for (std::size_t i = 0; i < ids.size(); ++i) {
     const auto s = static_cast<std::size_t>(ids[i]);
     if (!index_.streams()[s].head_valid) continue;
-    std::memcpy(heads_.row(s), departs_[i] ? departed_.row(i) : columns.observations.data() + i * frame,
-                frame);
+    std::memcpy(heads_.row(s), departs_[i] ? departed_.row(i) : seen.data() + i * frame, frame);
   }
 }
 
 void ReplayStore::commit(std::size_t s, std::size_t i) noexcept {
-  if (save_ != nullptr) keep_for_save(s, i);
+  if (save_ != nullptr) {  // the head is staged over
+    keep_for_save(s, departs_[i] != 0 ? departed_.row(i) : rows_.row(index_.head_row(s)));
+  }
   const Placement to =
       index_.append(s, departs_[i] != 0, (ends_[i] & kTerminated) != 0, (ends_[i] & kTruncated) != 0);
-  const auto keep_aside = [this](std::int64_t slot, const std::byte* observation) {
-    std::memcpy(side_.at(static_cast<std::size_t>(slot)), observation, layout_.observation.bytes);
-  };
   if (to.moved >= 0) keep_aside(to.moved, departed_.row(i));
   if (to.link != 0) index_.set_link(to.row, to.link);
   if (to.successor < 0) keep_aside(-1 - to.successor, heads_.row(s));
+}
+
+void ReplayStore::extend(std::int64_t stream, const TransitionColumns& columns) {
+  const std::size_t s = index_.require_stream(stream);
+  const std::size_t count = columns.rewards.size();
+  require_columns(columns, layout_, count);
+  if (!allow_not_finite_) {
+    const auto require_column = [&](const std::string& name, const Field& field, Bytes values) {
+      const std::size_t row = first_not_finite(values, field.kind) / (field.bytes / field.item);
+      if (row >= count) return;
+      require_finite((name + " in row " + to_string(row)).c_str(), field,
+                     values.subspan(row * field.bytes, field.bytes), stream);
+    };
+    for (std::size_t p = 0; p < layout_.parts.size(); ++p) {
+      const Field& field = layout_.parts[p].field;
+      require_column(field.name, field, columns.observations[p]);
+      require_column("successors (" + field.name + ")", field, columns.successors[p]);
+    }
+    for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
+      require_column(layout_.fields[f].name, layout_.fields[f], columns.fields[f]);
+    }
+    require_column("rewards", {"rewards", sizeof(float), sizeof(float), Kind::float32},
+                   std::as_bytes(columns.rewards));
+  }
+  const std::size_t frame = layout_.observation.bytes;
+  const std::size_t tail = tail_bytes(layout_);
+  const std::size_t whole = layout_.stride - tail;
+  const std::size_t most = std::max(kGroup, kSliceBytes / layout_.stride);
+  for (std::size_t slice = 0; slice < count; slice += most) {
+    const std::size_t rows = std::min(most, count - slice);
+    const std::unique_lock lock(mutex_);
+    const Bytes seen = joined(columns.observations, slice, rows, seen_);
+    const Bytes led = joined(columns.successors, slice, rows, led_);
+    reserve_slots(2 * rows);
+    if (save_ != nullptr) reserve_saved({&stream, 1}, rows);
+    const std::byte* head = index_.streams()[s].head_valid ? heads_.row(s) : nullptr;
+    std::array<const std::byte*, kGroup> heads;
+    std::array<bool, kGroup> valid;
+    std::array<unsigned char, kGroup> departs;
+    for (std::size_t begin = 0; begin < rows; begin += kGroup) {
+      const std::size_t group = std::min(kGroup, rows - begin);
+      const std::byte* const observations = seen.data() + begin * frame;
+      for (std::size_t g = 0; g < group; ++g) {
+        const std::size_t i = begin + g;
+        const std::size_t before = slice + i - 1;
+        heads[g] = i == 0 ? head : led.data() + (i - 1) * frame;
+        valid[g] = i == 0 ? head != nullptr : (columns.terminated[before] | columns.truncated[before]) == 0;
+      }
+      put_together(layout_, columns, observations, slice + begin, std::span(heads).first(group), valid.data(),
+                   tails_.row(0), departs.data());
+      for (std::size_t g = 0; g < group; ++g) {
+        if (save_ != nullptr) keep_for_save(s, heads[g]);
+        const std::size_t i = slice + begin + g;
+        const Placement to =
+            index_.append(s, departs[g] != 0, columns.terminated[i] != 0, columns.truncated[i] != 0);
+        if (to.moved >= 0) keep_aside(to.moved, heads[g]);
+        std::byte* const end = tails_.row(0) + g * tail;
+        std::memcpy(end + layout_.link - whole, &to.link, sizeof(to.link));
+        stream_lines(rows_.row(to.row), observations + g * frame, whole);
+        stream_lines(rows_.row(to.row) + whole, end, tail);
+        if (to.successor < 0) keep_aside(-1 - to.successor, led.data() + (begin + g) * frame);
+      }
+    }
+    finish_stream();
+    if (index_.streams()[s].head_valid) {
+      std::memcpy(heads_.row(s), led.data() + (rows - 1) * frame, frame);
+    }
+    index_.refresh();
+  }
+}
+
+std::pair<std::unique_lock<std::mutex>, std::unique_lock<FairLock>> ReplayStore::alone() const {
+  std::unique_lock saving(saving_);
+  return {std::move(saving), std::unique_lock(mutex_)};
+}
+
+void ReplayStore::clear() {
+  const auto locks = alone();
+  ++life_;
+  index_.clear();
+}
+
+std::size_t ReplayStore::discard_episode(std::int64_t stream) {
+  const auto locks = alone();
+  const std::size_t taken = index_.discard_episode(index_.require_stream(stream));
+  index_.refresh();
+  ++life_;
+  return taken;
+}
+
+void ReplayStore::reset(std::span<const std::int64_t> ids) {
+  const auto locks = alone();
+  index_.require_streams(ids);
+  reserve_slots(ids.size());
+  for (const std::int64_t id : ids) {
+    const auto s = static_cast<std::size_t>(id);
+    const std::int64_t slot = index_.leave(s);
+    if (slot >= 0) keep_aside(slot, heads_.row(s));
+  }
 }
 
 void ReplayStore::require_finite(std::span<const std::int64_t> ids, const TransitionColumns& columns) const {
@@ -287,15 +408,18 @@ void ReplayStore::require_finite(std::span<const std::int64_t> ids, const Transi
       require_finite(name, field, values.subspan(i * field.bytes, field.bytes), ids[i]);
     }
   };
-  const Field& frame = layout_.observation;
-  if (frame.kind != Kind::integer) {
+  const bool one = layout_.parts.size() == 1;
+  for (std::size_t p = 0; p < layout_.parts.size(); ++p) {
+    const Field& frame = layout_.parts[p].field;
+    if (frame.kind == Kind::integer) continue;
     for (std::size_t i = 0; i < ids.size(); ++i) {
       // An observation that equals the last successor was looked at when it came.
       if (index_.streams()[static_cast<std::size_t>(ids[i])].head_valid && departs_[i] == 0) continue;
-      require_finite("observations", frame, columns.observations.subspan(i * frame.bytes, frame.bytes),
-                     ids[i]);
+      require_finite(one ? "observations" : frame.name.c_str(), frame,
+                     columns.observations[p].subspan(i * frame.bytes, frame.bytes), ids[i]);
     }
-    require_column("successors", frame, columns.successors);
+    require_column(one ? "successors" : ("successors of " + frame.name).c_str(), frame,
+                   columns.successors[p]);
   }
   for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
     const Field& field = layout_.fields[f];
@@ -313,6 +437,16 @@ void ReplayStore::require_finite(const char* name, const Field& field, Bytes val
          to_string(index_.streams()[static_cast<std::size_t>(stream)].task) + ") must be finite, got " +
          to_string(value_at(values, field.kind, i)) + "; nothing was stored");
 }
+
+namespace {
+
+/// Transitions that are gathered at once.
+std::size_t slice_of(const Layout& layout) {
+  const std::size_t bytes = 2 * layout.stack * layout.observation.bytes + layout.stride;
+  return std::max(kFewest, kSliceBytes / bytes);
+}
+
+}  // namespace
 
 template <class Draw, class Use>
 void ReplayStore::pick_in_slices(const Request& request, std::size_t num_batches, std::size_t batch_size,
@@ -381,22 +515,30 @@ std::size_t ReplayStore::settle(const Request& request, std::size_t num_batches,
   return changed;
 }
 
-void ReplayStore::read(std::int64_t stream, std::int64_t age, const Request& request,
+void ReplayStore::read(std::span<const std::int64_t> indices, const Request& request,
                        const BatchColumns& out) const {
+  require_columns(out, layout_, indices.size());
+  std::vector<Pick> picks;
+  const std::size_t most = slice_of(layout_);
+  for (std::size_t begin = 0; begin < indices.size(); begin += most) {
+    const std::shared_lock lock(mutex_);
+    picks.clear();
+    for (const std::int64_t index : indices.subspan(begin, std::min(most, indices.size() - begin))) {
+      picks.push_back(index_.find(index));
+    }
+    gather(picks, request, begin, out);
+  }
+}
+
+std::vector<std::int64_t> ReplayStore::indices() const {
+  return reading([this] { return index_.indices(); });
+}
+
+Sequences ReplayStore::sequences(std::size_t batch_size, std::size_t length) {
   const std::shared_lock lock(mutex_);
-  require_columns(out, layout_, 1);
-  const auto check = [](const char* name, std::int64_t index, std::size_t count) {
-    if (index >= 0 && static_cast<std::size_t>(index) < count) return static_cast<std::size_t>(index);
-    throw std::out_of_range(std::string(name) + " must lie below " + to_string(count) + ", got " +
-                            to_string(index));
-  };
-  const std::size_t s = check("stream", stream, num_streams());
-  const Stream& from = index_.streams()[s];
-  const std::size_t known_age = check("age", age, from.size);
-  const std::uint64_t sequence = from.count - from.size + known_age;
-  const std::uint32_t pos = from.position(from.back(sequence));
-  Pick pick{static_cast<std::uint32_t>(s), 0, sequence, from.first_row + pos};
-  gather_one(pick, request, 0, out);
+  Sequences made = index_.sequences(draws_, batch_size, length);
+  ++draws_;
+  return made;
 }
 
 // Inlined by force: a call of a function that only prefetches has no result, and GCC 12 removes it. The
@@ -414,7 +556,7 @@ void ReplayStore::read(std::int64_t stream, std::int64_t age, const Request& req
 void ReplayStore::gather(std::span<Pick> picks, const Request& request, std::size_t first,
                          const BatchColumns& out) const noexcept {
   const std::size_t n_step = request.powers.size();
-  if (n_step == 1 && layout_.stack == 1) {
+  if (n_step == 1 && layout_.stack == 1 && layout_.parts.size() == 1) {
     gather_plain(picks, first, out);
     return;
   }
@@ -444,8 +586,12 @@ void ReplayStore::gather_plain(std::span<Pick> picks, std::size_t first,
       const bool newest = part[i].sequence + 1 == stream.count;
       rows[i] = static_cast<std::uint32_t>(part[i].row) | (edge || newest ? kApart : 0);
       out.task_ids[first + begin + i] = stream.task;
+      out.indices[first + begin + i] = index_.index_of(part[i]);
       part[i].steps = 1;
     }
+    std::ranges::fill(out.steps.subspan(first + begin, part.size()), std::int64_t{1});
+    std::ranges::fill(out.terminated.subspan(first + begin, part.size()), static_cast<unsigned char>(0));
+    std::ranges::fill(out.truncated.subspan(first + begin, part.size()), static_cast<unsigned char>(0));
     copy_plain(std::span(rows).first(part.size()), part, first + begin, out);
   }
 }
@@ -456,7 +602,7 @@ void ReplayStore::copy_plain(std::span<const std::uint32_t> rows, std::span<cons
   const std::size_t action = layout_.fields[0].bytes;
   copy_transitions(
       {rows_.row(0), layout_.stride, frame, layout_.offsets[0], action, layout_.reward}, rows,
-      {out.observations.data() + first * frame, out.next_observations.data() + first * frame,
+      {out.observations[0].data() + first * frame, out.next_observations[0].data() + first * frame,
        out.fields[0].data() + first * action, out.rewards.data() + first, out.masks.data() + first});
   // The few whose successor does not lie in the following row.
   for (std::size_t i = 0; i < rows.size(); ++i) {
@@ -464,7 +610,9 @@ void ReplayStore::copy_plain(std::span<const std::uint32_t> rows, std::span<cons
     const std::size_t row = rows[i] & ~kApart;
     const std::uint32_t word = index_.link(row);
     out.masks[first + i] = (word & kTerminated) != 0 ? 0.0f : 1.0f;
-    put(out.next_observations, first + i, successor(picks[i].stream, index_.window(picks[i], 1)), frame);
+    out.terminated[first + i] = (word & kTerminated) != 0;
+    out.truncated[first + i] = (word & kTruncated) != 0;
+    put(out.next_observations[0], first + i, successor(picks[i].stream, index_.window(picks[i], 1)), frame);
   }
   if (layout_.fields.size() == 1) return;
   for (std::size_t i = 0; i < rows.size(); ++i) gather_fields(rows_.row(rows[i] & ~kApart), first + i, out);
@@ -476,12 +624,7 @@ void ReplayStore::gather_one(Pick& pick, const Request& request, std::size_t i,
   const Window window = index_.window(pick, request.powers.size());
   pick.steps = window.steps;
   const std::byte* row = rows_.row(window.row);
-  if (layout_.stack == 1) {
-    put(out.observations, i, row, layout_.observation.bytes);
-    put(out.next_observations, i, successor(pick.stream, window), layout_.observation.bytes);
-  } else {
-    gather_frames(pick, window, i, out);
-  }
+  gather_observations(pick, window, i, out);
   gather_fields(row, i, out);
   float reward = reward_at(row, layout_);
   std::uint32_t pos = window.position;
@@ -492,25 +635,40 @@ void ReplayStore::gather_one(Pick& pick, const Request& request, std::size_t i,
   out.rewards[i] = reward;
   out.masks[i] = window.terminated ? 0.0f : request.powers[window.steps - 1];
   out.task_ids[i] = stream.task;
+  out.terminated[i] = window.terminated;
+  out.truncated[i] = window.truncated;
+  out.steps[i] = window.steps;
+  out.indices[i] = index_.index_of(pick);
 }
 
-void ReplayStore::gather_frames(const Pick& pick, const Window& window, std::size_t i,
-                                const BatchColumns& out) const noexcept {
+void ReplayStore::gather_observations(const Pick& pick, const Window& window, std::size_t i,
+                                      const BatchColumns& out) const noexcept {
   const Stream& stream = index_.streams()[pick.stream];
-  const std::size_t frame = layout_.observation.bytes;
-  const std::size_t stack = layout_.stack;
-  std::array<std::uint32_t, kMaxStack> memory;
-  const std::span<std::uint32_t> positions(memory);
-  const auto put_frames = [&](std::uint32_t pos, std::uint32_t back, std::size_t count, MutableBytes to) {
-    index_.frames(stream, pos, back, positions.first(count));
-    for (std::size_t f = 0; f < count; ++f) {
-      put(to, i * stack + f, rows_.row(stream.first_row + positions[f]), frame);
+  const std::size_t most = layout_.stack;
+  std::array<std::uint32_t, kMaxStack> seen_memory, led_memory;
+  const std::span seen = std::span(seen_memory).first(most);
+  const std::span led = std::span(led_memory).first(most - 1);  // the last one is the successor
+  if (most > 1) {
+    const std::uint32_t back = stream.back(pick.sequence);
+    index_.frames(stream, window.position, back, seen);
+    index_.frames(stream, window.last, back - (window.steps - 1), led);
+  } else {
+    seen[0] = window.position;
+  }
+  const std::byte* const following = successor(pick.stream, window);
+  for (std::size_t p = 0; p < layout_.parts.size(); ++p) {
+    const auto& [field, stack, offset] = layout_.parts[p];
+    const auto frame = [&](std::uint32_t position) {
+      return rows_.row(stream.first_row + position) + offset;
+    };
+    for (std::size_t f = 0; f < stack; ++f) {
+      put(out.observations[p], i * stack + f, frame(seen[most - stack + f]), field.bytes);
     }
-  };
-  const std::uint32_t back = stream.back(pick.sequence);
-  put_frames(window.position, back, stack, out.observations);
-  put_frames(window.last, back - (window.steps - 1), stack - 1, out.next_observations);
-  put(out.next_observations, i * stack + stack - 1, successor(pick.stream, window), frame);
+    for (std::size_t f = 0; f + 1 < stack; ++f) {
+      put(out.next_observations[p], i * stack + f, frame(led[most - stack + f]), field.bytes);
+    }
+    put(out.next_observations[p], i * stack + stack - 1, following + offset, field.bytes);
+  }
 }
 
 ReplayIndex ReplayStore::index() const {
@@ -518,8 +676,7 @@ ReplayIndex ReplayStore::index() const {
 }
 
 void ReplayStore::adopt(const ReplayIndex& index, std::uint64_t draws) {
-  const std::lock_guard alone(saving_);
-  const std::unique_lock lock(mutex_);
+  const auto locks = alone();
   if (index.rows() != index_.rows()) refuse("the index must have the rows of the store");
   side_.reserve(index.slots());
   std::vector<std::uint32_t> links(index.rows());

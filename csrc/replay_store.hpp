@@ -4,10 +4,12 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <mutex>
 #include <shared_mutex>
 #include <span>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "fair_lock.hpp"
@@ -66,6 +68,16 @@ class ReplayStore {
   void add(std::span<const std::int64_t> streams, const TransitionColumns& columns);
   void add(const TransitionColumns& columns) { add(all_streams_, columns); }
 
+  /// Appends many transitions to a stream, one after the other. What is not finite is refused before anything
+  /// is stored. Others may come in between after every megabyte or so. O(bytes).
+  void extend(std::int64_t stream, const TransitionColumns& columns);
+  /// Forgets everything, but not how many batches were sampled.
+  void clear();
+  /// Takes the newest episode of a stream back, over or not; returns how many transitions that were.
+  std::size_t discard_episode(std::int64_t stream);
+  /// The next observation of these streams begins an episode, whatever it is. O(M).
+  void reset(std::span<const std::int64_t> streams);
+
   /// Fills `out` with U batches and advances draws() by U. Refuses columns that do not all hold U x B rows
   /// and a request that cannot be served. O(U B (log N + bytes)), and O(N) with tasks or weights.
   void sample(const Request& request, std::size_t num_batches, std::size_t batch_size,
@@ -81,8 +93,13 @@ class ReplayStore {
   std::size_t settle(const Request& request, std::size_t num_batches, std::size_t batch_size,
                      const BatchColumns& out, Ahead& ahead);
 
-  /// Fills `out` (B = 1) with one transition; `age` 0 is the oldest of the stream. O(bytes).
-  void read(std::int64_t stream, std::int64_t age, const Request& request, const BatchColumns& out) const;
+  /// Fills `out` with the transitions of these names; throws std::out_of_range where one is not stored.
+  /// O(bytes).
+  void read(std::span<const std::int64_t> indices, const Request& request, const BatchColumns& out) const;
+  /// The names of all transitions, stream after stream and oldest first.
+  [[nodiscard]] std::vector<std::int64_t> indices() const;
+  /// B sequences of `length` transitions each; advances draws() by one.
+  [[nodiscard]] Sequences sequences(std::size_t batch_size, std::size_t length);
 
   /// Writes to a file all rows kept whose sequence number is at least `from` [N] of their stream, and says
   /// what it wrote. Throws std::system_error. O(bytes), with a few megabytes of memory and what is replaced
@@ -133,6 +150,11 @@ class ReplayStore {
   void set_draws(std::uint64_t draws) noexcept { draws_ = draws; }
 
  private:
+  /// Puts the parts of observations side by side in `memory`, where there are several.
+  [[nodiscard]] Bytes joined(const Columns<Bytes>& parts, std::size_t first, std::size_t count,
+                             std::vector<std::byte>& memory) const;
+  /// A turn in which alone this thread works on the content, and no save is under way.
+  [[nodiscard]] std::pair<std::unique_lock<std::mutex>, std::unique_lock<FairLock>> alone() const;
   void require_finite(std::span<const std::int64_t> streams, const TransitionColumns& columns) const;
   void require_finite(const char* name, const Field& field, Bytes values, std::int64_t stream) const;
   /// Calls `use(first, picks)` for the elements of U batches from number `draw()` on, in slices and locked.
@@ -146,8 +168,8 @@ class ReplayStore {
                   const BatchColumns& out) const noexcept;
   void gather_fields(const std::byte* row, std::size_t i, const BatchColumns& out) const noexcept;
   void gather_one(Pick& pick, const Request& request, std::size_t i, const BatchColumns& out) const noexcept;
-  void gather_frames(const Pick& pick, const Window& window, std::size_t i,
-                     const BatchColumns& out) const noexcept;
+  void gather_observations(const Pick& pick, const Window& window, std::size_t i,
+                           const BatchColumns& out) const noexcept;
   void prefetch(const Pick& pick, std::size_t n_step) const noexcept;
   /// The successor at the end of a window of stream `s`.
   [[nodiscard]] const std::byte* successor(std::size_t s, const Window& window) const noexcept {
@@ -156,13 +178,18 @@ class ReplayStore {
     return row == index_.head_row(s) ? heads_.row(s) : rows_.row(row);
   }
   /// Writes what add was given, but for links, to where it will be, and says whether all of it is finite.
-  [[nodiscard]] bool stage(std::span<const std::int64_t> streams, const TransitionColumns& columns) noexcept;
+  [[nodiscard]] bool stage(std::span<const std::int64_t> streams, const TransitionColumns& columns,
+                           Bytes seen, Bytes led) noexcept;
   /// Brings the heads back that `stage` has overwritten.
-  void unstage(std::span<const std::int64_t> streams, const TransitionColumns& columns) noexcept;
-  /// Makes room in the save under way for what an add to these streams replaces.
-  void reserve_saved(std::span<const std::int64_t> streams);
-  /// Keeps the row that the i-th staged transition replaces for the save under way, if that still needs it.
-  void keep_for_save(std::size_t s, std::size_t i) noexcept;
+  void unstage(std::span<const std::int64_t> streams, Bytes seen) noexcept;
+  void keep_aside(std::int64_t slot, const std::byte* observation) noexcept {
+    std::memcpy(side_.at(static_cast<std::size_t>(slot)), observation, layout_.observation.bytes);
+  }
+  /// Makes room in the save under way for what `each` further transitions of these streams replace.
+  void reserve_saved(std::span<const std::int64_t> streams, std::size_t each = 1);
+  /// Keeps the row that the next transition of a stream replaces for the save under way, if that still needs
+  /// it. `head` is the successor of the newest row.
+  void keep_for_save(std::size_t s, const std::byte* head) noexcept;
   /// Writes the image of a row in a file, `newest` at the moment of the save and with its successor in the
   /// head.
   void put_image(std::size_t row, bool newest, std::byte* image) const noexcept;
@@ -194,6 +221,7 @@ class ReplayStore {
   std::vector<std::int64_t> given_;        // scratch of add: the streams it was given
   std::vector<unsigned char> departs_;     // [N] scratch of add: whether a transition departs from the head
   std::vector<std::uint32_t> ends_;        // [N] scratch of add: the flags of its link
+  std::vector<std::byte> seen_, led_;      // scratch of add: observations and successors of several parts
   RowBlock departed_;                      // [N] scratch of add: the heads that those depart from
   RowBlock tails_;                         // scratch of add: the lines of rows that observations do not fill
 };

@@ -19,7 +19,7 @@ import torch
 from brc_fast import _core
 from brc_fast.batch import Batch
 from brc_fast.replay import Field, Prefetcher, ReplayBuffer
-from brc_fast.replay.arena import columns
+from brc_fast.replay.fields import TOLD
 from brc_fast.replay.request import Size
 
 ENDS = [(False, False), (True, False), (False, True), (True, True)]  # terminated, truncated
@@ -55,7 +55,19 @@ class Feed:
     ) -> None:
         self.task_ids, self.seed, self.options = list(task_ids), seed, options
         self.observation, self.action, self.extras = observation, action, dict(extras or {})
-        self.fields = {"observations": observation, "actions": action, **self.extras}
+        named = (
+            {f"/{name}": field for name, field in observation.items()}
+            if isinstance(observation, dict)
+            else None
+        )
+        self.parts: dict[str, Field] = named or {
+            "": observation
+        }  # by what follows "observations" in names of values
+        self.fields = {
+            **{f"observations{part}": field for part, field in self.parts.items()},
+            "actions": action,
+        }
+        self.fields |= self.extras
         self.draws = self.tag = 0
         self.history: list[list[Transition]] = [[] for _ in task_ids]
         self.capacity = capacity
@@ -123,56 +135,69 @@ class Feed:
         self, streams: Sequence[int], jumps: Sequence[bool], ends: Sequence[tuple[bool, bool]]
     ) -> dict[str, Any]:
         """One transition per stream; it goes on from the last successor unless it jumps elsewhere."""
-        made: dict[str, list[Any]] = {name: [] for name in (*self.fields, "successors")}
+        following = {f"successors{part}": field for part, field in self.parts.items()}
+        every = {**self.fields, **following}
+        made: dict[str, list[Any]] = {name: [] for name in every}
         rewards = []
         for stream, jump in zip(streams, jumps, strict=True):
-            for name, field in self.fields.items():
+            for name, field in every.items():
                 self.tag += 1
                 made[name].append(self.tagged(field, stream))
             if not jump and self.history[stream]:
-                made["observations"][-1] = self.history[stream][-1].values["successors"]
-            self.tag += 1
-            made["successors"].append(self.tagged(self.observation, stream))
+                for part in self.parts:
+                    made[f"observations{part}"][-1] = self.history[stream][-1].values[f"successors{part}"]
             rewards.append(self.tag * 0.7)
         arrays = {
-            name: np.array(values, field.numpy_dtype).reshape(len(streams), *field.shape)
-            for (name, values), field in zip(
-                made.items(), (*self.fields.values(), self.observation), strict=True
-            )
+            name: np.array(made[name], field.numpy_dtype).reshape(len(streams), *field.shape)
+            for name, field in every.items()
         }
         flags = np.array(ends, bool).reshape(-1, 2)
         return {
-            "observations": arrays["observations"],
+            "observations": self.packed("observations", arrays),
             "actions": arrays["actions"],
             "rewards": np.array(rewards, np.float32),
             "terminated": flags[:, 0].copy(),
             "truncated": flags[:, 1].copy(),
-            "successors": arrays["successors"],
+            "successors": self.packed("successors", arrays),
             "streams": np.array(streams, np.int64),
             **({"extras": {name: arrays[name] for name in self.extras}} if self.extras else {}),
         }
 
+    def packed(self, name: str, values: Mapping[str, Any]) -> Any:
+        """An argument of `add` or a column of a batch from its parts."""
+        return values[name] if "" in self.parts else {part[1:]: values[name + part] for part in self.parts}
+
+    def unpacked(self, added: dict[str, Any]) -> Arrays:
+        """Arguments of `add`, by the names of values."""
+        out = {"actions": added["actions"], **added.get("extras", {})}
+        for name in ("observations", "successors"):
+            out |= {name + part: added[name][part[1:]] if part else added[name] for part in self.parts}
+        return out
+
     def give(self, added: dict[str, Any], *buffers: ReplayBuffer) -> None:
         """Arguments of `add`, with bfloat16 as torch has it."""
-        fields = {**self.fields, "successors": self.observation}
 
-        def one(name: str, value: Any) -> Any:
-            if name == "extras":
-                return {extra: one(extra, each) for extra, each in value.items()}
-            halves = name in fields and fields[name].dtype == "bfloat16"
+        def one(value: Any, field: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: one(each, field[name]) for name, each in value.items()}
+            halves = isinstance(field, Field) and field.dtype == "bfloat16"
             return torch.from_numpy(value).view(torch.bfloat16) if halves else value
 
+        fields = {"observations": self.observation, "successors": self.observation, "actions": self.action}
+        fields["extras"] = self.extras
         for buffer in buffers:
-            buffer.add(**{name: one(name, value) for name, value in added.items()})
+            buffer.add(**{name: one(value, fields.get(name)) for name, value in added.items()})
 
     def remember(self, added: dict[str, Any]) -> None:
         """The buffer has taken these arguments."""
-        columns = {**{name: added.get(name) for name in self.fields}, **added.get("extras", {})}
+        columns = self.unpacked(added)
         for i, stream in enumerate(added["streams"].tolist()):
             rows = self.history[stream]
-            values = {name: columns[name][i].copy() for name in self.fields}
-            values["successors"] = added["successors"][i].copy()
-            goes_on = rows and rows[-1].values["successors"].tobytes() == values["observations"].tobytes()
+            values = {name: column[i].copy() for name, column in columns.items()}
+            goes_on = rows and all(
+                rows[-1].values[f"successors{part}"].tobytes() == values[f"observations{part}"].tobytes()
+                for part in self.parts
+            )
             cell = self.next_cell[stream]
             self.cells[stream][cell] = len(rows)
             self.next_cell[stream] = (cell + 1) % len(self.cells[stream])
@@ -199,11 +224,11 @@ class Feed:
         kept = (sorted(number for number in cells if number is not None) for cells in self.cells)
         return [(stream, number) for stream, numbers in enumerate(kept) for number in numbers]
 
-    def frames(self, stream: int, number: int, count: int) -> list[np.ndarray]:
+    def frames(self, stream: int, number: int, count: int, part: str) -> list[np.ndarray]:
         """The observations up to this one; before the first of an episode, that again."""
         rows, out = self.history[stream], []
         for _ in range(count):
-            out.insert(0, rows[number].values["observations"])
+            out.insert(0, rows[number].values[f"observations{part}"])
             if number > 0 and not rows[number - 1].ended and not rows[number].jumped:
                 number -= 1
         return out
@@ -220,26 +245,43 @@ class Feed:
         powers = [1.0]
         while len(powers) < n_step:
             powers.append(powers[-1] * (1.0 if discount is None else discount))
-        out: dict[str, list[Any]] = {name: [] for name in columns(self.buffer.schema)}
-        stack = self.observation.stack
+        fields = {
+            name + part: Field(field.stacked_shape, field.dtype)
+            for part, field in self.parts.items()
+            for name in ("observations", "next_observations")
+        }
+        fields |= {
+            "actions": self.action,
+            "rewards": Field(),
+            "masks": Field(),
+            "task_ids": Field((), "int64"),
+        }
+        fields |= {name: Field((), dtype) for name, dtype in TOLD.items()} | self.extras
+        out: dict[str, list[Any]] = {name: [] for name in fields}
         for stream, number in picked:
             rows = self.steps(stream, number, n_step)
             reward = rows[0].reward
             for power, row in list(zip(powers, rows, strict=False))[1:]:
                 reward = np.float32(reward + np.float32(np.float32(power) * row.reward))
             last = number + len(rows) - 1
-            following = [*self.frames(stream, last, stack - 1), rows[-1].values["successors"]]
-            out["observations"].append(self.frames(stream, number, stack))
-            out["next_observations"].append(following)
+            for part, field in self.parts.items():
+                before = self.frames(stream, last, field.stack - 1, part)
+                out[f"observations{part}"].append(self.frames(stream, number, field.stack, part))
+                out[f"next_observations{part}"].append([*before, rows[-1].values[f"successors{part}"]])
             out["rewards"].append(reward)
             out["masks"].append(0.0 if rows[-1].terminated else powers[len(rows) - 1])
             out["task_ids"].append(self.task_ids[stream])
+            out["terminated"].append(rows[-1].terminated)
+            out["truncated"].append(rows[-1].truncated)
+            out["steps"].append(len(rows))
+            out["indices"].append(number * len(self.task_ids) + stream)
             for name in ("actions", *self.extras):
                 out[name].append(rows[0].values[name])
-        return {
+        made = {
             name: np.array(out[name], field.numpy_dtype).reshape(len(picked), *field.shape)
-            for name, field in columns(self.buffer.schema).items()
+            for name, field in fields.items()
         }
+        return made
 
     def pick(self, number: int, i: int, tasks: set[int]) -> Picked:
         """Element i of batch `number`: the first attempt that names a cell which holds a transition."""
@@ -350,29 +392,21 @@ def word(seed: int, draw: int, quad: int, attempt: int, of_quad: int = 0) -> int
 
 def read_all(buffer: ReplayBuffer, n_step: int = 1, discount: float = 1.0) -> Arrays:
     """Every stored transition, stream after stream and oldest first."""
-    arrays = {
-        name: np.empty((len(buffer), *field.shape), field.numpy_dtype)
-        for name, field in columns(buffer.schema).items()
-    }
-    request, row = _core.Request(n_step, discount, [], []), 0
-    lease = buffer._arena.lease(Size.of(1, None))
-    one = arrays_of(lease.batch)
-    for stream, size in enumerate(buffer._store.sizes().tolist()):
-        for age in range(size):
-            buffer._store.read(stream, age, request, lease.views, lease.slot)
-            for name, array in arrays.items():
-                array[row] = one[name][0]
-            row += 1
-    return arrays
+    lease = buffer._arena.lease(Size(1, len(buffer), (len(buffer),)), fresh=True)
+    buffer._store.read(
+        buffer._store.indices(), _core.Request(n_step, discount, [], []), lease.views, lease.slot
+    )
+    return arrays_of(lease.batch)
 
 
 def arrays_of(batch: Batch) -> Arrays:
     """By name, bfloat16 as its bytes."""
-    named = {**batch._asdict(), **batch.extras}
-    return {
-        name: (value.view(torch.uint16) if value.dtype == torch.bfloat16 else value).numpy()
-        for name, value in named.items()
-    }
+    named = batch.map(lambda x: x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    for name in ("observations", "next_observations"):
+        if isinstance(parts := named[name], dict):
+            del named[name]
+            named |= {f"{name}/{part}": value for part, value in parts.items()}
+    return named
 
 
 def assert_same(got: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:

@@ -220,7 +220,7 @@ def test_a_graph_does_not_outlive_its_agent() -> None:
     updates = learner.updates
     del learner
     with pytest.raises(RuntimeError, match="the agent of these updates is gone"):
-        updates([*batch, torch.ones(1)])
+        updates([*batch.columns, torch.ones(1)])
 
 
 MOVED: dict[str, Any] = {

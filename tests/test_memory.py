@@ -77,7 +77,9 @@ def test_the_plan_tells_what_a_built_learner_takes(tasks: int, precision: str, r
     # inputs [B, I], and the gradient of what the actor puts out, are of a row's size, not of a layer's
     rows = [x for x in tensors_of(passes) if x.dim() == 2], passes.dhead
     assert bytes_beside(passes, networks, rows) == plan.passes
-    assert plan.batches == bytes_of(*batch) == sum(x.numel() * x.element_size() for x in batch)
+    assert (
+        plan.batches == bytes_of(*batch.columns) == sum(x.numel() * x.element_size() for x in batch.columns)
+    )
     assert plan.libraries == 0
     assert plan.total == plan.state + plan.passes + plan.batches
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -43,21 +44,89 @@ def test_a_buffer_is_kept_by_saving_it(how: Any, kind: Any) -> None:
         how(kind(10, 3, 2, **on))
 
 
+KINDS = [ReplayBuffer, functools.partial(DeviceReplayBuffer, device="cpu")]
+PLAIN = {
+    "observations": np.array([[1, 2, 3]], np.float32),
+    "actions": np.array([[4, 5]], np.float32),
+    "rewards": np.array([0.1], np.float32),
+    "terminated": np.array([True]),
+    "truncated": np.array([False]),
+    "successors": np.array([[6, 7, 8]], np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"observations": np.array([[1.0, 2, 3]]), "rewards": np.array([0.1]), "successors": [[6.0, 7, 8]]},
+        {
+            "observations": [1, 2, 3],
+            "actions": (4, 5),
+            "rewards": 0.1,
+            "terminated": True,
+            "truncated": False,
+        },
+        {
+            "actions": torch.tensor([[4, 5]]).half(),
+            "observations": torch.tensor([[1, 2, 3]], dtype=torch.uint8),
+        },
+        {"terminated": np.ones(1, np.uint8), "truncated": [0], "streams": [0]},
+        {
+            "observations": np.array([[1, 2, 3]], ">f4"),
+            "streams": np.zeros(1, ">i4"),
+            "rewards": np.float64(0.1),
+        },
+        {"observations": np.array([[1, 2, 3]], np.uint16), "streams": 0},
+    ],
+    ids=["float64", "one row", "tensors", "flags", "byte order", "uint16"],
+)
+def test_what_people_have_is_taken_where_nothing_is_lost(kind: Any, given: dict[str, Any]) -> None:
+    buffer, twin = kind(4, 3, 2), kind(4, 3, 2)
+    twin.add(**PLAIN)
+    buffer.add(**{**PLAIN, **given})
+    for got, expected in zip(buffer.all().tensors(), twin.all().tensors(), strict=True):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+
+
+def test_arrays_of_jax_are_taken() -> None:
+    require("mjx")
+    import jax.numpy as jnp
+
+    buffer, twin = ReplayBuffer(4, 3, 2), ReplayBuffer(4, 3, 2)
+    twin.add(**PLAIN)
+    buffer.add(**{name: jnp.asarray(value) for name, value in PLAIN.items()})
+    assert torch.equal(buffer.all().observations, twin.all().observations)
+    assert torch.equal(buffer.all().terminated, twin.all().terminated)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "error", "words"),
     [
-        ("observations", np.ones((1, 3)), TypeError, 'float32, got float64 ... .astype("float32")'),
-        ("actions", torch.ones(1, 2).half(), TypeError, "float32, got float16 ... .to(torch.float32)"),
-        ("terminated", np.zeros(1, np.uint8), TypeError, 'bool, got uint8 ... .astype("bool")'),
-        ("rewards", 1.0, TypeError, "a torch tensor or a numpy array, got float"),
+        ("observations", [[0, 1e300, 0]], TypeError, "float32, which does not hold 1e+300, got as float64"),
+        ("actions", np.ones((1, 2), complex), TypeError, "float32, got complex128"),
+        ("actions", torch.ones(1, 2, dtype=torch.complex64), TypeError, "float32, got torch.complex64"),
+        ("actions", [[2**24 + 1, 0]], TypeError, "float32, which does not hold 16777217, got as int64"),
+        (
+            "actions",
+            [[1.0, 2.0], [3.0]],
+            TypeError,
+            "an array, a tensor or a list of float32 numbers, got list",
+        ),
+        ("actions", [[None, 1.0]], TypeError, "an array, a tensor or a list of float32 numbers, got list"),
+        ("terminated", np.full(1, 2, np.uint8), TypeError, "bool, which does not hold 2, got as uint8"),
+        ("terminated", [0.5], TypeError, "bool, which does not hold 0.5, got as float64"),
+        ("truncated", [float("nan")], TypeError, "bool, which does not hold nan, got as float64"),
+        ("rewards", "1.0", TypeError, "an array, a tensor or a list of float32 numbers, got str"),
+        ("rewards", None, TypeError, "an array, a tensor or a list of float32 numbers, got NoneType"),
         ("rewards", torch.ones(1, device="meta"), TypeError, "on the CPU, got meta ... .cpu()"),
-        ("streams", np.zeros(1, np.int32), TypeError, 'int64, got int32 ... .astype("int64")'),
-        ("successors", np.ones((1, 3), ">f4"), TypeError, 'float32, got >f4 ... .astype("float32")'),
-        ("streams", np.zeros(1, ">i8"), TypeError, 'int64, got >i8 ... .astype("int64")'),
+        ("streams", [0.5], TypeError, "int64, which does not hold 0.5, got as float64"),
+        ("streams", np.array([2**63], np.uint64), TypeError, "int64"),
         ("observations", np.ones((1, 4), np.float32), ValueError, "[M, O] = [1, 3], got [1, 4]"),
         ("successors", np.ones((1, 1, 3), np.float32), ValueError, "[M, O] = [1, 3], got [1, 1, 3]"),
         ("rewards", np.ones((1, 1), np.float32), ValueError, "[M] = [1], got [1, 1]"),
-        ("actions", np.ones(2, np.float32), ValueError, "[M, A] = [1, 2], got [2]"),
+        ("actions", np.ones(3, np.float32), ValueError, "[M, A] = [1, 2], got [3]"),
         ("truncated", np.zeros(2, bool), ValueError, "[M] = [1], got [2]"),
         ("streams", np.array([1]), ValueError, "0..0, got 1"),
         ("streams", np.array([-1]), ValueError, "0..0, got -1"),
@@ -298,21 +367,16 @@ def test_the_binding_refuses_arrays_that_do_not_fit_the_store() -> None:
     views, slot, _ = arena.lease(Size.of(4, 1))
     with pytest.raises(ValueError, match="observations must hold 36 bytes, got 48"):
         store.sample(request, 1, 3, views, slot)
-    parts = [_core.Part(np.dtype("float32"), 2, (1, 1), 0)]
+    parts = [_core.View(np.dtype("float32"), 2, (1, 1), 0)]
     with pytest.raises(ValueError, match="another number of columns is expected"):
         store.sample(request, 1, 1, _core.Views(parts), slot)
     with pytest.raises(ValueError, match="a slot of 4 bytes is expected, got 2"):
         _core.Views(parts).tensors(_core.Slot(np.zeros(2, np.uint8)))
-    views, slot, _ = arena.lease(Size.of(1, 1))
-    with pytest.raises(IndexError, match="age must lie below 3, got 3"):
-        store.read(0, 3, request, views, slot)
-    with pytest.raises(IndexError, match="stream must lie below 3, got -1"):
-        store.read(-1, 0, request, views, slot)
     no = np.zeros(1, bool)
     frame = np.zeros((1, 3), np.float32)
     with pytest.raises(ValueError, match="actions must hold 8 bytes, got 12"):
-        store.add(np.zeros(1, np.int64), frame, [frame], frame[0, :1], no, no, frame)
+        store.add(np.zeros(1, np.int64), [frame], [frame], frame[0, :1], no, no, [frame])
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        store.add(np.zeros(1), frame, [frame[:, :2].copy()], frame[0, :1], no, no, frame)
+        store.add(np.zeros(1), [frame], [frame[:, :2].copy()], frame[0, :1], no, no, [frame])
     feed.check_content()
     feed.check_sample(5, 2)

@@ -96,9 +96,12 @@ def test_negated_numbers_are_stored_with_their_signs(shape: tuple[int, ...]) -> 
 
 
 REFUSED = {
-    "rewards must be float32, got float64": ("rewards", torch.zeros(STREAMS, dtype=torch.float64)),
-    "rewards must be float32, got int32": ("rewards", torch.zeros(STREAMS, dtype=torch.int32)),
-    "terminated must be bool, got uint8": ("terminated", torch.zeros(STREAMS, dtype=torch.uint8)),
+    "rewards must be float32, which does not hold 1e": (
+        "rewards",
+        torch.full((STREAMS,), 1e39, dtype=torch.float64),
+    ),
+    "rewards must be float32, which does not hold 167": ("rewards", torch.full((STREAMS,), 2**24 + 1)),
+    "terminated must be bool, which does not hold 2": ("terminated", torch.full((STREAMS,), 2).byte()),
     "rewards must be on the CPU, got meta": ("rewards", torch.zeros(STREAMS, device="meta")),
     r"rewards must have shape \[M\] = \[3\], got \[2\]": ("rewards", torch.zeros(2)),
     r"rewards must have shape \[M\] = \[3\], got \[3, 1\]": ("rewards", torch.zeros(STREAMS, 1)),
@@ -136,8 +139,7 @@ def test_batches_are_the_same_without_the_interface(dtype: str, monkeypatch: pyt
         buffer.add(**step(getattr(torch, dtype)))
     batch = one.sample(2, num_batches=3)
     monkeypatch.setattr(arena, "C_TENSORS", False)
-    for name, value in two.sample(2, num_batches=3)._asdict().items():
-        mine = getattr(batch, name)
+    for value, mine in zip(two.sample(2, num_batches=3).tensors(), batch.tensors(), strict=True):
         assert (mine.dtype, mine.shape, mine.stride()) == (value.dtype, value.shape, value.stride())
         assert torch.equal(mine, value)
 

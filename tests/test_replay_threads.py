@@ -45,9 +45,9 @@ def test_what_is_held_never_changes() -> None:
     with feed.buffer.prefetch(16, 2) as batches:
         for step in range(60):
             batch = next(batches) if step % 3 == 0 else feed.buffer.sample(16, 2, copy=step % 3 == 1)
-            parts: tuple[torch.Tensor, ...] = tuple(batch)
+            parts: tuple[torch.Tensor, ...] = tuple(batch.tensors())
             if step % 4 == 1:
-                parts = (*batch.update(1), batch.extras["cost"][1, 2:])
+                parts = (*batch.update(1).tensors(), batch.extras["cost"][1, 2:])
             elif step % 4 == 2:
                 parts = (batch.observations[0, 3], torch.from_numpy(batch.rewards.numpy()[1:]))
             elif step % 4 == 3:
@@ -155,8 +155,7 @@ def test_batches_in_pinned_memory_are_the_same(dtype: str, lender: Lender) -> No
     twin.buffer._arena.pinned = False
     for copy in (False, True):
         got, expected = (feed.buffer.sample(5, 3, copy=copy) for feed in (pinned, twin))
-        for name, value in {**got._asdict(), **got.extras}.items():
-            other = {**expected._asdict(), **expected.extras}[name]
+        for value, other in zip(got.tensors(), expected.tensors(), strict=True):
             assert (value.dtype, value.shape, value.stride()) == (other.dtype, other.shape, other.stride())
         assert_same_batch(got, expected)
     with pinned.buffer.prefetch(5, 3) as batches:
@@ -168,7 +167,7 @@ def test_batches_in_pinned_memory_are_the_same(dtype: str, lender: Lender) -> No
 def test_torch_can_tell_whose_pinned_memory_a_column_is(lender: Lender) -> None:
     """By the storage: it is what torch looks at when it has begun a copy."""
     batch = filled(extras={"cost": Field((), "bfloat16")}).buffer.sample(4, 2)
-    tensors = [*batch, batch.extras["cost"], batch.update(1).actions, batch.task_ids[0, 2:]]
+    tensors = [*batch.tensors(), batch.update(1).actions, batch.task_ids[0, 2:]]
     assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == {lender.places[-1]}
     batch.rewards.mul_(2.0)  # which no graph that keeps the observations may take for a change of them
     assert batch.observations._version < batch.rewards._version

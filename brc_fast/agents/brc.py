@@ -234,7 +234,7 @@ class BRC(Acting, Agent):
         for name, part in () if noise is None else noise._asdict().items():
             require_shape(f"noise.{name}", part, "[U, B, A]", tuple(batches.actions.shape))
         moments = () if self.observations is None else self.observations.moments
-        return [*batches, scale, *moments]
+        return [*batches.columns, scale, *moments]
 
     def make_updates(self, *inputs: Tensor) -> Tensor:
         """`update` of a batch's fields, the reward scale, the moments of observations where these are

@@ -99,7 +99,7 @@ def plan_memory(config: TrainConfig, spec: Spec, device: str) -> MemoryPlan:
     plans = agent.plans(batches.update(0))
     kept = sum(plan.bytes(device) for plan in plans.all())
     cuda = torch.device(device).type == "cuda"
-    slots = (2 if cuda else 1) * bytes_of(*batches)
+    slots = (2 if cuda else 1) * bytes_of(*batches.columns)
     return MemoryPlan(parameters, state, kept, slots + normalized, LIBRARIES if cuda else 0)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Sequence
 from math import prod
-from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -17,27 +16,29 @@ from brc_fast import _core
 from brc_fast.batch import Batch
 from brc_fast.spec import Field
 
-from .fields import Schema, dlpack
+from .fields import TOLD, Schema, dlpack
 from .request import Size
 
 C_TENSORS = _core.read_tensors(Tensor)  # a torch without that interface is slower here and in `add`
 ALIGNMENT = 64
 MOST_SHAPES = 8  # sizes of batches, whose memory is kept to be used again
-ORDER = ("observations", "next_observations", "rewards", "masks", "task_ids")  # then the fields of a row
 
 
-def columns(schema: Schema) -> dict[str, Field]:
+def columns(schema: Schema) -> list[Field]:
     """Every column of a batch, in the compiled store's order."""
-    observation = Field(schema.observation.stacked_shape, schema.observation.dtype)
-    each = (observation, observation, Field(), Field(), Field((), "int64"))
-    return {**dict(zip(ORDER, each, strict=True)), **schema.fields}
+    parts = [Field(field.stacked_shape, field.dtype) for field in schema.parts.values()]
+    told = [Field((), dtype) for dtype in TOLD.values()]
+    return [*parts, *parts, Field(), Field(), Field((), "int64"), *told, *schema.fields.values()]
 
 
-def batch_of(tensors: Mapping[str, Tensor]) -> Batch:
-    """The record of a column each."""
-    batch = Batch(*(tensors[name] for name in Batch._fields))
-    extras = {name: value for name, value in tensors.items() if name not in Batch._fields}
-    return batch.with_extras(extras) if extras else batch
+def batch_of(schema: Schema, tensors: Sequence[Tensor]) -> Batch:
+    """The record of a tensor for each of `columns`."""
+    parts = len(schema.parts)
+    rewards, masks, task_ids, *others = tensors[2 * parts :]
+    told, (actions, *further) = others[: len(TOLD)], others[len(TOLD) :]
+    extras = dict(zip((*TOLD, *schema.extras), (*told, *further), strict=True))
+    seen, led = schema.joined(tensors[:parts]), schema.joined(tensors[parts : 2 * parts])
+    return Batch(seen, actions, rewards, masks, led, task_ids, extras)
 
 
 class Lease(NamedTuple):
@@ -56,24 +57,21 @@ def pinned_memory(nbytes: int) -> Tensor:
 class _Shape:
     """Where the columns of batches of one size lie, and the slots for such batches."""
 
-    def __init__(self, columns: Mapping[str, Field], size: Size) -> None:
-        self.names = list(columns)
-        self.shapes = [size.shape + field.shape for field in columns.values()]
-        self.dtypes = [field.torch_dtype for field in columns.values()]
+    def __init__(self, columns: Sequence[Field], size: Size) -> None:
+        self.shapes = [size.shape + field.shape for field in columns]
+        self.dtypes = [field.torch_dtype for field in columns]
         self.offsets, self.nbytes = [], 0
-        for shape, field in zip(self.shapes, columns.values(), strict=True):
+        for shape, field in zip(self.shapes, columns, strict=True):
             self.offsets.append(self.nbytes)
             self.nbytes += -(-prod(shape) * field.numpy_dtype.itemsize // ALIGNMENT) * ALIGNMENT
         if self.nbytes > sys.maxsize:
             told = f"{size.num_batches} batches of {size.batch_size}"
             raise MemoryError(f"cannot reserve {self.nbytes} bytes for {told}")
-        parts = zip(columns.values(), self.shapes, self.offsets, strict=True)
+        places = zip(columns, self.shapes, self.offsets, strict=True)
         self.views = _core.Views(
-            [_core.Part(field.numpy_dtype, dlpack(field), shape, offset) for field, shape, offset in parts]
+            [_core.View(field.numpy_dtype, dlpack(field), shape, offset) for field, shape, offset in places]
         )
         self.slots: list[_core.Slot] = []
-        self.in_batch = itemgetter(*(self.names.index(name) for name in Batch._fields))
-        self.further = [name for name in self.names if name not in Batch._fields]
 
     def in_pinned_memory(self) -> tuple[_core.Slot, list[Tensor]]:
         """A slot of pinned memory, and the columns on it.
@@ -107,12 +105,6 @@ class _Shape:
         arrays = self.views.arrays(slot)
         return [torch.from_numpy(a).view(dtype) for a, dtype in zip(arrays, self.dtypes, strict=True)]
 
-    def batch(self, tensors: list[Tensor]) -> Batch:
-        batch = Batch(*self.in_batch(tensors))
-        if self.further:
-            batch.extras = {name: tensors[self.names.index(name)] for name in self.further}
-        return batch
-
 
 class Arena:
     """Memory for batches, handed out again when every tensor and array on it is gone.
@@ -123,7 +115,7 @@ class Arena:
     """
 
     def __init__(self, schema: Schema, pinned: bool) -> None:
-        self.columns = columns(schema)
+        self.schema, self.columns = schema, columns(schema)
         self.pinned = pinned
         self._shapes: dict[Size, _Shape] = {}
         self._lock = threading.Lock()
@@ -137,7 +129,7 @@ class Arena:
             else:
                 slot = shape.fresh() if fresh else shape.free()
                 tensors = shape.tensors(slot)
-        return Lease(shape.views, slot, shape.batch(tensors))
+        return Lease(shape.views, slot, batch_of(self.schema, tensors))
 
     def _shape(self, size: Size) -> _Shape:
         shape = self._shapes.pop(size, None) or _Shape(self.columns, size)

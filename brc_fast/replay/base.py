@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from brc_fast import _core
+from brc_fast.batch import Batch
 from brc_fast.spec import integer
 
-from .fields import Schema
+from .fields import Array, Schema, checked
 from .request import Requests
 
 
@@ -56,6 +60,99 @@ class Buffer:
     def draws(self) -> int:
         """Batches sampled so far; `sample(batch_size, U)` counts U. It and the seed decide the next draw."""
         return self._store.draws
+
+    def indices(self) -> Tensor:
+        """What the transitions stored are called, [len(self)] int64: stream after stream and oldest first.
+
+        A name is the number of the transition in its stream, times N, plus the stream. It stays as it is
+        until the transition is replaced, and no other one gets it, unless it was taken back.
+        """
+        return torch.from_numpy(self._store.indices())
+
+    def __getitem__(self, indices: Any) -> Batch:
+        """The transitions of these names, of any shape [...], in fresh memory: `buffer[batch.indices]`.
+
+        Raises:
+            IndexError: one was never added, or has been replaced since.
+        """
+        names = checked("indices", indices, "[...]", np.shape(indices), "int64") if np.ndim(indices) else None
+        if names is None:
+            names = np.array(integer("indices", indices), np.int64)
+        return self._read(np.ascontiguousarray(names.reshape(-1)), names.shape)
+
+    def all(self) -> Batch:
+        """Every transition stored, [len(self), ...], in the order of `indices()` and in fresh memory."""
+        return self[self.indices()]
+
+    def epoch(
+        self, batch_size: int, *, shuffle: bool = True, drop_last: bool = False, seed: int = 0
+    ) -> Iterator[Batch]:
+        """Batches [B, ...] of every transition that is stored now, each once; the last batch may be smaller.
+
+        Args:
+            shuffle: in an order that `seed` decides, else in that of `indices()`.
+            drop_last: leaves a last batch out that is smaller.
+
+        Raises:
+            IndexError: a transition was replaced before its turn came.
+        """
+        if integer("batch_size", batch_size) < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        names = self._store.indices()
+        if shuffle:
+            np.random.default_rng(seed).shuffle(names)
+        end = len(names) - (len(names) % batch_size if drop_last else 0)
+        for first in range(0, end, batch_size):
+            yield self[names[first : min(first + batch_size, end)]]
+
+    def sample_sequences(self, batch_size: int, length: int) -> Batch:
+        """Sequences [B, length, ...] of transitions that followed each other in a stream, for recurrent
+        agents.
+
+        Each of those that are stored is equally likely. A sequence goes on through the ends of episodes: its
+        extra `starts` [B, length], bool, is true where an episode begins, and a memory with it, and also at
+        the oldest transition of a stream. Counts as one batch.
+
+        Raises:
+            ValueError: no stream holds `length` transitions.
+        """
+        size = integer("batch_size", batch_size), integer("length", length)
+        if min(size) < 1:
+            raise ValueError(f"batch_size and length must be at least 1, got {size[0]} and {size[1]}")
+        names, starts = self._store.sequences(*size)
+        batch = self._read(names, size)
+        return batch._replace(
+            extras={**batch.extras, "starts": torch.from_numpy(starts.view(bool)).view(size)}
+        )
+
+    def clear(self) -> None:
+        """Forget every transition. The draws go on."""
+        with self._saving:
+            self._store.clear()
+
+    def discard_episode(self, stream: int) -> int:
+        """Take the newest episode of a stream back, over or not, for example one that a fault has spoiled.
+
+        Returns how many transitions that were. What they had replaced is gone.
+
+        Raises:
+            IndexError: no such stream.
+        """
+        with self._saving:
+            return self._store.discard_episode(integer("stream", stream))
+
+    def reset(self, streams: Array | None = None) -> None:
+        """Tell that these streams (all where it is None) begin another episode with their next transition.
+
+        Needed only where an episode is left before its end and the next one may begin with the very
+        observation that the last transition led to: any other is recognised.
+        """
+        ids = self._streams if streams is None else checked("streams", streams, "[M]", (-1,), "int64")
+        with self._saving:
+            self._store.reset(ids)
+
+    def _read(self, indices: NDArray[np.int64], shape: tuple[int, ...]) -> Batch:
+        raise NotImplementedError
 
     def _require_stored(self, batch_size: int) -> None:
         stored = self._store.size

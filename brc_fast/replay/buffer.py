@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from brc_fast import _core
 from brc_fast.batch import Batch
-from brc_fast.spec import Field
+from brc_fast.spec import Field, integer
 
 from . import files
 from .arena import Arena
 from .base import Buffer, require_choices
-from .fields import Array, Schema, checked, dlpack
+from .fields import Array, FieldLike, Schema, Values, checked, dlpack
 from .prefetch import Prefetcher
 from .request import Size
 
@@ -37,12 +39,17 @@ class ReplayBuffer(Buffer):
 
         >>> buffer = ReplayBuffer(1_000_000, Field((84, 84), "uint8", stack=4), Field((), "int64"))
 
+    Several observations of a step, each kept once and returned with its own successor:
+
+        >>> buffer = ReplayBuffer(1_000_000, {"policy": 48, "critic": 123}, 12)
+        >>> buffer = ReplayBuffer(1_000_000, env.observation_space, env.action_space)  # of Gymnasium
+
     Args:
         capacity: transitions kept per task, not in total: one number for all tasks, or one for each of the T
             tasks. A task with n streams keeps the newest ceil(capacity / n) of each, so up to n - 1 more than
             asked for: see `capacity_per_task`.
-        observation_size, action_size: O and A, floats per observation and per action; or a shape, or a
-            `Field` with shape and dtype.
+        observation_size, action_size: O and A, floats per observation and per action; or a shape, a `Field`
+            with shape and dtype, or a space of Gymnasium. Observations may be a dict of these.
         task_ids: the task of every stream, N integers that name each of 0..T-1. Tasks may differ in streams.
         extras: further fields of every transition, by name, each like `action_size`.
         non_finite: "error" refuses NaN and infinity; "allow" stores them.
@@ -60,25 +67,25 @@ class ReplayBuffer(Buffer):
     def __init__(
         self,
         capacity: int | Sequence[int],
-        observation_size: int | Sequence[int] | Field,
-        action_size: int | Sequence[int] | Field,
+        observation_size: FieldLike | Mapping[str, FieldLike],
+        action_size: FieldLike,
         *,
         task_ids: Sequence[int] | Array = (0,),
-        extras: Mapping[str, int | Sequence[int] | Field] | None = None,
+        extras: Mapping[str, FieldLike] | None = None,
         non_finite: str = "error",
         seed: int = 0,
     ) -> None:
         super().__init__(Schema.of(capacity, observation_size, action_size, extras, task_ids))
         require_choices(seed, non_finite)
-        observation, action = self.schema.observation, self.schema.action
+        first = next(iter(self.schema.parts.values()))
         self._store: _core.ReplayStore = _core.ReplayStore(
             self.schema.layout(),
             list(self.schema.capacities),
             self.schema.task_ids.tolist(),
             seed,
             non_finite == "allow",
-            _exact(observation),
-            _exact(action),
+            _exact(first),
+            _exact(self.schema.action),
         )
         self._try_add = self._store.try_add
         self._arena = Arena(self.schema, pinned=torch.cuda.is_available())
@@ -91,14 +98,14 @@ class ReplayBuffer(Buffer):
 
     def add(
         self,
-        observations: Tensor | Array,
-        actions: Tensor | Array,
-        rewards: Tensor | Array,
-        terminated: Tensor | Array,
-        truncated: Tensor | Array,
-        successors: Tensor | Array,
-        streams: Tensor | Array | None = None,
-        extras: Mapping[str, Tensor | Array] | None = None,
+        observations: Values,
+        actions: Array,
+        rewards: Array,
+        terminated: Array,
+        truncated: Array,
+        successors: Values,
+        streams: Array | None = None,
+        extras: Mapping[str, Array] | None = None,
     ) -> None:
         """Appends one transition to every stream, or to those that `streams` names.
 
@@ -115,11 +122,14 @@ class ReplayBuffer(Buffer):
         extras       [M, ...] any     a value for each of the buffer's `extras`, by name
         ============ ======== ======= ================================================================
 
-        Shapes and dtypes of observations and actions are those that the buffer was made with. Arguments are
-        CPU tensors or numpy arrays and are copied. When one is refused, nothing is stored.
+        Shapes of observations and actions are those that the buffer was made with; observations that have
+        names come as a dict. Arguments are copied. Best are CPU tensors or numpy arrays of exactly these
+        dtypes; arrays of other libraries, lists and numbers are taken too, floats rounded to the field's,
+        and anything else where nothing is lost. For one stream the first dimension may be left out: `add(o,
+        a, 1.0, False, False, successor)`. When an argument is refused, nothing is stored.
 
         Raises:
-            TypeError: another type, dtype or device; nothing is cast.
+            TypeError: no numbers, numbers that the dtype does not hold, or another device.
             ValueError: another shape, a value that is not finite, a stream that is unknown or named twice.
         """
         # Arguments that are exactly right are checked in the compiled store: the checks below would cost more
@@ -129,28 +139,75 @@ class ReplayBuffer(Buffer):
         ):
             return
         ids = self._streams if streams is None else checked("streams", streams, "[M]", (-1,), "int64")
-        m, observation = len(ids), self.schema.observation
+        given = (observations, actions, rewards, terminated, truncated, successors, extras)
+        self._store.add(ids, *self._checked(len(ids), *given))
+
+    def extend(
+        self,
+        observations: Values,
+        actions: Array,
+        rewards: Array,
+        terminated: Array,
+        truncated: Array,
+        successors: Values,
+        stream: int = 0,
+        extras: Mapping[str, Array] | None = None,
+    ) -> None:
+        """Appends M transitions of one stream, one after the other, at the speed of memory.
+
+        Arguments are those of `add`, [M, ...] each, from the oldest to the newest; of a data set without
+        successors, see `load_dataset`. What is not finite is refused before anything is stored.
+
+        Raises:
+            IndexError: no such stream.
+            TypeError, ValueError: as `add`.
+        """
+        m = len(rewards)
+        given = (observations, actions, rewards, terminated, truncated, successors, extras)
+        self._store.extend(integer("stream", stream), *self._checked(m, *given))
+
+    def _checked(
+        self,
+        m: int,
+        observations: Values,
+        actions: Array,
+        rewards: Array,
+        terminated: Array,
+        truncated: Array,
+        successors: Values,
+        extras: Mapping[str, Array] | None,
+    ) -> tuple[Any, ...]:
+        """M transitions as the compiled store takes them."""
+        schema = self.schema
         fields = {"actions": actions, **(extras or {})}
-        if fields.keys() != self.schema.fields.keys():
-            wanted = sorted(self.schema.extras)
-            raise ValueError(f"extras must hold {wanted}, got {sorted(extras or {})}")
-        self._store.add(
-            ids,
-            checked("observations", observations, "[M, O]", (m, *observation.shape), observation.dtype),
-            [
-                checked(
-                    name,
-                    fields[name],
-                    "[M, A]" if name == "actions" else "[M, ...]",
-                    (m, *field.shape),
-                    field.dtype,
-                )
-                for name, field in self.schema.fields.items()
-            ],
+        if fields.keys() != schema.fields.keys():
+            raise ValueError(f"extras must hold {sorted(schema.extras)}, got {sorted(extras or {})}")
+
+        def observed(name: str, values: Values) -> list[Array]:
+            parts = zip(schema.parts.items(), schema.split(name, values), strict=True)
+            return [
+                checked(part.replace("observations", name), value, "[M, O]", (m, *field.shape), field.dtype)
+                for (part, field), value in parts
+            ]
+
+        seen = observed("observations", observations)
+        values = [
+            checked(
+                name,
+                fields[name],
+                "[M, A]" if name == "actions" else "[M, ...]",
+                (m, *field.shape),
+                field.dtype,
+            )
+            for name, field in schema.fields.items()
+        ]
+        return (
+            seen,
+            values,
             checked("rewards", rewards, "[M]", (m,), "float32"),
             checked("terminated", terminated, "[M]", (m,), "bool"),
             checked("truncated", truncated, "[M]", (m,), "bool"),
-            checked("successors", successors, "[M, O]", (m, *observation.shape), observation.dtype),
+            observed("successors", successors),
         )
 
     def sample(
@@ -194,6 +251,11 @@ class ReplayBuffer(Buffer):
         self._store.sample(request, *size[:2], lease.views, lease.slot)
         if not copy:
             self._newest = lease.batch
+        return lease.batch
+
+    def _read(self, indices: NDArray[np.int64], shape: tuple[int, ...]) -> Batch:
+        lease = self._arena.lease(Size(1, indices.size, shape), fresh=True)
+        self._store.read(indices, self._requests.plain, lease.views, lease.slot)
         return lease.batch
 
     def prefetch(

@@ -21,10 +21,10 @@ from brc_fast.batch import Batch, sent
 from brc_fast.spec import Field, integer
 
 from . import files
-from .arena import batch_of
+from .arena import batch_of, columns
 from .base import Buffer, require_choices
 from .buffer import ReplayBuffer
-from .fields import Array, Schema, checked
+from .fields import Array, FieldLike, Schema, Values, checked
 from .request import Size
 from .turns import Turns
 
@@ -63,11 +63,11 @@ class DeviceReplayBuffer(Buffer):
     def __init__(
         self,
         capacity: int | Sequence[int],
-        observation_size: int | Sequence[int] | Field,
-        action_size: int | Sequence[int] | Field,
+        observation_size: FieldLike | Mapping[str, FieldLike],
+        action_size: FieldLike,
         *,
         task_ids: Sequence[int] | Array = (0,),
-        extras: Mapping[str, int | Sequence[int] | Field] | None = None,
+        extras: Mapping[str, FieldLike] | None = None,
         non_finite: str = "error",
         seed: int = 0,
         device: str | torch.device = "cuda",
@@ -82,7 +82,7 @@ class DeviceReplayBuffer(Buffer):
         schema = self.schema
         self._layout = schema.layout()
         tasks = schema.task_ids.tolist()
-        self._store = _core.DeviceIndex(list(schema.capacities), tasks, schema.observation.stack, seed)
+        self._store = _core.DeviceIndex(list(schema.capacities), tasks, self._layout.stack, seed)
         self._rows = self._allocate()
         self.device = self._rows.device  # with its index, whichever is current later or in another thread
         self._side = self._empty(FIRST_SLOTS, self._observation_bytes)
@@ -93,17 +93,17 @@ class DeviceReplayBuffer(Buffer):
     @staticmethod
     def bytes_needed(
         capacity: int | Sequence[int],
-        observation_size: int | Sequence[int] | Field,
-        action_size: int | Sequence[int] | Field,
+        observation_size: FieldLike | Mapping[str, FieldLike],
+        action_size: FieldLike,
         *,
         task_ids: Sequence[int] | Array = (0,),
-        extras: Mapping[str, int | Sequence[int] | Field] | None = None,
+        extras: Mapping[str, FieldLike] | None = None,
     ) -> int:
         """Bytes that such a buffer reserves at first. Nothing is allocated."""
         schema = Schema.of(capacity, observation_size, action_size, extras, task_ids)
-        tasks, stack = schema.task_ids.tolist(), schema.observation.stack
-        index = _core.DeviceIndex(list(schema.capacities), tasks, stack, 0)
-        return index.rows * schema.layout().stride
+        layout = schema.layout()
+        index = _core.DeviceIndex(list(schema.capacities), schema.task_ids.tolist(), layout.stack, 0)
+        return index.rows * layout.stride
 
     @property
     def nbytes(self) -> int:
@@ -112,26 +112,26 @@ class DeviceReplayBuffer(Buffer):
 
     def add(
         self,
-        observations: Tensor | Array,
-        actions: Tensor | Array,
-        rewards: Tensor | Array,
-        terminated: Tensor | Array,
-        truncated: Tensor | Array,
-        successors: Tensor | Array,
-        streams: Tensor | Array | None = None,
-        extras: Mapping[str, Tensor | Array] | None = None,
+        observations: Values,
+        actions: Array,
+        rewards: Array,
+        terminated: Array,
+        truncated: Array,
+        successors: Values,
+        streams: Array | None = None,
+        extras: Mapping[str, Array] | None = None,
     ) -> None:
         """As ReplayBuffer.add; arguments may lie on any device."""
         ids = self._streams if streams is None else self._host_streams(streams)
-        m, frame = len(ids), self.schema.observation
+        m, schema = len(ids), self.schema
         given = {"actions": actions, **(extras or {})}
-        if given.keys() != self.schema.fields.keys():
-            raise ValueError(f"extras must hold {sorted(self.schema.extras)}, got {sorted(extras or {})}")
-        seen = self._here("observations", observations, "[M, O]", m, frame)
-        led = self._here("successors", successors, "[M, O]", m, frame)
+        if given.keys() != schema.fields.keys():
+            raise ValueError(f"extras must hold {sorted(schema.extras)}, got {sorted(extras or {})}")
+        seen = self._observed("observations", observations, m)
+        led = self._observed("successors", successors, m)
         values = {
             name: self._here(name, given[name], "[M, A]" if name == "actions" else "[M, ...]", m, field)
-            for name, field in self.schema.fields.items()
+            for name, field in schema.fields.items()
         }
         reward = self._here("rewards", rewards, "[M]", m, Field())
         ends = [
@@ -140,7 +140,7 @@ class DeviceReplayBuffer(Buffer):
         ]
         if m == 0:
             return
-        finite = {"observations": seen, **values, "rewards": reward, "successors": led}
+        finite = {**seen, **values, "rewards": reward, **led}
         with self._turn():
             heads = np.empty(m, np.int64)
             self._store.heads(ids, heads)
@@ -154,15 +154,30 @@ class DeviceReplayBuffer(Buffer):
             self._grow(self._store.side_size + 2 * m)
             self._whole = False
             self._store.add(ids, flags[0].copy(), flags[1].copy(), flags[2].copy(), row, moved, successor)
-            frames, side = self._view(0, frame), self._side_view()
-            self._move(side, moved, moved >= 0, frames[self._index(row[moved >= 0])])
             rows = self._index(row)
-            frames[rows] = seen
+            for (frames, side), now, following in zip(
+                self._parts(), seen.values(), led.values(), strict=True
+            ):
+                self._move(side, moved, moved >= 0, frames[self._index(row[moved >= 0])])
+                frames[rows] = now
+                self._move(frames, successor, successor >= 0, following)
+                self._move(side, -1 - successor, successor < 0, following)
             for (_, view), value in zip(self._field_views(), values.values(), strict=True):
                 view[rows] = value
             self._rewards()[rows] = reward[:, 0]
-            self._move(frames, successor, successor >= 0, led)
-            self._move(side, -1 - successor, successor < 0, led)
+            self._whole = True
+
+    def reset(self, streams: Array | None = None) -> None:
+        """As ReplayBuffer.reset."""
+        ids = self._streams if streams is None else self._host_streams(streams)
+        with self._turn():
+            heads, moved = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
+            self._store.heads(ids, heads)
+            self._grow(self._store.side_size + len(ids))
+            self._whole = False
+            self._store.reset(ids, moved)
+            for frames, side in self._parts():
+                self._move(side, moved, moved >= 0, frames[self._index(heads[moved >= 0])])
             self._whole = True
 
     def sample(
@@ -197,48 +212,62 @@ class DeviceReplayBuffer(Buffer):
             self._require_stored(batch_size)
             return self._gathered(request, size, reward_scale, dtype)
 
+    def _read(self, indices: NDArray[np.int64], shape: tuple[int, ...]) -> Batch:
+        with self._turn():
+            return self._gathered(self._requests.plain, Size(1, indices.size, shape), None, None, indices)
+
     def _gathered(
         self,
         request: _core.Request,
         size: Size,
         reward_scale: Tensor | None,
         dtype: torch.dtype | None,
+        names: NDArray[np.int64] | None = None,
     ) -> Batch:
-        n_step = len(request.powers)
-        total, stack = size.num_batches * size.batch_size, self.schema.observation.stack
-        sizes = (total * n_step, total * stack, total * stack, total)
+        n_step, most = len(request.powers), self._layout.stack
+        total = size.num_batches * size.batch_size
+        numbers = {"steps": n_step, "observations": most, "successors": most}
+        numbers |= {"task_ids": 1, "summed": 1, "indices": 1}
+        sizes = [total * each for each in numbers.values()]
         plan, masks = self._pinned(sum(sizes), torch.int64), self._pinned(total, torch.float32)
-        where = np.split(plan.numpy(), np.cumsum(sizes)[:-1])
-        self._store.plan(request, *size[:2], where[0], where[1], where[2], masks.numpy(), where[3])
-        steps, seen, led, ids = torch.split(sent(plan, self.device), list(sizes))
+        flags = self._pinned(2 * total, torch.bool)
+        where = dict(zip(numbers, np.split(plan.numpy(), np.cumsum(sizes)[:-1]), strict=True))
+        where |= {"terminated": flags.numpy()[:total], "truncated": flags.numpy()[total:]}
+        where["masks"] = masks.numpy()
+        if names is None:
+            self._store.plan(request, *size[:2], where)
+        else:
+            self._store.plan_named(request, names, where)
+        steps, seen, led, ids, summed, indices = torch.split(sent(plan, self.device), sizes)
+        terminated, truncated = torch.split(sent(flags, self.device), total)
         steps = steps.view(total, n_step)
-        frame = self.schema.observation
-        frames, side = self._view(0, frame), self._side_view()
-        cast = dtype if frame.torch_dtype.is_floating_point else None
-        out = {
-            "observations": self._gather.gather_rows(frames, seen, side=side, dtype=cast),
-            "next_observations": self._gather.gather_rows(frames, led, side=side, dtype=cast),
-            "rewards": self._gather.n_step_rewards(
-                self._rewards(),
-                steps,
-                self._powers(request),
-                scale=reward_scale,
-                task_ids=None if reward_scale is None else ids,
-            ),
-            "masks": sent(masks, self.device),
-            "task_ids": ids,
-        }
+
+        def gathered(part: Field, frames: Tensor, side: Tensor, places: Tensor) -> Tensor:
+            cast = dtype if part.torch_dtype.is_floating_point else None
+            newest = places.view(total, most)[:, most - part.stack :].reshape(-1)
+            return self._gather.gather_rows(frames, newest, side=side, dtype=cast)
+
+        parts = list(zip(self.schema.parts.values(), self._parts(), strict=True))
+        rewards = self._gather.n_step_rewards(
+            self._rewards(),
+            steps,
+            self._powers(request),
+            scale=reward_scale,
+            task_ids=None if reward_scale is None else ids,
+        )
         first = steps[:, 0].contiguous()
+        fields = []
         for (name, view), field in zip(self._field_views(), self.schema.fields.values(), strict=True):
             cast = dtype if name == "actions" and field.torch_dtype.is_floating_point else None
-            out[name] = self._gather.gather_rows(view, first, dtype=cast)
-        shapes = {
-            "observations": frame.stacked_shape,
-            "next_observations": frame.stacked_shape,
-            **{name: field.shape for name, field in self.schema.fields.items()},
-        }
-        shaped = {name: value.view(*size.shape, *shapes.get(name, ())) for name, value in out.items()}
-        return batch_of(shaped)
+            fields.append(self._gather.gather_rows(view, first, dtype=cast))
+        tensors = [
+            *(gathered(part, *memory, seen) for part, memory in parts),
+            *(gathered(part, *memory, led) for part, memory in parts),
+            *(rewards, sent(masks, self.device), ids, terminated, truncated, summed, indices),
+            *fields,
+        ]
+        shapes = [size.shape + field.shape for field in columns(self.schema)]
+        return batch_of(self.schema, [x.view(shape) for x, shape in zip(tensors, shapes, strict=True)])
 
     def prefetch(self, *arguments: Any, depth: int = 2, **settings: Any) -> DevicePrefetcher:
         """The batches that repeated calls of `sample` would return.
@@ -300,7 +329,7 @@ class DeviceReplayBuffer(Buffer):
 
     @property
     def _observation_bytes(self) -> int:
-        return prod(self.schema.observation.shape) * self.schema.observation.numpy_dtype.itemsize
+        return self._layout.observation
 
     def _allocate(self) -> Tensor:
         rows, stride = self._store.rows, self._layout.stride
@@ -325,21 +354,22 @@ class DeviceReplayBuffer(Buffer):
             side[: len(self._side)] = self._side
             self._side = side
 
-    def _view(self, offset: int, field: Field) -> Tensor:
+    def _view(self, rows: Tensor, offset: int, field: Field) -> Tensor:
         """A field of all rows, [R, W]."""
         item = field.numpy_dtype.itemsize
-        return self._rows.view(field.torch_dtype)[:, offset // item : offset // item + prod(field.shape)]
+        return rows.view(field.torch_dtype)[:, offset // item : offset // item + prod(field.shape)]
 
     def _field_views(self) -> Iterator[tuple[str, Tensor]]:
         for (name, field), offset in zip(self.schema.fields.items(), self._layout.offsets, strict=True):
-            yield name, self._view(offset, field)
+            yield name, self._view(self._rows, offset, field)
 
     def _rewards(self) -> Tensor:
         return self._rows.view(torch.float32)[:, self._layout.reward // 4]
 
-    def _side_view(self) -> Tensor:
-        frame = self.schema.observation
-        return self._side.view(frame.torch_dtype)[:, : prod(frame.shape)]
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each part of an observation what the rows hold and what is kept aside, [.., W]."""
+        for field, offset in zip(self.schema.parts.values(), self._layout.parts, strict=True):
+            yield self._view(self._rows, offset, field), self._view(self._side, offset, field)
 
     def _host(self) -> _core.ReplayStore:
         schema = self.schema
@@ -380,13 +410,22 @@ class DeviceReplayBuffer(Buffer):
         picked = values if len(values) == chosen.sum() else values[self._index(np.flatnonzero(chosen))]
         to[self._index(places[chosen])] = picked
 
-    def _departs(self, heads: NDArray[np.int64], seen: Tensor) -> Tensor:
+    def _observed(self, name: str, values: Values, count: int) -> dict[str, Tensor]:
+        """The parts of checked observations on the device, [M, W], by what messages call them."""
+        parts = zip(self.schema.parts.items(), self.schema.split(name, values), strict=True)
+        called = ((part.replace("observations", name), value, field) for (part, field), value in parts)
+        return {part: self._here(part, value, "[M, O]", count, field) for part, value, field in called}
+
+    def _departs(self, heads: NDArray[np.int64], seen: Mapping[str, Tensor]) -> Tensor:
         """Whether an observation has other bits than the last successor, [M]."""
         known = self._index(heads)
-        last = self._rows[known.clamp(min=0), : self._observation_bytes]
-        # Strides anew: those of a single value may be any, and a view as bytes needs 1.
-        there = seen.contiguous().as_strided(seen.shape, (seen.shape[1], 1)).view(torch.uint8)
-        return (last != there).any(1) & (known >= 0)
+        rows = known.clamp(min=0)
+        other = torch.zeros_like(known, dtype=torch.bool)
+        for (frames, _), now in zip(self._parts(), seen.values(), strict=True):
+            # Strides anew: those of a single value may be any, and a view as bytes needs 1.
+            last, there = (x.contiguous().as_strided(x.shape, (x.shape[1], 1)) for x in (frames[rows], now))
+            other |= (last.view(torch.uint8) != there.view(torch.uint8)).any(1)
+        return other & (known >= 0)
 
     def _require_finite(self, ids: NDArray[np.int64], wrong: Mapping[str, NDArray[np.bool_]]) -> None:
         for name, flags in wrong.items():

@@ -178,7 +178,7 @@ class Prefetcher(Iterator[Batch]):
         batch, event = gathered.copied
         user = torch.cuda.current_stream(worker.stream.device)
         user.wait_event(event)
-        for column in (*batch, *batch.extras.values()):
+        for column in batch.tensors():
             column.record_stream(user)
         return batch
 

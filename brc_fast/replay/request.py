@@ -35,7 +35,7 @@ class Requests:
 
     def __init__(self, schema: Schema) -> None:
         self._tasks = len(schema.capacities)
-        self._plain = _core.Request(1, 1.0, [], [])
+        self.plain = _core.Request(1, 1.0, [], [])
 
     def __call__(
         self,
@@ -46,7 +46,7 @@ class Requests:
     ) -> _core.Request:
         """See ReplayBuffer.sample."""
         if n_step == 1 and discount is None and tasks is None and weights is None:
-            return self._plain
+            return self.plain
         n_step = integer("n_step", n_step)
         if n_step > 1 and discount is None:
             raise ValueError(f"discount must be given with n_step {n_step}: it weighs the rewards summed")

@@ -169,8 +169,8 @@ class RunFolder:
     def create(self, config: TrainConfig, **about: str) -> None:
         """Make the folder, clear it of an earlier run (of nothing else), and write config.json.
 
-        The earlier config.json goes last, replaced by this one, and checkpoints first: whoever is killed on the
-        way leaves a run that has none, and not a folder of which nobody knows what it holds.
+        The earlier config.json goes last, replaced by this one, and checkpoints first: whoever is killed on
+        the way leaves a run that has none, and not a folder of which nobody knows what it holds.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         others = [name for name in self.FILES if name != "config.json"]
