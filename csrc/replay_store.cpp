@@ -15,12 +15,27 @@
 namespace brc {
 namespace {
 
-constexpr std::size_t kAhead = 8;                          // rows between a prefetch and its use
-constexpr std::size_t kLine = 64;                          // bytes of a cache line
-constexpr std::size_t kGroup = 16;                         // rows put together before they are written
-constexpr std::size_t kPrefetchBytes = 384;                // of a row to read
+constexpr std::size_t kLine = 64;   // bytes of a cache line
+constexpr std::size_t kGroup = 16;  // rows put together before they are written
 constexpr std::size_t kSliceBytes = std::size_t{1} << 20;  // sampled at once while writers wait, but for
 constexpr std::size_t kFewest = 64;                        // transitions at least
+
+/// How far memory is asked for ahead: `rows` before its use, and so many bytes from a place on.
+struct Reach {
+  std::size_t rows, bytes;
+};
+
+/// Intel's processors follow a row by themselves after its first lines, and requests for the others take the
+/// places of lines on their way; the rest (Zen 5 was measured) wait for every line that nobody asked for.
+Reach reach_of_processor() noexcept {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("intel")) return {8, 384};
+#endif
+  return {12, 1024};
+}
+
+const Reach kReach = reach_of_processor();
 
 constexpr std::uint32_t kApart =
     1u << 31;  // marks a row that its successor does not follow; rows have 29 bits
@@ -44,7 +59,7 @@ BRC_INLINE void copy_bytes(std::byte* to, const std::byte* from, std::size_t byt
 }
 
 [[gnu::always_inline]] inline void fetch(const std::byte* data, std::size_t bytes) noexcept {
-  for (std::size_t i = 0; i < std::min(bytes, kPrefetchBytes); i += kLine) __builtin_prefetch(data + i);
+  for (std::size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(data + i);
 }
 
 /// Copies whole lines past the caches: a row is written long before it is read, and a line that is written
@@ -143,13 +158,14 @@ constexpr float kElsewhere = -1.0f;  // in place of a mask
 /// successor that holds.
 BRC_VECTOR_CLONES void copy_transitions(const RowParts parts, std::span<const std::uint32_t> rows,
                                         PlainColumns out) noexcept {
-  const std::size_t wanted = std::min(parts.stride, kPrefetchBytes);
-  for (std::size_t i = 0; i < std::min(kAhead, rows.size()); ++i) {
+  const auto [ahead, most] = kReach;
+  const std::size_t wanted = std::min(parts.stride + parts.frame, most);
+  for (std::size_t i = 0; i < std::min(ahead, rows.size()); ++i) {
     fetch(parts.base + (rows[i] & ~kApart) * parts.stride, wanted);
   }
   for (std::size_t i = 0; i < rows.size(); ++i) {
-    if (i + kAhead < rows.size()) {
-      fetch(parts.base + (rows[i + kAhead] & ~kApart) * parts.stride, wanted);
+    if (i + ahead < rows.size()) {
+      fetch(parts.base + (rows[i + ahead] & ~kApart) * parts.stride, wanted);
     }
     const std::byte* const row = parts.base + (rows[i] & ~kApart) * parts.stride;
     copy_bytes(out.observations, row, parts.frame);
@@ -541,16 +557,16 @@ Sequences ReplayStore::sequences(std::size_t batch_size, std::size_t length) {
   return made;
 }
 
-// Inlined by force: a call of a function that only prefetches has no result, and GCC 12 removes it. The
-// processor follows a row by itself after its first lines. Past a ring's edge this fetches for nothing.
+// Inlined by force: a call of a function that only prefetches has no result, and GCC 12 removes it. Past a
+// ring's edge this fetches for nothing.
 [[gnu::always_inline]] inline void ReplayStore::prefetch(const Pick& pick,
                                                          std::size_t n_step) const noexcept {
   const std::byte* row = rows_.row(pick.row);
-  fetch(row, std::min(layout_.used, kPrefetchBytes));
+  fetch(row, std::min(layout_.used, kReach.bytes));
   if (n_step == 1) return;
   for (std::size_t step = 0; step < n_step; ++step)
     __builtin_prefetch(row + step * layout_.stride + layout_.link);
-  fetch(row + n_step * layout_.stride, std::min(layout_.observation.bytes, kPrefetchBytes));
+  fetch(row + n_step * layout_.stride, std::min(layout_.observation.bytes, kReach.bytes));
 }
 
 void ReplayStore::gather(std::span<Pick> picks, const Request& request, std::size_t first,
@@ -560,9 +576,10 @@ void ReplayStore::gather(std::span<Pick> picks, const Request& request, std::siz
     gather_plain(picks, first, out);
     return;
   }
-  for (std::size_t i = 0; i < std::min(kAhead, picks.size()); ++i) prefetch(picks[i], n_step);
+  const std::size_t ahead = kReach.rows;
+  for (std::size_t i = 0; i < std::min(ahead, picks.size()); ++i) prefetch(picks[i], n_step);
   for (std::size_t i = 0; i < picks.size(); ++i) {
-    if (i + kAhead < picks.size()) prefetch(picks[i + kAhead], n_step);
+    if (i + ahead < picks.size()) prefetch(picks[i + ahead], n_step);
     gather_one(picks[i], request, first + i, out);
   }
 }
