@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "philox.hpp"
+#include "vector_clones.hpp"
 
 namespace brc {
 namespace {
@@ -14,6 +15,7 @@ namespace {
 constexpr std::size_t kMaxRows = std::size_t{1} << 29;
 constexpr std::uint32_t kLargestBatch = 0xFFFFFFFFu;
 constexpr std::uint32_t kShareQuad = 0xFFFFFFFFu;  // of the word that places the shares; no element has it
+constexpr std::size_t kQuads = 64;                 // whose words are drawn together
 
 std::size_t require_size(const char* name, std::int64_t value, std::size_t largest) {
   if (value < 1) refuse(std::string(name) + " must be at least 1, got " + to_string(value));
@@ -21,6 +23,13 @@ std::size_t require_size(const char* name, std::int64_t value, std::size_t large
     refuse(std::string(name) + " must be at most " + to_string(largest) + ", got " + to_string(value));
   }
   return static_cast<std::size_t>(value);
+}
+
+/// The first attempt's words of the quads from `quad` on.
+BRC_VECTOR_CLONES void draw_quads(std::uint64_t seed, std::uint64_t draw, std::uint32_t quad,
+                                  std::array<std::array<std::uint32_t, 4>, kQuads>& words) noexcept {
+  BRC_INDEPENDENT
+  for (std::uint32_t q = 0; q < kQuads; ++q) words[q] = draw_words(seed, draw, quad + q, 0);
 }
 
 }  // namespace
@@ -344,8 +353,9 @@ void Picker::begin_group() noexcept {
 
 void Picker::fill(std::span<Pick> picks) noexcept {
   const Stream* const streams = index_.streams().data();
-  std::array<std::uint32_t, 4> words{};
-  std::uint32_t quad = kShareQuad;  // that the words belong to
+  std::array<std::array<std::uint32_t, 4>, kQuads> words;
+  std::uint32_t first = 0;  // quad of the words
+  std::size_t drawn = 0;    // the element after the last whose word is among them
   for (std::size_t i = 0; i < picks.size();) {
     while (i_ >= end_) {
       ++group_;
@@ -355,8 +365,13 @@ void Picker::fill(std::span<Pick> picks) noexcept {
     const std::uint32_t* const ends = group.ends.data();
     for (; i < picks.size() && i_ < end_; ++i, ++i_) {
       const auto element = static_cast<std::uint32_t>(i_);
-      if (element / 4 != quad) words = draw_words(seed_, draw_, quad = element / 4, 0);
-      std::uint32_t word = words[element % 4];
+      const std::uint32_t quad = element / 4;
+      if (i_ >= drawn) {
+        draw_quads(seed_, draw_, quad, words);
+        first = quad;
+        drawn = 4 * (std::size_t{quad} + kQuads);
+      }
+      std::uint32_t word = words[quad - first][element % 4];
       for (std::uint32_t attempt = 0;; word = draw_words(seed_, draw_, quad, ++attempt)[element % 4]) {
         std::uint32_t k = 0;
         if (!bounded_(word, k)) continue;

@@ -54,15 +54,13 @@ struct Stream {
   bool head_valid = false;  // the head holds the successor of the newest row, whose link then names no slot
 
   /// Ring position of the transition `back` before the newest.
-  [[nodiscard]] std::uint32_t position(std::uint32_t back) const noexcept {
-    return next > back ? next - 1 - back : next + ring - 1 - back;
-  }
+  [[nodiscard]] std::uint32_t position(std::uint32_t back) const noexcept { return before(next, back, ring); }
   [[nodiscard]] std::uint32_t after(std::uint32_t pos) const noexcept {
     return pos + 1 == ring ? 0 : pos + 1;
   }
   /// Transition number c lies in cell c mod capacity, in which it stays until it is replaced.
   [[nodiscard]] std::uint32_t back_of(std::uint32_t cell) const noexcept {
-    return phase > cell ? phase - 1 - cell : phase + capacity - 1 - cell;
+    return before(phase, cell, capacity);
   }
   /// Cells among which one is drawn: the size rounded up to a power of two, or the capacity.
   [[nodiscard]] std::uint32_t reach() const noexcept {
@@ -70,6 +68,14 @@ struct Stream {
   }
   [[nodiscard]] std::uint32_t back(std::uint64_t sequence) const noexcept {
     return static_cast<std::uint32_t>(count - 1 - sequence);
+  }
+
+ private:
+  /// `end` - 1 - `steps` modulo `length`, where both are below it. Without a branch: nobody can tell which
+  /// side of a ring's end a random transition lies on.
+  [[nodiscard]] static std::uint32_t before(std::uint32_t end, std::uint32_t steps,
+                                            std::uint32_t length) noexcept {
+    return end - 1 - steps + (length & (0u - static_cast<std::uint32_t>(steps >= end)));
   }
 };
 
