@@ -20,9 +20,10 @@ constexpr std::size_t kGroup = 16;  // rows put together before they are written
 constexpr std::size_t kSliceBytes = std::size_t{1} << 20;  // sampled at once while writers wait, but for
 constexpr std::size_t kFewest = 64;                        // transitions at least
 
-/// How far memory is asked for ahead: `rows` before its use, and so many bytes from a place on.
+/// How far memory is asked for ahead of a copy: `rows` of them, so many `bytes` of each, and the place where
+/// a copy goes `writes` rows ahead (0: not at all).
 struct Reach {
-  std::size_t rows, bytes;
+  std::size_t rows, bytes, writes;
 };
 
 /// Intel's processors follow a row by themselves after its first lines, and requests for the others take the
@@ -30,9 +31,9 @@ struct Reach {
 Reach reach_of_processor() noexcept {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
-  if (__builtin_cpu_is("intel")) return {8, 384};
+  if (__builtin_cpu_is("intel")) return {8, 384, 0};
 #endif
-  return {12, 1024};
+  return {12, 1024, 8};
 }
 
 const Reach kReach = reach_of_processor();
@@ -60,6 +61,10 @@ BRC_INLINE void copy_bytes(std::byte* to, const std::byte* from, std::size_t byt
 
 [[gnu::always_inline]] inline void fetch(const std::byte* data, std::size_t bytes) noexcept {
   for (std::size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(data + i);
+}
+
+[[gnu::always_inline]] inline void fetch_to_write(std::byte* data, std::size_t bytes) noexcept {
+  for (std::size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(data + i, 1);
 }
 
 /// Copies whole lines past the caches: a row is written long before it is read, and a line that is written
@@ -158,7 +163,7 @@ constexpr float kElsewhere = -1.0f;  // in place of a mask
 /// successor that holds.
 BRC_VECTOR_CLONES void copy_transitions(const RowParts parts, std::span<const std::uint32_t> rows,
                                         PlainColumns out) noexcept {
-  const auto [ahead, most] = kReach;
+  const auto [ahead, most, writes] = kReach;
   const std::size_t wanted = std::min(parts.stride + parts.frame, most);
   for (std::size_t i = 0; i < std::min(ahead, rows.size()); ++i) {
     fetch(parts.base + (rows[i] & ~kApart) * parts.stride, wanted);
@@ -166,6 +171,11 @@ BRC_VECTOR_CLONES void copy_transitions(const RowParts parts, std::span<const st
   for (std::size_t i = 0; i < rows.size(); ++i) {
     if (i + ahead < rows.size()) {
       fetch(parts.base + (rows[i + ahead] & ~kApart) * parts.stride, wanted);
+    }
+    if (writes != 0) {
+      fetch_to_write(out.observations + writes * parts.frame, std::min(parts.frame, most));
+      fetch_to_write(out.next_observations + writes * parts.frame, std::min(parts.frame, most));
+      fetch_to_write(out.actions + writes * parts.action, std::min(parts.action, most));
     }
     const std::byte* const row = parts.base + (rows[i] & ~kApart) * parts.stride;
     copy_bytes(out.observations, row, parts.frame);
