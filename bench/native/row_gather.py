@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 SOURCE = Path(__file__).resolve().with_suffix(".cpp")
 LIBRARY = SOURCE.parents[2] / "build" / "bench" / "row_gather.so"
 LINE = 64
-SETTINGS = [(0, 0), *((ahead, size) for ahead in (4, 8, 16, 32, 64) for size in (LINE, 1 << 10, 4 << 10))]
+SETTINGS = [(0, 0), *((ahead, size) for ahead in (4, 8, 12, 16, 32, 64) for size in (LINE, 1 << 10, 4 << 10))]
 
 
 def load() -> ctypes.CDLL:
@@ -32,6 +32,13 @@ def load() -> ctypes.CDLL:
     return native
 
 
+def aligned(rows: int, width: int) -> NDArray[np.uint32]:
+    """Rows that begin with a line of the cache, every page of which exists."""
+    memory = np.ones(rows * width + LINE // 4, np.uint32)
+    first = -memory.ctypes.data % LINE // 4
+    return memory[first : first + rows * width].reshape(rows, width)
+
+
 class RowGather:
     """Random rows of one contiguous block, copied to one output that is used again and again.
 
@@ -41,9 +48,8 @@ class RowGather:
 
     def __init__(self, rows: int, row_bytes: int, most: int) -> None:
         self._native, width = load(), -(-row_bytes // LINE) * LINE // 4
-        self._rows = np.ones((rows, width), np.uint32)  # every page exists
+        self._rows, self._out = aligned(rows, width), aligned(most, width)
         self._rows[:, 0] = np.arange(rows)
-        self._out = np.ones((most, width), np.uint32)
         total = max(4 * rows, 2 * most)
         self._index, self._next = np.random.default_rng(0).integers(0, rows, total, np.uint32), 0
         count = min(1024, most)
