@@ -19,21 +19,22 @@ constexpr std::size_t kLine = 64;   // bytes of a cache line
 constexpr std::size_t kGroup = 16;  // rows put together before they are written
 constexpr std::size_t kSliceBytes = std::size_t{1} << 20;  // sampled at once while writers wait, but for
 constexpr std::size_t kFewest = 64;                        // transitions at least
+constexpr std::size_t kWrites = 8;  // rows between a request for a place in a batch and its use
 
-/// How far memory is asked for ahead of a copy: `rows` of them, so many `bytes` of each, and the place where
-/// a copy goes `writes` rows ahead (0: not at all).
+/// How far memory is asked for ahead of a copy: `rows` of them, and so many `bytes` of each.
 struct Reach {
-  std::size_t rows, bytes, writes;
+  std::size_t rows, bytes;
+  bool follows;  // the processor follows a row, and what is written, by itself after the first lines
 };
 
-/// Intel's processors follow a row by themselves after its first lines, and requests for the others take the
-/// places of lines on their way; the rest (Zen 5 was measured) wait for every line that nobody asked for.
+/// Intel's processors follow, and requests for further lines only take the places of those on their way. The
+/// rest (Zen 5 was measured) wait for every line that nobody asked for.
 Reach reach_of_processor() noexcept {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
-  if (__builtin_cpu_is("intel")) return {8, 384, 0};
+  if (__builtin_cpu_is("intel")) return {8, 384, true};
 #endif
-  return {12, 1024, 8};
+  return {12, 1024, false};
 }
 
 const Reach kReach = reach_of_processor();
@@ -59,8 +60,15 @@ BRC_INLINE void copy_bytes(std::byte* to, const std::byte* from, std::size_t byt
   std::memcpy(to + bytes - kVector, &part, kVector);
 }
 
-[[gnu::always_inline]] inline void fetch(const std::byte* data, std::size_t bytes) noexcept {
-  for (std::size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(data + i);
+/// Where nothing follows, past the outer caches: rows would drive out the batch, which is written soon.
+[[gnu::always_inline]] inline void fetch(const std::byte* data, std::size_t bytes, bool follows) noexcept {
+  for (std::size_t i = 0; i < bytes; i += kLine) {
+    if (follows) {
+      __builtin_prefetch(data + i);
+    } else {
+      __builtin_prefetch(data + i, 0, 0);
+    }
+  }
 }
 
 [[gnu::always_inline]] inline void fetch_to_write(std::byte* data, std::size_t bytes) noexcept {
@@ -163,19 +171,19 @@ constexpr float kElsewhere = -1.0f;  // in place of a mask
 /// successor that holds.
 BRC_VECTOR_CLONES void copy_transitions(const RowParts parts, std::span<const std::uint32_t> rows,
                                         PlainColumns out) noexcept {
-  const auto [ahead, most, writes] = kReach;
+  const auto [ahead, most, follows] = kReach;
   const std::size_t wanted = std::min(parts.stride + parts.frame, most);
   for (std::size_t i = 0; i < std::min(ahead, rows.size()); ++i) {
-    fetch(parts.base + (rows[i] & ~kApart) * parts.stride, wanted);
+    fetch(parts.base + (rows[i] & ~kApart) * parts.stride, wanted, follows);
   }
   for (std::size_t i = 0; i < rows.size(); ++i) {
     if (i + ahead < rows.size()) {
-      fetch(parts.base + (rows[i + ahead] & ~kApart) * parts.stride, wanted);
+      fetch(parts.base + (rows[i + ahead] & ~kApart) * parts.stride, wanted, follows);
     }
-    if (writes != 0) {
-      fetch_to_write(out.observations + writes * parts.frame, std::min(parts.frame, most));
-      fetch_to_write(out.next_observations + writes * parts.frame, std::min(parts.frame, most));
-      fetch_to_write(out.actions + writes * parts.action, std::min(parts.action, most));
+    if (!follows) {
+      fetch_to_write(out.observations + kWrites * parts.frame, std::min(parts.frame, most));
+      fetch_to_write(out.next_observations + kWrites * parts.frame, std::min(parts.frame, most));
+      fetch_to_write(out.actions + kWrites * parts.action, std::min(parts.action, most));
     }
     const std::byte* const row = parts.base + (rows[i] & ~kApart) * parts.stride;
     copy_bytes(out.observations, row, parts.frame);
@@ -572,11 +580,11 @@ Sequences ReplayStore::sequences(std::size_t batch_size, std::size_t length) {
 [[gnu::always_inline]] inline void ReplayStore::prefetch(const Pick& pick,
                                                          std::size_t n_step) const noexcept {
   const std::byte* row = rows_.row(pick.row);
-  fetch(row, std::min(layout_.used, kReach.bytes));
+  fetch(row, std::min(layout_.used, kReach.bytes), kReach.follows);
   if (n_step == 1) return;
   for (std::size_t step = 0; step < n_step; ++step)
     __builtin_prefetch(row + step * layout_.stride + layout_.link);
-  fetch(row + n_step * layout_.stride, std::min(layout_.observation.bytes, kReach.bytes));
+  fetch(row + n_step * layout_.stride, std::min(layout_.observation.bytes, kReach.bytes), kReach.follows);
 }
 
 void ReplayStore::gather(std::span<Pick> picks, const Request& request, std::size_t first,

@@ -184,8 +184,8 @@ def test_dtypes_of_a_batch_do_not_follow_the_default_dtype() -> None:
         batch = filled().buffer.sample(6)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert [column.dtype for column in batch] == [torch.float32] * 5 + [torch.int64]
-    assert [list(column.shape) for column in batch] == [
+    assert [column.dtype for column in batch.columns] == [torch.float32] * 5 + [torch.int64]
+    assert [list(column.shape) for column in batch.columns] == [
         [6, 3],
         [6, 2],
         [6],

@@ -555,7 +555,7 @@ def test_numbers_that_would_wrap_are_refused(tmp_path: Path, name: str) -> None:
             for numbers in (manifest["content"]["count"], manifest["segments"][0]["first"]):
                 numbers[0] += more
 
-    rewrite(tmp_path, lambda manifest: raise_by(manifest, 2**61))
+    rewrite(tmp_path, lambda manifest: raise_by(manifest, 2**60))
     feed.copied().buffer.load(tmp_path)
     rewrite(tmp_path, lambda manifest: raise_by(manifest, 2**63))
     what = "draws" if name == "draws" else "transitions"

@@ -218,7 +218,7 @@ def test_the_numpy_view_shares_the_memory_of_a_batch_and_not_of_the_store() -> N
     feed.draws += 1
     for name, array in batch.numpy().items():
         array[...] = 7
-        assert bool((getattr(batch, name) == 7).all())
+        assert bool((getattr(batch, name) == array).all())
     feed.check_content()
     feed.check_sample(4)
 
