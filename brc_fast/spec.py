@@ -177,18 +177,19 @@ class Spec:
 
         Spec.vectors(67, 24, ("mjx/HumanoidRun",))
         Spec(Field((84, 84, 3), "uint8"), Discrete(6), ("mine/Pong",))
-        Spec(Field((48,)), Box(12), ("mine/Walk",), critic_observation=Field((123,)))
+        Spec(Field((48,)), Box(12), ("mine/Walk",), privileged=Field((123,)))
 
-    observation:         the policy's; float32 vectors of several tasks have the size of the widest
-    action:              Box or Discrete
-    tasks:               their names, in the order of their ids
-    critic_observation:  what the critic sees (privileged), where that is not what the policy sees
+    observation:  the policy's; float32 vectors of several tasks have the size of the widest
+    action:       Box or Discrete
+    tasks:        their names, in the order of their ids
+    privileged:   what the critic sees beside that, where it sees more than the policy; several tasks have the
+                  size of the widest, and one without has zeros
     """
 
     observation: Field
     action: Box | Discrete
     tasks: tuple[str, ...]
-    critic_observation: Field | None = None
+    privileged: Field | None = None
 
     @classmethod
     def vectors(cls, observation_size: int, action_size: int, tasks: Sequence[str]) -> Spec:
@@ -206,18 +207,33 @@ class Spec:
                     f"{first.tasks[0]} and {other.tasks[0]} cannot be learned together: one has {first}, the "
                     f"other {other}"
                 )
-        critics = [spec.critic_observation for spec in specs if spec.critic_observation is not None]
+        privileged = [spec.privileged for spec in specs if spec.privileged is not None]
         return cls(
             _widest([spec.observation for spec in specs]),
             max((spec.action for spec in specs), key=lambda action: action.size),
             tuple(tasks),
-            _widest(critics) if critics else None,
+            _widest(privileged) if privileged else None,
         )
 
     @property
+    def privileged_size(self) -> int:
+        """P, numbers that the critic alone sees; 0 where it sees what the policy does."""
+        return 0 if self.privileged is None else self.privileged.size
+
+    @property
     def fields(self) -> tuple[Field, Field]:
-        """An observation and an action, for `ReplayBuffer(capacity, *spec.fields)`."""
-        return self.observation, self.action.field
+        """An observation and an action, for `ReplayBuffer(capacity, *spec.fields)`. What the critic alone
+        sees stands behind what the policy sees, in one vector [O + P]; InputError where either is none."""
+        seen = self.observation
+        if self.privileged is not None:
+            for field in (seen, self.privileged):
+                if not field.is_vector:
+                    raise InputError(
+                        f"observations and privileged ones are kept as one float32 vector, and "
+                        f"{self.tasks[0]} has {field}"
+                    )
+            seen = Field((seen.size + self.privileged.size,))
+        return seen, self.action.field
 
     def vector_sizes(self, agent: str) -> tuple[int, int]:
         """(O, A) for an agent that takes vectors and continuous actions in [-1, 1], and nothing else;
@@ -238,22 +254,22 @@ class Spec:
                 f"{agent} takes observations that are float32 vectors, and {task} has {self.observation}: "
                 "take the task's version without images, or flatten them with Gymnasium's FlattenObservation"
             )
-        if self.critic_observation is not None:
+        if self.privileged is not None and not self.privileged.is_vector:
             raise InputError(
-                f"{agent} has a critic that sees what its policy sees, and {task} has observations for the "
-                f"critic alone, {self.critic_observation}: make the environment without them"
+                f"{agent} takes privileged observations that are float32 vectors, and {task} has "
+                f"{self.privileged}: leave them out with --env.no-privileged (envs.make: privileged=False)"
             )
         return self.observation.size, self.action.size
 
     def __str__(self) -> str:
-        critic = "" if self.critic_observation is None else f", the critic's {self.critic_observation}"
+        critic = "" if self.privileged is None else f", privileged {self.privileged}"
         return f"observations {self.observation}{critic} and as an action {self.action}"
 
 
 def _kinds(spec: Spec) -> tuple[object, ...]:
     """What tasks that are learned together must share."""
-    parts = spec.observation, spec.critic_observation
-    seen = tuple("vector" if part is not None and part.is_vector else part for part in parts)
+    parts = spec.observation, spec.privileged
+    seen = tuple("vector" if part is None or part.is_vector else part for part in parts)
     action = spec.action
     return (*seen, (action.low, action.high) if isinstance(action, Box) else action)
 

@@ -232,14 +232,15 @@ def test_joined_tasks_have_the_size_of_the_widest_vector_and_action() -> None:
     narrow, wide = Spec.vectors(3, 6, ["a"]), Spec.vectors(5, 1, ["b"])
     assert Spec.joined([narrow, wide], ["a", "b"]) == Spec.vectors(5, 6, ["a", "b"])
     critics = zip((narrow, wide), (Field((9,)), Field((7,))), strict=True)
-    privileged = [replace(spec, critic_observation=seen) for spec, seen in critics]
+    privileged = [replace(spec, privileged=seen) for spec, seen in critics]
     joined = Spec.joined(privileged, ["a", "b"])
-    assert joined == replace(Spec.vectors(5, 6, ["a", "b"]), critic_observation=Field((9,)))
+    assert joined == replace(Spec.vectors(5, 6, ["a", "b"]), privileged=Field((9,)))
+    assert Spec.joined([narrow, privileged[1]], ["a", "b"]).privileged == Field((7,))  # zeros for the narrow
     for other in (
         replace(wide, action=Discrete(6)),
         replace(wide, action=Box(6, 0.0, 1.0)),
         replace(wide, observation=Field((5,), "uint8")),
-        privileged[1],
+        replace(wide, privileged=Field((8, 8), "uint8")),
     ):
         with pytest.raises(InputError, match=r"a and b cannot be learned together: one has .*, the other"):
             Spec.joined([narrow, other], ["a", "b"])
@@ -257,7 +258,7 @@ class Hidden(GymnasiumFace, VectorEnv[Any, Any, Any]):
 
     def __init__(self, task: str, size: int) -> None:
         self.size = size
-        spec = replace(Spec.vectors(1, 1, [task]), critic_observation=Field((size,)))
+        spec = replace(Spec.vectors(1, 1, [task]), privileged=Field((size,)))
         self.declare(spec, np.zeros(N, np.int64), seed=0)
 
     def observed(self) -> torch.Tensor:
@@ -282,7 +283,7 @@ class Hidden(GymnasiumFace, VectorEnv[Any, Any, Any]):
 def test_what_the_critic_alone_sees_stands_beside_the_step() -> None:
     env = MultiTaskEnv([Hidden("toy/a", 2), Hidden("toy/b", 4)], ("toy/a", "toy/b"))
     assert env.task_spec.observation == Field((1,))
-    assert env.task_spec.critic_observation == Field((4,))
+    assert env.task_spec.privileged == Field((4,))
     env.reset_tensors(0)
     assert torch.equal(env.privileged.observations, torch.zeros(2 * N, 4))
     step = env.step_tensors(torch.full((2 * N, 1), 0.5))
@@ -310,7 +311,7 @@ def test_what_the_critic_alone_sees_stands_beside_the_step() -> None:
         ),
         ({"observation": Field((5,), "float16")}, r"float32 vectors, and mine/A has float16 \[5\]"),
         ({"observation": Field((5,), stack=4)}, r"mine/A has float32 \[5\] in stacks of 4"),
-        ({"critic_observation": Field((9,))}, r"observations for the critic alone, float32 \[9\]: make"),
+        ({"privileged": Field((9,), "float16")}, r"privileged .* mine/A has float16 \[9\]: leave them out"),
     ],
 )
 def test_brc_refuses_by_name_what_it_cannot_learn(changes: dict[str, Any], told: str) -> None:

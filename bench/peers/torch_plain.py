@@ -131,7 +131,7 @@ class PlainBRC:
         rule, self.learning, self.target_entropy = agent.learning, agent.learning, agent.target_entropy
         self.critic = unpadded(agent.critic) if ours else PlainCritic(agent.critic)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.actor = Net(agent.actor)
+        self.actor, self.sensed = Net(agent.actor), agent.observation_size
         self.log_alpha = nn.Parameter(agent.temperature.log_alpha.detach().clone())
         common = {"lr": rule.learning_rate, "eps": rule.eps, "fused": True} | options
         adamw = {"betas": (rule.beta1, rule.beta2), "weight_decay": rule.weight_decay} | common
@@ -152,7 +152,7 @@ class PlainBRC:
     def sample(self, observations: Tensor, task_ids: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Actions and log-probabilities."""
         with torch.no_grad():  # the critic's loss alone trains the embedding
-            x = embedded(self.critic, observations, task_ids)
+            x = embedded(self.critic, observations[..., : self.sensed], task_ids)
         mean, raw = self.actor(x).chunk(2, -1)
         log_std = -10.0 + 12.0 * (1.0 + torch.tanh(raw)) / 2.0
         u = mean + log_std.exp() * noise

@@ -1,6 +1,6 @@
 """BRC: the updates of a critic ensemble with its target, of the policy and of its temperature.
 
-Dims: B batch, E ensemble, K atoms, O observation, A action, T tasks, U updates.
+Dims: B batch, E ensemble, K atoms, O observation, P privileged, A action, T tasks, U updates.
 Source: Nauman et al. 2025, "Bigger, Regularized, Categorical", arXiv:2505.23150.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from brc_fast.nn import bodies, conditioning
 from brc_fast.nn.inputs import ObservationStatistics
 from brc_fast.nn.losses import Backup, Categorical
 from brc_fast.nn.modules import Actor, Critic, Temperature
-from brc_fast.spec import Spec
+from brc_fast.spec import Field, Spec
 
 from .base import Agent, Metrics, TemperatureStep
 from .plans import Plans, Sample
@@ -57,6 +58,9 @@ class BRC(Acting, Agent):
     Args:
         observation_size: O, of the widest task. action_size: A, of the widest task.
         num_tasks: T; with T = 1 there is no task embedding.
+        privileged_size: P, numbers that the critic sees beside the policy's O (an asymmetric actor-critic).
+            `update` and `value` then take observations [.., O + P], those of the policy first; `act` takes
+            [N, O].
         critic, actor, learning: sizes, rates, and what is exchangeable: bodies, the critic's loss, how tasks
             are told apart; the published ones by default (critic width 4096).
         device, dtype: of parameters and arithmetic. seed: of initialisation and sampling.
@@ -85,6 +89,7 @@ class BRC(Acting, Agent):
         action_size: int,
         num_tasks: int = 1,
         *,
+        privileged_size: int = 0,
         critic: CriticConfig | None = None,
         actor: ActorConfig | None = None,
         learning: LearningConfig | None = None,
@@ -104,7 +109,10 @@ class BRC(Acting, Agent):
                 raise ValueError(f"{name} must be positive, got {size}")
         if num_tasks < 1:
             raise ValueError(f"num_tasks must be positive, got {num_tasks}")
+        if privileged_size < 0:
+            raise ValueError(f"privileged_size must be 0 or more, got {privileged_size}")
         self.observation_size, self.action_size, self.num_tasks = observation_size, action_size, num_tasks
+        self.privileged_size = privileged_size
         check_precision(precision, device, dtype)
         self.device, self.dtype, self.precision, self.recompute = device, dtype, precision, recompute
         self.target_entropy = self.learning.target_entropy_per_action * action_size
@@ -112,8 +120,9 @@ class BRC(Acting, Agent):
 
         drawn_on = "cpu" if torch.device(device).type == "meta" else device
         initial = Generator(drawn_on).manual_seed(seed)
+        seen = observation_size + privileged_size
         with torch.device(device):
-            self.critic = Critic(observation_size, action_size, num_tasks, self.critic_config, initial)
+            self.critic = Critic(seen, action_size, num_tasks, self.critic_config, initial)
             tasks = self.critic.conditioning
             self.actor = Actor(observation_size, action_size, self.actor_config, tasks, initial)
             self.temperature = Temperature(self.learning.initial_temperature)
@@ -131,7 +140,7 @@ class BRC(Acting, Agent):
             FlatNetworks([self.temperature]), rule.temperature_beta1, 0.0
         )
         self.generator = Generator(drawn_on).manual_seed(seed + 1)
-        shown = ObservationStatistics(observation_size, num_tasks, device=device, dtype=dtype)
+        shown = ObservationStatistics(seen, num_tasks, device=device, dtype=dtype)
         self.observations = shown if normalize_observations else None
         self._plans: dict[int, Plans] = {}
         self._unscaled = torch.ones(num_tasks, device=device, dtype=dtype)
@@ -143,6 +152,7 @@ class BRC(Acting, Agent):
         return cls(
             *spec.vector_sizes("BRC"),
             len(spec.tasks),
+            privileged_size=spec.privileged_size,
             critic=config.critic,
             actor=config.actor,
             learning=config.learning,
@@ -155,19 +165,33 @@ class BRC(Acting, Agent):
         )
 
     @staticmethod
-    def sizes_of(config: TrainConfig, state: dict[str, Tensor]) -> tuple[int, int]:
-        """O and A of a training run's agent with this `state_dict`; ValueError for what is missing."""
+    def spec_of(config: TrainConfig, state: dict[str, Tensor]) -> Spec:
+        """What a training run's agent with this `state_dict` sees and does; ValueError for what is missing or
+        disagrees."""
         if not all(values.numel() for values in state.values()):  # else sizes are at most those of the state
             raise ValueError("the agent has an array without numbers")
         tasks = conditioning.make(config.critic, len(config.tasks))
-        stages = bodies.make(config.actor.body, config.actor.width, config.actor.depth, 1)
-        first = next(stage.name for stage in stages if stage.reads == 0 and stage.product)
-        kernels_of = [f"actor/body.{name}.kernel" for name in (first, stages[-1].name)]
-        for name in kernels_of:
-            if name not in state:
-                raise ValueError(f"agent state lacks {name}")
-        inputs, outputs = state[kernels_of[0]].shape[-2], state[kernels_of[1]].shape[-1]
-        return inputs - tasks.columns, outputs // (2 * tasks.heads)
+
+        def body(network: str, kind: CriticConfig | ActorConfig) -> tuple[int, int]:
+            """Inputs without task columns, and outputs, of the first and the last kernel."""
+            stages = bodies.make(kind.body, kind.width, kind.depth, 1)
+            first = next(stage.name for stage in stages if stage.reads == 0 and stage.product)
+            names = [f"{network}/body.{name}.kernel" for name in (first, stages[-1].name)]
+            for name in names:
+                if name not in state:
+                    raise ValueError(f"agent state lacks {name}")
+            return state[names[0]].shape[-2] - tasks.columns, state[names[1]].shape[-1]
+
+        observation, outputs = body("actor", config.actor)
+        action = outputs // (2 * tasks.heads)
+        privileged = body("critic", config.critic)[0] - observation - action
+        if privileged < 0:
+            raise ValueError(
+                f"the critic of the agent's state must read the {observation} observed numbers and {action} "
+                f"actions of its actor, and lacks {-privileged}"
+            )
+        spec = Spec.vectors(observation, action, config.tasks)
+        return replace(spec, privileged=Field((privileged,))) if privileged else spec
 
     def parts(self) -> dict[str, nn.Module | FlatAdamW | ObservationStatistics]:
         statistics = {} if self.observations is None else {"observations": self.observations}
@@ -228,7 +252,7 @@ class BRC(Acting, Agent):
     def _inputs(self, batches: Batch, noise: Noise | None, reward_scale: Tensor | None) -> list[Tensor]:
         """What `make_updates` takes, without noise."""
         batches = batches.updates()
-        batches.check(self.observation_size, self.action_size, self.num_tasks)
+        batches.check(self.observation_size + self.privileged_size, self.action_size, self.num_tasks)
         scale = self._unscaled if reward_scale is None else reward_scale
         require_shape("reward_scale", scale, "[T]", (self.num_tasks,))
         for name, part in () if noise is None else noise._asdict().items():
@@ -290,7 +314,7 @@ class BRC(Acting, Agent):
                 f"critic_target is of the categorical loss, and loss is {self.critic_config.loss}"
             )
         next_actions, next_log_probs = kernels.tanh_gaussian(
-            *self.policy(batch.next_observations, batch.task_ids), noise
+            *self.policy(self.sensed(batch.next_observations), batch.task_ids), noise
         )
         seen = self.normalized(batch.next_observations, batch.task_ids)
         next_logits = self.target_critic(seen, next_actions, batch.task_ids)
@@ -372,4 +396,5 @@ class BRC(Acting, Agent):
         sizes = self.observation_size, self.action_size, self.num_tasks
         names = "critic_config", "actor_config", "learning", "device", "dtype", "precision", "recompute"
         settings = {name.removesuffix("_config"): getattr(self, name) for name in names}
+        settings["privileged_size"] = self.privileged_size
         return sizes, {**settings, "normalize_observations": self.observations is not None}

@@ -84,12 +84,13 @@ def plan_memory(config: TrainConfig, spec: Spec, device: str) -> MemoryPlan:
     def field(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(updates, rows, *shape, dtype=dtype, device="meta")
 
+    seen = agent.observation_size + agent.privileged_size
     batches = Batch(
-        field(agent.observation_size),
+        field(seen),
         field(agent.action_size),
         field(),
         field(),
-        field(agent.observation_size),
+        field(seen),
         field(dtype=torch.int64),
     )
     normalized = 0
@@ -128,8 +129,8 @@ def learner(plan: MemoryPlan, device: str, precision: str = "") -> Need:
 
 def plan_run(config: TrainConfig, spec: Spec, device: str) -> list[Need]:
     """What a training run takes, part by part; nothing is allocated to find out."""
-    stride = Schema.of(1, *spec.fields, None, (0,)).layout().stride
     needed = learner(plan_memory(config, spec, device), device, f" in {config.precision}")
+    stride = Schema.of(1, *spec.fields, None, (0,)).layout().stride
     return [needed, *_beside(config, stride)]
 
 

@@ -44,6 +44,7 @@ class Plans:
         actor: of the policy. critics: of online and target networks, where the online ones get gradients.
         critic: of the online ones, frozen; it uses the memory of `critics`.
         columns: of what a critic puts out, padded.
+        sensed: O, the first columns of observations, which are all that the policy reads.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Plans:
         self.actions = critic.sizes["actions"]
         self.dhead = torch.zeros_like(self.actor.out[:, -rows:])  # gradient of the actor's outputs
         observed = critic.sizes["observations"]
+        self.sensed = actor.body.inputs - self.tasks.columns
         self._action_columns = Columns(observed, self.actions, self.widths[1])
         self._task_columns = Columns(observed + self.actions, self.tasks.columns, self.widths[1])
         self._embedding_gradient = critics.named(critics.grad)["embedding"] if self.tasks.trained else None
@@ -90,7 +92,8 @@ class Plans:
         Args:
             noise: [2, B, A], contiguous, of the one and of the other.
         """
-        observations = batch.next_observations, batch.observations
+        seen = batch.next_observations, batch.observations
+        observations = [x[..., : self.sensed] for x in seen]
         if self.tasks.trained:
             for x, part in zip(observations, noise.unbind(), strict=True):
                 yield self._sample(self._policy_input(x, batch.task_ids), part, batch.task_ids)

@@ -24,7 +24,9 @@ class Acting:
 
     actor: Actor
     critic: Critic
+    observation_size: int
     action_size: int
+    privileged_size: int
     num_tasks: int
     device: str
     dtype: torch.dtype
@@ -34,8 +36,12 @@ class Acting:
 
     normal: Callable[..., Tensor]
 
+    def sensed(self, observations: Tensor) -> Tensor:
+        """What the policy sees [..., O] of what the critic sees [..., O + P]."""
+        return observations[..., : self.observation_size] if self.privileged_size else observations
+
     def normalized(self, observations: Tensor, task_ids: Tensor | None = None) -> Tensor:
-        """What the networks are given for observations [..., O] of an environment."""
+        """What the networks are given for what the policy sees [..., O], or the critic [..., O + P]."""
         statistics = self.observations
         return observations if statistics is None else statistics.normalize(observations, task_ids)
 
@@ -45,8 +51,13 @@ class Acting:
         task_ids: Tensor | None = None,
         lagged: tuple[Actor, Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Mean and raw log-std [B, A] for observations as environments give them; the online critic's
+        """Mean and raw log-std [B, A] for observations [B, O] as environments give them; the online critic's
         embedding is read, and gets no gradient."""
+        if observations.shape[-1:] != (self.observation_size,):
+            told = f"[N, {self.observation_size}], got {list(observations.shape)}"
+            if self.privileged_size:
+                told += f"; the {self.privileged_size} privileged numbers are for the critic alone"
+            raise ValueError(f"observations must have shape [N, O] = {told}")
         observations = self.normalized(observations, task_ids)
         table = None if self.critic.table is None else self.critic.table.detach()
         actor, table = (self.actor, table) if lagged is None else lagged
@@ -62,7 +73,8 @@ class Acting:
         lagged: tuple[Actor, Tensor | None] | None = None,
         generator: Generator | None = None,
     ) -> Tensor:
-        """Actions [N, A] in [-1, 1] for observations [N, O]: a sample, or the mean's tanh.
+        """Actions [N, A] in [-1, 1] for observations [N, O]: a sample, or the mean's tanh. What is privileged
+        has no place in them: ValueError for another number of columns.
 
         Args:
             task_ids: [N] int64, in [0, T), on the agent's device like observations; needed with T > 1.
@@ -83,14 +95,15 @@ class Acting:
 
     @torch.no_grad()
     def value(self, observations: Tensor, task_ids: Tensor | None = None) -> Tensor:
-        """Q of the mean action, averaged over members, in units of the scaled return: [N, O] -> [N]."""
-        actions = self.act(observations, task_ids, deterministic=True)
+        """Q of the mean action, averaged over members, in units of the scaled return, of what the critic
+        sees: [N, O + P] -> [N]."""
+        actions = self.act(self.sensed(observations), task_ids, deterministic=True)
         return self.critic.values(self.normalized(observations, task_ids), actions, task_ids).mean(0)
 
     @torch.no_grad()
     def entropy_per_task(self, batch: Batch) -> Tensor:
         """Mean of -log pi over a batch's rows of each task, [T]; zero for a task without rows."""
-        mean, raw_log_std = self.policy(batch.observations, batch.task_ids)
+        mean, raw_log_std = self.policy(self.sensed(batch.observations), batch.task_ids)
         log_probs = kernels.tanh_gaussian(mean, raw_log_std, self.normal(*mean.shape))[1]
         total = torch.zeros(self.num_tasks, device=mean.device, dtype=mean.dtype)
         rows = total.clone().index_add_(0, batch.task_ids, torch.ones_like(log_probs))

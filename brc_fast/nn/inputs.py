@@ -87,8 +87,10 @@ class ObservationStatistics:
     def normalize(
         self, observations: Tensor, task_ids: Tensor | None = None, moments: Moments | None = None
     ) -> Tensor:
-        """Observations [..., O] of tasks [...] as networks get them; `moments`: others than the newest."""
-        mean, rate = self.moments if moments is None else moments
+        """Observations [..., O] of tasks [...], or their first columns, as networks get them; `moments`:
+        others than the newest."""
+        columns = observations.shape[-1]
+        mean, rate = (x[:, :columns] for x in (self.moments if moments is None else moments))
         if self.num_tasks == 1:
             return (observations - mean[0]) * rate[0]
         if task_ids is None:

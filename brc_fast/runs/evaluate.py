@@ -23,7 +23,6 @@ from brc_fast.envs.base import (
     tasks_with_success,
 )
 from brc_fast.errors import InputError
-from brc_fast.spec import Spec
 
 from .arrays import Kinds
 from .checkpoint import RunFolder
@@ -304,15 +303,12 @@ def restore(folder: RunFolder, device: str, checkpoint: str = "last") -> tuple[i
     require_fit(plan_least(config, device)[:1])
     folder.require_size(config)
 
-    def spec_of(state: dict[str, torch.Tensor]) -> Spec:
-        return Spec.vectors(*BRC.sizes_of(config, state), config.tasks)
-
     def fits(kinds: Kinds) -> None:
         state = {
             name: torch.empty(kind.shape, dtype=getattr(torch, kind.dtype), device="meta")
             for name, kind in kinds.items()
         }
-        spec = spec_of(state)
+        spec = BRC.spec_of(config, state)
         plan = plan_memory(dataclasses.replace(config, batch_size=1, updates_per_step=1), spec, device)
         require_memory(plan, device)
         BRC.from_config(config, spec, "meta").require_kinds(kinds)
@@ -320,7 +316,7 @@ def restore(folder: RunFolder, device: str, checkpoint: str = "last") -> tuple[i
     step, parts = folder.load("agent", checkpoint=checkpoint, fits={"agent": fits})
     with folder.fitting():
         state = {name: torch.from_numpy(value) for name, value in parts["agent"].items()}
-        agent = BRC.from_config(config, spec_of(state), device)
+        agent = BRC.from_config(config, BRC.spec_of(config, state), device)
         agent.load_state_dict(state)
     return step, agent
 
