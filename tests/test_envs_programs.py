@@ -68,7 +68,7 @@ def test_tasks_of_one_body_call_the_simulator_once_for_all_their_slots(monkeypat
     monkeypatch.setattr(_programs._Kept, "read", lambda self: None)
     programs = _programs.Programs(POLES, "jax", N, False)
     assert set(sizes) == {len(POLES) * N}
-    assert programs.sizes == (5, 1, [1000] * 3)
+    assert programs.sizes == (5, 0, 1, [1000] * 3)
 
 
 def test_tasks_of_one_body_step_as_each_does_alone():
@@ -227,6 +227,33 @@ def registered():
     yield
     for name in ("Falling", "Twice", "Inside"):
         del dm_control_suite._envs[name], dm_control_suite._cfgs[name]
+
+
+def test_a_critic_sees_what_a_robot_does_not_sense_to_the_end_of_an_episode():
+    """Falling's policy sees the first 2 of the 5 numbers of CartpoleBalance, its critic all 5 beside them."""
+    env = make("mjx/Falling", N)
+    assert (env.task_spec.observation.shape, env.task_spec.privileged.shape) == ((2,), (5,))
+    assert make("mjx/Falling", N, privileged=False).task_spec.privileged is None
+    observations = env.reset_tensors(0)
+    assert torch.equal(env.privileged.observations[:, :2], observations)
+    ended = 0
+    for actions in actions_for(env, 100):
+        kept = env.privileged.observations
+        step = env.step_tensors(actions)
+        told, over = env.privileged, step.terminated | step.truncated
+        assert torch.equal(told.observations[:, :2], step.observations)
+        assert torch.equal(told.successors[:, :2], step.successors)
+        assert torch.equal(told.observations[~over], told.successors[~over])
+        # position and velocity of the cart go together, and no start state moves so fast
+        moved = step.successors[:, 0] - kept[:, 0]
+        speeds = (kept[:, 3] + told.successors[:, 3]) / 2
+        np.testing.assert_allclose(moved, 0.01 * speeds, atol=2e-3)
+        ended += int(over.sum())
+    assert ended > N
+    state = env.state_dict()
+    again = make("mjx/Falling", N)
+    assert torch.equal(again.load_state_dict(state), step.observations)
+    assert torch.equal(again.privileged.observations, told.observations)
 
 
 def test_termination_is_told_from_truncation_and_the_true_successor_is_kept():

@@ -37,6 +37,7 @@ def make(
     restarts: int = 3,
     step_seconds: float | None = None,
     kwargs: Mapping[str, Any] | str | None = None,
+    privileged: bool = True,
     render: bool = False,
     quiet: bool = False,
 ) -> MJXVectorEnv | VectorAdapter | MultiTaskEnv:
@@ -55,6 +56,7 @@ def make(
     restarts:        how often the processes of a task are started again after one has died
     step_seconds:    a process that needs longer for a step or a reset counts as dead; None: there is no limit
     kwargs:          arguments of the environments' constructor, or a JSON object of such (gym/ tasks)
+    privileged:      give critics the `privileged_state` of robots that have one (`env.privileged`)
     render:          make environments that can draw themselves, for `brc_fast.runs.video`
     quiet:           no compile progress on stderr
 
@@ -69,6 +71,8 @@ def make(
         _at_least(1, "episode_length", episode_length)
     if step_seconds is not None and not step_seconds > 0:
         raise InputError(f"step_seconds must be positive, got {step_seconds!r}")
+    if not isinstance(privileged, bool):
+        raise InputError(f"privileged must be True or False, got {privileged!r}")
     if not (isinstance(randomize, bool) or callable(randomize)):
         raise InputError(f"randomize must be True, False or a function, got {randomize!r}")
     if impl not in ("jax", "warp"):
@@ -100,9 +104,12 @@ def make(
         gym: dict[str, Any] = {"processes": processes, "restarts": restarts, "step_seconds": step_seconds}
         if backend == "gym":
             gym["kwargs"] = kwargs
-        groups.append(_simulated(task, num_envs, seed, episode_length, render, gym))
+        shown = {"episode_length": episode_length, "privileged": privileged, "render": render}
+        groups.append(_simulated(task, num_envs, seed, shown, gym))
     for together in bodies.values():
-        groups.append(_mjx(tuple(together), num_envs, seed, episode_length, impl, randomize, quiet))
+        settings: dict[str, Any] = {"episode_length": episode_length, "impl": impl, "randomize": randomize}
+        settings |= {"privileged": privileged, "quiet": quiet}
+        groups.append(_mjx(tuple(together), num_envs, seed, settings))
     if len(groups) == 1:
         return groups[0]  # type: ignore[no-any-return]
     from .multitask import MultiTaskEnv
@@ -110,37 +117,16 @@ def make(
     return MultiTaskEnv(groups, names, seed, quiet)
 
 
-def _mjx(
-    tasks: tuple[str, ...],
-    num_envs: int,
-    seed: int,
-    episode_length: int | None,
-    impl: str,
-    randomize: bool | Randomizer,
-    quiet: bool,
-) -> MJXVectorEnv:
+def _mjx(tasks: tuple[str, ...], num_envs: int, seed: int, settings: dict[str, Any]) -> MJXVectorEnv:
     if any(map(_missing, _MJX_NEEDS)):
         raise MissingExtraError("mjx/... environments", "mjx")
     from .mjx import MJXVectorEnv
 
-    return MJXVectorEnv(
-        tasks,
-        num_envs,
-        seed,
-        impl=impl,
-        episode_length=episode_length,
-        randomize=randomize,
-        quiet=quiet,
-    )
+    return MJXVectorEnv(tasks, num_envs, seed, **settings)
 
 
 def _simulated(
-    task: str,
-    num_envs: int,
-    seed: int,
-    episode_length: int | None,
-    render: bool,
-    gym: dict[str, Any],
+    task: str, num_envs: int, seed: int, settings: dict[str, Any], gym: dict[str, Any]
 ) -> VectorAdapter:
     """One task of a simulator that runs on the CPU; `gym` has further arguments of `make_gym`."""
     backend, _ = resolve(task)
@@ -156,10 +142,10 @@ def _simulated(
     if here:
         from .gym import make_gym
 
-        return make_gym(task, num_envs, seed, episode_length=episode_length, render=render, **gym)
+        return make_gym(task, num_envs, seed, **settings, **gym)
     from .envpool import make_envpool
 
-    return make_envpool(task, num_envs, seed, episode_length=episode_length, render=render)
+    return make_envpool(task, num_envs, seed, **settings)
 
 
 def installed(backend: str) -> tuple[str, ...]:

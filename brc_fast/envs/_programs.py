@@ -17,7 +17,7 @@ import numpy as np
 from brc_fast.errors import InputError
 
 from . import _jax
-from .base import Step
+from .base import PRIVILEGED, STATE, Step
 from .suites import MJX_TASKS, resolve
 
 _jax.setup()
@@ -48,7 +48,7 @@ class Slots(NamedTuple):
 class Start(NamedTuple):
     """n start states of every task."""
 
-    observations: Any  # [N, O]
+    observations: Any  # [N, O + P], as those of a Step here
     state: Any  # as in Slots
 
 
@@ -60,6 +60,7 @@ class Sizes(NamedTuple):
     """What is known of a program without tracing it."""
 
     observation: int  # O, of the widest task
+    privileged: int  # P, of the widest task; 0 where none has what the critic alone sees
     action: int  # A, of the widest task
     episode_lengths: list[int]  # steps, per task
 
@@ -72,14 +73,19 @@ class Programs:
     """
 
     def __init__(
-        self, tasks: tuple[str, ...], impl: str, num_envs: int, randomize: bool | Randomizer
+        self,
+        tasks: tuple[str, ...],
+        impl: str,
+        num_envs: int,
+        randomize: bool | Randomizer,
+        privileged: bool = True,
     ) -> None:
         self._lock = threading.Lock()
         self._ready = False
-        kept = _Kept(tasks, impl, num_envs, randomize)
+        kept = _Kept(tasks, impl, num_envs, randomize, privileged)
         found = kept.read()
         if found is None:
-            traced = _Traced(tasks, impl, num_envs, randomize)
+            traced = _Traced(tasks, impl, num_envs, randomize, privileged)
             found = traced.sizes, traced.export()
             kept.write(*found)
         self.sizes, self._exported = found
@@ -107,7 +113,12 @@ class _Traced:
     """
 
     def __init__(
-        self, tasks: tuple[str, ...], impl: str, num_envs: int, randomize: bool | Randomizer
+        self,
+        tasks: tuple[str, ...],
+        impl: str,
+        num_envs: int,
+        randomize: bool | Randomizer,
+        privileged: bool = True,
     ) -> None:
         from ._playground import Task
 
@@ -118,9 +129,11 @@ class _Traced:
         self._template = jax.eval_shape(self._playground_reset, self._keys, self._count)
         for task, (_, state) in zip(tasks, self._template, strict=True):
             _check_seen(task, state.obs)
+        self._privileged = privileged
         self._action_sizes = [task.env.action_size for task in self._tasks]
         self.sizes = Sizes(
             max(_seen(state).shape[1] for _, state in self._template),
+            max(self._beside(state).shape[1] for _, state in self._template),
             max(self._action_sizes),
             [task.episode_length for task in self._tasks],
         )
@@ -192,11 +205,22 @@ class _Traced:
         return jax.tree.unflatten(self._structure, leaves)
 
     def _joined(self, slots: Any) -> Any:
-        """What the policy sees, of all tasks: [N, O]."""
-        parts = [_seen(state).astype(jnp.float32) for _, state in slots]
-        return jnp.concatenate(
-            [jnp.pad(x, ((0, 0), (0, self.sizes.observation - x.shape[1]))) for x in parts]
-        )
+        """What the policy sees, and behind it what the critic alone does, of all tasks: [N, O + P]."""
+
+        def padded(x: Any, size: int) -> Any:
+            return jnp.pad(x.astype(jnp.float32), ((0, 0), (0, size - x.shape[1])))
+
+        seen = jnp.concatenate([padded(_seen(state), self.sizes.observation) for _, state in slots])
+        if not self.sizes.privileged:
+            return seen
+        beside = [padded(self._beside(state), self.sizes.privileged) for _, state in slots]
+        return jnp.concatenate([seen, jnp.concatenate(beside)], axis=1)
+
+    def _beside(self, state: Any) -> Any:
+        """What the critic alone sees of a State, [n, P]; [n, 0] of a task that has no such."""
+        if self._privileged and isinstance(state.obs, dict) and PRIVILEGED in state.obs:
+            return state.obs[PRIVILEGED]
+        return jnp.zeros((self.num_envs, 0))
 
     def _reset(self, keys: Any, fill: Any) -> Start:
         """n start states per task; `fill` counts the calls with the same keys [T, 2]."""
@@ -253,12 +277,17 @@ class _Kept:
     """Traced programs of Playground's own DeepMind Control tasks, in the user's cache folder."""
 
     def __init__(
-        self, tasks: tuple[str, ...], impl: str, num_envs: int, randomize: bool | Randomizer
+        self,
+        tasks: tuple[str, ...],
+        impl: str,
+        num_envs: int,
+        randomize: bool | Randomizer,
+        privileged: bool = True,
     ) -> None:
         # Other tasks read files that may change without a version, and a function has no lasting name.
         fixed = all(resolve(task)[1] in MJX_TASKS for task in tasks) and randomize is False
         here = Path(__file__)
-        parts = [tasks, impl, num_envs, jax.default_backend(), jax.config.jax_enable_x64]
+        parts = [tasks, impl, num_envs, privileged, jax.default_backend(), jax.config.jax_enable_x64]
         parts += [_version(name) for name in ("jax", "jaxlib", "mujoco", "mujoco-mjx", "playground")]
         parts += [(here.parent / name).read_text() for name in ("_programs.py", "_playground.py", "base.py")]
         name = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -331,13 +360,13 @@ def _compiled(name: str, exported: Any, donated: tuple[int, ...]) -> Any:
 
 def _seen(state: Any) -> Any:
     """What the policy sees of a State, [n, O]: with several kinds of observations, "state"."""
-    return state.obs["state"] if isinstance(state.obs, dict) else state.obs
+    return state.obs[STATE] if isinstance(state.obs, dict) else state.obs
 
 
 def _check_seen(task: str, observations: Any) -> None:
     """Raise InputError unless `_seen` finds a vector."""
-    kinds = observations if isinstance(observations, dict) else {"state": observations}
-    if "state" not in kinds or kinds["state"].ndim != 2:
+    kinds = observations if isinstance(observations, dict) else {STATE: observations}
+    if STATE not in kinds or any(name in kinds and kinds[name].ndim != 2 for name in (STATE, PRIVILEGED)):
         told = ", ".join(f"{name} {list(kind.shape[1:])}" for name, kind in kinds.items())
         raise InputError(f"{task} must observe a vector, with several kinds under the name state; got {told}")
 

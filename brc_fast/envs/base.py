@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Of all slots, or of each; None goes on with the random numbers.
 Seed = int | Sequence[int | None] | None
+# Observations of a robot by MuJoCo Playground's names: the policy's, and what the critic sees beside it.
+STATE, PRIVILEGED = "state", "privileged_state"
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -54,11 +56,11 @@ class Step(NamedTuple):
 
 
 class Privileged(NamedTuple):
-    """What the critic sees where that is not what the policy sees, beside a `Step` of the same names; after a
-    reset both are of the start."""
+    """What the critic sees beside what the policy does, beside a `Step` of the same names; after a reset both
+    are of the start. Of a step that was dropped its successors are placeholders, too."""
 
-    observations: Tensor  # [N, ..]
-    successors: Tensor  # [N, ..]
+    observations: Tensor  # [N, P]
+    successors: Tensor  # [N, P]
 
 
 class VectorEnvironment(Protocol):
@@ -81,7 +83,7 @@ class VectorEnvironment(Protocol):
 
     @property
     def privileged(self) -> Privileged | None:
-        """What the critic sees of the newest reset or step; None where it sees what the policy does."""
+        """What the critic alone sees of the newest reset or step; None where `task_spec` has no such."""
 
     @property
     def nan_count(self) -> NDArray[np.int64]:
@@ -112,6 +114,28 @@ class VectorEnvironment(Protocol):
 
     def close(self) -> None:
         """Free what the environments hold."""
+
+
+def start_seen(env: VectorEnvironment, observations: Tensor) -> Tensor:
+    """What the critic sees [N, O + P] of the newest reset, or load, that returned these observations."""
+    return _beside(env, observations, 0)
+
+
+def step_seen(env: VectorEnvironment, step: Step) -> Step:
+    """The newest step with what the critic sees [N, O + P] as its observations and successors."""
+    observations, successors = (_beside(env, x, place) for place, x in enumerate(step[:2]))
+    return step._replace(observations=observations, successors=successors)
+
+
+def _beside(env: VectorEnvironment, seen: Tensor, place: int) -> Tensor:
+    if env.task_spec.privileged is None:
+        return seen
+    if env.privileged is None:
+        raise InputError(
+            f"{env.task_names[0]} must set `privileged` in every reset, step and load: its task_spec has "
+            f"{env.task_spec.privileged}"
+        )
+    return torch.cat([seen, env.privileged[place].to(seen.device)], -1)
 
 
 def check_finite(step: Step, env: VectorEnvironment, step_number: int) -> None:
@@ -255,6 +279,14 @@ class GymnasiumFace:
     @property
     def action_size(self) -> int:
         return self.task_spec.action.size
+
+    def split(self, observations: Tensor, successors: Tensor) -> tuple[Tensor, Tensor]:
+        """What the policy sees of the newest rows [N, O + P]; the rest becomes `privileged`."""
+        size = self.observation_size
+        if self.task_spec.privileged is None:
+            return observations, successors
+        self.privileged = Privileged(observations[:, size:], successors[:, size:])
+        return observations[:, :size], successors[:, :size]
 
     def as_actions(self, actions: Any) -> Tensor:
         """Check and detach actions, float32 [N, A] or int64 [N], on their own device. Waits for it where they

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from brc_fast.errors import InputError, MissingExtraError
 
-from .vector import SUCCESS, VectorAdapter, check_spaces, is_image
+from .vector import SUCCESS, VectorAdapter, check_spaces, in_order, is_image
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +65,15 @@ _SUCCESS = (*SUCCESS, "solved")  # of MetaWorld and Adroit, of Fetch and Shadow;
 class Pool(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
     """An EnvPool pool as a vector environment that is reset by mask (AutoresetMode.DISABLED).
 
-    Observations are [N, O] float32, of a dictionary the entries named in `_OBSERVATIONS`, or all but what is
-    privileged (of MuJoCo Playground's robots "state" alone, as in mjx/); or images [N, C, H, W] uint8.
-    `infos` holds "success" [N] where the task reports it, and nothing else. Keywords go to `envpool.make`.
+    Observations are [N, O] float32, of a dictionary the entries named in `_OBSERVATIONS`, or all; or images
+    [N, C, H, W] uint8. Of MuJoCo Playground's robots they are "state" and, where `privileged`, the
+    `privileged_size` numbers of "privileged_state" behind it. `infos` holds "success" [N] where the task
+    reports it, and nothing else. Keywords go to `envpool.make`.
     """
 
-    def __init__(self, name: str, num_envs: int, render: bool = False, **config: Any) -> None:
+    def __init__(
+        self, name: str, num_envs: int, render: bool = False, privileged: bool = True, **config: Any
+    ) -> None:
         envpool = importlib.import_module("envpool")
         self.num_envs = num_envs
         threads = min(num_envs, _cores())
@@ -88,9 +91,9 @@ class Pool(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
         self._keys: Sequence[str] = ()
         leaves = [space]
+        space, self.privileged_size = in_order(space, privileged)
         if isinstance(space, Dict):
-            senses = ("state",) if "privileged_state" in space.spaces else tuple(space)  # Playground's robots
-            self._keys = _OBSERVATIONS.get(name, senses)
+            self._keys = _OBSERVATIONS.get(name, tuple(space))
             leaves = [space[key] for key in self._keys]
         boxes = [leaf for leaf in leaves if isinstance(leaf, Box)]
         if len(boxes) < len(leaves):
@@ -161,7 +164,13 @@ class Pool(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
 
 
 def make_envpool(
-    task: str, num_envs: int, seed: int = 0, *, episode_length: int | None = None, render: bool = False
+    task: str,
+    num_envs: int,
+    seed: int = 0,
+    *,
+    episode_length: int | None = None,
+    privileged: bool = True,
+    render: bool = False,
 ) -> VectorAdapter:
     """Make `num_envs` slots of a task in EnvPool, on as many threads as there are cores to use.
 
@@ -170,6 +179,8 @@ def make_envpool(
     metaworld/<name>     envpool/MetaWorld/<Name> with episodes of 200 steps instead of 500. A name of version
                          2, such as assembly-v2-goal-observable, runs version 3, with a warning
     dmc/<domain>-<task>  envpool/<DomainTask>-v1
+
+    privileged: give the critics of MuJoCo Playground's robots their privileged_state.
 
     Raises MissingExtraError without envpool, InputError for an id that it does not have and for actions or
     observations that cannot be used.
@@ -191,8 +202,9 @@ def make_envpool(
         config["max_episode_steps"] = METAWORLD_STEPS
     if episode_length is not None:
         config["max_episode_steps"] = episode_length
-    pool = Pool(name, num_envs, render, **config)
-    return VectorAdapter(pool, task, seed, max_episode_steps=pool.max_episode_steps)
+    pool = Pool(name, num_envs, render, privileged, **config)
+    size, limit = pool.privileged_size, pool.max_episode_steps
+    return VectorAdapter(pool, task, seed, max_episode_steps=limit, privileged_size=size)
 
 
 def list_envpool(backend: str) -> tuple[str, ...]:

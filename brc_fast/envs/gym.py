@@ -40,7 +40,7 @@ from brc_fast.errors import SimulatorError as SimulatorError
 
 from . import vector
 from .base import Step
-from .vector import SUCCESS, VectorAdapter, check_spaces, is_image, leaves, simulator_error
+from .vector import SUCCESS, VectorAdapter, check_spaces, in_order, is_image, leaves, simulator_error
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def make_gym(
     restarts: int = 3,
     step_seconds: float | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    privileged: bool = True,
     render: bool = False,
 ) -> VectorAdapter:
     """Slots of a task `gym/<id>`, `gym/<module>:<id>`, `dmc/<domain>-<task>` or `humanoidbench/<id>`.
@@ -76,6 +77,7 @@ def make_gym(
                      environment always runs in this one
     restarts:        times that all workers are started anew, after one died, before WorkerError is raised
     kwargs:          arguments of the environments' constructor
+    privileged:      of observations of the keys state and privileged_state, give the critic the second
     render:          make environments that can draw themselves, where they can
     step_seconds:    a worker that takes longer than this for a step or a reset counts as dead; default: none
 
@@ -102,13 +104,15 @@ def make_gym(
         if spec.entry_point is None:
             venv = gymnasium.make_vec(spec, num_envs, **kwargs)
             limit = episode_length or spec.max_episode_steps
-            return VectorAdapter(venv, task, seed, max_episode_steps=limit)
+            space, size = in_order(venv.single_observation_space, privileged)
+            sizes: dict[str, Any] = {"max_episode_steps": limit, "privileged_size": size}
+            return VectorAdapter(venv, task, seed, observation_space=space, **sizes)
         # A spec also carries what the running script has registered; a module registers its own everywhere.
         made = name if module else replace(spec, order_enforce=False)
-        factory = SlotFactory(made, kwargs)
+        factory = SlotFactory(made, kwargs, privileged)
         if render and suite == "gym":
             with suppress(TypeError):  # of a constructor that takes no render_mode
-                drawn = SlotFactory(made, {**kwargs, "render_mode": "rgb_array"})
+                drawn = SlotFactory(made, {**kwargs, "render_mode": "rgb_array"}, privileged)
                 drawn.spare = drawn()
                 factory = drawn
         probe = factory.spare = factory.spare or factory()
@@ -120,7 +124,7 @@ def make_gym(
         with _explained(task):
             return Workers(factory, num_envs, step_seconds) if processes else Here(factory, num_envs)
 
-    return GymAdapter(build, task, seed, probe.max_episode_steps, restarts)
+    return GymAdapter(build, task, seed, probe.max_episode_steps, restarts, probe.privileged_size)
 
 
 def list_gym(backend: str) -> tuple[str, ...]:
@@ -163,14 +167,18 @@ def _require_dmc() -> None:
 
 
 class Slot(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """One environment: flat float32 observations or an image, no infos but "success", and "lost" for NaN."""
+    """One environment: flat float32 observations or an image, no infos but "success", and "lost" for NaN.
 
-    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+    The last `privileged_size` numbers of an observation are the critic's alone.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], privileged: bool = True) -> None:
         super().__init__(env)
         space: Any = env.observation_space
         if hasattr(env.unwrapped, "observation_spec"):  # dm_control has an order, Gymnasium sorts by name
             names = env.unwrapped.observation_spec()
             space = gymnasium.spaces.Dict([(name, space[name]) for name in names])
+        space, self.privileged_size = in_order(space, privileged)
         self.unflattened = space
         self.image = is_image(space)
         if not self.image:
@@ -272,9 +280,10 @@ def _leave_signals_to_the_parent() -> None:
 class SlotFactory:
     """Makes one environment; can be sent to another process."""
 
-    def __init__(self, spec: Any, kwargs: dict[str, Any]) -> None:
+    def __init__(self, spec: Any, kwargs: dict[str, Any], privileged: bool = True) -> None:
         self.spec = spec
         self.kwargs = kwargs
+        self.privileged = privileged
         self.home = os.getpid()
         # For its processes. They cannot render, unless the user has set MUJOCO_GL.
         self.environment = {
@@ -294,7 +303,8 @@ class SlotFactory:
             env, self.spare = self.spare, None
             return env
         with _silence():
-            return Slot(gymnasium.make(self.spec, disable_env_checker=True, **self.kwargs))
+            made = gymnasium.make(self.spec, disable_env_checker=True, **self.kwargs)
+            return Slot(made, self.privileged)
 
 
 class Here(SyncVectorEnv[Any, Any]):
@@ -450,7 +460,13 @@ class GymAdapter(VectorAdapter):
     environment raised in this one."""
 
     def __init__(
-        self, build: Callable[[], Any], task: str, seed: int, max_episode_steps: int | None, restarts: int
+        self,
+        build: Callable[[], Any],
+        task: str,
+        seed: int,
+        max_episode_steps: int | None,
+        restarts: int,
+        privileged_size: int = 0,
     ) -> None:
         self._build = build
         self._restarts = self._restarts_left = restarts
@@ -458,7 +474,8 @@ class GymAdapter(VectorAdapter):
             venv = build()
         except _Failure as failure:
             raise WorkerError(f"{task} did not start: {failure}; {_HOW_TO_LOOK}") from failure
-        super().__init__(venv, task, seed, max_episode_steps=max_episode_steps, lost_key="lost")
+        sizes: dict[str, Any] = {"max_episode_steps": max_episode_steps, "privileged_size": privileged_size}
+        super().__init__(venv, task, seed, lost_key="lost", **sizes)
 
     def launch(self, actions: Tensor) -> Any:
         try:
@@ -481,7 +498,9 @@ class GymAdapter(VectorAdapter):
         if self.successes is not None:
             self.successes = torch.zeros(self.num_envs, dtype=torch.bool)
         yes, no = torch.ones(self.num_envs, dtype=torch.bool), torch.zeros(self.num_envs, dtype=torch.bool)
-        return Step(self._restarted(), successors, torch.zeros(self.num_envs), no, yes, yes.clone())
+        self._restarted()
+        seen = self.split(torch.from_numpy(self._observations.copy()), successors)
+        return Step(*seen, torch.zeros(self.num_envs), no, yes, yes.clone())
 
     def _restarted(self, given: Sequence[int | None] | None = None) -> Tensor:
         while True:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from brc_fast.errors import InputError
-from brc_fast.spec import Spec
+from brc_fast.spec import Field, Spec
 
 from . import _jax
 from ._programs import BLOCKS, Slots, Start, programs
@@ -56,16 +57,18 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         impl: str = "jax",
         episode_length: int | None = None,
         randomize: bool | Randomizer = False,
+        privileged: bool = True,
         quiet: bool = False,
     ) -> None:
         with _jax.progress(f"tracing {', '.join(tasks)}", quiet):
-            self._programs = programs(tasks, impl, num_envs, randomize)
+            self._programs = programs(tasks, impl, num_envs, randomize, privileged)
         self._quiet = quiet
         sizes = self._programs.sizes
         limits = [episode_length or length for length in sizes.episode_lengths]
         self.max_episode_steps = max(limits)
+        spec = Spec.vectors(sizes.observation, sizes.action, tasks)
         self.declare(
-            Spec.vectors(sizes.observation, sizes.action, tasks),
+            replace(spec, privileged=Field((sizes.privileged,))) if sizes.privileged else spec,
             task_ids=np.repeat(np.arange(len(tasks)), num_envs),
             seed=seed,
         )
@@ -109,7 +112,8 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         self._ring = [self._fresh()] * BLOCKS  # all but the first are filled before they are needed
         self._filled = np.ones(len(self.task_names), np.int64)  # blocks of the ring filled since the reset
         self._used = per_task, per_task
-        return check_start(from_dlpack(self._observations), self)
+        check_start(from_dlpack(self._observations), self)
+        return self._started()
 
     def step_tensors(self, actions: Tensor) -> Step:
         return self.collect(self.launch(actions))
@@ -131,9 +135,13 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         self._observations = step.observations
         return step
 
-    @staticmethod
-    def collect(step: Step) -> Step:
-        return Step(*map(from_dlpack, step))
+    def collect(self, step: Step) -> Step:
+        observations, successors, *rest = map(from_dlpack, step)
+        return Step(*self.split(observations, successors), *rest)
+
+    def _started(self) -> Tensor:
+        start = from_dlpack(self._observations)
+        return self.split(start, start)[0]
 
     def _fresh(self) -> Start:
         start: Start = self._programs.reset(self._keys, np.int32(self._fills))
@@ -212,7 +220,7 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
         self._keys = np.array(state["keys"])
         self._fills, self._filled = int(state["fills"][0]), np.array(state["fills"][1:])
         self._used = state["used"][0].copy(), state["used"][1].copy()
-        return from_dlpack(self._observations)
+        return self._started()
 
     def close_extras(self, **kwargs: Any) -> None:
         self._slots = None

@@ -35,8 +35,9 @@ class Group(VectorEnvironment, Protocol):
 class MultiTaskEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.float32], NDArray[Any]]):
     """Groups of slots of one or several tasks; slots are ordered by task, `task_ids` has the task of each.
 
-    Vectors are zero-padded to the widest task; of continuous actions each group reads as many as it has.
-    Tasks whose observations or actions are of different kinds are refused with an InputError.
+    Vectors are zero-padded to the widest task, those of the critic alone too; of continuous actions each
+    group reads as many as it has. Tasks whose observations or actions are of different kinds are refused with
+    an InputError.
     All groups are launched before the first is waited for.
     """
 
@@ -114,8 +115,13 @@ class MultiTaskEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
 
     def _note_newest(self) -> None:
         """What the groups tell beside the newest step."""
-        seen = [group.privileged for group in self.groups if group.privileged is not None]
-        self.privileged = Privileged(*map(self._padded, zip(*seen, strict=True))) if seen else None
+        if self.task_spec.privileged is not None:
+            nothing = (torch.zeros(group.num_envs, 0) for group in self.groups)
+            seen = [
+                group.privileged or Privileged(none, none)
+                for group, none in zip(self.groups, nothing, strict=True)
+            ]
+            self.privileged = Privileged(*map(self._padded, zip(*seen, strict=True)))
         known = [group.successes for group in self.groups]
         if all(part is None for part in known):
             self.successes = None

@@ -111,6 +111,12 @@ KNOWN = {
 _HOW_TO_LIST = "all names: brc-fast envs"
 
 
+def is_robot(task: str) -> bool:
+    """Whether a task is one of MuJoCo Playground's that may have privileged_state."""
+    backend, _, name = task.partition("/")
+    return task.startswith("envpool/MuJoCoPlayground/") or (backend == "mjx" and name not in MJX_TASKS)
+
+
 def list_tasks(suite: str = "mjx/dmc25") -> tuple[str, ...]:
     """Task ids of a suite, such as "mjx/CartpoleSwingup"; InputError for a name that is none."""
     if suite in UNAVAILABLE:

@@ -22,7 +22,7 @@ from torch import Tensor
 from brc_fast.errors import InputError, SimulatorError, WorkerError
 from brc_fast.spec import Box, Discrete, Field, Spec
 
-from .base import GymnasiumFace, Seed, Step, check_start, finite_rows
+from .base import PRIVILEGED, STATE, GymnasiumFace, Seed, Step, check_start, finite_rows
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,10 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
                         above zero, the task calls the step a success
     observation_space:  of one slot; a Dict with fewer keys than the environment's leaves the others out.
                         One Box of uint8 with two or more dimensions is an image and stays one, all else
-                        becomes a vector
+                        becomes a vector. Of a Dict with the keys "state" and "privileged_state" alone the
+                        policy sees the one, and the critic both (`privileged`)
+    privileged_size:    numbers at the end of an observation of the space that the critic alone sees; those
+                        of "privileged_state" when not given
 
     A number that is not finite loses its transition where the slot can be reset from outside (mode DISABLED);
     in the other modes it is passed on, for `check_finite` to report. Raises InputError for spaces that do not
@@ -67,6 +70,7 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
         lost_key: str | None = None,
         success_keys: Sequence[str] = SUCCESS,
         observation_space: Space[Any] | None = None,
+        privileged_size: int | None = None,
     ) -> None:
         self.venv = venv
         self.max_episode_steps = max_episode_steps
@@ -82,9 +86,12 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
         self._space = venv.single_observation_space if observation_space is None else observation_space
         actions = venv.single_action_space
         check_spaces(task, self._space, actions)
+        if privileged_size is None:
+            self._space, privileged_size = in_order(self._space)
         self._symmetric = isinstance(actions, spaces.Box) and bool((actions.low == -actions.high).all())
         spent = self._mode is AutoresetMode.NEXT_STEP
-        self.declare(spec_of(task, self._space, actions), np.zeros(venv.num_envs, np.int64), seed, spent)
+        spec = spec_of(task, self._space, actions, privileged_size)
+        self.declare(spec, np.zeros(venv.num_envs, np.int64), seed, spent)
         self.continues[:] = False
         self._set_key(seed)
         self._lost = 0
@@ -173,15 +180,14 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
         check_start(torch.from_numpy(observations), self, self.when)
         self._ended = np.zeros(self.num_envs, bool)
         self._running = True
-        return self._acting_on(observations)
-
-    def _acting_on(self, observations: NDArray[Any]) -> Tensor:
         self._observations = observations.copy()
-        return torch.from_numpy(observations)
+        start = torch.from_numpy(observations)
+        return self.split(start, start)[0]
 
     def _read(self, observation: Any, count: int) -> NDArray[Any]:
-        """A new array [count, ..] of `count` observations, stacked in every leaf of the space."""
-        field = self.task_spec.observation
+        """A new array [count, ..] of `count` observations, stacked in every leaf of the space, with what the
+        critic alone sees."""
+        field = self.task_spec.fields[0]
         if is_image(self._space):
             read = np.array(observation)
             if read.dtype != np.uint8:
@@ -266,8 +272,9 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
             self.successes = torch.from_numpy(success & ~dropped)
         elif self.successes is not None:
             self.successes = torch.zeros(self.num_envs, dtype=torch.bool)
-        rest = map(torch.from_numpy, (successors, rewards, terminated, truncated, dropped))
-        return Step(self._acting_on(observations), *rest)
+        self._observations = observations.copy()
+        seen = self.split(torch.from_numpy(observations), torch.from_numpy(successors))
+        return Step(*seen, *map(torch.from_numpy, (rewards, terminated, truncated, dropped)))
 
     def _flags(
         self, keys: Sequence[str], infos: dict[str, Any], ended: NDArray[np.bool_]
@@ -375,17 +382,31 @@ def is_image(space: Space[Any]) -> bool:
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) > 1
 
 
-def spec_of(task: str, observation_space: Space[Any], action_space: Space[Any]) -> Spec:
-    """What a task observes and does, of spaces that were checked; InputError where there is nothing."""
+def in_order(space: Space[Any], privileged: bool = True) -> tuple[Space[Any], int]:
+    """A space whose last numbers are the critic's alone, and how many; without them if not `privileged`."""
+    if not isinstance(space, spaces.Dict) or set(space.spaces) != {STATE, PRIVILEGED}:
+        return space, 0
+    kept = (STATE, PRIVILEGED) if privileged else (STATE,)
+    return spaces.Dict([(key, space[key]) for key in kept]), spaces.flatdim(space[PRIVILEGED]) * privileged
+
+
+def spec_of(
+    task: str, observation_space: Space[Any], action_space: Space[Any], privileged_size: int = 0
+) -> Spec:
+    """What a task observes and does, of spaces that were checked; InputError where there is nothing.
+
+    privileged_size: numbers of an observation, its last ones, that the critic alone sees.
+    """
     image = is_image(observation_space)
-    shape = observation_space.shape if image else (spaces.flatdim(observation_space),)
+    shape = observation_space.shape if image else (spaces.flatdim(observation_space) - privileged_size,)
     size = spaces.flatdim(action_space)
     for side, sizes in (("observations", shape or ()), ("actions", (size,))):
         if 0 in sizes:
             raise InputError(f"{task} cannot be learned: it has no {side}")
     observation = Field(shape or (), "uint8" if image else "float32")
     discrete = isinstance(action_space, spaces.Discrete)
-    return Spec(observation, Discrete(size) if discrete else Box(size), (task,))
+    privileged = Field((privileged_size,)) if privileged_size else None
+    return Spec(observation, Discrete(size) if discrete else Box(size), (task,), privileged)
 
 
 def leaves(space: Space[Any], observation: Any) -> Iterator[Any]:
