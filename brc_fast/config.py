@@ -194,6 +194,9 @@ class EnvConfig:
     given."""
     kwargs: str | None = None
     """Arguments of the environment's constructor, for gym/ tasks: a JSON object such as '{"gain": 2.0}'."""
+    privileged: bool = True
+    """Asymmetric actor-critic: critics see a robot's privileged_state beside its state, policies state alone.
+    Without it nobody sees privileged_state."""
 
     def __post_init__(self) -> None:
         if self.kwargs is not None:

@@ -52,6 +52,7 @@ from brc_fast.disk import (
     require_shallow,
     sync,
 )
+from brc_fast.envs.suites import is_robot
 from brc_fast.errors import InputError
 
 from .arrays import ArrayFile, Arrays, Kinds, checksum_of, write_arrays
@@ -205,6 +206,9 @@ class RunFolder:
         except (ValueError, TypeError) as error:
             raise InputError(f"{file} cannot be read: {error}") from error
         assert isinstance(config, TrainConfig)
+        if "privileged" not in values.get("env", {}) and any(map(is_robot, config.tasks)):
+            # an older version wrote it, whose critics saw what the policy sees
+            return dataclasses.replace(config, env=dataclasses.replace(config.env, privileged=False))
         return config
 
     def steps(self) -> list[int]:

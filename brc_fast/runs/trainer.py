@@ -20,7 +20,14 @@ from brc_fast.agents.memory import plan_least, plan_run, require_fit, table
 from brc_fast.agents.normalizer import RewardNormalizer
 from brc_fast.agents.policy import LaggedPolicy
 from brc_fast.config import TrainConfig
-from brc_fast.envs.base import Step, check_finite, require_time_limit, tasks_with_success
+from brc_fast.envs.base import (
+    Step,
+    check_finite,
+    require_time_limit,
+    start_seen,
+    step_seen,
+    tasks_with_success,
+)
 from brc_fast.learner.finite import require_finite
 from brc_fast.learner.precision import cores
 from brc_fast.replay import ReplayBuffer
@@ -84,20 +91,21 @@ class Trainer:
         self.entropies: Tensor | None = None  # [T], kept only with return_entropy="measured"
         if self.normalizer.entropy == "measured":
             self.entropies = torch.full((len(self.names),), self.agent.target_entropy / 2.0, device=device)
-        self.observations: Tensor | None = None
+        self.observations: Tensor | None = None  # [N, O + P], what the critic sees before the next step
 
     def collect(self) -> None:
         """Act in every environment and store what came of it."""
         if self.observations is None:
-            self.observations = self.env.reset_tensors(self.config.seed)
+            self.observations = start_seen(self.env, self.env.reset_tensors(self.config.seed))
             self.count(self.observations, torch.arange(self.env.num_envs))
         seen = self.observations.to(self.agent.device)
         random = self.steps < self.config.random_steps
         policy = self.lagged or self.agent
         self.watch.start()
-        actions = self.agent.random_actions(len(seen)) if random else policy.act(seen, self.task_ids)
+        sensed = self.agent.sensed(seen)
+        actions = self.agent.random_actions(len(seen)) if random else policy.act(sensed, self.task_ids)
         self.watch.lap("act")
-        step = self.env.step_tensors(actions)
+        step = step_seen(self.env, self.env.step_tensors(actions))
         check_finite(step, self.env, self.steps + self.config.num_envs)
         self.steps += self.config.num_envs
         self.watch.lap("environment", self.env.num_envs)
@@ -119,7 +127,7 @@ class Trainer:
         self.watch.lap("store")
 
     def count(self, observations: Tensor, slots: Tensor) -> None:
-        """Take observations [M, O] of these slots [M] into the statistics, where the agent has some."""
+        """Take observations [M, O + P] of these slots [M] into the statistics, where the agent has some."""
         if self.agent.observations is not None:
             self.agent.observations.update(observations.cpu(), torch.from_numpy(self.env.task_ids)[slots])
 
@@ -334,7 +342,7 @@ class Trainer:
             if self.entropies is not None:
                 require_finite("entropies", torch.from_numpy(progress["entropies"]))
                 self.entropies = torch.from_numpy(progress["entropies"]).to(self.agent.device)
-            self.observations = self.env.load_state_dict(parts["environments"])
+            self.observations = start_seen(self.env, self.env.load_state_dict(parts["environments"]))
             begun = torch.from_numpy(np.flatnonzero(~self.env.continues))
             self.count(self.observations.cpu()[begun], begun)
         best = folder.best()
