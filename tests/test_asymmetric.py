@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -164,11 +165,28 @@ def test_the_policy_takes_what_it_senses_and_refuses_more(normalized: bool) -> N
     values = [agent.value(x, ids) for x in (everything, other)]
     assert not torch.isclose(*values).any()
     assert torch.equal(agent.act(other[:, :O], ids, deterministic=True), actions)
-    told = agent.entropy_per_task(batch)
-    assert told.shape == (2,)
-    if not normalized:
-        target = agent.critic_target(batch, noises(1, 6).next_action[0])
-        assert target.probs.shape == (6, agent.critic.loss.outputs)
+    shown = everything
+    if agent.observations is not None:
+        mean, variance = (x[ids].float() for x in (agent.observations.mean, agent.observations.variance))
+        shown = (everything - mean) * (variance + 1e-8).rsqrt()
+    table = agent.critic.table
+    assert table is not None
+    rows = torch.nn.functional.normalize(table, dim=-1)[ids]
+    mean_action = agent.actor(torch.cat([shown[:, :O], rows], -1))[0].tanh()
+    torch.testing.assert_close(actions, mean_action)
+    torch.testing.assert_close(values[0], agent.critic.values(shown, actions, ids).mean(0))
+
+
+def test_what_is_told_of_the_policy_depends_on_what_it_senses_alone() -> None:
+    batch, noise = seen(1, 16).update(0), noises(1, 16).next_action[0]
+    entropies, targets = [], []
+    for each in (batch, with_privileged(batch, seed=3)):
+        agent = asymmetric()
+        entropies.append(agent.entropy_per_task(each))
+        targets.append(agent.critic_target(each, noise))
+    assert torch.equal(*entropies)
+    assert torch.equal(targets[0].next_actions, targets[1].next_actions)
+    assert not torch.isclose(targets[0].next_logits, targets[1].next_logits).all()
 
 
 def test_a_privileged_size_below_zero_is_refused() -> None:
@@ -348,6 +366,8 @@ class Robot(gymnasium.Env[Any, Any]):
         return self._seen(), {}
 
     def step(self, action: Any) -> Any:
+        if self.more == 4 and self.age == 2:
+            os._exit(3)
         self.speed = 0.5 * self.speed + float(action[0])
         self.place, self.age = self.place + self.speed, self.age + 1
         if self.age == 4 and self.more == 3 and self.place > 0:
@@ -362,6 +382,7 @@ def robots() -> Iterator[None]:
         "Wide-v0": {"more": 2, "senses": 2},
         "Also-v0": {"extra": True},
         "Lost-v0": {"more": 3},
+        "Dying-v0": {"more": 4},
     }
     for name, kwargs in made.items():
         gymnasium.register(name, Robot, max_episode_steps=6, kwargs=kwargs)
@@ -429,6 +450,23 @@ def test_a_number_that_only_the_critic_sees_can_lose_a_step(robots: None) -> Non
         assert torch.equal(after.successors[step.dropped], before.observations[step.dropped])
         lost += int(step.dropped.sum())
     assert lost == env.nan_count[0] > 0
+
+
+def test_a_process_that_dies_loses_what_both_saw(robots: None) -> None:
+    require("gym")
+    from brc_fast import envs
+
+    env = envs.make("gym/Dying-v0", 2, processes=True)
+    try:
+        *_, (before, _, step, after) = played(env, 3)
+        assert step.dropped.all()
+        assert step.truncated.all()
+        assert torch.equal(after.successors, before.observations)
+        assert torch.equal(step.successors, before.observations[:, :1])
+        assert torch.equal(after.observations[:, :1], step.observations)
+        assert not after.observations[:, 1:].any()  # of a new episode
+    finally:
+        env.close()
 
 
 def test_tasks_side_by_side_have_the_widest_of_both(robots: None) -> None:
