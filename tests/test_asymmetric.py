@@ -11,14 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
 from agents import SIZES, batches, noises
 from extras import needs, require
-from gymnasium.spaces import Box as Space
-from gymnasium.spaces import Dict
 from torch import Tensor
 
 from brc_fast import BRC, Batch, CriticConfig, Noise
@@ -27,6 +24,16 @@ from brc_fast.config import TrainConfig
 from brc_fast.envs.base import Privileged, Step
 from brc_fast.spec import Field, Spec
 
+require("gym")
+
+import cloudpickle
+import gymnasium
+from gymnasium.spaces import Box as Space
+from gymnasium.spaces import Dict
+
+from brc_fast import envs
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
 from peers.torch_plain import PlainBRC
@@ -223,8 +230,6 @@ def test_a_state_tells_what_its_agent_sees() -> None:
 @pytest.fixture
 def hiding(toy: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The toy whose policy senses the point's place, and the critic its velocity and the time beside that."""
-    from brc_fast import envs
-
     toy_env = type(envs.make(("toy/One",), 1))
 
     class Hiding(toy_env):  # type: ignore[misc, valid-type]
@@ -404,9 +409,6 @@ def played(env: Any, steps: int, seed: int = 1) -> Iterator[tuple[Privileged, Te
 
 @pytest.mark.parametrize("processes", [False, True])
 def test_state_is_the_policys_and_privileged_state_the_critics(robots: None, processes: bool) -> None:
-    require("gym")
-    from brc_fast import envs
-
     env = envs.make("gym/Robot-v0", N, processes=processes)
     try:
         assert env.task_spec == replace(Spec.vectors(1, 1, ["gym/Robot-v0"]), privileged=Field((3,)))
@@ -428,9 +430,6 @@ def test_state_is_the_policys_and_privileged_state_the_critics(robots: None, pro
 
 
 def test_a_robot_without_it_and_other_names_are_as_they_were(robots: None) -> None:
-    require("gym")
-    from brc_fast import envs
-
     env = envs.make("gym/Robot-v0", N, privileged=False)
     env.reset_tensors(0)
     env.step_tensors(torch.zeros(N, 1))
@@ -440,9 +439,6 @@ def test_a_robot_without_it_and_other_names_are_as_they_were(robots: None) -> No
 
 
 def test_a_number_that_only_the_critic_sees_can_lose_a_step(robots: None) -> None:
-    require("gym")
-    from brc_fast import envs
-
     env = envs.make("gym/Lost-v0", N)
     lost = 0
     for before, _, step, after in played(env, 40):
@@ -453,9 +449,6 @@ def test_a_number_that_only_the_critic_sees_can_lose_a_step(robots: None) -> Non
 
 
 def test_a_process_that_dies_loses_what_both_saw(robots: None) -> None:
-    require("gym")
-    from brc_fast import envs
-
     env = envs.make("gym/Dying-v0", 2, processes=True)
     try:
         *_, (before, _, step, after) = played(env, 3)
@@ -470,9 +463,6 @@ def test_a_process_that_dies_loses_what_both_saw(robots: None) -> None:
 
 
 def test_tasks_side_by_side_have_the_widest_of_both(robots: None) -> None:
-    require("gym")
-    from brc_fast import envs
-
     names = ("gym/Robot-v0", "gym/Wide-v0", "gym/Pendulum-v1")  # the last has nothing that is privileged
     env = envs.make(names, N)
     assert env.task_spec == replace(Spec.vectors(3, 1, names), privileged=Field((5,)))
@@ -488,7 +478,7 @@ def test_tasks_side_by_side_have_the_widest_of_both(robots: None) -> None:
 
 
 def test_robots_of_different_sizes_train_one_agent(robots: None, tmp_path: Path) -> None:
-    require("gym", "train")
+    require("train")
     from run_folders import arrays
 
     from brc_fast.command import main as cli
@@ -516,8 +506,6 @@ def test_robots_of_different_sizes_train_one_agent(robots: None, tmp_path: Path)
 @needs("envpool")
 def test_a_walking_robots_critic_sees_what_the_simulator_knows() -> None:
     """EnvPool's own numbers, also of the last step of an episode."""
-    from brc_fast import envs
-
     env = envs.make(GO1, N, episode_length=3)
     assert env.task_spec == replace(Spec.vectors(48, 12, [GO1]), privileged=Field((123,)))
     assert envs.make(GO1, 1, privileged=False).task_spec == Spec.vectors(48, 12, [GO1])
