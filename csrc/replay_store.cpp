@@ -15,8 +15,8 @@
 namespace brc {
 namespace {
 
-constexpr std::size_t kLine = 64;   // bytes of a cache line
-constexpr std::size_t kGroup = 16;  // rows put together before they are written
+constexpr std::size_t kLine = 64;                          // bytes of a cache line
+constexpr std::size_t kGroup = 16;                         // rows put together before they are written
 constexpr std::size_t kSliceBytes = std::size_t{1} << 20;  // sampled at once while writers wait, but for
 constexpr std::size_t kFewest = 64;                        // transitions at least
 constexpr std::size_t kWrites = 8;  // rows between a request for a place in a batch and its use
