@@ -29,7 +29,7 @@ def test_u_updates_in_one_call_equal_u_calls(tasks: int) -> None:
     data = batches(4, 16, 5, 2, tasks)
     one.update(data)
     for u in range(4):
-        many.update(Batch(*(field[u : u + 1] for field in data)))
+        many.update(data.map(lambda field, u=u: field[u : u + 1]))
     for name, value in one.state_dict().items():
         assert torch.equal(value, many.state_dict()[name]), name
 

@@ -187,7 +187,8 @@ def test_updates_are_those_of_a_plain_engine(
     with nearest_kinks() as kinks:
         for call in range(0, updates, 10):  # ten updates a call
             metrics = mine.update(
-                Batch(*(x[call : call + 10] for x in data)), Noise(*(x[call : call + 10] for x in noise))
+                data.map(lambda x, first=call: x[first : first + 10]),
+                Noise(*(x[call : call + 10] for x in noise)),
             )
             for update in range(call, call + 10):
                 with kernels.use("reference"):
@@ -240,7 +241,10 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_where_sums_are_kept(tasks
     low, full = agent(tasks, precision="bf16"), agent(tasks)
     data, noise = batches(20, tasks)
     for update in range(20):
-        one = Batch(*(x[update : update + 1] for x in data)), Noise(*(x[update : update + 1] for x in noise))
+        one = (
+            data.map(lambda x, first=update: x[first : first + 1]),
+            Noise(*(x[update : update + 1] for x in noise)),
+        )
         mine, expected = low.update(*one), full.update(*one)
         for name in ("critic_loss", "actor_loss", "temperature_loss", "entropy", "q_mean"):
             scale = max(abs(expected[name].item()), 1.0)
@@ -323,12 +327,12 @@ def test_rewards_are_divided_by_the_scale_of_their_task() -> None:
     scaled, divided = agent(3), agent(3)
     data, noise = batches(4, 3)
     scale = torch.tensor([0.5, 3.0, float("inf")])  # infinite while a task's scale is unknown
-    before = [x.clone() for x in data]
+    before = [x.clone() for x in data.columns]
     mine = scaled.update(data, noise, reward_scale=scale)
     expected = divided.update(data._replace(rewards=data.rewards / scale[data.task_ids]), noise)
     assert all(torch.equal(mine[name], expected[name]) for name in METRICS)
     assert torch.equal(scaled.critics.master, divided.critics.master)
-    assert all(torch.equal(a, b) for a, b in zip(before, data, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, data.columns, strict=True))
     plain = agent(3)
     plain.update(data, noise)
     assert not torch.equal(plain.critics.master, scaled.critics.master)
@@ -404,7 +408,7 @@ def test_memory_that_is_kept_serves_inside_and_outside_of_inference_mode() -> No
     data, noise = batches(4, 2)
     observations, ids = torch.randn(37, OBS), torch.zeros(37, dtype=torch.long)  # of a size of their own
     for half in (slice(2), slice(2, None)):
-        part = Batch(*(x[half] for x in data)), Noise(*(x[half] for x in noise))
+        part = data.map(lambda x, half=half: x[half]), Noise(*(x[half] for x in noise))
         with torch.inference_mode(half.start is None):
             one.update(*part)
             one.act(observations, ids)
@@ -441,7 +445,8 @@ def test_what_is_not_finite_is_told_by_name_with_its_update(
     data, noise = batches(12, 2)
     getattr(data, field)[6, 3] = number  # of update 7
     for update in range(12):
-        mine.update(*(type(x)(*(f[update : update + 1] for f in x)) for x in (data, noise)))
+        one = slice(update, update + 1)
+        mine.update(data.map(lambda x, one=one: x[one]), type(noise)(*(x[one] for x in noise)))
         if update < 6:
             mine.check_finite()
         elif (field, number) != ("rewards", math.inf):
@@ -480,7 +485,8 @@ def test_what_is_not_finite_is_told_with_its_update_among_several_of_a_call() ->
     data, noise = batches(8)
     data.rewards[5, 3] = math.nan  # update 6, the second of the second call
     for call in (0, 4):
-        mine.update(*(type(x)(*(f[call : call + 4] for f in x)) for x in (data, noise)))
+        four = slice(call, call + 4)
+        mine.update(data.map(lambda x, four=four: x[four]), type(noise)(*(x[four] for x in noise)))
     with pytest.raises(FloatingPointError, match="critic_loss is not finite since update 6"):
         mine.check_finite()
 

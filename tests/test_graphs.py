@@ -113,12 +113,12 @@ def test_an_update_is_the_same_operations_every_time(
     """No number of the host may change from call to call, nor the place of any memory from outside."""
     device = request.getfixturevalue("kernel_device") if implementation == "triton" else "cpu"
     learner, data = agent(tasks, device), batches(2, tasks, device)
-    slots = [*next(data), torch.ones(tasks, device=device)]
+    slots = [*next(data).columns, torch.ones(tasks, device=device)]
     seen = []
     with kernels.use(implementation), torch.no_grad():
         learner.updates.function(*slots)
         for _ in range(2):
-            for slot, x in zip(slots, next(data), strict=False):
+            for slot, x in zip(slots, next(data).columns, strict=False):
                 slot.copy_(x)
             with Tape() as tape:
                 learner.updates.function(*slots)

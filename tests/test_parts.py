@@ -247,7 +247,7 @@ def test_an_update_is_what_a_cuda_graph_can_hold(body: str, loss: str, how: str)
     """Nothing waits for the device, and every call is the same operations on the same memory."""
     agent = learner(body, loss, "min", how, 3)
     data, _ = batches(2, 3, torch.float32)
-    slots, seen = [*data, torch.ones(3)], []
+    slots, seen = [*data.columns, torch.ones(3)], []
     with kernels.use("reference"), torch.no_grad():
         agent.updates.function(*slots)
         for _ in range(2):

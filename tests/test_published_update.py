@@ -83,7 +83,7 @@ class Recording:
         return {ours: self.tensor(theirs) for ours, theirs in names.items()}
 
     def batch(self, update: int) -> Batch:
-        return Batch(**{field: self.tensor(f"batch/{update}/{field}") for field in Batch._fields})
+        return Batch(**{field: self.tensor(f"batch/{update}/{field}") for field in Batch._fields[:-1]})
 
     def noise(self, update: int) -> Noise:
         return Noise(*(self.tensor(f"noise/{update}/{field}") for field in Noise._fields))
@@ -182,7 +182,7 @@ def test_recorded_updates_replay(path: Path, dtype: torch.dtype) -> None:
                 agent.atoms,
                 agent.v_max,
             )
-        metrics = agent.update(Batch(*(x[None] for x in batch)), Noise(*(x[None] for x in noise)))
+        metrics = agent.update(batch.map(lambda x: x[None]), Noise(*(x[None] for x in noise)))
         renamed = {"temp_loss": "temperature_loss"}
         for name in ("critic_loss", "actor_loss", "entropy", "temp_loss", "temperature"):
             seen[f"info/{name}"] = metrics[renamed.get(name, name)]
@@ -235,7 +235,7 @@ def test_a_replay_with_one_changed_noise_entry_is_told_apart(path: Path) -> None
     assert change[row] > 1e-3, f"noise moves no target, the most by {change[row]:.1e}"
 
     noise.next_action[row] = other[row]
-    agent.update(Batch(*(x[None] for x in batch)), Noise(*(x[None] for x in noise)))
+    agent.update(batch.map(lambda x: x[None]), Noise(*(x[None] for x in noise)))
     with pytest.raises(AssertionError, match="critic"):
         assert_parameters(agent, recording, 0, AFTER_FIRST[torch.float64])
 

@@ -147,8 +147,8 @@ class JaxBRC:
 
     def feed(self, batches: Batch) -> dict[str, Array]:
         """Batches [U, B, ...] as `updates` takes them."""
-        fields = batches._replace(task_ids=batches.task_ids.int())  # JAX has no int64 unless told
-        return {name: from_torch(value) for name, value in fields._asdict().items()}
+        fields = batches._replace(task_ids=batches.task_ids.int(), extras={})  # JAX has no int64 unless told
+        return {name: from_torch(value) for name, value in zip(fields._fields, fields.columns, strict=False)}
 
     def named(self) -> dict[str, torch.Tensor]:
         """What an update changes, by the names of ours and in its shapes."""

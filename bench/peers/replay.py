@@ -151,7 +151,7 @@ def ours(work: Stored, tensors: bool = False, kind: Callable[..., Any] = ReplayB
         return list(map(torch.from_numpy, step)) if tensors else step
 
     def columns(sampled: Any) -> Columns:
-        return [field.flatten(0, 1).cpu().numpy() for field in sampled]
+        return [field.flatten(0, 1).cpu().numpy() for field in sampled.columns]
 
     sample = lambda batches, size: buffer.sample(size, batches)  # noqa: E731
     return Peer(work, prepare, lambda step: buffer.add(*step), sample, columns, buffer)
