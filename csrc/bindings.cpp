@@ -6,6 +6,7 @@
 
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <system_error>
 
 #include "batch_views.hpp"
@@ -312,6 +313,21 @@ py::array_t<std::int64_t> of_streams(const DeviceIndex& index, Value value) {
   return to_array(values);
 }
 
+/// A property of a store. Whoever waits for its lock must not keep the GIL from a thread that is about to
+/// fork.
+template <class Value>
+auto property(Value (ReplayStore::*get)() const) {
+  return py::cpp_function([get](const BoundStore& self) { return (self.store.*get)(); },
+                          py::call_guard<py::gil_scoped_release>());
+}
+
+/// The same, of arrays.
+template <class Get>
+auto unlocked(const Get& get) {
+  const py::gil_scoped_release released;
+  return get();
+}
+
 py::arg exact(const char* name) {
   py::arg argument(name);
   return argument.noconvert();
@@ -442,10 +458,22 @@ PYBIND11_MODULE(_core, module) {
              const py::gil_scoped_release released;
              self.store.reset(ids);
            })
-      .def("indices", [](const BoundStore& self) { return to_array(self.store.indices()); })
+      // With the GIL: another thread could fork meanwhile. Whoever has the lock does not need the GIL to free
+      // it.
+      .def("before_fork", [](BoundStore& self) { self.store.before_fork(); })
+      .def("after_fork",
+           [](BoundStore& self, std::optional<std::uint64_t> child) {
+             if (child.has_value()) {
+               self.store.after_fork_in_child(*child);
+             } else {
+               self.store.after_fork();
+             }
+           })
+      .def("indices",
+           [](const BoundStore& self) { return to_array(unlocked([&] { return self.store.indices(); })); })
       .def("sequences",
            [](BoundStore& self, std::size_t batch_size, std::size_t length) {
-             const auto [names, starts] = self.store.sequences(batch_size, length);
+             const auto [names, starts] = unlocked([&] { return self.store.sequences(batch_size, length); });
              return std::pair(to_array(names), to_array(starts));
            })
       .def("write_segment", &write_segment, "file"_a, "start"_a)
@@ -456,13 +484,15 @@ PYBIND11_MODULE(_core, module) {
                       std::size_t count) { return rows_view(self.cast<BoundStore&>(), self, first, count); })
       .def("put_slots", &put_slots, exact("slots"))
       .def("get_slots", &get_slots, "count"_a)
-      .def("sizes", [](const BoundStore& self) { return to_array(self.store.sizes()); })
-      .def("capacities", [](const BoundStore& self) { return to_array(self.store.capacities()); })
-      .def_property_readonly("size", [](const BoundStore& self) { return self.store.size(); })
-      .def_property_readonly("side_size", [](const BoundStore& self) { return self.store.side_size(); })
-      .def_property_readonly("slots", [](const BoundStore& self) { return self.store.slots(); })
-      .def_property_readonly("nbytes", [](const BoundStore& self) { return self.store.nbytes(); })
-      .def_property_readonly("seed", [](const BoundStore& self) { return self.store.seed(); })
+      .def("sizes",
+           [](const BoundStore& self) { return to_array(unlocked([&] { return self.store.sizes(); })); })
+      .def("capacities",
+           [](const BoundStore& self) { return to_array(unlocked([&] { return self.store.capacities(); })); })
+      .def_property_readonly("size", property(&ReplayStore::size))
+      .def_property_readonly("side_size", property(&ReplayStore::side_size))
+      .def_property_readonly("slots", property(&ReplayStore::slots))
+      .def_property_readonly("nbytes", property(&ReplayStore::nbytes))
+      .def_property_readonly("seed", property(&ReplayStore::seed))
       .def_property_readonly("draws", [](const BoundStore& self) { return self.store.draws(); });
 
   py::class_<DeviceIndex>(module, "DeviceIndex")

@@ -4,6 +4,7 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
+#include <new>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -18,8 +19,10 @@ namespace {
 constexpr std::size_t kLine = 64;                          // bytes of a cache line
 constexpr std::size_t kGroup = 16;                         // rows put together before they are written
 constexpr std::size_t kSliceBytes = std::size_t{1} << 20;  // sampled at once while writers wait, but for
-constexpr std::size_t kFewest = 64;                        // transitions at least
-constexpr std::size_t kWrites = 8;  // rows between a request for a place in a batch and its use
+constexpr std::uint32_t kForked =
+    0xFFFFFFFEu;                     // of the words that make the seed of a child; no element has it
+constexpr std::size_t kFewest = 64;  // transitions at least
+constexpr std::size_t kWrites = 8;   // rows between a request for a place in a batch and its use
 
 /// How far memory is asked for ahead of a copy: `rows` of them, and so many `bytes` of each.
 struct Reach {
@@ -408,6 +411,15 @@ void ReplayStore::extend(std::int64_t stream, const TransitionColumns& columns) 
 std::pair<std::unique_lock<std::mutex>, std::unique_lock<FairLock>> ReplayStore::alone() const {
   std::unique_lock saving(saving_);
   return {std::move(saving), std::unique_lock(mutex_)};
+}
+
+void ReplayStore::after_fork_in_child(std::uint64_t number) noexcept {
+  // Those who waited for these locks, or held the other one, are threads of the parent.
+  new (&mutex_) FairLock();
+  new (&saving_) std::mutex();
+  save_ = nullptr;
+  const auto words = draw_words(index_.seed, number, kForked, 0);
+  index_.seed = std::uint64_t{words[0]} << 32 | words[1];
 }
 
 void ReplayStore::clear() {

@@ -101,6 +101,12 @@ class ReplayStore {
   /// B sequences of `length` transitions each; advances draws() by one.
   [[nodiscard]] Sequences sequences(std::size_t batch_size, std::size_t length);
 
+  /// Around a fork: no other thread works on the store meanwhile. A child has the content, and random numbers
+  /// of its own, which its number decides.
+  void before_fork() { mutex_.lock(); }
+  void after_fork() { mutex_.unlock(); }
+  void after_fork_in_child(std::uint64_t number) noexcept;
+
   /// Writes to a file all rows kept whose sequence number is at least `from` [N] of their stream, and says
   /// what it wrote. Throws std::system_error. O(bytes), with a few megabytes of memory and what is replaced
   /// meanwhile.

@@ -6,8 +6,11 @@ import ctypes
 import functools
 import itertools
 import os
+import pickle
 import select
+import signal
 import sys
+import threading
 import time
 import tracemalloc
 import weakref
@@ -23,7 +26,7 @@ import torch
 from extras import require
 
 from brc_fast.batch import Batch
-from brc_fast.replay import DeviceReplayBuffer, Field, ReplayBuffer, arena, files
+from brc_fast.replay import DeviceReplayBuffer, Field, ReplayBuffer, arena, files, forks
 
 require("hypothesis")
 
@@ -276,13 +279,11 @@ def test_a_save_holds_what_was_stored_when_it_began(
         more(feed, steps)
         assert time.monotonic() - before < 5
         assert not saving.done()
+        saving.add_done_callback(lambda _: os.close(into))
         segment = tmp_path / "segment"
         with segment.open("wb") as file:
             while len(data := os.read(out, 1 << 20)) > 0:
                 file.write(data)
-                if saving.done() and into >= 0:
-                    os.close(into)
-                    into = -1
         os.close(out)
         snapshot = saving.result()
     segments = [(segment, snapshot["table"])]
@@ -403,3 +404,81 @@ def test_a_buffer_on_a_device_is_refused_in_a_forked_process_and_freed_when_it_i
     alive = weakref.ref(buffer)
     del buffer
     assert alive() is None
+
+
+def in_a_child(task: Callable[[], Any]) -> Any:
+    """What it returns, or the error it raises, in a forked process; TimeoutError where it hangs."""
+    out, into = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            result = task()
+        except BaseException as error:
+            result = error
+        os.write(into, pickle.dumps(result))
+        os._exit(0)
+    os.close(into)
+    try:
+        if not select.select([out], [], [], 20)[0]:
+            os.kill(child, signal.SIGKILL)
+            raise TimeoutError
+        return pickle.loads(os.read(out, 1 << 20))
+    finally:
+        os.waitpid(child, 0)
+        os.close(out)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_forked_processes_draw_batches_of_their_own_and_never_hang() -> None:
+    feed = filled(500, steps=200, seed=7)
+    buffer, stop = feed.buffer, threading.Event()
+
+    def hammer() -> None:
+        while not stop.is_set():
+            buffer.sample(512, 4)
+
+    def use() -> tuple[list[int], int]:
+        drawn = buffer.sample(4).indices.tolist()
+        more(feed, 1)
+        return drawn, len(buffer)
+
+    with ThreadPoolExecutor(3) as pool, buffer.prefetch(16, 2) as batches:
+        tasks = [pool.submit(hammer), pool.submit(hammer)]
+        drawn = [in_a_child(use) for _ in range(8)]
+        refused = in_a_child(lambda: next(batches))
+        stop.set()
+        for task in tasks:
+            task.result()
+        next(batches)
+    assert len({tuple(indices) for indices, _ in drawn}) == 8
+    assert isinstance(refused, RuntimeError)
+    assert "closed" in str(refused)
+    assert {size for _, size in drawn} == {len(buffer) + 3}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_what_a_child_draws_depends_on_the_seed_and_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    for number in (5, 5, 6):
+        buffer = filled(500, steps=100, seed=7).buffer
+        monkeypatch.setattr(forks, "_children", number - 1)
+        drawn.append(in_a_child(lambda buffer=buffer: buffer.sample(8).indices.tolist()))
+        assert (
+            buffer.sample(8).indices.tolist()
+            == filled(500, steps=100, seed=7).buffer.sample(8).indices.tolist()
+        )
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_workers_of_a_data_loader_draw_different_batches() -> None:
+    buffer = filled(500, steps=100).buffer
+
+    class Sampled(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            for _ in range(2):
+                yield buffer.sample(6)
+
+    loader = torch.utils.data.DataLoader(
+        Sampled(), batch_size=None, num_workers=2, multiprocessing_context="fork"
+    )
+    drawn = {tuple(batch.indices.tolist()) for batch in loader}
+    assert len(drawn) == 4

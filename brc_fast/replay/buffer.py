@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from . import files
 from .arena import Arena
 from .base import Buffer, require_choices
 from .fields import Array, FieldLike, Schema, Values, checked, dlpack
+from .forks import watch
 from .prefetch import Prefetcher
 from .request import Size
 
@@ -56,7 +58,8 @@ class ReplayBuffer(Buffer):
         seed: 0..2**64-1. Equal seeds and equal calls give equal samples.
 
     Memory is reserved here (`nbytes`) and taken up as the buffer fills. All methods may be called from
-    several threads; samples and saves run side by side.
+    several threads; samples and saves run side by side. A forked process, such as a worker of torch's
+    DataLoader, has what was stored at the fork, and draws other batches than its parent and its siblings.
 
     Raises:
         TypeError: a size, a task or a seed that is not an integer.
@@ -88,6 +91,7 @@ class ReplayBuffer(Buffer):
             _exact(self.schema.action),
         )
         self._try_add = self._store.try_add
+        watch(self)
         self._arena = Arena(self.schema, pinned=torch.cuda.is_available())
         self._newest: Batch | None = None  # sampled, kept from reuse by the next one
 
@@ -246,8 +250,11 @@ class ReplayBuffer(Buffer):
         """
         size = Size.of(batch_size, num_batches)
         request = self._requests(n_step, discount, tasks, weights)
-        self._require_stored(batch_size)
-        lease = self._arena.lease(size, fresh=copy)
+        try:
+            lease = self._arena.lease(size, fresh=copy)
+        except MemoryError:
+            self._require_stored(batch_size)
+            raise
         self._store.sample(request, *size[:2], lease.views, lease.slot)
         if not copy:
             self._newest = lease.batch
@@ -257,6 +264,17 @@ class ReplayBuffer(Buffer):
         lease = self._arena.lease(Size(1, indices.size, shape), fresh=True)
         self._store.read(indices, self._requests.plain, lease.views, lease.slot)
         return lease.batch
+
+    def before_fork(self) -> None:
+        """For `forks`."""
+        self._store.before_fork()
+
+    def after_fork(self, child: int | None) -> None:
+        """For `forks`."""
+        self._store.after_fork(child)
+        if child is not None:
+            self._saving = threading.Lock()
+            self._arena = Arena(self.schema, pinned=False)
 
     def prefetch(
         self,

@@ -17,6 +17,7 @@ from brc_fast.batch import Batch
 from brc_fast.spec import integer
 
 from .arena import Arena, Lease
+from .forks import watch
 from .request import Size
 
 
@@ -65,6 +66,17 @@ class _Worker:
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self.run, name="brc-fast prefetch", daemon=True)
 
+    def before_fork(self) -> None:
+        self.changed.acquire()
+
+    def after_fork(self, child: int | None) -> None:
+        if child is None:
+            self.changed.release()
+        else:  # without the thread; those who waited are threads of the parent
+            self.changed = threading.Condition()
+            self.closed = True
+            self.error = RuntimeError("its thread is one of the process that this one was forked from")
+
     def close(self) -> None:
         with self.changed:
             self.closed = True
@@ -74,7 +86,7 @@ class _Worker:
         """The batch that is due, waiting for it if it is under way; None if it was not begun."""
         with self.changed:
             if self.closed:
-                raise RuntimeError("this prefetcher is closed")
+                raise RuntimeError("this prefetcher is closed") from self.error
             due, step = self.store.draws, self.size.num_batches
             while self.ready and self.ready[0].draw != due:
                 self.ready.popleft()
@@ -155,6 +167,7 @@ class Prefetcher(Iterator[Batch]):
         self._close = weakref.finalize(self, self._worker.close)
         self._worker.thread.start()
         _running.add(self._worker)
+        watch(self._worker)
 
     def __next__(self) -> Batch:
         """The next batch on the device, with the shapes that `sample` would give it.
