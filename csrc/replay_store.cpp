@@ -504,15 +504,17 @@ void ReplayStore::pick_in_slices(const Request& request, std::size_t num_batches
   std::vector<Pick> picks(std::min(batch_size, most));
   std::uint64_t number = 0;
   for (std::size_t u = 0; u < num_batches; ++u) {
-    for (std::size_t begin = 0; begin < batch_size; begin += most) {
+    std::size_t begin = 0;
+    do {  // also for a batch of nothing, which is refused
       const std::span<Pick> part = std::span(picks).first(std::min(most, batch_size - begin));
       const std::shared_lock lock(mutex_);
       index_.require_request(request, batch_size);
-      if (u == 0 && begin == 0) number = draw();
       Strata scratch;
-      Picker(index_, index_.strata(request, scratch), number + u, batch_size, begin).fill(part);
+      const Strata& strata = index_.strata(request, scratch);
+      if (u == 0 && begin == 0) number = draw();  // nothing is refused from here on
+      Picker(index_, strata, number + u, batch_size, begin).fill(part);
       use(u * batch_size + begin, part);
-    }
+    } while ((begin += most) < batch_size);
   }
 }
 
