@@ -87,7 +87,8 @@ py::list Views::arrays(const std::shared_ptr<Slot>& slot) const {
 
 BatchColumns Views::columns(Slot& slot, const Layout& layout) const {
   const std::size_t parts = layout.parts.size();
-  if (parts_.size() != 2 * parts + 7 + layout.fields.size()) refuse("another number of columns is expected");
+  const std::size_t all = 2 * parts + 7 + layout.fields.size();
+  if (parts_.size() < all || parts_.size() > all + 1) refuse("another number of columns is expected");
   std::byte* const data = memory_of(slot);
   std::size_t next = 0;
   const auto bytes = [&] {
@@ -110,6 +111,7 @@ BatchColumns Views::columns(Slot& slot, const Layout& layout) const {
   columns.steps = values(std::int64_t{0});
   columns.indices = values(std::int64_t{0});
   for (std::size_t f = 0; f < layout.fields.size(); ++f) columns.fields[f] = bytes();
+  if (parts_.size() > all) columns.weights = values(0.0f);
   return columns;
 }
 

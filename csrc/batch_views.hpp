@@ -47,7 +47,7 @@ class Views {
   [[nodiscard]] std::byte* memory_of(Slot& slot) const;
 
   std::vector<View> parts_;  // of observations, of next observations; rewards, masks, task_ids, terminated,
-                             // truncated, steps, indices; fields
+                             // truncated, steps, indices; fields; weights or not
   std::size_t bytes_ = 0;
 };
 

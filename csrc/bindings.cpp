@@ -70,8 +70,8 @@ class BoundStore {
  public:
   BoundStore(brc::Layout layout, const std::vector<std::int64_t>& capacities,
              const std::vector<std::int64_t>& task_ids, std::uint64_t seed, bool allow_not_finite,
-             Expected observation, Expected action)
-      : store(std::move(layout), capacities, task_ids, seed, allow_not_finite),
+             std::optional<double> alpha, Expected observation, Expected action)
+      : store(std::move(layout), capacities, task_ids, seed, allow_not_finite, alpha),
         observation_(std::move(observation)),
         action_(std::move(action)) {}
 
@@ -184,6 +184,19 @@ void read_transitions(const BoundStore& self, const Array<std::int64_t>& indices
   self.store.read(names, request, columns);
 }
 
+ReplayStore& index_of(BoundStore& self) {
+  return self.store;
+}
+DeviceIndex& index_of(DeviceIndex& self) {
+  return self;
+}
+
+template <class Index>
+std::size_t set_priorities(Index& self, const Array<std::int64_t>& indices, const Array<float>& priorities) {
+  const py::gil_scoped_release released;
+  return index_of(self).set_priorities(in(indices), in(priorities));
+}
+
 // ---- Files
 
 template <class T>
@@ -199,12 +212,13 @@ py::dict write_segment(const BoundStore& self, int file, const std::vector<std::
   }
   const auto& [content, table] = snapshot;
   const std::vector<int> head(table.head.begin(), table.head.end());
-  return py::dict(
-      "content"_a =
-          py::dict("count"_a = content.count, "size"_a = content.size, "kept"_a = content.kept,
-                   "phase"_a = content.phase, "capacity"_a = content.capacity, "draws"_a = content.draws),
-      "table"_a = py::dict("first"_a = table.first, "rows"_a = table.rows, "side"_a = table.side,
-                           "head"_a = head, "bytes"_a = table.bytes, "checksums"_a = table.checksums));
+  const py::dict counters("count"_a = content.count, "size"_a = content.size, "kept"_a = content.kept,
+                          "phase"_a = content.phase, "capacity"_a = content.capacity,
+                          "draws"_a = content.draws);
+  py::dict rows("first"_a = table.first, "rows"_a = table.rows, "side"_a = table.side, "head"_a = head,
+                "bytes"_a = table.bytes, "checksums"_a = table.checksums);
+  if (table.priorities > 0) rows["priorities"] = table.priorities;
+  return py::dict("content"_a = counters, "table"_a = rows);
 }
 
 void load(BoundStore& self, const py::dict& content_, const std::vector<py::tuple>& segments,
@@ -221,6 +235,7 @@ void load(BoundStore& self, const py::dict& content_, const std::vector<py::tupl
                       list<std::uint32_t>(table, "rows"),
                       list<std::uint32_t>(table, "side"),
                       {head.begin(), head.end()},
+                      table.contains("priorities") ? table["priorities"].cast<std::uint64_t>() : 0,
                       table["bytes"].cast<std::uint64_t>(),
                       list<std::uint32_t>(table, "checksums")},
                      segment[1].cast<std::string>()});
@@ -237,6 +252,7 @@ struct Plan {
   Array<std::int64_t> task_ids;
   Array<bool> terminated, truncated;
   Array<std::int64_t> summed, indices;
+  Array<float> weights;
 
   explicit Plan(const py::dict& columns)
       : steps(columns["steps"]),
@@ -247,10 +263,11 @@ struct Plan {
         terminated(columns["terminated"]),
         truncated(columns["truncated"]),
         summed(columns["summed"]),
-        indices(columns["indices"]) {}
+        indices(columns["indices"]),
+        weights(columns["weights"]) {}
   brc::PlanColumns columns() {
-    return {out(steps),      out(observations), out(successors), out(masks),  out(task_ids),
-            out(terminated), out(truncated),    out(summed),     out(indices)};
+    return {out(steps),      out(observations), out(successors), out(masks),   out(task_ids),
+            out(terminated), out(truncated),    out(summed),     out(indices), out(weights)};
   }
 };
 
@@ -394,8 +411,9 @@ PYBIND11_MODULE(_core, module) {
       .def_readonly("used", &brc::Layout::used)
       .def_readonly("stride", &brc::Layout::stride);
   py::class_<Request>(module, "Request")
-      .def(py::init<std::int64_t, double, std::vector<std::int64_t>, std::vector<double>>(), "n_step"_a,
-           "discount"_a, "tasks"_a, "weights"_a)
+      .def(py::init<std::int64_t, double, std::vector<std::int64_t>, std::vector<double>,
+                    std::optional<double>>(),
+           "n_step"_a, "discount"_a, "tasks"_a, "weights"_a, "beta"_a = py::none())
       .def_readonly("powers", &Request::powers);
   py::class_<brc::Ahead>(module, "Ahead").def(py::init<>());
   py::class_<Slot, std::shared_ptr<Slot>>(module, "Slot")
@@ -431,12 +449,12 @@ PYBIND11_MODULE(_core, module) {
   py::class_<BoundStore>(module, "ReplayStore")
       .def(py::init([](const brc::Layout& layout, const std::vector<std::int64_t>& capacities,
                        const std::vector<std::int64_t>& task_ids, std::uint64_t seed, bool allow_not_finite,
-                       const Expected& observation, const Expected& action) {
-             return std::make_unique<BoundStore>(layout, capacities, task_ids, seed, allow_not_finite,
+                       std::optional<double> alpha, const Expected& observation, const Expected& action) {
+             return std::make_unique<BoundStore>(layout, capacities, task_ids, seed, allow_not_finite, alpha,
                                                  observation, action);
            }),
-           "layout"_a, "capacities"_a, "task_ids"_a, "seed"_a, "allow_not_finite"_a, "observation"_a,
-           "action"_a)
+           "layout"_a, "capacities"_a, "task_ids"_a, "seed"_a, "allow_not_finite"_a, "alpha"_a,
+           "observation"_a, "action"_a)
       .def("try_add", &BoundStore::try_add)
       .def("add", &BoundStore::add, exact("streams"), "observations"_a, "fields"_a, exact("rewards"),
            exact("terminated"), exact("truncated"), "successors"_a)
@@ -476,6 +494,7 @@ PYBIND11_MODULE(_core, module) {
              const auto [names, starts] = unlocked([&] { return self.store.sequences(batch_size, length); });
              return std::pair(to_array(names), to_array(starts));
            })
+      .def("set_priorities", &set_priorities<BoundStore>, exact("indices"), exact("priorities"))
       .def("write_segment", &write_segment, "file"_a, "start"_a)
       .def("load", &load, "content"_a, "segments"_a, "seed"_a)
       .def("adopt",
@@ -497,10 +516,10 @@ PYBIND11_MODULE(_core, module) {
 
   py::class_<DeviceIndex>(module, "DeviceIndex")
       .def(py::init([](const std::vector<std::int64_t>& capacities, const std::vector<std::int64_t>& task_ids,
-                       std::int64_t stack, std::uint64_t seed) {
-             return std::make_unique<DeviceIndex>(capacities, task_ids, stack, seed);
+                       std::int64_t stack, std::uint64_t seed, std::optional<double> alpha) {
+             return std::make_unique<DeviceIndex>(capacities, task_ids, stack, seed, alpha);
            }),
-           "capacities"_a, "task_ids"_a, "stack"_a, "seed"_a)
+           "capacities"_a, "task_ids"_a, "stack"_a, "seed"_a, "alpha"_a = py::none())
       .def(
           "heads",
           [](DeviceIndex& index, const Array<std::int64_t>& streams, Array<std::int64_t> rows) {
@@ -511,6 +530,7 @@ PYBIND11_MODULE(_core, module) {
            exact("rows"), exact("moved"), exact("successors"))
       .def("plan", &plan)
       .def("plan_named", &plan_named)
+      .def("set_priorities", &set_priorities<DeviceIndex>, exact("indices"), exact("priorities"))
       .def("clear", &DeviceIndex::clear)
       .def("discard_episode", &DeviceIndex::discard_episode)
       .def("reset", [](DeviceIndex& index, const Array<std::int64_t>& streams,

@@ -21,6 +21,7 @@ struct PlanColumns {
   std::span<unsigned char> truncated;    // [B]
   std::span<std::int64_t> summed;        // [B] how many steps
   std::span<std::int64_t> indices;       // [B]
+  std::span<float> weights;              // [B] for draws by priority, else none
 };
 
 /// A ReplayIndex with its own links and a lock; its draws are those of a ReplayStore with equal arguments and
@@ -28,8 +29,8 @@ struct PlanColumns {
 class DeviceIndex {
  public:
   DeviceIndex(std::span<const std::int64_t> capacities, std::span<const std::int64_t> task_ids,
-              std::int64_t stack, std::uint64_t seed)
-      : index_(capacities, task_ids, stack, seed),
+              std::int64_t stack, std::uint64_t seed, std::optional<double> alpha = std::nullopt)
+      : index_(capacities, task_ids, stack, seed, alpha),
         links_(index_.rows()),
         stack_(static_cast<std::size_t>(stack)) {
     bind();
@@ -76,13 +77,18 @@ class DeviceIndex {
   void plan(const Request& request, std::size_t num_batches, std::size_t batch_size, const PlanColumns& out) {
     const std::lock_guard lock(mutex_);
     require_plan(request, num_batches * batch_size, out);
+    require_length("weights", out.weights.size(), request.beta ? num_batches * batch_size : 0, "values");
     index_.require_request(request, batch_size);
     Strata scratch;
     const Strata& strata = index_.strata(request, scratch);
     std::vector<Pick> picks(batch_size);
+    std::vector<double> shares(request.beta ? batch_size : 0);
     for (std::size_t u = 0; u < num_batches; ++u, ++draws_) {
-      Picker(index_, strata, draws_, batch_size).fill(picks);
+      index_.draw(request, strata, draws_, batch_size, 0, picks);
       plan_all(picks, request, u * batch_size, out);
+      if (!request.beta) continue;
+      index_.shares(picks, shares);
+      weigh(shares, *request.beta, out.weights.subspan(u * batch_size, batch_size));
     }
   }
   /// Plans the transitions of these names; throws std::out_of_range where one is not stored.
@@ -113,13 +119,20 @@ class DeviceIndex {
     index_.refresh();
     return taken;
   }
-  /// Lets the heads of streams go: `moved` [M] says to which side slot what the rows `heads` name must be moved.
+  /// Lets the heads of streams go: `moved` [M] says to which side slot what the rows `heads` name must be
+  /// moved.
   void reset(std::span<const std::int64_t> ids, std::span<std::int64_t> moved) {
     const std::lock_guard lock(mutex_);
     require_length("moved", moved.size(), ids.size(), "values");
     index_.require_streams(ids);
     index_.reserve_slots(ids.size());
     for (std::size_t i = 0; i < ids.size(); ++i) moved[i] = index_.leave(static_cast<std::size_t>(ids[i]));
+  }
+
+  /// As ReplayIndex::set_priorities.
+  std::size_t set_priorities(std::span<const std::int64_t> indices, std::span<const float> priorities) {
+    const std::lock_guard lock(mutex_);
+    return index_.set_priorities(indices, priorities);
   }
 
   void adopt(const ReplayIndex& index, std::uint64_t draws, std::span<const std::uint32_t> links) {

@@ -4,6 +4,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <numeric>
 #include <system_error>
 #include <utility>
 
@@ -196,6 +197,9 @@ Snapshot ReplayStore::write_segment(int file, std::span<const std::uint64_t> fro
   Snapshot snapshot;
   SegmentTable& table = snapshot.table;
   Saved save(num_streams());
+  const bool prioritized = index_.priorities() != nullptr;
+  float largest = 0.0f;
+  std::vector<float> priorities(prioritized ? index_.priorities()->values().size() : 0);
   {
     const std::unique_lock lock(mutex_);
     for (std::size_t s = 0; s < num_streams(); ++s) {
@@ -210,6 +214,10 @@ Snapshot ReplayStore::write_segment(int file, std::span<const std::uint64_t> fro
       saved.first = saved.next = std::clamp(from[s], stream.count - stream.kept, stream.count);
       saved.end = stream.count;
       saved.head = stream.head_valid && saved.first < saved.end;
+    }
+    if (prioritized) {
+      largest = index_.priorities()->largest();
+      std::ranges::copy(index_.priorities()->values(), priorities.begin());
     }
     snapshot.content.draws = draws_;
     save_ = &save;
@@ -274,6 +282,20 @@ Snapshot ReplayStore::write_segment(int file, std::span<const std::uint64_t> fro
     saved = {};
     saved.over = true;
   }
+  if (!priorities.empty()) {
+    const auto put = [&](float priority) {
+      writer.put(reinterpret_cast<const std::byte*>(&priority), sizeof(priority));
+      ++table.priorities;
+    };
+    put(largest);
+    const float* cells = priorities.data();
+    for (std::size_t s = 0; s < num_streams(); ++s) {
+      const auto capacity = static_cast<std::size_t>(snapshot.content.capacity[s]);
+      const std::size_t oldest = snapshot.content.phase[s] + capacity - snapshot.content.size[s];
+      for (std::size_t age = 0; age < snapshot.content.size[s]; ++age) put(cells[(oldest + age) % capacity]);
+      cells += capacity;
+    }
+  }
   writer.flush();
   return snapshot;
 }
@@ -314,7 +336,7 @@ void ReplayStore::check_content(const Content& content) const {
   if (content.draws > kMostCounted) refuse("the saved replay has more draws than can be counted");
 }
 
-void ReplayStore::check_segment(const Content& content, const SegmentFile& segment) const {
+std::vector<float> ReplayStore::check_segment(const Content& content, const SegmentFile& segment) const {
   const SegmentTable& table = segment.table;
   require_streams(table.first, "first", num_streams());
   require_streams(table.rows, "rows", num_streams());
@@ -370,7 +392,32 @@ void ReplayStore::check_segment(const Content& content, const SegmentFile& segme
       require_frame(s, "successors", row.data());
     }
   }
+  std::vector<float> priorities;
+  for (std::uint64_t i = 0; i < table.priorities; ++i) {
+    float priority;
+    reader.get(reinterpret_cast<std::byte*>(&priority), sizeof(priority));
+    priorities.push_back(priority);
+  }
   if (!reader.at_end()) refuse(segment.name + " is longer than its streams");
+  return priorities;
+}
+
+/// Refuses priorities that this store cannot have, or that are not those of the content.
+void ReplayStore::check_priorities(const Content& content, const SegmentFile& segment,
+                                   std::span<const float> priorities) const {
+  if (priorities.empty()) return;
+  const std::uint64_t wanted = std::accumulate(content.size.begin(), content.size.end(), std::uint64_t{1});
+  if (priorities.size() != wanted) {
+    refuse(segment.name + " contradicts itself: it has " + to_string(priorities.size()) + " priorities for " +
+           to_string(wanted - 1) + " transitions and the largest so far");
+  }
+  for (const float priority : priorities) {
+    try {
+      index_.priorities()->require(priority);
+    } catch (const std::invalid_argument& error) {
+      refuse(segment.name + " does not fit: " + error.what());
+    }
+  }
 }
 
 void ReplayStore::load(const Content& content, std::span<const SegmentFile> segments, std::uint64_t seed) {
@@ -378,8 +425,9 @@ void ReplayStore::load(const Content& content, std::span<const SegmentFile> segm
   check_content(content);
   std::vector<std::uint64_t> end(num_streams());  // sequence number after the rows read so far
   std::vector<std::uint64_t> begin(num_streams());
+  std::vector<float> priorities;  // of the newest segment
   for (const SegmentFile& segment : segments) {
-    check_segment(content, segment);
+    priorities = check_segment(content, segment);
     for (std::size_t s = 0; s < num_streams(); ++s) {
       // Rows that a later segment does not continue are too old to be wanted.
       const std::uint64_t first = segment.table.first[s];
@@ -401,6 +449,9 @@ void ReplayStore::load(const Content& content, std::span<const SegmentFile> segm
       refuse("stream " + to_string(s) + " of the saved replay has more rows than its capacity allows");
     }
   }
+  if (index_.priorities() != nullptr && !segments.empty()) {
+    check_priorities(content, segments.back(), priorities);
+  }
 
   ++life_;
   index_.clear();
@@ -416,6 +467,7 @@ void ReplayStore::load(const Content& content, std::span<const SegmentFile> segm
     const bool same = stream.capacity == content.capacity[s];
     index_.adopt(s, content.count[s], size, same ? content.phase[s] : size % stream.capacity);
   }
+  if (index_.priorities() != nullptr) index_.restore_priorities(content.size, priorities);
   index_.refresh();
   index_.seed = seed;
   draws_ = content.draws;

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "philox.hpp"
+#include "row_block.hpp"
 #include "vector_clones.hpp"
 
 namespace brc {
@@ -35,8 +36,8 @@ BRC_VECTOR_CLONES void draw_quads(std::uint64_t seed, std::uint64_t draw, std::u
 }  // namespace
 
 Request::Request(std::int64_t n_step, double discount, std::vector<std::int64_t> tasks_,
-                 std::vector<double> weights_)
-    : tasks(std::move(tasks_)), weights(std::move(weights_)) {
+                 std::vector<double> weights_, std::optional<double> beta_)
+    : tasks(std::move(tasks_)), weights(std::move(weights_)), beta(beta_) {
   if (!(discount >= 0.0 && discount <= 1.0)) {
     refuse("discount must lie in 0..1, got " + to_string(discount));
   }
@@ -54,10 +55,15 @@ Request::Request(std::int64_t n_step, double discount, std::vector<std::int64_t>
   if (!weights.empty() && !(sum > 0.0 && std::isfinite(sum))) {
     refuse("weights must have a positive, finite sum, got " + to_string(sum));
   }
+  if (!beta) return;
+  if (!(*beta >= 0.0 && *beta <= 1.0)) refuse("beta must lie in 0..1, got " + to_string(*beta));
+  if (!tasks.empty() || !weights.empty()) {
+    refuse("beta draws from all tasks by priority: leave out tasks and weights, or draw without beta");
+  }
 }
 
 ReplayIndex::ReplayIndex(std::span<const std::int64_t> capacities, std::span<const std::int64_t> task_ids,
-                         std::int64_t stack_, std::uint64_t seed_)
+                         std::int64_t stack_, std::uint64_t seed_, std::optional<double> alpha)
     : seed(seed_) {
   const std::size_t stack = require_size("stack", stack_, kMaxStack);
   if (capacities.empty()) refuse("capacity must be given for at least one task");
@@ -78,6 +84,7 @@ ReplayIndex::ReplayIndex(std::span<const std::int64_t> capacities, std::span<con
     }
   }
   std::size_t row = 0;
+  std::size_t cells = 0;
   for (const std::int64_t task : task_ids) {
     const std::size_t count = counts[static_cast<std::size_t>(task)];
     const std::size_t capacity =
@@ -85,10 +92,18 @@ ReplayIndex::ReplayIndex(std::span<const std::int64_t> capacities, std::span<con
     const std::size_t ring = capacity + stack;
     streams_.push_back({task, row, static_cast<std::uint32_t>(capacity), static_cast<std::uint32_t>(ring)});
     row += ring;
+    cells += capacity;
   }
   if (row > kMaxRows) {
     refuse("capacity for " + to_string(tasks) + " tasks in " + to_string(streams_.size()) +
            " streams needs " + to_string(row) + " rows, and a store has at most " + to_string(kMaxRows));
+  }
+  for (std::size_t s = 0; s < streams_.size(); ++s) cells_.add(s, streams_[s].capacity);
+  try {
+    if (alpha) priorities_.emplace(cells, *alpha);
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory("cannot reserve about " + to_string(13 * cells) + " bytes for the priorities of " +
+                      to_string(cells) + " transitions");
   }
   aside_.resize(row);
   sizes_.resize(tasks);
@@ -145,6 +160,7 @@ void ReplayIndex::rewind(std::size_t s, std::uint64_t count) noexcept {
     stream.phase = stream.phase == 0 ? stream.capacity - 1 : stream.phase - 1;
     resize(stream, std::min(stream.size, stream.kept));
     stream.head_valid = false;
+    if (priorities_) priorities_->remove(first_cell(s) + stream.phase);
   }
 }
 
@@ -158,7 +174,11 @@ std::size_t ReplayIndex::discard_episode(std::size_t s) noexcept {
   rewind(s, first);
   // Rows that are kept for their frames alone stay so, and below the capacity the first cells are taken.
   const auto size = static_cast<std::uint32_t>(before - taken);
-  if (taken > 0) adopt(s, stream.count, size, size);
+  if (taken > 0) {
+    const std::uint32_t oldest = (stream.phase + stream.capacity - size) % stream.capacity;
+    if (priorities_) priorities_->rotate(first_cell(s), stream.capacity, oldest);
+    adopt(s, stream.count, size, size);
+  }
   return static_cast<std::size_t>(taken);
 }
 
@@ -248,6 +268,7 @@ void ReplayIndex::clear() noexcept {
     adopt(s, 0, 0, 0);
     streams_[s].next = 0;
   }
+  if (priorities_) priorities_->clear(1.0f);
   refresh();
 }
 
@@ -259,6 +280,7 @@ void ReplayIndex::adopt(std::size_t s, std::uint64_t count, std::uint32_t size,
 }
 
 void ReplayIndex::refresh() noexcept {
+  if (priorities_) priorities_->settle();
   if (!stale_) return;
   Group& group = all_.groups[0];
   group.streams.clear();
@@ -268,12 +290,48 @@ void ReplayIndex::refresh() noexcept {
   stale_ = false;
 }
 
-void ReplayIndex::add_to(Group& group, std::size_t s) const {
-  const std::uint32_t reach = streams_[s].reach();
-  if (reach == 0) return;
-  group.equal = group.ends.empty() || group.equal == reach ? reach : 0;
-  group.ends.push_back((group.ends.empty() ? 0 : group.ends.back()) + reach);
-  group.streams.push_back(static_cast<std::uint32_t>(s));
+std::size_t ReplayIndex::set_priorities(std::span<const std::int64_t> indices,
+                                        std::span<const float> priorities) {
+  if (!priorities_) refuse("priorities need a replay that was made with alpha");
+  require_length("priorities", priorities.size(), indices.size(), "values");
+  constexpr std::size_t kReplaced = SIZE_MAX;
+  std::vector<std::size_t> cells(indices.size());
+  for (std::size_t i = 0; i < indices.size(); ++i) {
+    const auto index = static_cast<std::uint64_t>(indices[i]);
+    const std::uint64_t sequence = index / streams_.size();
+    const auto s = static_cast<std::size_t>(index % streams_.size());
+    const Stream& stream = streams_[s];
+    if (indices[i] < 0 || sequence >= stream.count) {
+      throw std::out_of_range("index " + to_string(indices[i]) + " is of no transition that was added");
+    }
+    priorities_->require(priorities[i]);
+    cells[i] = kReplaced;
+    if (stream.count - sequence > stream.size) continue;
+    cells[i] = first_cell(s) + stream.back_of(stream.back(sequence));
+    priorities_->prefetch(cells[i]);
+  }
+  std::size_t set = 0;
+  for (std::size_t i = 0; i < cells.size(); ++i) {
+    if (cells[i] == kReplaced) continue;
+    priorities_->set(cells[i], priorities[i]);
+    ++set;
+  }
+  priorities_->settle();
+  return set;
+}
+
+void ReplayIndex::restore_priorities(std::span<const std::uint32_t> sizes,
+                                     std::span<const float> priorities) noexcept {
+  priorities_->clear(priorities.empty() ? 1.0f : priorities[0]);
+  std::size_t end = 1;  // of the stream's
+  for (std::size_t s = 0; s < streams_.size(); ++s) {
+    end += sizes[s];
+    for (std::uint32_t back = streams_[s].size; back-- > 0;) {
+      const std::size_t cell = first_cell(s) + streams_[s].back_of(back);
+      priorities_->set(cell, priorities.empty() ? 1.0f : priorities[end - 1 - back]);
+    }
+  }
+  priorities_->settle();
 }
 
 void ReplayIndex::require_request(const Request& request, std::size_t batch_size) const {
@@ -291,6 +349,9 @@ void ReplayIndex::require_request(const Request& request, std::size_t batch_size
     refuse("weights must hold one share for each of " + to_string(listed) + " tasks, got " +
            to_string(weights.size()));
   }
+  if (request.beta && !priorities_) {
+    refuse("beta draws by priority, which needs a replay that was made with alpha");
+  }
   std::vector<bool> seen(tasks());
   std::size_t stored = 0;
   for (std::size_t t = 0; t < listed; ++t) {
@@ -307,6 +368,9 @@ void ReplayIndex::require_request(const Request& request, std::size_t batch_size
     }
   }
   require_stored(stored, request.tasks.empty() ? "" : " of the tasks named");
+  if (request.beta && priorities_->none()) {
+    refuse("every priority is zero, and such transitions are never drawn: set some, or draw without beta");
+  }
 }
 
 const Strata& ReplayIndex::strata(const Request& request, Strata& scratch) const {
@@ -328,6 +392,30 @@ const Strata& ReplayIndex::strata(const Request& request, Strata& scratch) const
     if (group != SIZE_MAX) add_to(scratch.groups[group], s);
   }
   return scratch;
+}
+
+void ReplayIndex::draw(const Request& request, const Strata& strata, std::uint64_t draw, std::size_t count,
+                       std::size_t first, std::span<Pick> picks) const noexcept {
+  if (!request.beta) {
+    Picker(*this, strata, draw, count, first).fill(picks);
+    return;
+  }
+  std::array<std::uint32_t, 256> cells;
+  for (std::size_t begin = 0; begin < picks.size(); begin += cells.size()) {
+    const std::span<Pick> part = picks.subspan(begin, std::min(cells.size(), picks.size() - begin));
+    priorities_->draw(seed, draw, first + begin, std::span(cells).first(part.size()));
+    for (std::size_t i = 0; i < part.size(); ++i) {
+      const auto [s, cell] = cells_.at(cells[i]);
+      part[i] = streams_[s].pick(s, streams_[s].back_of(cell));
+    }
+  }
+}
+
+void ReplayIndex::shares(std::span<const Pick> picks, std::span<double> out) const noexcept {
+  for (std::size_t i = 0; i < picks.size(); ++i) {
+    const Stream& stream = streams_[picks[i].stream];
+    out[i] = priorities_->share(first_cell(picks[i].stream) + stream.back_of(stream.back(picks[i].sequence)));
+  }
 }
 
 Picker::Picker(const ReplayIndex& index, const Strata& strata, std::uint64_t draw, std::size_t count,
@@ -362,7 +450,6 @@ void Picker::fill(std::span<Pick> picks) noexcept {
       begin_group();
     }
     const Group& group = strata_.groups[group_];
-    const std::uint32_t* const ends = group.ends.data();
     for (; i < picks.size() && i_ < end_; ++i, ++i_) {
       const auto element = static_cast<std::uint32_t>(i_);
       const std::uint32_t quad = element / 4;
@@ -375,19 +462,10 @@ void Picker::fill(std::span<Pick> picks) noexcept {
       for (std::uint32_t attempt = 0;; word = draw_words(seed_, draw_, quad, ++attempt)[element % 4]) {
         std::uint32_t k = 0;
         if (!bounded_(word, k)) continue;
-        std::size_t member = 0;
-        std::uint32_t cell = k;
-        if (group.equal != 0) {
-          member = k / group.equal;
-          cell = k - static_cast<std::uint32_t>(member) * group.equal;
-        } else {
-          member = static_cast<std::size_t>(std::ranges::upper_bound(group.ends, k) - group.ends.begin());
-          if (member != 0) cell = k - ends[member - 1];
-        }
-        const std::uint32_t s = group.streams[member];
+        const auto [s, cell] = group.at(k);
         const std::uint32_t back = streams[s].back_of(cell);
         if (back >= streams[s].size) continue;
-        picks[i] = {s, 0, streams[s].count - 1 - back, streams[s].first_row + streams[s].position(back)};
+        picks[i] = streams[s].pick(s, back);
         break;
       }
     }

@@ -6,10 +6,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "philox.hpp"
+#include "priorities.hpp"
 #include "replay_layout.hpp"
 
 namespace brc {
@@ -40,6 +42,14 @@ class Links {
   std::size_t stride_ = 0;
 };
 
+/// A sampled transition: which one, and over how many steps. What it holds never changes.
+struct Pick {
+  std::uint32_t stream;
+  std::uint32_t steps;  // 0: not yet known
+  std::uint64_t sequence;
+  std::size_t row;  // where it was when it was picked
+};
+
 /// The ring of one environment slot.
 struct Stream {
   std::int64_t task;
@@ -58,7 +68,8 @@ struct Stream {
   [[nodiscard]] std::uint32_t after(std::uint32_t pos) const noexcept {
     return pos + 1 == ring ? 0 : pos + 1;
   }
-  /// Transition number c lies in cell c mod capacity, in which it stays until it is replaced.
+  /// The distance from the newest of the transition in a cell, in which it stays until it is replaced; and
+  /// the cell of the transition at a distance.
   [[nodiscard]] std::uint32_t back_of(std::uint32_t cell) const noexcept {
     return before(phase, cell, capacity);
   }
@@ -68,6 +79,10 @@ struct Stream {
   }
   [[nodiscard]] std::uint32_t back(std::uint64_t sequence) const noexcept {
     return static_cast<std::uint32_t>(count - 1 - sequence);
+  }
+  /// The transition `back` before the newest of this stream, which is number `s`.
+  [[nodiscard]] Pick pick(std::uint32_t s, std::uint32_t back) const noexcept {
+    return {s, 0, count - 1 - back, first_row + position(back)};
   }
 
  private:
@@ -82,31 +97,36 @@ struct Stream {
 /// What to sample. Several steps are summed to one transition, which stops at the end of an episode, at a
 /// jump and at the newest transition.
 struct Request {
-  /// `n_step` >= 1; powers of `discount` in [0, 1].
-  Request(std::int64_t n_step, double discount, std::vector<std::int64_t> tasks, std::vector<double> weights);
+  /// `n_step` >= 1; powers of `discount` in [0, 1]; `beta` in [0, 1] alone, without tasks and weights.
+  Request(std::int64_t n_step, double discount, std::vector<std::int64_t> tasks, std::vector<double> weights,
+          std::optional<double> beta = std::nullopt);
   std::vector<float> powers;        // [n_step] discount^i
   std::vector<std::int64_t> tasks;  // sampled from; empty: all
   std::vector<double> weights;      // [tasks] shares of a batch; empty: every transition equally likely
+  std::optional<double> beta;       // of importance weights: draws by priority
 };
 
-/// A sampled transition: which one, and over how many steps. What it holds never changes.
-struct Pick {
-  std::uint32_t stream;
-  std::uint32_t steps;  // 0: not yet known
-  std::uint64_t sequence;
-  std::size_t row;  // where it was when it was picked
-};
-
-/// Streams among whose transitions one is drawn, all equally likely.
+/// Cells of streams, one after the other.
 struct Group {
+  void add(std::size_t stream, std::uint32_t cells) {
+    equal = ends.empty() || equal == cells ? cells : 0;
+    ends.push_back((ends.empty() ? 0 : ends.back()) + cells);
+    streams.push_back(static_cast<std::uint32_t>(stream));
+  }
+  /// The stream that has cell `k` of all, and which of its own that is.
+  [[nodiscard]] std::pair<std::uint32_t, std::uint32_t> at(std::uint32_t k) const noexcept {
+    if (equal != 0) return {streams[k / equal], k % equal};
+    const auto member = static_cast<std::size_t>(std::ranges::upper_bound(ends, k) - ends.begin());
+    return {streams[member], member == 0 ? k : k - ends[member - 1]};
+  }
   std::vector<std::uint32_t> streams;
-  std::vector<std::uint32_t> ends;  // cells in reach of the streams up to and with each
-  std::uint32_t equal = 0;          // the reach of each, where it is the same
+  std::vector<std::uint32_t> ends;  // cells of the streams up to and with each
+  std::uint32_t equal = 0;          // the cells of each, where they are as many
 };
 
 /// How the elements of a batch spread over groups: by `shares`, in order, each rounded by less than one.
 struct Strata {
-  std::vector<Group> groups;   // one per task with weights, else one
+  std::vector<Group> groups;   // one per task with weights, else one: of the cells in reach
   std::vector<double> shares;  // cumulative; the last is the sum
 };
 
@@ -148,10 +168,10 @@ struct Sequences {
 class ReplayIndex {
  public:
   /// `capacities` [T] transitions per task; a task with n streams keeps ceil(capacity / n) of each.
-  /// `task_ids` [N]: the task of each stream, every task of 0..T-1 at least once. Throws
-  /// std::invalid_argument. O(N).
+  /// `task_ids` [N]: the task of each stream, every task of 0..T-1 at least once. With `alpha`, transitions
+  /// have priorities. Throws std::invalid_argument. O(N), or O(rows) with priorities.
   ReplayIndex(std::span<const std::int64_t> capacities, std::span<const std::int64_t> task_ids,
-              std::int64_t stack, std::uint64_t seed);
+              std::int64_t stack, std::uint64_t seed, std::optional<double> alpha = std::nullopt);
 
   /// Must be called after construction and after a copy, before anything else.
   void bind(Links links);
@@ -184,16 +204,37 @@ class ReplayIndex {
   std::int64_t leave(std::size_t s) noexcept;
   /// Empties every stream.
   void clear() noexcept;
-  /// Must follow appends, rewinds and adoptions before the next draw. O(1), or O(N) where a reach changed.
+  /// Must follow appends, rewinds and adoptions before the next draw. O(1), or O(N) where a reach changed;
+  /// with priorities, O(log cells) for each.
   void refresh() noexcept;
   /// Sets what a stream that was filled by `append` cannot know: numbers of another life. Precondition: size
   /// <= kept, phase < capacity, and phase equals size below the capacity.
   void adopt(std::size_t s, std::uint64_t count, std::uint32_t size, std::uint32_t phase) noexcept;
 
+  /// Null without alpha.
+  [[nodiscard]] const Priorities* priorities() const noexcept {
+    return priorities_ ? &*priorities_ : nullptr;
+  }
+  /// Sets the priorities [M] of the transitions with these indices [M], but for those that are not stored any
+  /// more, and returns the number of the others. Refuses other lengths, an index that no transition ever had
+  /// (std::out_of_range) and what Priorities refuses, all before it sets one. Of several for the same
+  /// transition the last holds. O(M log cells).
+  std::size_t set_priorities(std::span<const std::int64_t> indices, std::span<const float> priorities);
+  /// Starts the priorities anew: the first is the largest so far, then follow those of the newest `sizes` [N]
+  /// transitions of each stream, oldest first, at least as many as it has. Where there are none, all are 1.
+  /// Must follow adopt. Precondition: there are priorities, which were required. O(cells).
+  void restore_priorities(std::span<const std::uint32_t> sizes, std::span<const float> priorities) noexcept;
+
   /// Refuses a request that this index cannot serve now. O(1), or O(N) with tasks.
   void require_request(const Request& request, std::size_t batch_size) const;
   /// The streams a request draws from. O(1) or O(N). Precondition: require_request passed.
   [[nodiscard]] const Strata& strata(const Request& request, Strata& scratch) const;
+  /// Elements of batch number `draw`, of `count` elements, from element `first` on; their steps are 0.
+  /// `strata` are those of the request. O(log) each.
+  void draw(const Request& request, const Strata& strata, std::uint64_t draw, std::size_t count,
+            std::size_t first, std::span<Pick> picks) const noexcept;
+  /// The probabilities [M] with which transitions [M] are drawn by priority. Precondition: they are stored.
+  void shares(std::span<const Pick> picks, std::span<double> out) const noexcept;
   /// Where a picked transition is; `n_step` bounds its steps. O(n_step).
   [[nodiscard]] Window window(const Pick& pick, std::size_t n_step) const noexcept;
   /// The name of a transition as long as it is stored: its number in its stream times N plus the stream. It
@@ -205,9 +246,7 @@ class ReplayIndex {
   [[nodiscard]] Pick find(std::int64_t index) const;
   /// The transition of this number. Precondition: it is stored.
   [[nodiscard]] Pick pick_at(std::size_t s, std::uint64_t sequence) const noexcept {
-    const Stream& stream = streams_[s];
-    const std::size_t row = stream.first_row + stream.position(stream.back(sequence));
-    return {static_cast<std::uint32_t>(s), 0, sequence, row};
+    return streams_[s].pick(static_cast<std::uint32_t>(s), streams_[s].back(sequence));
   }
   /// Whether an episode begins with a stored transition: nothing older is kept, or does not lead to it.
   [[nodiscard]] bool begins(const Pick& pick) const noexcept;
@@ -236,7 +275,12 @@ class ReplayIndex {
   }
   void free_slot(std::size_t row) noexcept;
   void resize(Stream& stream, std::uint32_t size) noexcept;
-  void add_to(Group& group, std::size_t s) const;
+  void add_to(Group& group, std::size_t s) const {
+    if (streams_[s].reach() > 0) group.add(s, streams_[s].reach());
+  }
+  [[nodiscard]] std::size_t first_cell(std::size_t s) const noexcept {
+    return s == 0 ? 0 : cells_.ends[s - 1];
+  }
 
   std::vector<Stream> streams_;     // N
   std::vector<std::size_t> sizes_;  // [T] transitions of each task
@@ -245,8 +289,10 @@ class ReplayIndex {
   std::vector<bool> aside_;          // [rows] whether the link names a slot: read without touching the row
   std::vector<std::uint32_t> free_;  // side slots, each once, the last first to go; its capacity is slots_
   std::size_t slots_ = 0;
-  Strata all_;                       // of the request without tasks and weights
-  bool stale_ = false;               // a reach changed since all_ was made
+  Strata all_;          // of the request without tasks and weights
+  bool stale_ = false;  // a reach changed since all_ was made
+  Group cells_;         // of all streams
+  std::optional<Priorities> priorities_;
   std::vector<std::uint32_t> seen_;  // [N] the call of require_streams that named a stream last
   std::uint32_t calls_ = 0;
 };
@@ -288,6 +334,7 @@ inline Placement ReplayIndex::append(std::size_t s, bool departs, bool terminate
   ++stream.kept;
   ++stream.count;
   if (stream.size < stream.capacity) resize(stream, stream.size + 1);
+  if (priorities_) priorities_->renew(first_cell(s) + stream.phase);
   stream.phase = stream.phase + 1 == stream.capacity ? 0 : stream.phase + 1;
   stream.head_valid = !terminated && !truncated;
   place.link = (terminated ? kTerminated : 0) | (truncated ? kTruncated : 0);

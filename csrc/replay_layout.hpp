@@ -123,6 +123,7 @@ struct BatchColumns {
   std::span<unsigned char> truncated;       // [B]
   std::span<std::int64_t> steps;            // [B]
   std::span<std::int64_t> indices;          // [B] see ReplayIndex::index_of
+  std::span<float> weights;                 // [B] importance, for draws by priority, else none
 };
 
 inline void require_length(const std::string& name, std::size_t got, std::size_t wanted, const char* unit) {

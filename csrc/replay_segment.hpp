@@ -19,12 +19,15 @@ struct Content {
 
 /// One segment: stream after stream, `rows` [N] row images from sequence number `first` [N] on (each the used
 /// bytes of a row, its link replaced by flags), then the `side` [N] successors that are kept aside, in the
-/// order of their rows, then the head if `head` [N] is set.
+/// order of their rows, then the head if `head` [N] is set. After the streams there are `priorities` floats:
+/// none, or the largest priority so far and those of all transitions of the content, stream after stream and
+/// oldest first. The newest segment's are right.
 struct SegmentTable {
   std::vector<std::uint64_t> first;
   std::vector<std::uint32_t> rows;
   std::vector<std::uint32_t> side;
   std::vector<unsigned char> head;
+  std::uint64_t priorities = 0;
   std::uint64_t bytes = 0;
   std::vector<std::uint32_t> checksums;  // CRC-32C of every kBlockBytes
 };

@@ -206,10 +206,11 @@ BRC_VECTOR_CLONES void copy_transitions(const RowParts parts, std::span<const st
 }  // namespace
 
 ReplayStore::ReplayStore(Layout layout, std::span<const std::int64_t> capacities,
-                         std::span<const std::int64_t> task_ids, std::uint64_t seed, bool allow_not_finite)
+                         std::span<const std::int64_t> task_ids, std::uint64_t seed, bool allow_not_finite,
+                         std::optional<double> alpha)
     : layout_(std::move(layout)),
       allow_not_finite_(allow_not_finite),
-      index_(capacities, task_ids, static_cast<std::int64_t>(layout_.stack), seed),
+      index_(capacities, task_ids, static_cast<std::int64_t>(layout_.stack), seed, alpha),
       rows_(index_.rows(), layout_.stride, "the replay store"),
       heads_(task_ids.size(), Layout::align(layout_.observation.bytes, kLine), "the newest successors"),
       side_(layout_.observation.bytes),
@@ -498,10 +499,12 @@ template <class Draw, class Use>
 void ReplayStore::pick_in_slices(const Request& request, std::size_t num_batches, std::size_t batch_size,
                                  const BatchColumns& out, const Draw& draw, const Use& use) const {
   require_columns(out, layout_, num_batches * batch_size);
+  require_length("weights", out.weights.size(), request.beta ? num_batches * batch_size : 0, "values");
   const std::size_t bytes =
       2 * layout_.stack * layout_.observation.bytes + layout_.stride;  // of a transition
   const std::size_t most = std::max(kFewest, kSliceBytes / bytes);
   std::vector<Pick> picks(std::min(batch_size, most));
+  std::vector<double> shares(request.beta ? batch_size : 0);
   std::uint64_t number = 0;
   for (std::size_t u = 0; u < num_batches; ++u) {
     std::size_t begin = 0;
@@ -512,9 +515,11 @@ void ReplayStore::pick_in_slices(const Request& request, std::size_t num_batches
       Strata scratch;
       const Strata& strata = index_.strata(request, scratch);
       if (u == 0 && begin == 0) number = draw();  // nothing is refused from here on
-      Picker(index_, strata, number + u, batch_size, begin).fill(part);
+      index_.draw(request, strata, number + u, batch_size, begin, part);
+      if (request.beta) index_.shares(part, std::span(shares).subspan(begin, part.size()));
       use(u * batch_size + begin, part);
     } while ((begin += most) < batch_size);
+    if (request.beta) weigh(shares, *request.beta, out.weights.subspan(u * batch_size, batch_size));
   }
 }
 
@@ -524,14 +529,17 @@ void ReplayStore::gather_ahead(const Request& request, std::uint64_t draw, std::
   std::vector<Pick> gathered;
   gathered.reserve(num_batches * batch_size);
   bool whole = true;
+  // One priority that changed moves the shares of all others.
+  const auto version = [&] { return request.beta ? index_.priorities()->version() : 0; };
   const auto begin = [&] {
     ahead.life = life_;
+    ahead.priorities = version();
     return draw;
   };
   pick_in_slices(request, num_batches, batch_size, out, begin, [&](std::size_t first, std::span<Pick> picks) {
     gather(picks, request, first, out);
     gathered.insert(gathered.end(), picks.begin(), picks.end());
-    whole = whole && ahead.life == life_;
+    whole = whole && ahead.life == life_ && ahead.priorities == version();
   });
   if (whole) ahead.picks = std::move(gathered);
 }
@@ -539,10 +547,11 @@ void ReplayStore::gather_ahead(const Request& request, std::uint64_t draw, std::
 std::size_t ReplayStore::settle(const Request& request, std::size_t num_batches, std::size_t batch_size,
                                 const BatchColumns& out, Ahead& ahead) {
   const bool gathered = ahead.picks.size() == num_batches * batch_size;
+  const auto version = [&] { return request.beta ? index_.priorities()->version() : 0; };
   std::size_t changed = 0;
   const auto begin = [&] { return draws_.fetch_add(num_batches); };
   pick_in_slices(request, num_batches, batch_size, out, begin, [&](std::size_t first, std::span<Pick> picks) {
-    if (!gathered || ahead.life != life_) {
+    if (!gathered || ahead.life != life_ || ahead.priorities != version()) {
       gather(picks, request, first, out);
       changed += picks.size();
       return;

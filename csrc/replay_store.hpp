@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <mutex>
+#include <optional>
 #include <shared_mutex>
 #include <span>
 #include <type_traits>
@@ -22,8 +23,9 @@ namespace brc {
 
 /// Batches gathered before they are asked for; see ReplayStore::gather_ahead.
 struct Ahead {
-  std::vector<Pick> picks;  // [U * B], empty: nothing was gathered
-  std::uint64_t life = 0;   // of the store's content
+  std::vector<Pick> picks;       // [U * B], empty: nothing was gathered
+  std::uint64_t life = 0;        // of the store's content
+  std::uint64_t priorities = 0;  // the version of them that it was drawn by
 };
 
 /// A save under way: how far it is, and the rows that were replaced before it came to them.
@@ -49,7 +51,7 @@ class Saved;
 /// further one replaces the oldest of its stream, whose side slot is freed.
 ///
 /// Threads: every method locks. Those that only read the content (sample, gather_ahead, settle, write_segment
-/// and the rest that is const) run side by side; add, load and adopt run alone. Nobody waits long for a turn:
+/// and the rest that is const) run side by side; the others run alone. Nobody waits long for a turn:
 /// samples and saves take theirs in slices of about a megabyte, and what an add replaces before a save has
 /// come to it is kept for that. So a save holds what was stored when it began, while each transition of a
 /// sample is one of those stored when it is drawn. Loads, adoptions and saves wait for each other. No method
@@ -59,9 +61,10 @@ class Saved;
 /// std::invalid_argument and std::out_of_range name the rule that was broken, OutOfMemory the numbers.
 class ReplayStore {
  public:
-  /// Arguments as in ReplayIndex; `allow_not_finite` keeps NaN and infinity instead of refusing them. O(N).
+  /// Arguments as in ReplayIndex; `allow_not_finite` keeps NaN and infinity instead of refusing them. O(N),
+  /// or O(rows) with priorities.
   ReplayStore(Layout layout, std::span<const std::int64_t> capacities, std::span<const std::int64_t> task_ids,
-              std::uint64_t seed, bool allow_not_finite);
+              std::uint64_t seed, bool allow_not_finite, std::optional<double> alpha = std::nullopt);
 
   /// Appends one transition to each of the M given streams, which must differ, or to all N in order. Refuses
   /// other lengths, unknown or repeated streams, and floats that are not finite. O(M bytes of a transition).
@@ -107,6 +110,12 @@ class ReplayStore {
   void after_fork() { mutex_.unlock(); }
   void after_fork_in_child(std::uint64_t number) noexcept;
 
+  /// As ReplayIndex::set_priorities.
+  std::size_t set_priorities(std::span<const std::int64_t> indices, std::span<const float> priorities) {
+    const std::unique_lock lock(mutex_);
+    return index_.set_priorities(indices, priorities);
+  }
+
   /// Writes to a file all rows kept whose sequence number is at least `from` [N] of their stream, and says
   /// what it wrote. Throws std::system_error. O(bytes), with a few megabytes of memory and what is replaced
   /// meanwhile.
@@ -146,7 +155,11 @@ class ReplayStore {
   }
   /// Bytes reserved. Pages that were never written cost no memory.
   [[nodiscard]] std::size_t nbytes() const {
-    return reading([this] { return rows_.nbytes() + heads_.nbytes() + departed_.nbytes() + side_.nbytes(); });
+    return reading([this] {
+      const Priorities* priorities = index_.priorities();
+      return rows_.nbytes() + heads_.nbytes() + departed_.nbytes() + side_.nbytes() +
+             (priorities == nullptr ? 0 : priorities->nbytes());
+    });
   }
   [[nodiscard]] std::uint64_t seed() const {
     return reading([this] { return index_.seed; });
@@ -163,7 +176,8 @@ class ReplayStore {
   [[nodiscard]] std::pair<std::unique_lock<std::mutex>, std::unique_lock<FairLock>> alone() const;
   void require_finite(std::span<const std::int64_t> streams, const TransitionColumns& columns) const;
   void require_finite(const char* name, const Field& field, Bytes values, std::int64_t stream) const;
-  /// Calls `use(first, picks)` for the elements of U batches from number `draw()` on, in slices and locked.
+  /// Calls `use(first, picks)` for the elements of U batches from number `draw()` on, in slices and locked,
+  /// and writes importance weights.
   template <class Draw, class Use>
   void pick_in_slices(const Request& request, std::size_t num_batches, std::size_t batch_size,
                       const BatchColumns& out, const Draw& draw, const Use& use) const;
@@ -203,7 +217,10 @@ class ReplayStore {
   void commit(std::size_t s, std::size_t i) noexcept;
   void check_content(const Content& content) const;
   void require_bytes(const SegmentFile& segment) const;
-  void check_segment(const Content& content, const SegmentFile& segment) const;
+  /// Also returns the segment's priorities.
+  std::vector<float> check_segment(const Content& content, const SegmentFile& segment) const;
+  void check_priorities(const Content& content, const SegmentFile& segment,
+                        std::span<const float> priorities) const;
   void apply_segment(const Content& content, const SegmentFile& segment);
   void reserve_slots(std::size_t more);
   template <class Read>

@@ -97,7 +97,7 @@ class Feed:
 
     def copied(self, capacity: int | Sequence[int] | None = None) -> Feed:
         """What a load into another buffer must lead to; its buffer holds something else until then."""
-        other = Feed.__new__(Feed)
+        other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.history = [list(rows) for rows in self.history]
         other.capacity = self.capacity if capacity is None else capacity

@@ -323,7 +323,7 @@ def test_another_format_or_byte_order_is_refused_with_both(saved: Feed, tmp_path
     path = tmp_path / "manifest.json"
     for number, remedy in ((99, "upgrade brc-fast"), (0, "use the version that wrote it")):
         rewrite(tmp_path, lambda manifest, number=number: manifest.update(format=number))
-        refused(saved, tmp_path, f"{path} ... format {number}, ... reads format 1: {remedy}")
+        refused(saved, tmp_path, f"{path} ... format {number}, ... reads formats 1 and 2: {remedy}")
     rewrite(tmp_path, lambda manifest: manifest.update(format=1, byte_order="big"))
     refused(saved, tmp_path, f"{path} ... big-endian order, this machine is little-endian")
 

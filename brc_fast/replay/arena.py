@@ -24,11 +24,12 @@ ALIGNMENT = 64
 MOST_SHAPES = 8  # sizes of batches, whose memory is kept to be used again
 
 
-def columns(schema: Schema) -> list[Field]:
+def columns(schema: Schema, weighted: bool = False) -> list[Field]:
     """Every column of a batch, in the compiled store's order."""
     parts = [Field(field.stacked_shape, field.dtype) for field in schema.parts.values()]
     told = [Field((), dtype) for dtype in TOLD.values()]
-    return [*parts, *parts, Field(), Field(), Field((), "int64"), *told, *schema.fields.values()]
+    fields = [*schema.fields.values(), *([Field()] if weighted else [])]
+    return [*parts, *parts, Field(), Field(), Field((), "int64"), *told, *fields]
 
 
 def batch_of(schema: Schema, tensors: Sequence[Tensor]) -> Batch:
@@ -36,7 +37,8 @@ def batch_of(schema: Schema, tensors: Sequence[Tensor]) -> Batch:
     parts = len(schema.parts)
     rewards, masks, task_ids, *others = tensors[2 * parts :]
     told, (actions, *further) = others[: len(TOLD)], others[len(TOLD) :]
-    extras = dict(zip((*TOLD, *schema.extras), (*told, *further), strict=True))
+    # Weights come last, where there are any.
+    extras = dict(zip((*TOLD, *schema.extras, "weights"), (*told, *further), strict=False))
     seen, led = schema.joined(tensors[:parts]), schema.joined(tensors[parts : 2 * parts])
     return Batch(seen, actions, rewards, masks, led, task_ids, extras)
 
@@ -115,7 +117,7 @@ class Arena:
     """
 
     def __init__(self, schema: Schema, pinned: bool) -> None:
-        self.schema, self.columns = schema, columns(schema)
+        self.schema = schema
         self.pinned = pinned
         self._shapes: dict[Size, _Shape] = {}
         self._lock = threading.Lock()
@@ -132,7 +134,7 @@ class Arena:
         return Lease(shape.views, slot, batch_of(self.schema, tensors))
 
     def _shape(self, size: Size) -> _Shape:
-        shape = self._shapes.pop(size, None) or _Shape(self.columns, size)
+        shape = self._shapes.pop(size, None) or _Shape(columns(self.schema, size.weighted), size)
         self._shapes[size] = shape  # the last one used comes last
         if len(self._shapes) > MOST_SHAPES:
             del self._shapes[next(iter(self._shapes))]

@@ -154,6 +154,31 @@ class Buffer:
     def _read(self, indices: NDArray[np.int64], shape: tuple[int, ...]) -> Batch:
         raise NotImplementedError
 
+    def update_priorities(self, indices: Array, priorities: Array) -> int:
+        """Sets the priorities of transitions by what a batch told, for example by the errors of its values.
+
+        Args:
+            indices: of any shape, as `batch.indices` has them.
+            priorities: of the same shape, finite and not negative; kept as float32. A transition of priority
+                zero is not drawn by priority any more. Of several for the same transition the last holds.
+
+        Both may lie on any device; what lies on a GPU is waited for.
+
+        Returns:
+            The number of those that are still stored. What has been replaced since is left out.
+
+        Raises:
+            TypeError: another type or dtype.
+            ValueError: another shape, a priority out of range, or a buffer made without `alpha`.
+            IndexError: an index that no transition ever had.
+            In each case nothing is changed.
+        """
+        ids, shape = _on_host("indices", indices, "int64")
+        values, other = _on_host("priorities", priorities, "float32")
+        if shape != other:
+            raise ValueError(f"priorities must have the shape of indices {list(shape)}, got {list(other)}")
+        return self._store.set_priorities(ids, values)
+
     def _require_stored(self, batch_size: int) -> None:
         stored = self._store.size
         if batch_size > stored:
@@ -166,6 +191,13 @@ class Buffer:
         total = np.zeros(len(self.schema.capacities), np.int64)
         np.add.at(total, self.schema.task_ids, per_stream)
         return total
+
+
+def _on_host(name: str, value: Array, dtype: str) -> tuple[NDArray[Any], tuple[int, ...]]:
+    """An argument of any shape, and that shape."""
+    shape = tuple(np.shape(value))
+    host = value.cpu() if isinstance(value, Tensor) else value
+    return checked(name, host, "[...]", shape or (1,), dtype), shape
 
 
 def require_choices(seed: int, non_finite: str) -> None:

@@ -22,7 +22,7 @@ from .base import Buffer, require_choices
 from .fields import Array, FieldLike, Schema, Values, checked, dlpack
 from .forks import watch
 from .prefetch import Prefetcher
-from .request import Size
+from .request import Size, exponent
 
 
 class ReplayBuffer(Buffer):
@@ -46,6 +46,12 @@ class ReplayBuffer(Buffer):
         >>> buffer = ReplayBuffer(1_000_000, {"policy": 48, "critic": 123}, 12)
         >>> buffer = ReplayBuffer(1_000_000, env.observation_space, env.action_space)  # of Gymnasium
 
+    Draws by priority, with weights that make up for them:
+
+        >>> buffer = ReplayBuffer(1_000_000, 67, 24, alpha=0.6)
+        >>> batch = buffer.sample(256, beta=0.4)  # batch.weights, batch.indices [256]
+        >>> buffer.update_priorities(batch.indices, errors)
+
     Args:
         capacity: transitions kept per task, not in total: one number for all tasks, or one for each of the T
             tasks. A task with n streams keeps the newest ceil(capacity / n) of each, so up to n - 1 more than
@@ -55,6 +61,10 @@ class ReplayBuffer(Buffer):
         task_ids: the task of every stream, N integers that name each of 0..T-1. Tasks may differ in streams.
         extras: further fields of every transition, by name, each like `action_size`.
         non_finite: "error" refuses NaN and infinity; "allow" stores them.
+        alpha: gives every transition a priority, which `sample` draws by where it is given `beta`, to the
+            power of alpha >= 0 (Schaul et al. 2016, the proportional variant). A new transition has the
+            largest priority that was ever set, 1 at first; `update_priorities` sets others. Takes 13 bytes a
+            transition. None: there are no priorities.
         seed: 0..2**64-1. Equal seeds and equal calls give equal samples.
 
     Memory is reserved here (`nbytes`) and taken up as the buffer fills. All methods may be called from
@@ -76,6 +86,7 @@ class ReplayBuffer(Buffer):
         task_ids: Sequence[int] | Array = (0,),
         extras: Mapping[str, FieldLike] | None = None,
         non_finite: str = "error",
+        alpha: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(Schema.of(capacity, observation_size, action_size, extras, task_ids))
@@ -87,6 +98,7 @@ class ReplayBuffer(Buffer):
             self.schema.task_ids.tolist(),
             seed,
             non_finite == "allow",
+            exponent(alpha),
             _exact(first),
             _exact(self.schema.action),
         )
@@ -223,6 +235,8 @@ class ReplayBuffer(Buffer):
         tasks: Sequence[int] | None = None,
         weights: Sequence[float] | str | None = None,
         copy: bool = False,
+        *,
+        beta: float | None = None,
     ) -> Batch:
         """A batch of CPU tensors [B, ...], or `num_batches` of them [U, B, ...], with raw rewards.
 
@@ -242,14 +256,18 @@ class ReplayBuffer(Buffer):
                 after every tensor on it is gone, torch's copies out of it are over and another batch was
                 sampled. Whoever has no more than its address, such as a copy that another library has
                 begun, therefore has until the sample after the next.
+            beta: draws by priority, in a buffer with `alpha`, and adds `weights` to the batch: transition i
+                is drawn with probability P(i) = p_i^alpha / sum of p^alpha, and weighs (n P(i))^-beta, with
+                n transitions stored, divided by the largest weight of its batch. In [0, 1]; 0 weighs all
+                alike. Without `tasks` and `weights`.
 
         Raises:
             TypeError: an argument of another type.
             ValueError: an argument out of range, a batch larger than what is stored, or a task with a weight
                 and nothing stored.
         """
-        size = Size.of(batch_size, num_batches)
-        request = self._requests(n_step, discount, tasks, weights)
+        size = Size.of(batch_size, num_batches, weighted=beta is not None)
+        request = self._requests(n_step, discount, tasks, weights, beta)
         try:
             lease = self._arena.lease(size, fresh=copy)
         except MemoryError:
@@ -285,6 +303,7 @@ class ReplayBuffer(Buffer):
         tasks: Sequence[int] | None = None,
         weights: Sequence[float] | str | None = None,
         *,
+        beta: float | None = None,
         depth: int = 2,
         device: str | torch.device = "cpu",
     ) -> Prefetcher:
@@ -300,12 +319,13 @@ class ReplayBuffer(Buffer):
         before the batch is asked for.
 
         Args:
-            batch_size ... weights: as for `sample`.
+            batch_size ... weights, beta: as for `sample`. One change of a priority, and one transition more,
+                moves the shares of all others: with beta, what was gathered before is gathered again.
             depth: batches gathered ahead, at least 1.
             device: where the batches are wanted.
         """
-        size = Size.of(batch_size, num_batches)
-        request = self._requests(n_step, discount, tasks, weights)
+        size = Size.of(batch_size, num_batches, weighted=beta is not None)
+        request = self._requests(n_step, discount, tasks, weights, beta)
         return Prefetcher(self._store, self._arena, request, size, depth, device)
 
     def save(self, folder: str | os.PathLike[str], *, previous: str | os.PathLike[str] | None = None) -> None:

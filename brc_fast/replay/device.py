@@ -25,7 +25,7 @@ from .arena import batch_of, columns
 from .base import Buffer, require_choices
 from .buffer import ReplayBuffer
 from .fields import Array, FieldLike, Schema, Values, checked
-from .request import Size
+from .request import Size, exponent
 from .turns import Turns
 
 COPY_ROWS = 1 << 16  # rows per copy between device and host
@@ -47,7 +47,8 @@ class DeviceReplayBuffer(Buffer):
         >>> batch = buffer.sample(1024, num_batches=2, reward_scale=scale, dtype=torch.bfloat16)
 
     Args:
-        capacity, observation_size, action_size, task_ids, extras, non_finite, seed: as for ReplayBuffer.
+        capacity, observation_size, action_size, task_ids, extras, non_finite, alpha, seed: as for
+            ReplayBuffer. Priorities are kept on the host.
         device: where the transitions are kept.
 
     Its size is logged (logger "brc_fast", level INFO) before it is allocated; `bytes_needed` tells it without
@@ -69,6 +70,7 @@ class DeviceReplayBuffer(Buffer):
         task_ids: Sequence[int] | Array = (0,),
         extras: Mapping[str, FieldLike] | None = None,
         non_finite: str = "error",
+        alpha: float | None = None,
         seed: int = 0,
         device: str | torch.device = "cuda",
     ) -> None:
@@ -82,7 +84,8 @@ class DeviceReplayBuffer(Buffer):
         schema = self.schema
         self._layout = schema.layout()
         tasks = schema.task_ids.tolist()
-        self._store = _core.DeviceIndex(list(schema.capacities), tasks, self._layout.stack, seed)
+        stack, self._alpha = self._layout.stack, exponent(alpha)
+        self._store = _core.DeviceIndex(list(schema.capacities), tasks, stack, seed, self._alpha)
         self._rows = self._allocate()
         self.device = self._rows.device  # with its index, whichever is current later or in another thread
         self._side = self._empty(FIRST_SLOTS, self._observation_bytes)
@@ -190,18 +193,19 @@ class DeviceReplayBuffer(Buffer):
         weights: Sequence[float] | str | None = None,
         copy: bool = False,
         *,
+        beta: float | None = None,
         reward_scale: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Batch:
         """As ReplayBuffer.sample, on the device and always in fresh memory.
 
         Args:
-            batch_size ... copy: as for ReplayBuffer.sample.
+            batch_size ... copy, beta: as for ReplayBuffer.sample.
             reward_scale: [T] float32; the rewards are divided by the scale of their task.
             dtype: of floating observations and actions, by default as stored: float32, float16 or bfloat16.
         """
-        size = Size.of(batch_size, num_batches)
-        request = self._requests(n_step, discount, tasks, weights)
+        size = Size.of(batch_size, num_batches, weighted=beta is not None)
+        request = self._requests(n_step, discount, tasks, weights, beta)
         if reward_scale is not None:
             tasks_known = (len(self.schema.capacities),)
             reward_scale = checked("reward_scale", reward_scale, "[T]", tasks_known, "float32", device=True)
@@ -233,7 +237,8 @@ class DeviceReplayBuffer(Buffer):
         flags = self._pinned(2 * total, torch.bool)
         where = dict(zip(numbers, np.split(plan.numpy(), np.cumsum(sizes)[:-1]), strict=True))
         where |= {"terminated": flags.numpy()[:total], "truncated": flags.numpy()[total:]}
-        where["masks"] = masks.numpy()
+        weights = self._pinned(total if size.weighted else 0, torch.float32)
+        where |= {"masks": masks.numpy(), "weights": weights.numpy()}
         if names is None:
             self._store.plan(request, *size[:2], where)
         else:
@@ -265,8 +270,9 @@ class DeviceReplayBuffer(Buffer):
             *(gathered(part, *memory, led) for part, memory in parts),
             *(rewards, sent(masks, self.device), ids, terminated, truncated, summed, indices),
             *fields,
+            *([sent(weights, self.device)] if size.weighted else []),
         ]
-        shapes = [size.shape + field.shape for field in columns(self.schema)]
+        shapes = [size.shape + field.shape for field in columns(self.schema, size.weighted)]
         return batch_of(self.schema, [x.view(shape) for x, shape in zip(tensors, shapes, strict=True)])
 
     def prefetch(self, *arguments: Any, depth: int = 2, **settings: Any) -> DevicePrefetcher:
@@ -380,6 +386,7 @@ class DeviceReplayBuffer(Buffer):
             task_ids=schema.task_ids,
             extras=schema.extras,
             non_finite="allow" if self._allow else "error",
+            alpha=self._alpha,
             seed=self._store.seed,
         )._store
 

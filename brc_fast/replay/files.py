@@ -31,7 +31,7 @@ from brc_fast.errors import InputError
 
 from .fields import Schema
 
-FORMAT = 1
+FORMATS = (1, 2)  # 2: with priorities
 MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
 MOST_SEGMENTS = 64
 SEGMENT = re.compile(r"segment-[0-9a-f]{32}\.bin")
@@ -67,7 +67,7 @@ def save(
             table = {"file": segment.name, **snapshot["table"]}
             segments = [old for old in (base["segments"] if base else []) if _useful(old, content)]
             manifest = {
-                "format": FORMAT,
+                "format": 2 if "priorities" in table else 1,
                 "id": identity,
                 "byte_order": sys.byteorder,
                 "fields": schema.describe(),
@@ -255,16 +255,16 @@ def _read(file: Path, most: int) -> Manifest:
         raise ValueError(f"{file} is damaged: its checksum differs")
     try:
         version, order = manifest["format"], manifest["byte_order"]
-        newer = version > FORMAT
-        names = [segment["file"] for segment in manifest["segments"]] if version == FORMAT else []
+        newer = version > max(FORMATS)
+        names = [segment["file"] for segment in manifest["segments"]] if version in FORMATS else []
         foreign = [index for index, name in enumerate(names) if not SEGMENT.fullmatch(name)]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file} does not hold what it must: {error}") from error
-    if version != FORMAT:
+    if version not in FORMATS:
         remedy = "upgrade brc-fast" if newer else "use the version that wrote it"
         raise ValueError(
-            f"{file} has replay format {version!r:.20}, this version of brc-fast reads format {FORMAT}: "
-            f"{remedy}"
+            f"{file} has replay format {version!r:.20}, this version of brc-fast reads formats "
+            f"{' and '.join(map(str, FORMATS))}: {remedy}"
         )
     if order != sys.byteorder:
         raise ValueError(
@@ -287,7 +287,7 @@ def _require_numbers(manifest: Manifest) -> None:
     lists += [(content, name, 64 if name == "count" else 32) for name in ("count", "size", "kept", "phase")]
     lists.append((content, "capacity", 63))
     for segment in manifest["segments"]:
-        single.append((segment, "bytes", 64))
+        single += [(segment, name, 64) for name in ("bytes", *({"priorities"} & segment.keys()))]
         lists += [(segment, name, 32) for name in ("rows", "side", "checksums")]
         lists += [(segment, "first", 64), (segment, "head", 1)]
     found = [(name, [holder[name]], bits) for holder, name, bits in single]

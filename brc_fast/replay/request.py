@@ -19,15 +19,16 @@ class Size(NamedTuple):
     num_batches: int
     batch_size: int
     shape: tuple[int, ...]  # [U, B], or [B] where there is one batch
+    weighted: bool = False  # with a field for importance weights
 
     @classmethod
-    def of(cls, batch_size: int, num_batches: int | None) -> Size:
+    def of(cls, batch_size: int, num_batches: int | None, weighted: bool = False) -> Size:
         """[B] where num_batches is None, else [U, B]; ValueError for a batch without a transition."""
         size = integer("batch_size", batch_size)
         count = 1 if num_batches is None else integer("num_batches", num_batches)
         if size < 1 or count < 1:
             raise ValueError(f"batch_size and num_batches must be at least 1, got {size} and {count}")
-        return cls(count, size, (size,) if num_batches is None else (count, size))
+        return cls(count, size, (size,) if num_batches is None else (count, size), weighted)
 
 
 class Requests:
@@ -43,9 +44,10 @@ class Requests:
         discount: float | None,
         tasks: Sequence[int] | None,
         weights: Sequence[float] | str | None,
+        beta: float | None = None,
     ) -> _core.Request:
         """See ReplayBuffer.sample."""
-        if n_step == 1 and discount is None and tasks is None and weights is None:
+        if n_step == 1 and discount is None and tasks is None and weights is None and beta is None:
             return self.plain
         n_step = integer("n_step", n_step)
         if n_step > 1 and discount is None:
@@ -62,14 +64,21 @@ class Requests:
         shares = [] if weights is None else _numbers(weights)
         if weights is not None and not shares:
             raise ValueError("weights must hold one share per task, got none")
-        return _core.Request(n_step, 1.0 if discount is None else _discount(discount), named, shares)
+        power = 1.0 if discount is None else number("discount", discount)
+        return _core.Request(n_step, power, named, shares, None if beta is None else number("beta", beta))
 
 
-def _discount(discount: float) -> float:
+def exponent(alpha: float | None) -> float | None:
+    """Of priorities, if there are any."""
+    return None if alpha is None else number("alpha", alpha)
+
+
+def number(name: str, value: float) -> float:
+    """TypeError for what is no number."""
     try:
-        return float(discount)
+        return float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"discount must be a number, got {discount!r}") from None
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
 def _numbers(weights: Sequence[float]) -> list[float]:
