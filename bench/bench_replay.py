@@ -32,7 +32,7 @@ from native.row_gather import RowGather
 from workloads import WORKLOADS, Workload
 
 from brc_fast import Field, ReplayBuffer
-from peers.replay import KINDS, Kind, Peer, Stored, filled, on_device, ours
+from peers.replay import KINDS, PRIORITIZED, Kind, Peer, Stored, filled, on_device, ours
 
 FIRST = Workload("", "the first case", 67, 24)
 STREAMS = 64
@@ -94,6 +94,13 @@ def sampling(shape: Workload, sizes: Sizes, kinds: Kinds, capacity: int) -> Iter
             name: (partial(sample, u, b), partial(check, u, b)) for name, (sample, check) in calls.items()
         }
         yield Case(case, title, u * b, providers, missing)
+
+
+def by_priority(kinds: Kinds, capacity: int) -> Iterator[Case]:
+    """Batches by priority, of which each transition then gets another one."""
+    chosen = {name: PRIORITIZED[name] for name in kinds if name in PRIORITIZED}
+    for case in sampling(FIRST, {"by priority": (1, 1024)}, chosen, capacity):
+        yield case._replace(title=f"{case.title}, by priority, and setting theirs")
 
 
 def bare(rows: RowGather) -> tuple[Callable[..., object], Callable[..., None]]:
@@ -191,6 +198,7 @@ GROUPS: dict[str, Group] = {
     "locomotion": partial(sampling, FIRST, BATCHES),
     "ten-tasks": partial(sampling, TEN, {"ten tasks": (1, 1024)}),
     "wide": partial(sampling, WIDE, {"wide": (1, 1024)}),
+    "by-priority": by_priority,
     "insert": partial(insert, (1, 64, 1024)),
 }
 OTHERS = {"memory": memory, "files": files}

@@ -36,6 +36,7 @@ REPLAY = {  # the cases of the table; the file has them all
     "16 x 1024": "sample 16 x 1024",
     "ten tasks": "sample 1 x 1024 of 10 tasks",
     "wide": "sample 1 x 1024, O=1500",
+    "by priority": "sample 1 x 1024 by priority and update",
     "atari": "sample 1 x 1024, 4 x 84 x 84 uint8",
     "insert 1": "add from 1 environment",
     "insert 64": "add from 64 environments",

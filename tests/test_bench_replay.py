@@ -71,6 +71,24 @@ def test_every_buffer_is_timed_beside_ours(name: str, bench: Any) -> None:
     assert found.found["titles"].keys() == set(cases)
 
 
+def test_batches_by_priority_are_timed_with_the_updates_of_priorities(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = []
+    right = replay.ReplayBuffer.update_priorities
+
+    def update(buffer: Any, indices: Any, priorities: Any) -> int:
+        updates.append((tuple(indices.shape), tuple(priorities.shape)))
+        return right(buffer, indices, priorities)
+
+    monkeypatch.setattr(replay.ReplayBuffer, "update_priorities", update)
+    assert replay.PRIORITIZED.keys() == {bench.OURS, "cpprb", "TorchRL"}
+    [ours] = group(bench, "by-priority").entries
+    assert (ours["case"], ours["provider"]) == ("by priority", bench.OURS)
+    assert ours["value"] > 0
+    assert set(updates) == {((1, 1024), (1, 1024))}
+
+
 @pytest.mark.parametrize("name", ["ten-tasks", "insert", "files"])
 def test_ours_that_returns_something_else_has_no_time_and_fails_the_result(
     name: str, bench: Any, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,7 @@ again and again; the first of them follows the last one without a break.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from brc_fast import DeviceReplayBuffer, ReplayBuffer
 Array = NDArray[Any]
 EPISODE = 97  # an end in so many transitions; a prime, so that every stream has ends
 LEAST = 4096  # different transitions
+ALPHA, BETA = 0.6, 0.4  # of draws by priority, as Schaul et al. 2016 have them for Atari
 
 
 class Steps(NamedTuple):
@@ -142,10 +143,20 @@ class Peer(NamedTuple):
         self.work.check(self.columns(self.sample(batches, size)))
 
 
-def ours(work: Stored, tensors: bool = False, kind: Callable[..., Any] = ReplayBuffer) -> Peer:
+def new_priorities(count: int) -> Array:
+    """[count] float32, of those that every buffer gets."""
+    return np.random.default_rng(0).random(count, np.float32) + np.float32(0.01)
+
+
+def ours(
+    work: Stored,
+    tensors: bool = False,
+    kind: Callable[..., Any] = ReplayBuffer,
+    alpha: float | None = None,
+) -> Peer:
     """`tensors`: `add` is given torch tensors."""
     ids = np.repeat(np.arange(work.tasks), work.streams)
-    buffer = kind(work.rows, work.observation, work.action, task_ids=ids)
+    buffer = kind(work.rows, work.observation, work.action, task_ids=ids, alpha=alpha)
 
     def prepare(step: Steps) -> Sequence[Any]:
         return list(map(torch.from_numpy, step)) if tensors else step
@@ -153,7 +164,13 @@ def ours(work: Stored, tensors: bool = False, kind: Callable[..., Any] = ReplayB
     def columns(sampled: Any) -> Columns:
         return [field.flatten(0, 1).cpu().numpy() for field in sampled.columns]
 
-    sample = lambda batches, size: buffer.sample(size, batches)  # noqa: E731
+    def by_priority(batches: int, size: int) -> Any:
+        batch = buffer.sample(size, batches, beta=BETA)
+        buffer.update_priorities(batch.indices, priorities(batches * size).reshape(batches, size))
+        return batch
+
+    priorities = cache(new_priorities)
+    sample = by_priority if alpha else lambda batches, size: buffer.sample(size, batches)
     return Peer(work, prepare, lambda step: buffer.add(*step), sample, columns, buffer)
 
 
@@ -216,12 +233,19 @@ def arrays_of(tensors: Sequence[torch.Tensor]) -> Columns:
     return [tensor.numpy() for tensor in tensors]
 
 
-def cpprb(work: Stored) -> Peer:
+def cpprb(work: Stored, alpha: float | None = None) -> Peer:
+    from cpprb import PrioritizedReplayBuffer
     from cpprb import ReplayBuffer as Buffer
 
     wide = {"shape": work.observation}
     fields = {"obs": wide, "act": {"shape": work.action}, "rew": {}, "done": {}, "next_obs": wide}
-    buffer = Buffer(work.rows, fields)
+    priorities = cache(new_priorities)
+    buffer = PrioritizedReplayBuffer(work.rows, fields, alpha=alpha) if alpha else Buffer(work.rows, fields)
+
+    def by_priority(batches: int, size: int) -> dict[str, Array]:
+        sampled = buffer.sample(batches * size, beta=BETA)
+        buffer.update_priorities(sampled["indexes"], priorities(batches * size))
+        return sampled
 
     def prepare(step: Steps) -> dict[str, Array]:
         columns = step.observations, step.actions, step.rewards, step.terminated, step.successors
@@ -231,18 +255,26 @@ def cpprb(work: Stored) -> Peer:
         here, actions, rewards, done, there = (sampled[name] for name in fields)
         return [here, actions, rewards[:, 0], 1.0 - done[:, 0], there]
 
-    return Peer(work, prepare, lambda step: buffer.add(**step), lambda u, b: buffer.sample(u * b), columns)
+    sample = by_priority if alpha else lambda batches, size: buffer.sample(batches * size)
+    return Peer(work, prepare, lambda step: buffer.add(**step), sample, columns)
 
 
-def torchrl(work: Stored) -> Peer:
+def torchrl(work: Stored, alpha: float | None = None) -> Peer:
     """ReplayBuffer with LazyTensorStorage and RandomSampler; TensorDictReplayBuffer takes a little longer."""
     from tensordict import TensorDict
     from torchrl import torchrl_logger
-    from torchrl.data import LazyTensorStorage, RandomSampler
+    from torchrl.data import LazyTensorStorage, PrioritizedSampler, RandomSampler
     from torchrl.data import ReplayBuffer as Buffer
 
     torchrl_logger.setLevel("WARNING")
-    buffer = Buffer(storage=LazyTensorStorage(work.rows, device="cpu"), sampler=RandomSampler())
+    sampler = PrioritizedSampler(work.rows, alpha, BETA) if alpha else RandomSampler()
+    buffer = Buffer(storage=LazyTensorStorage(work.rows, device="cpu"), sampler=sampler)
+    priorities = cache(lambda count: torch.from_numpy(new_priorities(count)))
+
+    def by_priority(batches: int, size: int) -> Any:
+        sampled, told = buffer.sample(batches * size, return_info=True)
+        buffer.update_priority(told["index"], priorities(batches * size))
+        return sampled
 
     def prepare(step: Steps) -> Any:
         here, actions, rewards, done, _, there = map(torch.from_numpy, step)
@@ -255,7 +287,8 @@ def torchrl(work: Stored) -> Peer:
         rewards, masks = after["reward"][:, 0], 1.0 - after["terminated"].float()[:, 0]
         return arrays_of([sampled["observation"], sampled["action"], rewards, masks, after["observation"]])
 
-    return Peer(work, prepare, buffer.extend, lambda u, b: buffer.sample(u * b), columns)
+    sample = by_priority if alpha else lambda batches, size: buffer.sample(batches * size)
+    return Peer(work, prepare, buffer.extend, sample, columns)
 
 
 def stable_baselines3(work: Stored) -> Peer:
@@ -326,6 +359,11 @@ KINDS = {
     "TorchRL": Kind(torchrl),
     "Stable-Baselines3": Kind(stable_baselines3, any_rows=False),
     "flashbax (jit)": Kind(flashbax),
+}
+PRIORITIZED = {  # those of them that draw by priority; a sample also sets the priorities of what it holds
+    "brc-fast": Kind(partial(ours, alpha=ALPHA), tasks=True, any_rows=False),
+    "cpprb": Kind(partial(cpprb, alpha=ALPHA)),
+    "TorchRL": Kind(partial(torchrl, alpha=ALPHA)),
 }
 
 
