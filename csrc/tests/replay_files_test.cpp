@@ -200,7 +200,8 @@ void not_finite_values_in_files_are_refused() {
     check(strict.size() == 0, "a refusal changes nothing");
     saves.load(store, 0);
     Batch one(layout, 1);
-    store.read(0, 0, {1, 1.0, {}, {}}, one.columns());
+    const std::int64_t oldest = 0;
+    store.read({&oldest, 1}, {1, 1.0, {}, {}}, one.columns());
     check(which == 3 ? std::isnan(one.rewards[0])
                      : one.observations == row.observations && one.next_observations == row.successors &&
                            one.fields == row.fields,

@@ -7,8 +7,11 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -54,7 +57,7 @@ struct Rows {
     for (const Field& field : layout.fields) fields.emplace_back(count * field.bytes);
   }
   [[nodiscard]] TransitionColumns columns() const {
-    TransitionColumns columns{observations, {}, rewards, terminated, truncated, successors};
+    TransitionColumns columns{{observations}, {}, rewards, terminated, truncated, {successors}};
     std::ranges::copy(fields, columns.fields.begin());
     return columns;
   }
@@ -67,16 +70,22 @@ struct Rows {
 
 /// B sampled transitions.
 struct Batch {
-  Batch(const Layout& layout, std::size_t count)
+  Batch(const Layout& layout, std::size_t count, bool weighted = false)
       : observations(count * layout.stack * layout.observation.bytes),
         rewards(count),
         masks(count),
         next_observations(observations.size()),
-        task_ids(count) {
+        task_ids(count),
+        terminated(count),
+        truncated(count),
+        steps(count),
+        indices(count),
+        weights(weighted ? count : 0) {
     for (const Field& field : layout.fields) fields.emplace_back(count * field.bytes);
   }
   [[nodiscard]] BatchColumns columns() {
-    BatchColumns columns{observations, {}, rewards, masks, next_observations, task_ids};
+    BatchColumns columns{{observations}, {},    rewards, masks,  {next_observations}, task_ids, terminated,
+                         truncated,      steps, indices, weights};
     std::ranges::copy(fields, columns.fields.begin());
     return columns;
   }
@@ -86,6 +95,9 @@ struct Batch {
   std::vector<float> rewards, masks;
   Values next_observations;
   Ids task_ids;
+  std::vector<unsigned char> terminated, truncated;
+  Ids steps, indices;
+  std::vector<float> weights;
 };
 
 /// A file without a name, gone when it is closed.
@@ -196,6 +208,7 @@ struct Transition {
   bool terminated, truncated;
   Values successor;
   bool starts = true;  // does not go on from the transition before it
+  float priority = 1.0f;
 };
 
 /// All transitions that were ever added, and rules so short that they can be seen to be right.
@@ -230,6 +243,7 @@ class List {
     Stream& stream = streams[s];
     transition.starts = stream.all.empty() || stream.all.back().terminated || stream.all.back().truncated ||
                         stream.all.back().successor != transition.observation;
+    transition.priority = largest;
     stream.all.push_back(std::move(transition));
     stream.size = std::min(stream.size + 1, stream.capacity);
     stream.kept = std::min(stream.kept + 1, stream.capacity + layout_.stack - 1);
@@ -258,12 +272,28 @@ class List {
       if (!request.weights.empty() && request.weights[i] > 0.0 && of_task == 0) return false;
       stored += of_task;
     }
-    return batch_size <= stored;
+    return batch_size <= stored && (!request.beta || std::ranges::any_of(powers(), std::identity{}));
+  }
+
+  [[nodiscard]] std::int64_t index_of(std::size_t s, std::size_t t) const {
+    return static_cast<std::int64_t>(t * streams.size() + s);
+  }
+
+  /// Whether the transition is still stored; then it has another priority now.
+  bool prioritize(std::int64_t index, float priority) {
+    const auto count = static_cast<std::int64_t>(streams.size());
+    Stream& stream = streams[static_cast<std::size_t>(index % count)];
+    const auto t = static_cast<std::size_t>(index / count);
+    if (t + stream.size < stream.all.size()) return false;
+    stream.all[t].priority = priority;
+    largest = std::max(largest, priority);
+    return true;
   }
 
   /// Batch number `draw`, drawn as ReplayIndex says.
   void sample(const Request& request, std::uint64_t seed, std::uint64_t draw, std::size_t first,
               std::size_t batch_size, Batch& out) const {
+    if (request.beta) return sample_by_priority(request, seed, draw, first, batch_size, out);
     const auto word = [&](std::uint32_t quad, std::uint32_t attempt, std::size_t i) {
       const auto low = [](std::uint64_t value) { return static_cast<std::uint32_t>(value); };
       return philox4x32({low(draw), low(draw >> 32), quad, attempt}, {low(seed), low(seed >> 32)})[i % 4];
@@ -306,15 +336,23 @@ class List {
     out.rewards[i] = reward;
     out.masks[i] = all[last].terminated ? 0.0f : request.powers[last - t];
     out.task_ids[i] = streams[s].task;
+    out.terminated[i] = all[last].terminated;
+    out.truncated[i] = all[last].truncated;
+    out.steps[i] = static_cast<std::int64_t>(last - t + 1);
+    out.indices[i] = index_of(s, t);
   }
 
   std::vector<Stream> streams;
+  double alpha = 0.0;
+  float largest = 1.0f;  // priority so far
 
  private:
   static constexpr std::size_t kEmpty = SIZE_MAX;
+  using Cells =
+      std::vector<std::pair<std::size_t, std::size_t>>;  // stream and number of the transition, or kEmpty
   struct Group {
-    double share;                                            // cumulative
-    std::vector<std::pair<std::size_t, std::size_t>> cells;  // stream and number of the transition, or kEmpty
+    double share;  // cumulative
+    Cells cells;
   };
   using Groups = std::vector<Group>;
 
@@ -332,17 +370,57 @@ class List {
     }
     return groups;
   }
-  [[nodiscard]] std::vector<std::pair<std::size_t, std::size_t>> cells_of(const Ids& listed) const {
-    std::vector<std::pair<std::size_t, std::size_t>> cells;
+  [[nodiscard]] std::size_t in_cell(const Stream& stream, std::size_t cell) const {
+    const std::size_t back = (stream.phase + 2 * stream.capacity - 1 - cell) % stream.capacity;
+    return back < stream.size ? stream.all.size() - 1 - back : kEmpty;
+  }
+  [[nodiscard]] Cells all_cells() const {
+    Cells cells;
+    for (std::size_t s = 0; s < streams.size(); ++s) {
+      for (std::size_t cell = 0; cell < streams[s].capacity; ++cell) {
+        cells.emplace_back(s, in_cell(streams[s], cell));
+      }
+    }
+    return cells;
+  }
+  [[nodiscard]] Cells cells_of(const Ids& listed) const {
+    Cells cells;
     for (std::size_t s = 0; s < streams.size(); ++s) {
       const auto& [task, capacity, size, kept, phase, all] = streams[s];
       if (size == 0 || (!listed.empty() && std::ranges::find(listed, task) == listed.end())) continue;
       for (std::size_t cell = 0; cell < std::min(std::bit_ceil(size), capacity); ++cell) {
-        const std::size_t back = (phase + 2 * capacity - 1 - cell) % capacity;
-        cells.emplace_back(s, back < size ? all.size() - 1 - back : kEmpty);
+        cells.emplace_back(s, in_cell(streams[s], cell));
       }
     }
     return cells;
+  }
+  /// Of all cells of all streams; zero for those without a transition.
+  [[nodiscard]] std::vector<long double> powers() const {
+    std::vector<long double> powers;
+    for (const auto& [s, t] : all_cells()) {
+      const long double priority = t == kEmpty ? 0.0f : streams[s].all[t].priority;
+      powers.push_back(priority == 0.0L ? 0.0L : std::pow(priority, static_cast<long double>(alpha)));
+    }
+    return powers;
+  }
+  void sample_by_priority(const Request& request, std::uint64_t seed, std::uint64_t draw, std::size_t first,
+                          std::size_t batch_size, Batch& out) const {
+    const auto cells = all_cells();
+    const auto shares = powers();
+    const long double sum = std::accumulate(shares.begin(), shares.end(), 0.0L);
+    std::vector<long double> weights;
+    for (std::size_t i = 0; i < batch_size; ++i) {
+      const auto words = draw_words(seed, draw, static_cast<std::uint32_t>(i / 2), 0);
+      const std::uint64_t bits = std::uint64_t{words[i % 2 * 2]} << 32 | words[i % 2 * 2 + 1];
+      long double left = static_cast<long double>(bits >> 11) * 0x1p-53L * sum;
+      std::size_t cell = 0;
+      while (shares[cell] == 0.0L || left >= shares[cell]) left -= shares[cell++];
+      put(cells[cell].first, cells[cell].second, request, first + i, out);
+      weights.push_back(std::pow(100.0L * shares[cell] / sum, static_cast<long double>(-*request.beta)));
+    }
+    const long double most = std::ranges::max(weights);
+    for (std::size_t i = 0; i < batch_size; ++i)
+      out.weights[first + i] = static_cast<float>(weights[i] / most);
   }
   /// The `frames` observations up to that of `t`, the first of an episode as often as frames are missing.
   void put_frames(const std::vector<Transition>& all, std::size_t t, std::size_t frames, std::size_t i,

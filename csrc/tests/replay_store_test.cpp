@@ -51,9 +51,10 @@ void grows_past_one_block_of_side_slots() {
     store.add(row.columns());
   }
   Batch one(layout, 1);
-  for (std::int32_t age = 0; age < 60'000; age += 997) {
-    store.read(0, age, {1, 1.0, {}, {}}, one.columns());
-    check(one.next_observations == number(60'000 + age), "successors in any block are kept");
+  for (std::int64_t name = 60'000; name < 120'000; name += 997) {
+    store.read({&name, 1}, {1, 1.0, {}, {}}, one.columns());
+    check(one.next_observations == number(static_cast<std::int32_t>(name)),
+          "successors in any block are kept");
   }
   check(store.side_size() == 60'000, "slots are used again");
 }
@@ -114,12 +115,11 @@ void refusals_change_nothing(std::uint64_t seed) {
   walk.check_unchanged("tasks must lie in", sample({1, 1.0, {tasks}, {}}, 1, 1));
   walk.check_unchanged("tasks must differ", sample({1, 1.0, {0, 0}, {}}, 1, 1));
   walk.check_unchanged("weights must hold one share", sample({1, 1.0, {0}, {1.0, 1.0}}, 1, 1));
-  const auto read = [&](std::int64_t stream, std::int64_t age) {
-    walk.store->read(stream, age, {1, 1.0, {}, {}}, Batch(walk.layout, 1).columns());
+  const auto read = [&](std::int64_t name) {
+    walk.store->read({&name, 1}, {1, 1.0, {}, {}}, Batch(walk.layout, 1).columns());
   };
-  check_refuses<std::out_of_range>([&] { read(streams, 0); }, "stream must lie below");
-  check_refuses<std::out_of_range>([&] { read(0, walk.store->sizes()[0]); }, "age must lie below");
-  check_refuses<std::out_of_range>([&] { read(0, -1); }, "age must lie below");
+  check_refuses<std::out_of_range>([&] { read(-1); }, "index -1 is of no transition");
+  check_refuses<std::out_of_range>([&] { read(99 * streams); }, "is of no transition");
   walk.step();
 }
 

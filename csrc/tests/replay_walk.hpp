@@ -15,8 +15,9 @@ namespace brc::test {
 /// A device index, and what a GPU would keep for it.
 class Device {
  public:
-  Device(const Layout& layout, const Ids& capacities, const Ids& task_ids, std::uint64_t seed)
-      : index(capacities, task_ids, static_cast<std::int64_t>(layout.stack), seed),
+  Device(const Layout& layout, const Ids& capacities, const Ids& task_ids, std::uint64_t seed,
+         std::optional<double> alpha = std::nullopt)
+      : index(capacities, task_ids, static_cast<std::int64_t>(layout.stack), seed, alpha),
         layout_(layout),
         rows_(index.index().rows(), Values(layout.link)) {}
 
@@ -47,7 +48,9 @@ class Device {
     const std::size_t n_step = request.powers.size();
     const std::size_t frame = layout_.observation.bytes;
     Ids steps(total * n_step), observations(total * layout_.stack), successors(total * layout_.stack);
-    index.plan(request, num_batches, batch_size, {steps, observations, successors, out.masks, out.task_ids});
+    index.plan(request, num_batches, batch_size,
+               {steps, observations, successors, out.masks, out.task_ids, out.terminated, out.truncated,
+                out.steps, out.indices, out.weights});
     for (std::size_t i = 0; i < observations.size(); ++i) {
       std::memcpy(&out.observations[i * frame], place(observations[i]), frame);
       std::memcpy(&out.next_observations[i * frame], place(successors[i]), frame);
@@ -115,21 +118,27 @@ class Walk {
       }
     }
     late_task = 1 + random.below(3);
+    constexpr double alphas[] = {0.0, 0.6, 1.0, 2.5};
+    if (random.one_in(2)) alpha = alphas[random.below(4)];
     resize();
     list.emplace(layout, capacities, task_ids);
+    list->alpha = alpha.value_or(0.0);
     twin = make();
-    device = std::make_unique<Device>(layout, capacities, task_ids, seed);
+    device = std::make_unique<Device>(layout, capacities, task_ids, seed, alpha);
   }
 
   void step() {
-    const Request request = random.request(capacities.size());
+    Request request = random.request(capacities.size());
+    constexpr double betas[] = {0.0, 0.4, 1.0};
+    if (alpha && !random.one_in(3)) request = {1 + random.below(5), 0.9, {}, {}, betas[random.below(3)]};
     const std::size_t num_batches = 1 + random.below(2), batch_size = 1 + random.below(13);
-    Batch batch(layout, num_batches * batch_size);
+    Batch batch(layout, num_batches * batch_size, request.beta.has_value());
     Ahead ahead;
     if (list->serves(request, batch_size)) {
       store->gather_ahead(request, store->draws(), num_batches, batch_size, batch.columns(), ahead);
     }
     for (std::uint32_t times = random.below(3); times > 0; --times) add();
+    if (alpha && random.one_in(2)) prioritize();
     if (random.one_in(5)) save();
     if (random.one_in(8) && reload()) ahead = {};
     if (random.one_in(8)) exchange();
@@ -175,6 +184,34 @@ class Walk {
     device->add(ids, rows);
   }
 
+  /// Sets some priorities, of transitions that may be stored no more; now and then all of them to zero.
+  void prioritize() {
+    Ids indices;
+    std::vector<float> priorities;
+    const auto count = static_cast<std::int64_t>(task_ids.size());
+    const bool all = random.one_in(10);
+    for (std::int64_t s = 0; s < count; ++s) {
+      const auto added = static_cast<std::uint32_t>(list->streams[static_cast<std::size_t>(s)].all.size());
+      for (std::uint32_t t = 0; t < added; ++t) {
+        if (!all && !random.one_in(3)) continue;
+        const std::uint32_t place = random.below(1 + static_cast<std::uint32_t>(indices.size()));
+        indices.insert(indices.begin() + place, t * count + s);
+        const float small = static_cast<float>(random.below(1000)) / 999.0f;
+        priorities.insert(priorities.begin() + place,
+                          all || random.one_in(5) ? 0.0f : std::exp(4.0f * small));
+      }
+    }
+    for (std::uint32_t times = random.below(3); times > 0 && !indices.empty(); --times) {
+      indices.push_back(indices.front());  // the last of several holds
+      priorities.push_back(static_cast<float>(times) / 3.0f);
+    }
+    std::size_t stored = 0;
+    for (std::size_t i = 0; i < indices.size(); ++i) stored += list->prioritize(indices[i], priorities[i]);
+    check(store->set_priorities(indices, priorities) == stored, "what is not stored any more is left out");
+    twin->set_priorities(indices, priorities);
+    device->index.set_priorities(indices, priorities);
+  }
+
   /// Every transition, over one and over several steps; sizes and the successors kept aside.
   void check_transitions(const ReplayStore& of) {
     const Request requests[] = {{1, 1.0, {}, {}}, {1 + random.below(5), 0.9, {}, {}}};
@@ -188,7 +225,8 @@ class Walk {
             "streams share a task's capacity");
       for (std::size_t age = 0; age < 2 * stream.size; ++age) {
         const Request& request = requests[age % 2];
-        of.read(static_cast<std::int64_t>(s), static_cast<std::int64_t>(age / 2), request, got.columns());
+        const std::int64_t name = list->index_of(s, stream.all.size() - stream.size + age / 2);
+        of.read({&name, 1}, request, got.columns());
         list->put(s, stream.all.size() - stream.size + age / 2, request, 0, expected);
         check(got == expected, "a stored transition never changes");
       }
@@ -214,10 +252,11 @@ class Walk {
 
   void check_draws(const Request& request, std::size_t num_batches, std::size_t batch_size, Batch& batch,
                    Ahead& ahead) {
-    Batch other(layout, num_batches * batch_size), expected = other;
+    Batch other(layout, num_batches * batch_size, request.beta.has_value()), expected = other;
     if (!list->serves(request, batch_size)) {
-      check_refuses([&] { store->sample(request, num_batches, batch_size, batch.columns()); }, "stored");
-      check_refuses([&] { device->sample(request, num_batches, batch_size, other); }, "stored");
+      const char* words = batch_size <= store->size() && request.beta ? "every priority is zero" : "stored";
+      check_refuses([&] { store->sample(request, num_batches, batch_size, batch.columns()); }, words);
+      check_refuses([&] { device->sample(request, num_batches, batch_size, other); }, words);
       return;
     }
     for (std::size_t u = 0; u < num_batches; ++u) {
@@ -225,6 +264,11 @@ class Walk {
     }
     const std::size_t changed = store->settle(request, num_batches, batch_size, batch.columns(), ahead);
     check(changed <= num_batches * batch_size, "only elements of the batch are gathered anew");
+    for (std::size_t i = 0; i < expected.weights.size(); ++i) {
+      check(std::abs(batch.weights[i] - expected.weights[i]) <= 1e-6f * expected.weights[i],
+            "importance weights follow from the shares");
+    }
+    expected.weights = batch.weights;
     check(batch == expected, "a batch is drawn as documented, ahead or not");
     twin->sample(request, num_batches, batch_size, other.columns());
     check(other == expected, "what is gathered ahead and settled is what would be sampled");
@@ -258,7 +302,7 @@ class Walk {
     list = saved;
     list->recapacitate(capacities);
     check(store->draws() == saves.content.draws && store->seed() == seed, "draws go on after a load");
-    device = std::make_unique<Device>(layout, capacities, task_ids, 0);
+    device = std::make_unique<Device>(layout, capacities, task_ids, 0, alpha);
     device->take(*store);
     twin = make();
     device->give(*twin);
@@ -296,13 +340,14 @@ class Walk {
   }
 
   [[nodiscard]] std::unique_ptr<ReplayStore> make() const {
-    return std::make_unique<ReplayStore>(layout, capacities, task_ids, seed, false);
+    return std::make_unique<ReplayStore>(layout, capacities, task_ids, seed, false, alpha);
   }
 
   Random random;
   std::uint64_t seed;
   Layout layout;
   Ids task_ids, capacities;
+  std::optional<double> alpha;
   std::int64_t late_task;  // no transitions at first, if there is such a task
   int adds = 0;
   std::unique_ptr<ReplayStore> store, twin;
