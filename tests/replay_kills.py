@@ -21,7 +21,7 @@ from typing import Any
 
 from replay_oracle import Feed, filled, more, read_all
 
-from brc_fast.replay import Field
+from brc_fast.replay import Field, forks
 
 SCENARIOS = ["first", "second", "later", "another", "linked", "copied", "back", "back copied", "large"]
 PIECES = 100  # of a manifest, between two places to stop
@@ -165,6 +165,9 @@ class Wrapped:
 def attempt(scenario: Scenario, work: Path, prepare: Callable[[int], None]) -> tuple[str, str]:
     """Saves in a fork; returns where it stopped, if it did, and how it ended."""
     reader, writer = os.pipe()
+    forks._alive.discard(
+        scenario.feed.buffer
+    )  # no DataLoader's worker: it goes on with the numbers of this process
     child = os.fork()
     if child == 0:
         code = 1
