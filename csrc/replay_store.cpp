@@ -592,7 +592,7 @@ std::vector<std::int64_t> ReplayStore::indices() const {
 }
 
 Sequences ReplayStore::sequences(std::size_t batch_size, std::size_t length) {
-  const std::shared_lock lock(mutex_);
+  const std::unique_lock lock(mutex_);  // so that nobody else takes this number before it counts
   Sequences made = index_.sequences(draws_, batch_size, length);
   ++draws_;
   return made;
