@@ -105,6 +105,27 @@ def test_a_second_save_writes_only_what_is_new(tmp_path: Path) -> None:
     loaded.loaded(tmp_path).check_content(3, 0.9)
 
 
+@pytest.mark.parametrize("back", ["clear", "discard_episode"])
+def test_a_save_after_transitions_were_taken_back_holds_those_that_came_since(
+    back: str, tmp_path: Path
+) -> None:
+    feed = Feed(20, seed=1)
+    for _ in range(8):
+        feed.add()
+    feed.buffer.save(tmp_path)
+    if back == "clear":
+        feed.buffer.clear()
+    else:
+        assert feed.buffer.discard_episode(0) == 8
+    for _ in range(10):
+        feed.add()
+    feed.buffer.save(tmp_path)
+    loaded = feed.empty()
+    loaded.load(tmp_path)
+    assert_same(read_all(loaded), read_all(feed.buffer))
+    assert loaded.all().rewards.tolist() == [float(row.reward) for row in feed.history[0][8:]]
+
+
 def test_the_generation_before_the_last_can_be_loaded(tmp_path: Path) -> None:
     feed = filled()
     feed.buffer.save(tmp_path)

@@ -128,6 +128,7 @@ class Buffer:
     def clear(self) -> None:
         """Forget every transition. The draws go on."""
         with self._saving:
+            self._saved = None  # names of transitions begin anew: files name others
             self._store.clear()
 
     def discard_episode(self, stream: int) -> int:
@@ -138,8 +139,10 @@ class Buffer:
         Raises:
             IndexError: no such stream.
         """
+        number = integer("stream", stream)
         with self._saving:
-            return self._store.discard_episode(integer("stream", stream))
+            self._saved = None  # later transitions get the names of these, which files hold
+            return self._store.discard_episode(number)
 
     def reset(self, streams: Array | None = None) -> None:
         """Tell that these streams (all where it is None) begin another episode with their next transition.
