@@ -41,7 +41,7 @@ def test_each_observation_of_a_step_has_its_own_successor(parts: Any, n_step: in
         feed.check_sample(3, 2, n_step=n_step, discount=0.9)
     feed.buffer.save(tmp_path)
     for capacity in (None, [3, 9]):
-        loaded = feed.loaded(tmp_path, capacity)
+        loaded = feed.loaded(tmp_path, capacity, same_capacity=capacity is None)
         loaded.check_content(n_step, 0.9)
         more(loaded, 3)
         loaded.check_content(n_step, 0.9)

@@ -302,7 +302,8 @@ def _require_capacity(manifest: Manifest, store: _core.ReplayStore, schema: Sche
     own, saved = store.capacities().tolist(), manifest["content"]["capacity"]
     if saved != own:
         raise ValueError(f"capacities of the replay in {folder} must be {own!s:.80}, got {saved!s:.80}")
-    rows, most = sum(map(sum, _rows(manifest)[0])), 3 * (sum(own) + schema.observation.stack * len(own))
+    frames = max(part.stack for part in schema.parts.values())
+    rows, most = sum(map(sum, _rows(manifest)[0])), 3 * (sum(own) + frames * len(own))
     if rows > most:
         raise ValueError(f"the replay in {folder} must have at most {most} rows in its files, got {rows}")
 
