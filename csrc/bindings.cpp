@@ -120,13 +120,14 @@ class BoundStore {
     store.add(ids, columns);
   }
 
-  void extend(std::int64_t stream, const Arrays& observations, const Arrays& fields,
-              const Array<float>& rewards, const Array<bool>& terminated, const Array<bool>& truncated,
-              const Arrays& successors) {
-    const brc::TransitionColumns columns =
+  std::size_t extend(std::int64_t stream, const Arrays& observations, const Arrays& fields,
+                     const Array<float>& rewards, const Array<bool>& terminated, const Array<bool>& truncated,
+                     const Arrays& successors, const std::optional<Array<bool>>& starts) {
+    brc::TransitionColumns columns =
         columns_of(observations, fields, rewards, terminated, truncated, successors);
+    if (starts) columns.starts = in(*starts);
     const py::gil_scoped_release released;
-    store.extend(stream, columns);
+    return store.extend(stream, columns);
   }
 
   ReplayStore store;
@@ -142,7 +143,7 @@ class BoundStore {
     };
     put(columns.observations, observations, store.layout().parts.size());
     put(columns.fields, fields, store.layout().fields.size());
-    put(columns.successors, successors, store.layout().parts.size());
+    if (!successors.empty()) put(columns.successors, successors, store.layout().parts.size());
     columns.rewards = in(rewards);
     columns.terminated = in(terminated);
     columns.truncated = in(truncated);
@@ -463,9 +464,15 @@ PYBIND11_MODULE(_core, module) {
       .def("settle", &settle)
       .def("read", &read_transitions)
       .def("extend", &BoundStore::extend, "stream"_a, "observations"_a, "fields"_a, exact("rewards"),
-           exact("terminated"), exact("truncated"), "successors"_a)
+           exact("terminated"), exact("truncated"), "successors"_a, exact("starts") = py::none())
       .def(
           "clear", [](BoundStore& self) { self.store.clear(); }, py::call_guard<py::gil_scoped_release>())
+      .def("clear_streams",
+           [](BoundStore& self, const Array<std::int64_t>& streams) {
+             const auto ids = in(streams);
+             const py::gil_scoped_release released;
+             self.store.clear(ids);
+           })
       .def(
           "discard_episode",
           [](BoundStore& self, std::int64_t stream) { return self.store.discard_episode(stream); },
@@ -489,6 +496,11 @@ PYBIND11_MODULE(_core, module) {
            })
       .def("indices",
            [](const BoundStore& self) { return to_array(unlocked([&] { return self.store.indices(); })); })
+      .def("begins",
+           [](const BoundStore& self, const Array<std::int64_t>& indices) {
+             const auto names = in(indices);
+             return to_array(unlocked([&] { return self.store.begins(names); }));
+           })
       .def("sequences",
            [](BoundStore& self, std::size_t batch_size, std::size_t length) {
              const auto [names, starts] = unlocked([&] { return self.store.sequences(batch_size, length); });
@@ -512,6 +524,11 @@ PYBIND11_MODULE(_core, module) {
       .def_property_readonly("slots", property(&ReplayStore::slots))
       .def_property_readonly("nbytes", property(&ReplayStore::nbytes))
       .def_property_readonly("seed", property(&ReplayStore::seed))
+      .def_property_readonly("jumps",
+                             [](const BoundStore& self) {
+                               const auto [count, of] = unlocked([&] { return self.store.jumps(); });
+                               return std::pair(count, of);
+                             })
       .def_property_readonly("draws", [](const BoundStore& self) { return self.store.draws(); });
 
   py::class_<DeviceIndex>(module, "DeviceIndex")
@@ -548,6 +565,11 @@ PYBIND11_MODULE(_core, module) {
       .def_property_readonly("size", [](const DeviceIndex& index) { return index.index().size(); })
       .def_property_readonly("slots", [](const DeviceIndex& index) { return index.index().slots(); })
       .def_property_readonly("side_size", [](const DeviceIndex& index) { return index.index().used_slots(); })
+      .def_property_readonly("jumps",
+                             [](const DeviceIndex& index) {
+                               const auto [count, of] = index.jumps();
+                               return std::pair(count, of);
+                             })
       .def_property_readonly("seed", [](const DeviceIndex& index) { return index.index().seed; })
       .def_property_readonly("draws", [](const DeviceIndex& index) { return index.draws(); });
 }

@@ -109,6 +109,10 @@ class DeviceIndex {
     ++draws_;
     return made;
   }
+  [[nodiscard]] Jumps jumps() const {
+    const std::lock_guard lock(mutex_);
+    return index_.jumps();
+  }
   void clear() {
     const std::lock_guard lock(mutex_);
     index_.clear();

@@ -468,6 +468,7 @@ void ReplayStore::load(const Content& content, std::span<const SegmentFile> segm
     index_.adopt(s, content.count[s], size, same ? content.phase[s] : size % stream.capacity);
   }
   if (index_.priorities() != nullptr) index_.restore_priorities(content.size, priorities);
+  index_.count_jumps_anew();
   index_.refresh();
   index_.seed = seed;
   draws_ = content.draws;

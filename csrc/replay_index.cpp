@@ -263,13 +263,16 @@ Sequences ReplayIndex::sequences(std::uint64_t draw, std::size_t count, std::siz
 }
 
 void ReplayIndex::clear() noexcept {
-  for (std::size_t s = 0; s < streams_.size(); ++s) {
-    rewind(s, 0);
-    adopt(s, 0, 0, 0);
-    streams_[s].next = 0;
-  }
+  for (std::size_t s = 0; s < streams_.size(); ++s) clear(s);
   if (priorities_) priorities_->clear(1.0f);
+  count_jumps_anew();
   refresh();
+}
+
+void ReplayIndex::clear(std::size_t s) noexcept {
+  rewind(s, 0);
+  adopt(s, 0, 0, 0);
+  streams_[s].next = 0;
 }
 
 void ReplayIndex::adopt(std::size_t s, std::uint64_t count, std::uint32_t size,

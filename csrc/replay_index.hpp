@@ -155,6 +155,12 @@ struct Sequences {
   std::vector<unsigned char> starts;  // [B, length] whether an episode begins with it
 };
 
+/// How often an observation was not the successor of a transition that no end followed.
+struct Jumps {
+  std::uint64_t count = 0;
+  std::uint64_t of = 0;  // appended transitions
+};
+
 /// The index of N streams of T tasks.
 ///
 /// It holds no lock and no data: its owner locks, and moves observations where it says. Links are read and
@@ -202,10 +208,18 @@ class ReplayIndex {
   /// Lets the head go: its observation is to be moved to the side slot that is returned, or -1 where there is
   /// none. Precondition: a slot is reserved.
   std::int64_t leave(std::size_t s) noexcept;
-  /// Empties every stream.
+  /// Empties every stream, or one; refresh() must follow the latter.
   void clear() noexcept;
+<<<<<<< HEAD
   /// Must follow appends, rewinds and adoptions before the next draw. O(1), or O(N) where a reach changed;
   /// with priorities, O(log cells) for each.
+=======
+  void clear(std::size_t s) noexcept;
+  /// Since clear() or count_jumps_anew(), without those after leave().
+  [[nodiscard]] Jumps jumps() const noexcept { return jumps_; }
+  void count_jumps_anew() noexcept { jumps_ = {}; }
+  /// Must follow appends, rewinds and adoptions before the next draw. O(1), or O(N) where a reach changed.
+>>>>>>> 53a9e4c (replay: load_dataset, and many rows without their successors)
   void refresh() noexcept;
   /// Sets what a stream that was filled by `append` cannot know: numbers of another life. Precondition: size
   /// <= kept, phase < capacity, and phase equals size below the capacity.
@@ -289,10 +303,16 @@ class ReplayIndex {
   std::vector<bool> aside_;          // [rows] whether the link names a slot: read without touching the row
   std::vector<std::uint32_t> free_;  // side slots, each once, the last first to go; its capacity is slots_
   std::size_t slots_ = 0;
+<<<<<<< HEAD
   Strata all_;          // of the request without tasks and weights
   bool stale_ = false;  // a reach changed since all_ was made
   Group cells_;         // of all streams
   std::optional<Priorities> priorities_;
+=======
+  Jumps jumps_;
+  Strata all_;                       // of the request without tasks and weights
+  bool stale_ = false;               // a reach changed since all_ was made
+>>>>>>> 53a9e4c (replay: load_dataset, and many rows without their successors)
   std::vector<std::uint32_t> seen_;  // [N] the call of require_streams that named a stream last
   std::uint32_t calls_ = 0;
 };
@@ -316,6 +336,8 @@ inline void ReplayIndex::resize(Stream& stream, std::uint32_t size) noexcept {
 
 inline Placement ReplayIndex::append(std::size_t s, bool departs, bool terminated, bool truncated) noexcept {
   Stream& stream = streams_[s];
+  jumps_.count += departs ? 1 : 0;
+  ++jumps_.of;
   if (stream.kept + 1 == stream.ring) {  // the oldest row makes place for the next head
     release(stream.first_row + stream.position(stream.kept - 1));
     --stream.kept;

@@ -109,6 +109,7 @@ struct TransitionColumns {
   std::span<const unsigned char> terminated;  // [M]
   std::span<const unsigned char> truncated;   // [M]
   Columns<Bytes> successors;                  // [M, one frame] of each part: where the action led
+  std::span<const unsigned char> starts;      // [M] or empty: an episode begins with it
 };
 
 /// Where B sampled transitions go, row-major and owned by the caller.

@@ -340,10 +340,19 @@ void ReplayStore::commit(std::size_t s, std::size_t i) noexcept {
   if (to.successor < 0) keep_aside(-1 - to.successor, heads_.row(s));
 }
 
-void ReplayStore::extend(std::int64_t stream, const TransitionColumns& columns) {
+std::size_t ReplayStore::extend(std::int64_t stream, const TransitionColumns& columns) {
   const std::size_t s = index_.require_stream(stream);
   const std::size_t count = columns.rewards.size();
-  require_columns(columns, layout_, count);
+  const bool following = columns.successors[0].empty();  // the next observation is the successor
+  const bool told = !columns.starts.empty();
+  if (following) {
+    TransitionColumns whole = columns;
+    whole.successors = columns.observations;
+    require_columns(whole, layout_, count);
+  } else {
+    require_columns(columns, layout_, count);
+  }
+  if (told) require_length("starts", columns.starts.size(), count, "values");
   if (!allow_not_finite_) {
     const auto require_column = [&](const std::string& name, const Field& field, Bytes values) {
       const std::size_t row = first_not_finite(values, field.kind) / (field.bytes / field.item);
@@ -354,7 +363,7 @@ void ReplayStore::extend(std::int64_t stream, const TransitionColumns& columns) 
     for (std::size_t p = 0; p < layout_.parts.size(); ++p) {
       const Field& field = layout_.parts[p].field;
       require_column(field.name, field, columns.observations[p]);
-      require_column("successors (" + field.name + ")", field, columns.successors[p]);
+      if (!following) require_column("successors (" + field.name + ")", field, columns.successors[p]);
     }
     for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
       require_column(layout_.fields[f].name, layout_.fields[f], columns.fields[f]);
@@ -362,18 +371,28 @@ void ReplayStore::extend(std::int64_t stream, const TransitionColumns& columns) 
     require_column("rewards", {"rewards", sizeof(float), sizeof(float), Kind::float32},
                    std::as_bytes(columns.rewards));
   }
+  const auto starts = [&](std::size_t i) { return told && columns.starts[i] != 0; };
+  const auto unknown = [&](std::size_t i) {  // where the action led
+    return following && columns.terminated[i] == 0 &&
+           (columns.truncated[i] != 0 || i + 1 == count || starts(i + 1));
+  };
   const std::size_t frame = layout_.observation.bytes;
   const std::size_t tail = tail_bytes(layout_);
   const std::size_t whole = layout_.stride - tail;
   const std::size_t most = std::max(kGroup, kSliceBytes / layout_.stride);
+  std::size_t stored = 0;
   for (std::size_t slice = 0; slice < count; slice += most) {
     const std::size_t rows = std::min(most, count - slice);
     const std::unique_lock lock(mutex_);
-    const Bytes seen = joined(columns.observations, slice, rows, seen_);
-    const Bytes led = joined(columns.successors, slice, rows, led_);
+    const Bytes seen = joined(columns.observations, slice, std::min(rows + 1, count - slice), seen_);
+    const Bytes led = following ? Bytes{} : joined(columns.successors, slice, rows, led_);
+    const auto successor_of = [&](std::size_t i) {
+      if (!following) return led.data() + i * frame;
+      return seen.data() + (columns.terminated[slice + i] != 0 ? i : i + 1) * frame;
+    };
     reserve_slots(2 * rows);
     if (save_ != nullptr) reserve_saved({&stream, 1}, rows);
-    const std::byte* head = index_.streams()[s].head_valid ? heads_.row(s) : nullptr;
+    const std::byte* head = heads_.row(s);  // where the newest transition led, if the stream goes on from it
     std::array<const std::byte*, kGroup> heads;
     std::array<bool, kGroup> valid;
     std::array<unsigned char, kGroup> departs;
@@ -383,30 +402,35 @@ void ReplayStore::extend(std::int64_t stream, const TransitionColumns& columns) 
       for (std::size_t g = 0; g < group; ++g) {
         const std::size_t i = begin + g;
         const std::size_t before = slice + i - 1;
-        heads[g] = i == 0 ? head : led.data() + (i - 1) * frame;
-        valid[g] = i == 0 ? head != nullptr : (columns.terminated[before] | columns.truncated[before]) == 0;
+        heads[g] = i == 0 ? head : successor_of(i - 1);
+        valid[g] = i == 0 ? index_.streams()[s].head_valid
+                          : !following && (columns.terminated[before] | columns.truncated[before]) == 0;
       }
       put_together(layout_, columns, observations, slice + begin, std::span(heads).first(group), valid.data(),
                    tails_.row(0), departs.data());
       for (std::size_t g = 0; g < group; ++g) {
-        if (save_ != nullptr) keep_for_save(s, heads[g]);
         const std::size_t i = slice + begin + g;
+        if (unknown(i)) continue;
+        if (save_ != nullptr) keep_for_save(s, head);
+        const bool cut = starts(i) || (i > 0 && unknown(i - 1));
+        if (const std::int64_t slot = cut ? index_.leave(s) : -1; slot >= 0) keep_aside(slot, head);
         const Placement to =
-            index_.append(s, departs[g] != 0, columns.terminated[i] != 0, columns.truncated[i] != 0);
-        if (to.moved >= 0) keep_aside(to.moved, heads[g]);
+            index_.append(s, departs[g] != 0 && !cut, columns.terminated[i] != 0, columns.truncated[i] != 0);
+        if (to.moved >= 0) keep_aside(to.moved, head);
         std::byte* const end = tails_.row(0) + g * tail;
         std::memcpy(end + layout_.link - whole, &to.link, sizeof(to.link));
         stream_lines(rows_.row(to.row), observations + g * frame, whole);
         stream_lines(rows_.row(to.row) + whole, end, tail);
-        if (to.successor < 0) keep_aside(-1 - to.successor, led.data() + (begin + g) * frame);
+        head = successor_of(begin + g);
+        if (to.successor < 0) keep_aside(-1 - to.successor, head);
+        ++stored;
       }
     }
     finish_stream();
-    if (index_.streams()[s].head_valid) {
-      std::memcpy(heads_.row(s), led.data() + (rows - 1) * frame, frame);
-    }
+    if (index_.streams()[s].head_valid && head != heads_.row(s)) std::memcpy(heads_.row(s), head, frame);
     index_.refresh();
   }
+  return stored;
 }
 
 std::pair<std::unique_lock<std::mutex>, std::unique_lock<FairLock>> ReplayStore::alone() const {
@@ -427,6 +451,14 @@ void ReplayStore::clear() {
   const auto locks = alone();
   ++life_;
   index_.clear();
+}
+
+void ReplayStore::clear(std::span<const std::int64_t> ids) {
+  const auto locks = alone();
+  index_.require_streams(ids);
+  ++life_;
+  for (const std::int64_t id : ids) index_.clear(static_cast<std::size_t>(id));
+  index_.refresh();
 }
 
 std::size_t ReplayStore::discard_episode(std::int64_t stream) {
@@ -585,6 +617,14 @@ void ReplayStore::read(std::span<const std::int64_t> indices, const Request& req
     }
     gather(picks, request, begin, out);
   }
+}
+
+std::vector<unsigned char> ReplayStore::begins(std::span<const std::int64_t> indices) const {
+  return reading([&] {
+    std::vector<unsigned char> begins;
+    for (const std::int64_t index : indices) begins.push_back(index_.begins(index_.find(index)));
+    return begins;
+  });
 }
 
 std::vector<std::int64_t> ReplayStore::indices() const {

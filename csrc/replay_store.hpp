@@ -71,11 +71,17 @@ class ReplayStore {
   void add(std::span<const std::int64_t> streams, const TransitionColumns& columns);
   void add(const TransitionColumns& columns) { add(all_streams_, columns); }
 
-  /// Appends many transitions to a stream, one after the other. What is not finite is refused before anything
-  /// is stored. Others may come in between after every megabyte or so. O(bytes).
-  void extend(std::int64_t stream, const TransitionColumns& columns);
+  /// Appends many transitions to a stream, one after the other, and returns their number. What is not finite
+  /// is refused before anything is stored. Others may come in between after every megabyte or so. An episode
+  /// begins where an observation is not the last successor, and where `starts` says so.
+  ///
+  /// Without successors, an action led to the next observation, or nowhere where it terminated: its own
+  /// observation stands in. Where the next one is of another episode or not there, the transition is left
+  /// out. O(bytes).
+  std::size_t extend(std::int64_t stream, const TransitionColumns& columns);
   /// Forgets everything, but not how many batches were sampled.
   void clear();
+  void clear(std::span<const std::int64_t> streams);
   /// Takes the newest episode of a stream back, over or not; returns how many transitions that were.
   std::size_t discard_episode(std::int64_t stream);
   /// The next observation of these streams begins an episode, whatever it is. O(M).
@@ -101,6 +107,8 @@ class ReplayStore {
   void read(std::span<const std::int64_t> indices, const Request& request, const BatchColumns& out) const;
   /// The names of all transitions, stream after stream and oldest first.
   [[nodiscard]] std::vector<std::int64_t> indices() const;
+  /// Whether episodes begin with the transitions of these names: see ReplayIndex::begins.
+  [[nodiscard]] std::vector<unsigned char> begins(std::span<const std::int64_t> indices) const;
   /// B sequences of `length` transitions each; advances draws() by one.
   [[nodiscard]] Sequences sequences(std::size_t batch_size, std::size_t length);
 
@@ -148,6 +156,10 @@ class ReplayStore {
   }
   [[nodiscard]] std::size_t side_size() const {
     return reading([this] { return index_.used_slots(); });
+  }
+  /// Of the transitions that came since the content was replaced, those that jumped; see ReplayIndex. O(1).
+  [[nodiscard]] Jumps jumps() const {
+    return reading([this] { return index_.jumps(); });
   }
   /// Side slots that the index may name.
   [[nodiscard]] std::size_t slots() const {

@@ -3,7 +3,8 @@
 from brc_fast.spec import Field
 
 from .buffer import ReplayBuffer
+from .datasets import load_dataset
 from .device import DeviceReplayBuffer
 from .prefetch import Prefetcher
 
-__all__ = ["DeviceReplayBuffer", "Field", "Prefetcher", "ReplayBuffer"]
+__all__ = ["DeviceReplayBuffer", "Field", "Prefetcher", "ReplayBuffer", "load_dataset"]

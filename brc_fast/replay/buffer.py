@@ -165,22 +165,33 @@ class ReplayBuffer(Buffer):
         rewards: Array,
         terminated: Array,
         truncated: Array,
-        successors: Values,
+        successors: Values | None = None,
         stream: int = 0,
         extras: Mapping[str, Array] | None = None,
-    ) -> None:
+        starts: Array | None = None,
+    ) -> int:
         """Appends M transitions of one stream, one after the other, at the speed of memory.
 
-        Arguments are those of `add`, [M, ...] each, from the oldest to the newest; of a data set without
-        successors, see `load_dataset`. What is not finite is refused before anything is stored.
+        Arguments are those of `add`, [M, ...] each, from the oldest to the newest. Without successors an
+        action led to the observation of the next row, or nowhere where it terminated. The last row of an
+        episode that was cut is then left out, and so is the very last one: nobody knows where they led. What
+        is not finite is refused before anything is stored.
+
+        Args:
+            starts: [M] bool, true where an episode begins though no end comes before it. Any observation but
+                the last successor begins one without being told.
+
+        Returns how many were appended.
 
         Raises:
             IndexError: no such stream.
             TypeError, ValueError: as `add`.
         """
-        m = len(rewards)
         given = (observations, actions, rewards, terminated, truncated, successors, extras)
-        self._store.extend(integer("stream", stream), *self._checked(m, *given))
+        m = len(rewards) if np.ndim(rewards) else 1
+        columns = self._checked(m, *given, following=successors is None)
+        begins = None if starts is None else checked("starts", starts, "[M]", columns[2].shape, "bool")
+        return self._store.extend(integer("stream", stream), *columns, starts=begins)
 
     def _checked(
         self,
@@ -190,10 +201,11 @@ class ReplayBuffer(Buffer):
         rewards: Array,
         terminated: Array,
         truncated: Array,
-        successors: Values,
+        successors: Values | None,
         extras: Mapping[str, Array] | None,
-    ) -> tuple[Any, ...]:
-        """M transitions as the compiled store takes them."""
+        following: bool = False,
+    ) -> tuple[Any, Any, Any, Any, Any, Any]:
+        """M transitions as the compiled store takes them, `following` each other without successors."""
         schema = self.schema
         fields = {"actions": actions, **(extras or {})}
         if fields.keys() != schema.fields.keys():
@@ -223,7 +235,7 @@ class ReplayBuffer(Buffer):
             checked("rewards", rewards, "[M]", (m,), "float32"),
             checked("terminated", terminated, "[M]", (m,), "bool"),
             checked("truncated", truncated, "[M]", (m,), "bool"),
-            observed("successors", successors),
+            [] if following else observed("successors", successors),
         )
 
     def sample(
