@@ -210,16 +210,12 @@ class ReplayIndex {
   std::int64_t leave(std::size_t s) noexcept;
   /// Empties every stream, or one; refresh() must follow the latter.
   void clear() noexcept;
-<<<<<<< HEAD
-  /// Must follow appends, rewinds and adoptions before the next draw. O(1), or O(N) where a reach changed;
-  /// with priorities, O(log cells) for each.
-=======
   void clear(std::size_t s) noexcept;
   /// Since clear() or count_jumps_anew(), without those after leave().
   [[nodiscard]] Jumps jumps() const noexcept { return jumps_; }
   void count_jumps_anew() noexcept { jumps_ = {}; }
-  /// Must follow appends, rewinds and adoptions before the next draw. O(1), or O(N) where a reach changed.
->>>>>>> 53a9e4c (replay: load_dataset, and many rows without their successors)
+  /// Must follow appends, rewinds and adoptions before the next draw. O(1), or O(N) where a reach changed;
+  /// with priorities, O(log cells) for each.
   void refresh() noexcept;
   /// Sets what a stream that was filled by `append` cannot know: numbers of another life. Precondition: size
   /// <= kept, phase < capacity, and phase equals size below the capacity.
@@ -303,16 +299,11 @@ class ReplayIndex {
   std::vector<bool> aside_;          // [rows] whether the link names a slot: read without touching the row
   std::vector<std::uint32_t> free_;  // side slots, each once, the last first to go; its capacity is slots_
   std::size_t slots_ = 0;
-<<<<<<< HEAD
+  Jumps jumps_;
   Strata all_;          // of the request without tasks and weights
   bool stale_ = false;  // a reach changed since all_ was made
   Group cells_;         // of all streams
   std::optional<Priorities> priorities_;
-=======
-  Jumps jumps_;
-  Strata all_;                       // of the request without tasks and weights
-  bool stale_ = false;               // a reach changed since all_ was made
->>>>>>> 53a9e4c (replay: load_dataset, and many rows without their successors)
   std::vector<std::uint32_t> seen_;  // [N] the call of require_streams that named a stream last
   std::uint32_t calls_ = 0;
 };

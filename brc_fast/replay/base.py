@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -18,6 +19,8 @@ from brc_fast.spec import integer
 from .fields import Array, Schema, checked
 from .request import Requests
 
+FEWEST = 512  # transitions of which most may be jumps before anybody is told
+
 
 class Buffer:
     """Streams of transitions, of tasks; `_store` counts them."""
@@ -29,6 +32,7 @@ class Buffer:
         self._streams = np.arange(self.num_streams, dtype=np.int64)
         self._requests = Requests(schema)
         self._saving = threading.Lock()
+        self._told_of_jumps = False
         self._saved: str | None = None  # manifest of the generation on disk that it goes on from
 
     def __reduce__(self) -> NoReturn:
@@ -60,6 +64,15 @@ class Buffer:
     def draws(self) -> int:
         """Batches sampled so far; `sample(batch_size, U)` counts U. It and the seed decide the next draw."""
         return self._store.draws
+
+    @property
+    def jumps(self) -> int:
+        """Transitions that came since the buffer was made, cleared or loaded and did not go on from where the
+        one before in their stream had led, though that ended no episode.
+
+        `reset` and the `starts` of `extend` end one.
+        """
+        return self._store.jumps[0]
 
     def indices(self) -> Tensor:
         """What the transitions stored are called, [len(self)] int64: stream after stream and oldest first.
@@ -188,6 +201,21 @@ class Buffer:
             raise ValueError(
                 f"batch_size {batch_size} exceeds the {stored} transitions stored; "
                 "collect more or lower batch_size"
+            )
+
+    def _watch_steps(self) -> None:
+        """Warns once where to sum several steps hardly ever sums more than one."""
+        if self._told_of_jumps:
+            return
+        jumps, added = self._store.jumps
+        if added >= FEWEST and 2 * jumps > added:
+            self._told_of_jumps = True
+            warnings.warn(
+                f"n_step sums hardly more than one step: {jumps} of {added} transitions did not go on from "
+                "where the one before them had led, and no episode ended between. Pass as successor where "
+                "the action led, which is the stream's next observation unless the episode ends; where "
+                "transitions come in no order, sample with n_step=1",
+                stacklevel=3,
             )
 
     def _per_task(self, per_stream: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -23,6 +23,7 @@ from .fields import Array, FieldLike, Schema, Values, checked, dlpack
 from .forks import watch
 from .prefetch import Prefetcher
 from .request import Size, exponent
+from .transfer import require_tasks, transfer
 
 
 class ReplayBuffer(Buffer):
@@ -91,6 +92,7 @@ class ReplayBuffer(Buffer):
     ) -> None:
         super().__init__(Schema.of(capacity, observation_size, action_size, extras, task_ids))
         require_choices(seed, non_finite)
+        self._non_finite = non_finite
         first = next(iter(self.schema.parts.values()))
         self._store: _core.ReplayStore = _core.ReplayStore(
             self.schema.layout(),
@@ -280,6 +282,8 @@ class ReplayBuffer(Buffer):
         """
         size = Size.of(batch_size, num_batches, weighted=beta is not None)
         request = self._requests(n_step, discount, tasks, weights, beta)
+        if n_step > 1:
+            self._watch_steps()
         try:
             lease = self._arena.lease(size, fresh=copy)
         except MemoryError:
@@ -338,7 +342,8 @@ class ReplayBuffer(Buffer):
         """
         size = Size.of(batch_size, num_batches, weighted=beta is not None)
         request = self._requests(n_step, discount, tasks, weights, beta)
-        return Prefetcher(self._store, self._arena, request, size, depth, device)
+        told = self._watch_steps if n_step > 1 else None
+        return Prefetcher(self._store, self._arena, request, size, depth, device, told)
 
     def save(self, folder: str | os.PathLike[str], *, previous: str | os.PathLike[str] | None = None) -> None:
         """Writes the content, the seed and the draw counter to files in `folder`.
@@ -359,7 +364,12 @@ class ReplayBuffer(Buffer):
             self._saved = files.save(self._store, self.schema, Path(folder), self._saved, previous)
 
     def load(
-        self, folder: str | os.PathLike[str], *, previous: bool = False, same_capacity: bool = False
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        previous: bool = False,
+        same_capacity: bool = False,
+        tasks: Mapping[int, int] | None = None,
     ) -> None:
         """Replaces the content, the seed and the draw counter by those of a saved buffer.
 
@@ -367,18 +377,53 @@ class ReplayBuffer(Buffer):
         differ: a smaller one keeps the newest transitions of each stream, a larger one all. What is damaged
         or does not fit is refused before anything changes. Takes a few megabytes besides the buffer itself.
 
+        With `tasks`, only what was saved of these tasks is loaded, into a buffer that may have other tasks
+        and other numbers of streams:
+
+            >>> buffer.load("old", tasks={0: 2, 1: 0})  # the old task 0 is the task 2 here
+
+        It replaces what the buffer holds of the tasks named; other tasks, the seed and the draw counter stay.
+        Saved streams are dealt out whole over those of their task, one behind the other, each the beginning
+        of an episode for `n_step` and for frames. Where they do not fit so, they are cut into equal parts,
+        and where even those do not fit, each keeps its newest transitions. Takes the memory of both buffers.
+
         Args:
             folder: what `save` was given.
             previous: load the generation before the last.
             same_capacity: refuse a save of another capacity, whose files may be of any size.
+            tasks: for each task of the saved buffer that is wanted, the task of this one that takes it.
 
         Raises:
-            ValueError: no save, another format, other fields or task_ids, or damaged files, with their name.
+            ValueError: no save, another format, other fields or task_ids, tasks that are not there, or
+                damaged files, with their name.
             OSError: the files cannot be read.
+            MemoryError: with `tasks`, there is none for both.
         """
         with self._saving:
+            if tasks is not None:
+                self._load_tasks(Path(folder), previous, same_capacity, tasks)
+                return
             self._saved = None  # a load that fails half-way leaves nothing that a save could go on from
             self._saved = files.load(self._store, self.schema, Path(folder), previous, same_capacity)
+
+    def _load_tasks(
+        self, folder: Path, previous: bool, same_capacity: bool, tasks: Mapping[int, int]
+    ) -> None:
+        if same_capacity:
+            raise ValueError("same_capacity cannot be asked for with tasks, whose streams may be others")
+        theirs = files.saved_schema(self.schema, folder, previous)
+        known = require_tasks(tasks, theirs, self.schema)
+        saved = ReplayBuffer(
+            theirs.capacities,
+            theirs.observation,
+            theirs.action,
+            task_ids=theirs.task_ids,
+            extras=theirs.extras,
+            non_finite=self._non_finite,
+        )
+        saved.load(folder, previous=previous)
+        self._saved = None
+        transfer(saved, self, known)
 
 
 def _exact(field: Field) -> _core.Expected:

@@ -214,6 +214,8 @@ class DeviceReplayBuffer(Buffer):
             raise TypeError(f"dtype must be one of {self._gather.FLOATS}, got {dtype}")
         with self._turn():
             self._require_stored(batch_size)
+            if n_step > 1:
+                self._watch_steps()
             return self._gathered(request, size, reward_scale, dtype)
 
     def _read(self, indices: NDArray[np.int64], shape: tuple[int, ...]) -> Batch:
@@ -288,23 +290,22 @@ class DeviceReplayBuffer(Buffer):
         """As ReplayBuffer.save, in the same format. Holds a copy of the buffer in host memory meanwhile."""
         self._turns.require_own_process()
         with self._saving:
-            host = self._host()
-            with self._turn():
-                for first in range(0, self._store.rows, COPY_ROWS):
-                    part = self._rows[first : first + COPY_ROWS]
-                    torch.from_numpy(host.rows(first, len(part))).copy_(part)
-                slots = self._side[: min(self._store.slots, len(self._side)), : self._observation_bytes]
-                host.put_slots(slots.cpu().contiguous().numpy())
-                host.adopt(self._store)
+            host = self._copied()._store
             self._saved = files.save(host, self.schema, Path(folder), self._saved, previous)
 
-    def load(self, folder: str | os.PathLike[str], *, previous: bool = False) -> None:
+    def load(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        previous: bool = False,
+        tasks: Mapping[int, int] | None = None,
+    ) -> None:
         """As ReplayBuffer.load, in the same format. Holds a copy of the buffer in host memory meanwhile."""
         self._turns.require_own_process()
         with self._saving:
-            host = self._host()
-            saved = files.load(host, self.schema, Path(folder), previous)
-            self._saved = None
+            other = self._host() if tasks is None else self._copied()
+            other.load(folder, previous=previous, tasks=tasks)
+            host, self._saved = other._store, None
             slots = torch.from_numpy(host.get_slots(host.slots))  # those in use may be any of them
             with self._turns.turn(self._memory):
                 self._grow(len(slots))
@@ -315,7 +316,7 @@ class DeviceReplayBuffer(Buffer):
                     part.copy_(torch.from_numpy(host.rows(first, len(part))))
                 self._store.adopt(host)
                 self._whole = True
-            self._saved = saved
+            self._saved = other._saved
 
     # ---- Memory
 
@@ -377,7 +378,8 @@ class DeviceReplayBuffer(Buffer):
         for field, offset in zip(self.schema.parts.values(), self._layout.parts, strict=True):
             yield self._view(self._rows, offset, field), self._view(self._side, offset, field)
 
-    def _host(self) -> _core.ReplayStore:
+    def _host(self) -> ReplayBuffer:
+        """Another one in host memory, empty."""
         schema = self.schema
         return ReplayBuffer(
             schema.capacities,
@@ -388,7 +390,19 @@ class DeviceReplayBuffer(Buffer):
             non_finite="allow" if self._allow else "error",
             alpha=self._alpha,
             seed=self._store.seed,
-        )._store
+        )
+
+    def _copied(self) -> ReplayBuffer:
+        """Another one in host memory, with the same content and draws."""
+        host = self._host()
+        with self._turn():
+            for first in range(0, self._store.rows, COPY_ROWS):
+                part = self._rows[first : first + COPY_ROWS]
+                torch.from_numpy(host._store.rows(first, len(part))).copy_(part)
+            slots = self._side[: min(self._store.slots, len(self._side)), : self._observation_bytes]
+            host._store.put_slots(slots.cpu().contiguous().numpy())
+            host._store.adopt(self._store)
+        return host
 
     # ---- Moving values
 

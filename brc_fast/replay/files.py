@@ -20,6 +20,7 @@ import shutil
 import sys
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,7 @@ from .fields import Schema
 FORMATS = (1, 2)  # 2: with priorities
 MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
 MOST_SEGMENTS = 64
+MOST_STREAMS = 2**16  # of a buffer whose number is not known before its manifest is read
 SEGMENT = re.compile(r"segment-[0-9a-f]{32}\.bin")
 OWN = re.compile(rf"(manifest(\.previous)?\.json|{SEGMENT.pattern})(\.partial)?")
 Manifest = dict[str, Any]
@@ -54,7 +56,7 @@ def save(
         raise ValueError(f"{folder} must hold replay files only, found {foreign[0]}; name another folder")
     for entry in entries:
         require(entry, REGULAR, remedy="name another folder")
-    most = _longest(schema)
+    most = _longest(len(schema.task_ids))
     with _alone(folder):
         made: list[Path] = []  # files that no manifest names yet
         try:
@@ -107,11 +109,8 @@ def load(
     store: _core.ReplayStore, schema: Schema, folder: Path, previous: bool, same_capacity: bool = False
 ) -> str:
     """Read a generation into the store and return its manifest."""
-    file = folder / (PREVIOUS if previous else MANIFEST)
-    if not file.exists():
-        raise ValueError(f"{folder} holds no saved replay: {file.name} is missing")
-    try:
-        manifest = _read(file, _longest(schema))
+    with _found(folder, previous) as file:
+        manifest = _read(file, _longest(len(schema.task_ids)))
         if not isinstance(manifest["id"], str):
             raise TypeError(f"id must be a text, got {manifest['id']!r:.60}")
         _require_numbers(manifest)
@@ -128,6 +127,34 @@ def load(
                     raise ValueError(f"{path} is missing") from None
                 segments.append((handle, str(path), segment))
             store.load(manifest["content"], segments, manifest["seed"])
+    return json.dumps(manifest)
+
+
+def saved_schema(schema: Schema, folder: Path, previous: bool) -> Schema:
+    """`schema` with the tasks and streams that were saved in a folder, and room for what they hold."""
+    with _found(folder, previous) as file:
+        manifest = _read(file, _longest(MOST_STREAMS))
+        _require_numbers(manifest)
+        saved, sizes = manifest["fields"], manifest["content"]["size"]
+        _require_schema({**saved, "task_ids": schema.task_ids.tolist()}, schema, folder)
+        ids = saved["task_ids"]
+        if not isinstance(ids, list) or len(ids) != len(sizes) or not all(type(task) is int for task in ids):
+            raise TypeError(f"task_ids must be one of every stream, got {ids!r:.60}")
+        largest: dict[int, int] = {}
+        for task, size in zip(ids, sizes, strict=True):
+            largest[task] = max(1, size, largest.get(task, 1))
+        capacities = [largest[task] * count for task, count in sorted(Counter(ids).items())]
+        return Schema.of(capacities, schema.observation, schema.action, schema.extras, ids)
+
+
+@contextmanager
+def _found(folder: Path, previous: bool) -> Iterator[Path]:
+    """The manifest of a generation, for a block that reads it; ValueError for what is wrong with it."""
+    file = folder / (PREVIOUS if previous else MANIFEST)
+    if not file.exists():
+        raise ValueError(f"{folder} holds no saved replay: {file.name} is missing")
+    try:
+        yield file
     except ValueError as error:
         if not previous and (folder / PREVIOUS).exists():
             remedy = "the generation before is there: load it with previous=True"
@@ -135,7 +162,6 @@ def load(
         raise
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{file} does not hold what it must: {error}") from error
-    return json.dumps(manifest)
 
 
 def _base(
@@ -228,9 +254,9 @@ def _sweep(folder: Path, most: int) -> None:
             entry.unlink(missing_ok=True)
 
 
-def _longest(schema: Schema) -> int:
+def _longest(streams: int) -> int:
     """Bytes of a manifest at most: five numbers of every stream in every segment, and checksums."""
-    return LONGEST + 2**13 * len(schema.task_ids)
+    return LONGEST + 2**13 * streams
 
 
 def _intact(file: Path, most: int) -> Manifest | None:
@@ -312,4 +338,6 @@ def _require_schema(saved: dict[str, Any], schema: Schema, folder: Path) -> None
     """ValueError with both values where a field or the streams differ."""
     for name, own in schema.describe().items():
         if json.dumps(saved[name]) != json.dumps(own):  # the order of extras is that of a row
-            raise ValueError(f"{name} of the replay in {folder} must be {own}, got {saved[name]!s:.200}")
+            told = f"{name} of the replay in {folder} must be {own}, got {saved[name]!s:.200}"
+            remedy = "load(folder, tasks={saved task: own task}) deals out its streams over those of a task"
+            raise ValueError(f"{told}; {remedy}" if name == "task_ids" else told)

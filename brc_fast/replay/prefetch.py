@@ -6,7 +6,7 @@ import atexit
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -157,12 +157,14 @@ class Prefetcher(Iterator[Batch]):
         size: Size,
         depth: int,
         device: str | torch.device,
+        watch: Callable[[], None] | None = None,
     ) -> None:
         if integer("depth", depth) < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         self.device = torch.device(device)
         self.regathered = 0  # transitions that had changed, or were not there yet, when they were asked for
         self._newest: deque[Batch] = deque(maxlen=2)  # returned, kept from reuse by the next to be gathered
+        self._watch = watch  # called before every batch
         self._worker = _Worker(store, arena, request, size, depth, self.device)
         self._close = weakref.finalize(self, self._worker.close)
         self._worker.thread.start()
@@ -177,6 +179,8 @@ class Prefetcher(Iterator[Batch]):
             RuntimeError: it was closed, or its thread failed.
         """
         worker = self._worker
+        if self._watch is not None:
+            self._watch()
         gathered = worker.take() or _Gathered(worker.arena.lease(worker.size), -1)
         views, slot, _ = gathered.lease
         changed = worker.store.settle(worker.request, *worker.size[:2], views, slot, gathered.ahead)
