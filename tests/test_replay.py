@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 from extras import require
 
-from brc_fast.replay import Field, ReplayBuffer
+from brc_fast.replay import DeviceReplayBuffer, Field, ReplayBuffer
 
 require("hypothesis")
 
@@ -247,3 +250,95 @@ def test_freed_side_slots_are_used_again() -> None:
     assert feed.buffer._store.side_size == 100
     assert feed.buffer._store.slots < 256
     assert feed.buffer.nbytes == before
+
+
+# ---- Jumps
+
+KINDS = [ReplayBuffer, functools.partial(DeviceReplayBuffer, device="cpu")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transitions_that_do_not_go_on_from_the_one_before_are_counted(kind: Any, tmp_path: Path) -> None:
+    feed = Feed(9, (0, 1, 0), seed=3)
+    buffer = kind(9, 3, 2, task_ids=[0, 1, 0], seed=3)
+
+    def jumps() -> int:
+        pairs = (pair for rows in feed.history for pair in itertools.pairwise(rows))
+        return sum(row.jumped and not before.ended for before, row in pairs)
+
+    for _ in range(20):
+        more(feed, 1, buffer)
+        assert buffer.jumps == feed.buffer.jumps == jumps()
+    feed.buffer.save(tmp_path)
+    buffer.load(tmp_path)
+    assert buffer.jumps == 0
+    streams = [0, 1, 2]
+    feed.add(streams, [True] * 3, [ENDS[0]] * 3, buffer)
+    jumped = buffer.jumps
+    buffer.reset()
+    feed.add(streams, [True] * 3, [ENDS[0]] * 3, buffer)
+    assert buffer.jumps == jumped
+    buffer.clear()
+    assert buffer.jumps == 0
+
+
+def test_rows_that_come_at_once_are_counted_too() -> None:
+    buffer = ReplayBuffer(100, 1, 1)
+    seen, no = np.arange(10, dtype=np.float32)[:, None], np.zeros(10, bool)
+    ended = no.copy()
+    ended[3] = True
+    given = (seen, seen, seen[:, 0], no, ended)
+    buffer.extend(*given, successors=seen)
+    assert buffer.jumps == 8
+    buffer.extend(*given, successors=seen + 1)
+    assert buffer.jumps == 9  # from the last of those
+    buffer.extend(*given, successors=seen, starts=~no)
+    buffer.extend(*given)
+    assert buffer.jumps == 10
+
+
+WRONG = r"n_step sums hardly more than one step: \d+ of \d+ transitions did not go on"
+
+
+def steps(buffer: Any, count: int, stride: float) -> None:
+    for step in range(count):
+        seen = np.full((2, 1), step, np.float32)
+        no = np.zeros(2, bool)
+        buffer.add(seen, seen, seen[:, 0], no, no, seen + np.float32(stride))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_steps_that_never_follow_each_other_are_told_of_once(kind: Any, ahead: bool) -> None:
+    buffer = kind(2000, 1, 1, task_ids=[0, 0])
+
+    def sample(n_step: int = 3) -> None:
+        if ahead:
+            with buffer.prefetch(4, n_step=n_step, discount=0.9) as batches:
+                next(batches)
+        else:
+            buffer.sample(4, n_step=n_step, discount=0.9)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(buffer, 100, stride=5.0)
+        sample()  # too few to tell
+        steps(buffer, 300, stride=5.0)
+        sample(1)
+    with pytest.warns(UserWarning, match=WRONG):
+        sample()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample()
+        right = kind(2000, 1, 1, task_ids=[0, 0])
+        steps(right, 200, stride=5.0)
+        steps(right, 300, stride=1.0)
+        right.sample(4, n_step=3, discount=0.9)
+
+
+def test_a_prefetcher_that_began_early_tells_it_too() -> None:
+    buffer = ReplayBuffer(2000, 1, 1, task_ids=[0, 0])
+    with buffer.prefetch(4, n_step=2, discount=0.9) as batches:
+        steps(buffer, 300, stride=5.0)
+        with pytest.warns(UserWarning, match=WRONG):
+            next(batches)
