@@ -19,10 +19,10 @@ namespace {
 constexpr std::size_t kLine = 64;                          // bytes of a cache line
 constexpr std::size_t kGroup = 16;                         // rows put together before they are written
 constexpr std::size_t kSliceBytes = std::size_t{1} << 20;  // sampled at once while writers wait, but for
-constexpr std::uint32_t kForked =
-    0xFFFFFFFEu;                     // of the words that make the seed of a child; no element has it
-constexpr std::size_t kFewest = 64;  // transitions at least
-constexpr std::size_t kWrites = 8;   // rows between a request for a place in a batch and its use
+constexpr std::size_t kFewest = 64;                        // transitions at least
+constexpr std::size_t kLookBytes = std::size_t{1} << 14;   // of a column, looked at twice while they are near
+constexpr std::size_t kWrites = 8;  // rows between a request for a place in a batch and its use
+constexpr std::uint32_t kForked = 0xFFFFFFFEu;  // words that make the seed of a child; no element has them
 
 /// How far memory is asked for ahead of a copy: `rows` of them, and so many `bytes` of each.
 struct Reach {
@@ -155,6 +155,13 @@ BRC_VECTOR_CLONES void put_together(const Layout& layout, const TransitionColumn
     std::memcpy(tails + layout.reward - whole, &columns.rewards[i], sizeof(float));
     std::memset(tails + layout.link - whole, 0, sizeof(std::uint32_t));
   }
+}
+
+/// Marks rows from `first` on whose observation differs from where the row before led.
+BRC_VECTOR_CLONES void find_jumps(const std::byte* seen, const std::byte* led, std::size_t bytes,
+                                  std::size_t first, std::size_t end, unsigned char* jumps) noexcept {
+  for (std::size_t i = first; i < end; ++i)
+    jumps[i] |= differ(led + (i - 1) * bytes, seen + i * bytes, bytes);
 }
 
 /// Where the parts of a row are.
@@ -340,6 +347,36 @@ void ReplayStore::commit(std::size_t s, std::size_t i) noexcept {
   if (to.successor < 0) keep_aside(-1 - to.successor, heads_.row(s));
 }
 
+bool ReplayStore::look_at(const TransitionColumns& columns, std::span<unsigned char> jumps) const noexcept {
+  const std::size_t count = jumps.size();
+  bool finite = all_finite(std::as_bytes(columns.rewards), Kind::float32);
+  for (std::size_t f = 0; f < layout_.fields.size(); ++f) {
+    finite = finite && all_finite(columns.fields[f], layout_.fields[f].kind);
+  }
+  for (std::size_t p = 0; p < layout_.parts.size(); ++p) {
+    const Field& field = layout_.parts[p].field;
+    const Bytes seen = columns.observations[p];
+    const Bytes led = columns.successors[p];
+    const std::size_t most = std::max<std::size_t>(1, kLookBytes / field.bytes);
+    for (std::size_t first = 0; first < count; first += most) {
+      const std::size_t end = std::min(first + most, count);
+      finite =
+          finite && all_finite(seen.subspan(first * field.bytes, (end - first) * field.bytes), field.kind);
+      if (led.empty()) continue;
+      find_jumps(seen.data(), led.data(), field.bytes, std::max<std::size_t>(first, 1), end, jumps.data());
+    }
+    // A successor that equals the next observation was looked at there.
+    for (std::size_t i = 0; i < count && !led.empty(); ++i) {
+      if (i + 1 < count && jumps[i + 1] == 0) continue;
+      finite = finite && all_finite(led.subspan(i * field.bytes, field.bytes), field.kind);
+    }
+  }
+  for (std::size_t i = 1; i < count; ++i) {
+    if ((columns.terminated[i - 1] | columns.truncated[i - 1]) != 0) jumps[i] = 0;
+  }
+  return finite;
+}
+
 std::size_t ReplayStore::extend(std::int64_t stream, const TransitionColumns& columns) {
   const std::size_t s = index_.require_stream(stream);
   const std::size_t count = columns.rewards.size();
@@ -353,7 +390,8 @@ std::size_t ReplayStore::extend(std::int64_t stream, const TransitionColumns& co
     require_columns(columns, layout_, count);
   }
   if (told) require_length("starts", columns.starts.size(), count, "values");
-  if (!allow_not_finite_) {
+  std::vector<unsigned char> jumps(count);  // whether an observation is not what the row before led to
+  if (!look_at(columns, jumps) && !allow_not_finite_) {
     const auto require_column = [&](const std::string& name, const Field& field, Bytes values) {
       const std::size_t row = first_not_finite(values, field.kind) / (field.bytes / field.item);
       if (row >= count) return;
@@ -396,16 +434,13 @@ std::size_t ReplayStore::extend(std::int64_t stream, const TransitionColumns& co
     std::array<const std::byte*, kGroup> heads;
     std::array<bool, kGroup> valid;
     std::array<unsigned char, kGroup> departs;
+    heads.fill(head);
     for (std::size_t begin = 0; begin < rows; begin += kGroup) {
       const std::size_t group = std::min(kGroup, rows - begin);
       const std::byte* const observations = seen.data() + begin * frame;
-      for (std::size_t g = 0; g < group; ++g) {
-        const std::size_t i = begin + g;
-        const std::size_t before = slice + i - 1;
-        heads[g] = i == 0 ? head : successor_of(i - 1);
-        valid[g] = i == 0 ? index_.streams()[s].head_valid
-                          : !following && (columns.terminated[before] | columns.truncated[before]) == 0;
-      }
+      if (begin + 2 * kGroup <= rows) fetch(observations + kGroup * frame, kGroup * frame, kReach.follows);
+      valid.fill(false);
+      valid[0] = begin == 0 && index_.streams()[s].head_valid;
       put_together(layout_, columns, observations, slice + begin, std::span(heads).first(group), valid.data(),
                    tails_.row(0), departs.data());
       for (std::size_t g = 0; g < group; ++g) {
@@ -414,8 +449,9 @@ std::size_t ReplayStore::extend(std::int64_t stream, const TransitionColumns& co
         if (save_ != nullptr) keep_for_save(s, head);
         const bool cut = starts(i) || (i > 0 && unknown(i - 1));
         if (const std::int64_t slot = cut ? index_.leave(s) : -1; slot >= 0) keep_aside(slot, head);
+        const bool jump = begin + g == 0 ? departs[0] != 0 : jumps[i] != 0;
         const Placement to =
-            index_.append(s, departs[g] != 0 && !cut, columns.terminated[i] != 0, columns.truncated[i] != 0);
+            index_.append(s, jump && !cut, columns.terminated[i] != 0, columns.truncated[i] != 0);
         if (to.moved >= 0) keep_aside(to.moved, head);
         std::byte* const end = tails_.row(0) + g * tail;
         std::memcpy(end + layout_.link - whole, &to.link, sizeof(to.link));

@@ -212,6 +212,8 @@ class ReplayStore {
   /// Writes what add was given, but for links, to where it will be, and says whether all of it is finite.
   [[nodiscard]] bool stage(std::span<const std::int64_t> streams, const TransitionColumns& columns,
                            Bytes seen, Bytes led) noexcept;
+  /// Marks, of the rows of an extend, those that jump from the row before, and says whether all are finite.
+  [[nodiscard]] bool look_at(const TransitionColumns& columns, std::span<unsigned char> jumps) const noexcept;
   /// Brings the heads back that `stage` has overwritten.
   void unstage(std::span<const std::int64_t> streams, Bytes seen) noexcept;
   void keep_aside(std::int64_t slot, const std::byte* observation) noexcept {

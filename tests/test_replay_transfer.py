@@ -184,7 +184,7 @@ def test_what_does_not_fit_or_is_damaged_is_refused_before_anything_changes(
     ):
         saved.buffer.save(tmp_path / "b")
         rewrite(tmp_path / "b", change)
-        with pytest.raises(ValueError, match=str(tmp_path / "b")):
+        with pytest.raises(ValueError, match=says(f"{tmp_path / 'b'} ... task_ids must")):
             feed.buffer.load(tmp_path / "b", tasks={0: 0})
     added = saved.arguments([0, 1, 2, 3], [True] * 4, [ENDS[0]] * 4)
     added["rewards"][1] = np.nan

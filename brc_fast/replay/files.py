@@ -140,6 +140,8 @@ def saved_schema(schema: Schema, folder: Path, previous: bool) -> Schema:
         ids = saved["task_ids"]
         if not isinstance(ids, list) or len(ids) != len(sizes) or not all(type(task) is int for task in ids):
             raise TypeError(f"task_ids must be one of every stream, got {ids!r:.60}")
+        if set(ids) != set(range(len(set(ids)))):
+            raise TypeError(f"task_ids must name every task from 0 on, got {ids!r:.60}")
         largest: dict[int, int] = {}
         for task, size in zip(ids, sizes, strict=True):
             largest[task] = max(1, size, largest.get(task, 1))
