@@ -21,7 +21,7 @@ constexpr std::size_t kGroup = 16;                         // rows put together 
 constexpr std::size_t kSliceBytes = std::size_t{1} << 20;  // sampled at once while writers wait, but for
 constexpr std::size_t kFewest = 64;                        // transitions at least
 constexpr std::size_t kLookBytes = std::size_t{1} << 14;   // of a column, looked at twice while they are near
-constexpr std::size_t kWrites = 8;  // rows between a request for a place in a batch and its use
+constexpr std::size_t kWrites = 8;              // rows between a request for a place in a batch and its use
 constexpr std::uint32_t kForked = 0xFFFFFFFEu;  // words that make the seed of a child; no element has them
 
 /// How far memory is asked for ahead of a copy: `rows` of them, and so many `bytes` of each.

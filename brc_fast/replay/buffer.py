@@ -20,7 +20,7 @@ from . import files
 from .arena import Arena
 from .base import Buffer, require_choices
 from .fields import Array, FieldLike, Schema, Values, checked, dlpack
-from .forks import watch
+from .forks import register
 from .prefetch import Prefetcher
 from .request import Size, exponent
 from .transfer import require_tasks, transfer
@@ -105,7 +105,7 @@ class ReplayBuffer(Buffer):
             _exact(self.schema.action),
         )
         self._try_add = self._store.try_add
-        watch(self)
+        register(self)
         self._arena = Arena(self.schema, pinned=torch.cuda.is_available())
         self._newest: Batch | None = None  # sampled, kept from reuse by the next one
 

@@ -22,7 +22,7 @@ _held: list[Forked] = []
 _children = 0
 
 
-def watch(thing: Forked) -> None:
+def register(thing: Forked) -> None:
     """Let its methods be called at every fork from now on, as long as it lives."""
     _alive.add(thing)
 

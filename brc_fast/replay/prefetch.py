@@ -17,7 +17,7 @@ from brc_fast.batch import Batch
 from brc_fast.spec import integer
 
 from .arena import Arena, Lease
-from .forks import watch
+from .forks import register
 from .request import Size
 
 
@@ -169,7 +169,7 @@ class Prefetcher(Iterator[Batch]):
         self._close = weakref.finalize(self, self._worker.close)
         self._worker.thread.start()
         _running.add(self._worker)
-        watch(self._worker)
+        register(self._worker)
 
     def __next__(self) -> Batch:
         """The next batch on the device, with the shapes that `sample` would give it.
