@@ -445,13 +445,13 @@ std::size_t ReplayStore::extend(std::int64_t stream, const TransitionColumns& co
                    tails_.row(0), departs.data());
       for (std::size_t g = 0; g < group; ++g) {
         const std::size_t i = slice + begin + g;
-        if (unknown(i)) continue;
-        if (save_ != nullptr) keep_for_save(s, head);
-        const bool cut = starts(i) || (i > 0 && unknown(i - 1));
-        if (const std::int64_t slot = cut ? index_.leave(s) : -1; slot >= 0) keep_aside(slot, head);
-        const bool jump = begin + g == 0 ? departs[0] != 0 : jumps[i] != 0;
-        const Placement to =
-            index_.append(s, jump && !cut, columns.terminated[i] != 0, columns.truncated[i] != 0);
+        const bool left_out = unknown(i);
+        if (save_ != nullptr && !left_out) keep_for_save(s, head);
+        const std::int64_t slot = left_out || starts(i) ? index_.leave(s) : -1;
+        if (slot >= 0) keep_aside(slot, head);
+        if (left_out) continue;
+        const bool jump = !starts(i) && (begin + g == 0 ? departs[0] : jumps[i]) != 0;
+        const Placement to = index_.append(s, jump, columns.terminated[i] != 0, columns.truncated[i] != 0);
         if (to.moved >= 0) keep_aside(to.moved, head);
         std::byte* const end = tails_.row(0) + g * tail;
         std::memcpy(end + layout_.link - whole, &to.link, sizeof(to.link));

@@ -371,3 +371,56 @@ def test_more_than_fits_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert load_dataset(buffer, rows()) == 17
     assert transitions(buffer) == expected(True)[-5:]
     assert "stream 0 keeps the newest 5 of 17 transitions" in caplog.text
+
+
+# ---- Rows at once, against row by row
+
+
+@pytest.mark.parametrize(
+    "observation", [1, Field((1,), stack=3), {"a": 1, "b": Field((2,), "uint8")}], ids=str
+)
+@pytest.mark.parametrize("capacity", [1, 2, 7, 40])
+@pytest.mark.parametrize("known", [True, False], ids=["successors", "rows"])
+def test_rows_at_once_are_those_that_come_one_by_one(known: bool, capacity: int, observation: Any) -> None:
+    """With ends, starts, jumps and observations that repeat; few values, so that jumps are missed if only
+    values tell them."""
+    rng = np.random.default_rng(capacity)
+    whole, single = (ReplayBuffer(capacity, observation, 1, seed=3) for _ in range(2))
+
+    def packed(x: np.ndarray) -> Any:
+        return {"a": x, "b": np.repeat(x, 2, 1).astype(np.uint8)} if isinstance(observation, dict) else x
+
+    def row(x: Any, i: int) -> Any:
+        return {name: value[i] for name, value in x.items()} if isinstance(x, dict) else x[i]
+
+    for _ in range(40):
+        m = int(rng.integers(0, 25))
+        seen = rng.integers(0, 3, (m, 1)).astype(np.float32)
+        led = np.where(rng.random((m, 1)) < 0.8, np.roll(seen, -1, 0), 1).astype(np.float32)
+        terminated, truncated, starts = rng.random((3, m)) < 0.15
+        rewards = rng.random(m, np.float32)
+        given = (packed(seen), seen, rewards, terminated, truncated)
+        stored = whole.extend(*given, packed(led) if known else None, starts=starts)
+        lost = np.zeros(m, bool)
+        if not known:
+            lost = ~terminated & (truncated | np.append(starts[1:], True)[:m])
+            led = np.where(terminated[:, None], seen, np.roll(seen, -1, 0))
+        assert stored == m - lost.sum()
+        for i in range(m):
+            if starts[i] or lost[i]:
+                single.reset()
+            if not lost[i]:
+                single.add(row(given[0], i), *(x[i] for x in given[1:]), row(packed(led), i))
+        assert whole.jumps == single.jumps
+        for got, right in ((whole.all(), single.all()), (sampled(whole), sampled(single))):
+            for one, other in zip(got.tensors(), right.tensors(), strict=True):
+                assert torch.equal(one, other)
+        steps = min(5, len(whole))
+        if steps:
+            pair = [buffer.sample_sequences(3, steps).extras["starts"] for buffer in (whole, single)]
+            assert torch.equal(*pair)
+
+
+def sampled(buffer: ReplayBuffer) -> Any:
+    size = len(buffer)
+    return buffer.sample(size, 2, n_step=3, discount=0.5) if size else buffer.all()
