@@ -482,3 +482,15 @@ def test_workers_of_a_data_loader_draw_different_batches() -> None:
     )
     drawn = {tuple(batch.indices.tolist()) for batch in loader}
     assert len(drawn) == 4
+
+
+def test_memory_of_batches_that_were_held_at_once_goes_back() -> None:
+    buffer = filled(steps=9).buffer
+    held = [buffer.sample(4) for _ in range(100)]
+    slots = [weakref.ref(slot) for shape in buffer._arena._shapes.values() for slot in shape.slots]
+    assert len(slots) == 100
+    assert len({batch.rewards.data_ptr() for batch in held}) == 100
+    del held
+    for _ in range(3):
+        buffer.sample(4)
+    assert sum(slot() is not None for slot in slots) <= arena.MOST_SPARE + 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 import threading
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from .request import Size
 
 C_TENSORS = _core.read_tensors(Tensor)  # a torch without that interface is slower here and in `add`
 ALIGNMENT = 64
+MAPPED = 1 << 16  # bytes of a slot from which on it has pages of its own
+MOST_SPARE = 4  # slots of a size that nothing is on, kept to be used again
 MOST_SHAPES = 8  # sizes of batches, whose memory is kept to be used again
 
 
@@ -91,10 +94,15 @@ class _Shape:
 
     def free(self) -> _core.Slot:
         """A slot that nothing is on, a new one if there is none."""
-        for slot in self.slots:
-            if not slot.used:
-                return slot
-        self.slots.append(self.fresh())
+        spare = [slot for slot in self.slots if not slot.used]
+        if len(spare) > MOST_SPARE:  # many batches were held at once: their memory goes back
+            gone = set(map(id, spare[MOST_SPARE:]))
+            self.slots = [slot for slot in self.slots if id(slot) not in gone]
+        if spare:
+            return spare[0]
+        # Mapped: what is let go goes back to the system at once, which malloc does not promise.
+        memory = mmap.mmap(-1, self.nbytes) if self.nbytes >= MAPPED else bytearray(self.nbytes)
+        self.slots.append(_core.Slot(np.frombuffer(memory, np.uint8)))
         return self.slots[-1]
 
     def fresh(self) -> _core.Slot:
