@@ -213,7 +213,7 @@ def still(truncated: list[bool], terminated: list[bool] | None = None, **more: A
     }
 
 
-@pytest.mark.parametrize("case", ["rows", "minari", "twice", "add"])
+@pytest.mark.parametrize("case", ["rows", "minari", "twice", "add", "after adds"])
 def test_episodes_never_become_one_though_one_ends_where_the_next_begins(case: str) -> None:
     buffer = buffer_for(False)
     if case == "rows":
@@ -233,6 +233,10 @@ def test_episodes_never_become_one_though_one_ends_where_the_next_begins(case: s
         for _ in range(2):
             load_dataset(buffer, still([False] * 4, next_observations=STILL))
         right = [True, False, False, False] * 2
+    elif case == "after adds":
+        buffer.add(STILL[0], [0.0, 0.0], 9.0, False, False, STILL[0])
+        load_dataset(buffer, still([False] * 4, next_observations=STILL))
+        right = [True, True, False, False, False]
     else:
         load_dataset(buffer, still([False] * 4, next_observations=STILL))
         buffer.add(STILL[0], [0.0, 0.0], 9.0, False, False, STILL[0])
