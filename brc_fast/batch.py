@@ -99,11 +99,9 @@ class Batch(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        found: list[Tensor] = []
-        self.map(lambda tensor: (found.append(tensor), tensor)[1])
-        return found
+        return [x for value in self for x in (value.values() if isinstance(value, Mapping) else (value,))]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+    def map(self, function: Callable[[Tensor], Any]) -> Batch:
         """The batch of what `function` makes of each tensor."""
 
         def each(value: Any) -> Any:

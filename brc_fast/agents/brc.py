@@ -263,7 +263,7 @@ class BRC(Acting, Agent):
     def make_updates(self, *inputs: Tensor) -> Tensor:
         """`update` of a batch's fields, the reward scale, the moments of observations where these are
         normalized and, perhaps, noise."""
-        batches, scale, noise = Batch(*inputs[:6]), inputs[6], inputs[7:]
+        batches, scale, noise = Batch._make((*inputs[:6], {})), inputs[6], inputs[7:]
         if self.observations is not None:
             moments, noise = (noise[0], noise[1]), noise[2:]
             seen = (batches.observations, batches.next_observations)

@@ -157,16 +157,6 @@ class Buffer:
             self._saved = None  # later transitions get the names of these, which files hold
             return self._store.discard_episode(number)
 
-    def reset(self, streams: Array | None = None) -> None:
-        """Tell that these streams (all where it is None) begin another episode with their next transition.
-
-        Needed only where an episode is left before its end and the next one may begin with the very
-        observation that the last transition led to: any other is recognised.
-        """
-        ids = self._streams if streams is None else checked("streams", streams, "[M]", (-1,), "int64")
-        with self._saving:
-            self._store.reset(ids)
-
     def _read(self, indices: NDArray[np.int64], shape: tuple[int, ...]) -> Batch:
         raise NotImplementedError
 

@@ -299,6 +299,16 @@ class ReplayBuffer(Buffer):
         self._store.read(indices, self._requests.plain, lease.views, lease.slot)
         return lease.batch
 
+    def reset(self, streams: Array | None = None) -> None:
+        """Tell that these streams (all where it is None) begin another episode with their next transition.
+
+        Needed only where an episode is left before its end and the next one may begin with the very
+        observation that the last transition led to: any other is recognised.
+        """
+        ids = self._streams if streams is None else checked("streams", streams, "[M]", (-1,), "int64")
+        with self._saving:
+            self._store.reset(ids)
+
     def before_fork(self) -> None:
         """For `forks`."""
         self._store.before_fork()

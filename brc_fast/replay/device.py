@@ -252,7 +252,8 @@ class DeviceReplayBuffer(Buffer):
         def gathered(part: Field, frames: Tensor, side: Tensor, places: Tensor) -> Tensor:
             cast = dtype if part.torch_dtype.is_floating_point else None
             newest = places.view(total, most)[:, most - part.stack :].reshape(-1)
-            return self._gather.gather_rows(frames, newest, side=side, dtype=cast)
+            rows: Tensor = self._gather.gather_rows(frames, newest, side=side, dtype=cast)
+            return rows
 
         parts = list(zip(self.schema.parts.values(), self._parts(), strict=True))
         rewards = self._gather.n_step_rewards(

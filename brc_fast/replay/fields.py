@@ -153,7 +153,7 @@ class Schema:
 
 
 def checked(
-    name: str, value: object, label: str, shape: tuple[int, ...], dtype: str, device: bool = False
+    name: str, value: Any, label: str, shape: tuple[int, ...], dtype: str, device: bool = False
 ) -> Any:
     """`value` with exactly this shape and dtype; -1 allows any length.
 
