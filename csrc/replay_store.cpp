@@ -6,6 +6,7 @@
 #endif
 #include <new>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -617,8 +618,9 @@ std::size_t ReplayStore::settle(const Request& request, std::size_t num_batches,
   const bool gathered = ahead.picks.size() == num_batches * batch_size;
   const auto version = [&] { return request.beta ? index_.priorities()->version() : 0; };
   std::size_t changed = 0;
-  const auto begin = [&] { return draws_.fetch_add(num_batches); };
-  pick_in_slices(request, num_batches, batch_size, out, begin, [&](std::size_t first, std::span<Pick> picks) {
+  std::optional<std::uint64_t> number;
+  const auto begin = [&] { return *(number = draws_.fetch_add(num_batches)); };
+  const auto use = [&](std::size_t first, std::span<Pick> picks) {
     if (!gathered || ahead.life != life_ || ahead.priorities != version()) {
       gather(picks, request, first, out);
       changed += picks.size();
@@ -636,7 +638,16 @@ std::size_t ReplayStore::settle(const Request& request, std::size_t num_batches,
       gather_one(now, request, first + i, out);
       ++changed;
     }
-  });
+  };
+  try {
+    pick_in_slices(request, num_batches, batch_size, out, begin, use);
+  } catch (...) {  // batches that nobody got do not count, unless others have drawn meanwhile
+    if (number) {
+      std::uint64_t after = *number + num_batches;
+      draws_.compare_exchange_strong(after, *number);
+    }
+    throw;
+  }
   return changed;
 }
 

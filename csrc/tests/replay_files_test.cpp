@@ -159,7 +159,7 @@ void files_of_several_blocks() {
   Rows rows(layout, 2);
   for (int step = 0; step < 90; ++step) {
     rows.observations = rows.successors;
-    std::ranges::fill(rows.successors, static_cast<std::byte>(step));
+    std::ranges::fill(rows.successors[0], static_cast<std::byte>(step));
     rows.rewards = {static_cast<float>(step), 0.5f};
     rows.truncated = {step % 7 == 0, step % 5 == 0};
     store.add(rows.columns());
@@ -185,7 +185,7 @@ void not_finite_values_in_files_are_refused() {
   const Layout layout(observation, {{"extra", 4, 4, Kind::float32}}, 1);
   const Ids capacities{2}, task_ids{0};
   const auto column = [](Rows& rows, int which) -> Values& {
-    return which == 0 ? rows.observations : which == 1 ? rows.successors : rows.fields[0];
+    return which == 0 ? rows.observations[0] : which == 1 ? rows.successors[0] : rows.fields[0];
   };
   const char* const names[] = {"observations", "successors", "extra", "rewards"};
   for (int which = 0; which < 4; ++which) {
@@ -200,8 +200,7 @@ void not_finite_values_in_files_are_refused() {
     check(strict.size() == 0, "a refusal changes nothing");
     saves.load(store, 0);
     Batch one(layout, 1);
-    const std::int64_t oldest = 0;
-    store.read({&oldest, 1}, {1, 1.0, {}, {}}, one.columns());
+    store.read(Ids{0}, {1, 1.0, {}, {}}, one.columns());
     check(which == 3 ? std::isnan(one.rewards[0])
                      : one.observations == row.observations && one.next_observations == row.successors &&
                            one.fields == row.fields,

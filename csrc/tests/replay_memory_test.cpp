@@ -73,27 +73,48 @@ void failures_change_nothing(std::uint64_t seed) {
     std::vector<Transition> transitions;
     for (std::size_t s = 0; s < ids.size(); ++s) {
       ids[s] = static_cast<std::int64_t>(s);
-      const Transition& transition = transitions.emplace_back(walk.any(s));
-      put(rows.observations, s, transition.observation);
-      for (std::size_t f = 0; f < rows.fields.size(); ++f) put(rows.fields[f], s, transition.fields[f]);
-      rows.rewards[s] = transition.reward;
-      rows.terminated[s] = transition.terminated;
-      rows.truncated[s] = transition.truncated;
-      put(rows.successors, s, transition.successor);
+      rows.set(s, transitions.emplace_back(walk.any(s)));
     }
     const TransitionColumns columns = rows.columns();
     fail_each([&] { walk.store->add(ids, columns); }, [&] { walk.check_transitions(*walk.store); });
     for (std::size_t s = 0; s < ids.size(); ++s) walk.list->add(s, std::move(transitions[s]));
     walk.check_transitions(*walk.store);
 
+    const Ids one{static_cast<std::int64_t>(walk.any_stream())};
+    const auto unchanged = [&] { walk.check_transitions(*walk.store); };
+    Rows many(walk.layout, walk.random.below(40));
+    List after = *walk.list;
+    for (std::size_t i = 0; i < many.rewards.size(); ++i) {
+      const Transition transition = walk.any(0);
+      many.set(i, transition);
+      after.add(static_cast<std::size_t>(one[0]), transition);
+    }
+    const TransitionColumns more = many.columns();
+    fail_each([&] { walk.store->extend(one[0], more); }, unchanged);
+    walk.list = after;
+    fail_each([&] { walk.store->reset(one); }, unchanged);
+    walk.list->reset(one);
+    walk.check_transitions(*walk.store);
+    const Ids names = walk.store->indices();
+    Batch read(walk.layout, names.size()), whole = read;
+    const BatchColumns to = read.columns();
+    fail_each([&] { walk.store->read(names, {1, 1.0, {}, {}}, to); }, unchanged);
+    for (std::size_t i = 0; i < names.size(); ++i) walk.list->read(names[i], {1, 1.0, {}, {}}, i, whole);
+    check(read == whole, "the next try reads all");
+    const std::uint64_t drawn = walk.store->draws();
+    fail_each([&] { (void)walk.store->sequences(4, 1); },
+              [&] { check(walk.store->draws() == drawn, "sequences that nobody got do not count"); });
+
     const Request request = walk.random.request(walk.capacities.size());
     if (!walk.list->serves(request, 3)) continue;
-    Batch batch(walk.layout, 3), expected(walk.layout, 3);
+    Batch batch(walk.layout, 6), expected = batch;
     const BatchColumns out = batch.columns();
     const std::uint64_t draw = walk.store->draws();
-    fail_each([&] { walk.store->sample(request, 1, 3, out); },
+    fail_each([&] { walk.store->sample(request, 2, 3, out); },
               [&] { check(walk.store->draws() == draw, "a batch that nobody got does not count"); });
-    walk.list->sample(request, walk.store->seed(), draw, 0, 3, expected);
+    for (std::size_t u = 0; u < 2; ++u) {
+      walk.list->sample(request, walk.store->seed(), draw + u, 3 * u, 3, expected);
+    }
     check(batch == expected, "the next try gets the batch");
   }
   walk.saves.write(*walk.store, true);

@@ -7,11 +7,8 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <functional>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -23,6 +20,7 @@
 namespace brc::test {
 
 using Values = std::vector<std::byte>;  // of one field, or of a column of it
+using Parts = std::vector<Values>;      // of an observation, or columns of them
 using Ids = std::vector<std::int64_t>;
 
 inline void check(bool holds, const std::string& rule) {
@@ -46,58 +44,77 @@ inline void put(Values& column, std::size_t index, const Values& value) {
   std::ranges::copy(value, column.begin() + static_cast<std::ptrdiff_t>(index * value.size()));
 }
 
+inline void put(Parts& columns, std::size_t index, const Parts& values) {
+  for (std::size_t p = 0; p < columns.size(); ++p) put(columns[p], index, values[p]);
+}
+
+struct Transition {
+  Parts observation;
+  std::vector<Values> fields;
+  float reward;
+  bool terminated, truncated;
+  Parts successor;
+  bool starts = true;  // does not go on from the transition before it
+};
+
 /// M transitions to add. Each column is as long as it must be: a sanitizer sees whoever reads further.
 struct Rows {
-  Rows(const Layout& layout, std::size_t count)
-      : observations(count * layout.observation.bytes),
-        rewards(count),
-        terminated(count),
-        truncated(count),
-        successors(observations.size()) {
+  Rows(const Layout& layout, std::size_t count) : rewards(count), terminated(count), truncated(count) {
+    for (const Part& part : layout.parts) observations.emplace_back(count * part.field.bytes);
+    successors = observations;
     for (const Field& field : layout.fields) fields.emplace_back(count * field.bytes);
   }
+  void set(std::size_t i, const Transition& transition) {
+    put(observations, i, transition.observation);
+    for (std::size_t f = 0; f < fields.size(); ++f) put(fields[f], i, transition.fields[f]);
+    rewards[i] = transition.reward;
+    terminated[i] = transition.terminated ? 2 : 0;
+    truncated[i] = transition.truncated ? 1 : 0;
+    put(successors, i, transition.successor);
+  }
   [[nodiscard]] TransitionColumns columns() const {
-    TransitionColumns columns{{observations}, {}, rewards, terminated, truncated, {successors}};
+    TransitionColumns columns{{}, {}, rewards, terminated, truncated, {}};
+    std::ranges::copy(observations, columns.observations.begin());
     std::ranges::copy(fields, columns.fields.begin());
+    std::ranges::copy(successors, columns.successors.begin());
     return columns;
   }
-  Values observations;
+  Parts observations;
   std::vector<Values> fields;
   std::vector<float> rewards;
   std::vector<unsigned char> terminated, truncated;
-  Values successors;
+  Parts successors;
 };
 
 /// B sampled transitions.
 struct Batch {
-  Batch(const Layout& layout, std::size_t count, bool weighted = false)
-      : observations(count * layout.stack * layout.observation.bytes),
-        rewards(count),
+  Batch(const Layout& layout, std::size_t count)
+      : rewards(count),
         masks(count),
-        next_observations(observations.size()),
         task_ids(count),
-        terminated(count),
-        truncated(count),
+        terminated(count, 7),
+        truncated(count, 7),
         steps(count),
-        indices(count),
-        weights(weighted ? count : 0) {
+        indices(count) {
+    for (const Part& part : layout.parts) observations.emplace_back(count * part.stack * part.field.bytes);
+    next_observations = observations;
     for (const Field& field : layout.fields) fields.emplace_back(count * field.bytes);
   }
   [[nodiscard]] BatchColumns columns() {
-    BatchColumns columns{{observations}, {},    rewards, masks,  {next_observations}, task_ids, terminated,
-                         truncated,      steps, indices, weights};
+    BatchColumns columns{{}, {}, rewards, masks, {}, task_ids, terminated, truncated, steps, indices};
+    std::ranges::copy(observations, columns.observations.begin());
     std::ranges::copy(fields, columns.fields.begin());
+    std::ranges::copy(next_observations, columns.next_observations.begin());
     return columns;
   }
   bool operator==(const Batch&) const = default;
-  Values observations;
+  Parts observations;
   std::vector<Values> fields;
   std::vector<float> rewards, masks;
-  Values next_observations;
+  Parts next_observations;
   Ids task_ids;
   std::vector<unsigned char> terminated, truncated;
   Ids steps, indices;
-  std::vector<float> weights;
 };
 
 /// A file without a name, gone when it is closed.
@@ -173,12 +190,22 @@ class Random {
     const auto [kind, item] = kinds[below(std::size(kinds))];
     return {name, item * (1 + below(7)), item, kind};
   }
+  [[nodiscard]] Parts values(const std::vector<Part>& parts) {
+    Parts all;
+    for (const Part& part : parts) all.push_back(values(part.field));
+    return all;
+  }
+  /// One part that is observed, or up to three with stacks of their own.
   [[nodiscard]] Layout layout() {
-    const Field observation = field("observation");
+    std::vector<Part> parts;
+    for (int left = of({1, 1, 2, 3}); left > 0; --left) {
+      parts.push_back(
+          {field("part" + to_string(left)), static_cast<std::size_t>(of({1, 1, 2, 3, 4, 70})), 0});
+    }
     std::vector<Field> fields;
     for (std::uint32_t left = 1 + below(3); left > 0; --left)
       fields.push_back(field("field" + to_string(left)));
-    return {observation, fields, static_cast<std::size_t>(of({1, 1, 2, 3, 4, 70}))};
+    return {parts, fields};
   }
   [[nodiscard]] Request request(std::size_t tasks) {
     constexpr double discounts[] = {0.0, 0.5, 0.99, 1.0};
@@ -201,17 +228,8 @@ class Random {
   std::uint32_t next_ = 0;
 };
 
-struct Transition {
-  Values observation;
-  std::vector<Values> fields;
-  float reward;
-  bool terminated, truncated;
-  Values successor;
-  bool starts = true;  // does not go on from the transition before it
-  float priority = 1.0f;
-};
-
-/// All transitions that were ever added, and rules so short that they can be seen to be right.
+/// All transitions that were ever added and not taken back, and rules so short that they can be seen to be
+/// right.
 class List {
  public:
   struct Stream {
@@ -220,7 +238,16 @@ class List {
     std::size_t size = 0;   // of `all`, the newest, can be sampled
     std::size_t kept = 0;   // of `all`, the newest, are in memory
     std::size_t phase = 0;  // cell of the next transition
+    bool left = false;      // the next transition does not go on from the newest
     std::vector<Transition> all{};
+    [[nodiscard]] std::size_t oldest() const { return all.size() - size; }
+    /// Whether an episode begins with a transition, as far as the rows kept tell.
+    [[nodiscard]] bool begins(std::size_t t) const { return t + kept == all.size() || all[t].starts; }
+    /// Whether its successor cannot be the observation of the next transition.
+    [[nodiscard]] bool ends(std::size_t t) const {
+      const bool leaves = t + 1 == all.size() ? left : all[t + 1].starts;
+      return leaves || all[t].terminated || all[t].truncated;
+    }
   };
 
   List(Layout layout, const Ids& capacities, const Ids& task_ids) : layout_(std::move(layout)) {
@@ -241,25 +268,88 @@ class List {
   }
   void add(std::size_t s, Transition transition) {
     Stream& stream = streams[s];
-    transition.starts = stream.all.empty() || stream.all.back().terminated || stream.all.back().truncated ||
+    transition.starts = stream.all.empty() || stream.ends(stream.all.size() - 1) ||
                         stream.all.back().successor != transition.observation;
-    transition.priority = largest;
+    stream.left = false;
     stream.all.push_back(std::move(transition));
     stream.size = std::min(stream.size + 1, stream.capacity);
     stream.kept = std::min(stream.kept + 1, stream.capacity + layout_.stack - 1);
     stream.phase = (stream.phase + 1) % stream.capacity;
   }
 
+  void clear() {
+    for (Stream& stream : streams) stream = {stream.task, stream.capacity};
+  }
+  std::size_t discard_episode(std::size_t s) {
+    Stream& stream = streams[s];
+    if (stream.size == 0) return 0;
+    std::size_t first = stream.all.size() - 1;
+    while (!stream.begins(first)) --first;
+    const std::size_t gone = stream.all.size() - first;
+    const std::size_t taken = std::min(gone, stream.size);
+    stream.all.resize(first);
+    stream.kept -= gone;
+    stream.size -= taken;
+    stream.phase = stream.size;
+    stream.left = true;
+    return taken;
+  }
+  void reset(const Ids& ids) {
+    for (const std::int64_t id : ids) streams[static_cast<std::size_t>(id)].left = true;
+  }
+
+  [[nodiscard]] std::int64_t name(std::size_t s, std::size_t t) const {
+    return static_cast<std::int64_t>(t * streams.size() + s);
+  }
+  /// Of all that can be sampled.
+  [[nodiscard]] Ids names() const {
+    Ids names;
+    for (std::size_t s = 0; s < streams.size(); ++s) {
+      for (std::size_t t = streams[s].oldest(); t < streams[s].all.size(); ++t) names.push_back(name(s, t));
+    }
+    return names;
+  }
+  /// Puts the transition of a name at row `i` of a batch.
+  void read(std::int64_t name, const Request& request, std::size_t i, Batch& out) const {
+    const auto number = static_cast<std::size_t>(name);
+    put(number % streams.size(), number / streams.size(), request, i, out);
+  }
+
   /// Successors that cannot be the observation of a next transition.
   [[nodiscard]] std::size_t aside() const {
     std::size_t count = 0;
-    for (const auto& [task, capacity, size, kept, phase, all] : streams) {
-      for (std::size_t t = all.size() - kept; t < all.size(); ++t) {
-        const bool left = t + 1 < all.size() && all[t + 1].starts;
-        count += left || all[t].terminated || all[t].truncated;
+    for (const Stream& stream : streams) {
+      for (std::size_t t = stream.all.size() - stream.kept; t < stream.all.size(); ++t) {
+        count += stream.ends(t);
       }
     }
     return count;
+  }
+
+  [[nodiscard]] bool serves_sequences(std::size_t length) const {
+    return std::ranges::any_of(streams, [&](const Stream& stream) { return stream.size >= length; });
+  }
+  /// Batch number `draw` of sequences, drawn like elements of a batch from all that could come first.
+  [[nodiscard]] Sequences sequences(std::uint64_t seed, std::uint64_t draw, std::size_t batch_size,
+                                    std::size_t length) const {
+    std::vector<std::pair<std::size_t, std::size_t>> firsts;
+    for (std::size_t s = 0; s < streams.size(); ++s) {
+      const Stream& stream = streams[s];
+      for (std::size_t t = stream.oldest(); t + length <= stream.all.size(); ++t) firsts.emplace_back(s, t);
+    }
+    const BoundedDraw bounded(static_cast<std::uint32_t>(firsts.size()));
+    Sequences made;
+    for (std::size_t i = 0; i < batch_size; ++i) {
+      std::uint32_t k = 0;
+      std::uint32_t attempt = 0;
+      while (!bounded(word(seed, draw, static_cast<std::uint32_t>(i / 4), attempt, i), k)) ++attempt;
+      const auto [s, first] = firsts[k];
+      for (std::size_t t = first; t < first + length; ++t) {
+        made.indices.push_back(name(s, t));
+        made.starts.push_back(streams[s].begins(t));
+      }
+    }
+    return made;
   }
 
   [[nodiscard]] bool serves(const Request& request, std::size_t batch_size) const {
@@ -272,33 +362,13 @@ class List {
       if (!request.weights.empty() && request.weights[i] > 0.0 && of_task == 0) return false;
       stored += of_task;
     }
-    return batch_size <= stored && (!request.beta || std::ranges::any_of(powers(), std::identity{}));
-  }
-
-  [[nodiscard]] std::int64_t index_of(std::size_t s, std::size_t t) const {
-    return static_cast<std::int64_t>(t * streams.size() + s);
-  }
-
-  /// Whether the transition is still stored; then it has another priority now.
-  bool prioritize(std::int64_t index, float priority) {
-    const auto count = static_cast<std::int64_t>(streams.size());
-    Stream& stream = streams[static_cast<std::size_t>(index % count)];
-    const auto t = static_cast<std::size_t>(index / count);
-    if (t + stream.size < stream.all.size()) return false;
-    stream.all[t].priority = priority;
-    largest = std::max(largest, priority);
-    return true;
+    return batch_size <= stored;
   }
 
   /// Batch number `draw`, drawn as ReplayIndex says.
   void sample(const Request& request, std::uint64_t seed, std::uint64_t draw, std::size_t first,
               std::size_t batch_size, Batch& out) const {
-    if (request.beta) return sample_by_priority(request, seed, draw, first, batch_size, out);
-    const auto word = [&](std::uint32_t quad, std::uint32_t attempt, std::size_t i) {
-      const auto low = [](std::uint64_t value) { return static_cast<std::uint32_t>(value); };
-      return philox4x32({low(draw), low(draw >> 32), quad, attempt}, {low(seed), low(seed >> 32)})[i % 4];
-    };
-    const double offset = word(0xFFFFFFFF, 0, 0) / 4294967296.0;
+    const double offset = word(seed, draw, 0xFFFFFFFF, 0, 0) / 4294967296.0;
     const Groups groups = groups_of(request);
     for (std::size_t i = 0; i < batch_size; ++i) {
       std::size_t g = 0;
@@ -312,7 +382,7 @@ class List {
       std::uint32_t k = 0;
       std::uint32_t attempt = 0;
       const auto refused = [&] {
-        const std::uint32_t random = word(static_cast<std::uint32_t>(i / 4), attempt, i);
+        const std::uint32_t random = word(seed, draw, static_cast<std::uint32_t>(i / 4), attempt, i);
         return !bounded(random, k) || cells[k].second == kEmpty;
       };
       while (refused()) ++attempt;
@@ -329,9 +399,12 @@ class List {
       ++last;
       reward += request.powers[last - t] * all[last].reward;
     }
-    put_frames(all, t, layout_.stack, i, out.observations);
-    put_frames(all, last, layout_.stack - 1, i, out.next_observations);
-    test::put(out.next_observations, (i + 1) * layout_.stack - 1, all[last].successor);
+    for (std::size_t p = 0; p < layout_.parts.size(); ++p) {
+      const std::size_t stack = layout_.parts[p].stack;
+      put_frames(all, t, p, stack, i, out.observations[p]);
+      put_frames(all, last, p, stack - 1, i, out.next_observations[p]);
+      test::put(out.next_observations[p], (i + 1) * stack - 1, all[last].successor[p]);
+    }
     for (std::size_t f = 0; f < out.fields.size(); ++f) test::put(out.fields[f], i, all[t].fields[f]);
     out.rewards[i] = reward;
     out.masks[i] = all[last].terminated ? 0.0f : request.powers[last - t];
@@ -339,22 +412,25 @@ class List {
     out.terminated[i] = all[last].terminated;
     out.truncated[i] = all[last].truncated;
     out.steps[i] = static_cast<std::int64_t>(last - t + 1);
-    out.indices[i] = index_of(s, t);
+    out.indices[i] = name(s, t);
   }
 
   std::vector<Stream> streams;
-  double alpha = 0.0;
-  float largest = 1.0f;  // priority so far
 
  private:
   static constexpr std::size_t kEmpty = SIZE_MAX;
-  using Cells =
-      std::vector<std::pair<std::size_t, std::size_t>>;  // stream and number of the transition, or kEmpty
   struct Group {
-    double share;  // cumulative
-    Cells cells;
+    double share;                                            // cumulative
+    std::vector<std::pair<std::size_t, std::size_t>> cells;  // stream and number of the transition, or kEmpty
   };
   using Groups = std::vector<Group>;
+
+  /// What element `i` takes from the Philox block of a quad of elements and an attempt.
+  static std::uint32_t word(std::uint64_t seed, std::uint64_t draw, std::uint32_t quad, std::uint32_t attempt,
+                            std::size_t i) {
+    const auto low = [](std::uint64_t value) { return static_cast<std::uint32_t>(value); };
+    return philox4x32({low(draw), low(draw >> 32), quad, attempt}, {low(seed), low(seed >> 32)})[i % 4];
+  }
 
   [[nodiscard]] std::size_t tasks() const {
     return 1 + static_cast<std::size_t>(std::ranges::max(streams, {}, &Stream::task).task);
@@ -370,63 +446,24 @@ class List {
     }
     return groups;
   }
-  [[nodiscard]] std::size_t in_cell(const Stream& stream, std::size_t cell) const {
-    const std::size_t back = (stream.phase + 2 * stream.capacity - 1 - cell) % stream.capacity;
-    return back < stream.size ? stream.all.size() - 1 - back : kEmpty;
-  }
-  [[nodiscard]] Cells all_cells() const {
-    Cells cells;
+  [[nodiscard]] std::vector<std::pair<std::size_t, std::size_t>> cells_of(const Ids& listed) const {
+    std::vector<std::pair<std::size_t, std::size_t>> cells;
     for (std::size_t s = 0; s < streams.size(); ++s) {
-      for (std::size_t cell = 0; cell < streams[s].capacity; ++cell) {
-        cells.emplace_back(s, in_cell(streams[s], cell));
-      }
-    }
-    return cells;
-  }
-  [[nodiscard]] Cells cells_of(const Ids& listed) const {
-    Cells cells;
-    for (std::size_t s = 0; s < streams.size(); ++s) {
-      const auto& [task, capacity, size, kept, phase, all] = streams[s];
+      const auto& [task, capacity, size, kept, phase, left, all] = streams[s];
       if (size == 0 || (!listed.empty() && std::ranges::find(listed, task) == listed.end())) continue;
       for (std::size_t cell = 0; cell < std::min(std::bit_ceil(size), capacity); ++cell) {
-        cells.emplace_back(s, in_cell(streams[s], cell));
+        const std::size_t back = (phase + 2 * capacity - 1 - cell) % capacity;
+        cells.emplace_back(s, back < size ? all.size() - 1 - back : kEmpty);
       }
     }
     return cells;
   }
-  /// Of all cells of all streams; zero for those without a transition.
-  [[nodiscard]] std::vector<long double> powers() const {
-    std::vector<long double> powers;
-    for (const auto& [s, t] : all_cells()) {
-      const long double priority = t == kEmpty ? 0.0f : streams[s].all[t].priority;
-      powers.push_back(priority == 0.0L ? 0.0L : std::pow(priority, static_cast<long double>(alpha)));
-    }
-    return powers;
-  }
-  void sample_by_priority(const Request& request, std::uint64_t seed, std::uint64_t draw, std::size_t first,
-                          std::size_t batch_size, Batch& out) const {
-    const auto cells = all_cells();
-    const auto shares = powers();
-    const long double sum = std::accumulate(shares.begin(), shares.end(), 0.0L);
-    std::vector<long double> weights;
-    for (std::size_t i = 0; i < batch_size; ++i) {
-      const auto words = draw_words(seed, draw, static_cast<std::uint32_t>(i / 2), 0);
-      const std::uint64_t bits = std::uint64_t{words[i % 2 * 2]} << 32 | words[i % 2 * 2 + 1];
-      long double left = static_cast<long double>(bits >> 11) * 0x1p-53L * sum;
-      std::size_t cell = 0;
-      while (shares[cell] == 0.0L || left >= shares[cell]) left -= shares[cell++];
-      put(cells[cell].first, cells[cell].second, request, first + i, out);
-      weights.push_back(std::pow(100.0L * shares[cell] / sum, static_cast<long double>(-*request.beta)));
-    }
-    const long double most = std::ranges::max(weights);
-    for (std::size_t i = 0; i < batch_size; ++i)
-      out.weights[first + i] = static_cast<float>(weights[i] / most);
-  }
-  /// The `frames` observations up to that of `t`, the first of an episode as often as frames are missing.
-  void put_frames(const std::vector<Transition>& all, std::size_t t, std::size_t frames, std::size_t i,
-                  Values& out) const {
+  /// The `frames` observations of a part up to that of `t`, the first of an episode as often as frames are
+  /// missing.
+  void put_frames(const std::vector<Transition>& all, std::size_t t, std::size_t p, std::size_t frames,
+                  std::size_t i, Values& out) const {
     for (std::size_t f = frames; f-- > 0;) {
-      test::put(out, i * layout_.stack + f, all[t].observation);
+      test::put(out, i * layout_.parts[p].stack + f, all[t].observation[p]);
       if (!all[t].starts) --t;
     }
   }

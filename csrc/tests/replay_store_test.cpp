@@ -47,16 +47,46 @@ void grows_past_one_block_of_side_slots() {
     return Values(bytes.begin(), bytes.end());
   };
   for (std::int32_t step = 0; step < 120'000; ++step) {
-    row.successors = number(step);
+    row.successors[0] = number(step);
     store.add(row.columns());
   }
   Batch one(layout, 1);
-  for (std::int64_t name = 60'000; name < 120'000; name += 997) {
-    store.read({&name, 1}, {1, 1.0, {}, {}}, one.columns());
-    check(one.next_observations == number(static_cast<std::int32_t>(name)),
-          "successors in any block are kept");
+  for (std::int32_t step = 60'000; step < 120'000; step += 997) {
+    store.read(Ids{step}, {1, 1.0, {}, {}}, one.columns());
+    check(one.next_observations[0] == number(step), "successors in any block are kept");
   }
   check(store.side_size() == 60'000, "slots are used again");
+}
+
+/// A megabyte of these is 17 rows, so that others could come in between.
+void an_extend_of_megabytes_is_many_adds() {
+  const Layout layout({{{"large", 60'001, 1, Kind::integer}, 1}, {{"small", 8, 4, Kind::float32}, 2}},
+                      {kByte});
+  for (const std::int64_t capacity : {9, 40, 200}) {
+    const Ids capacities{capacity}, task_ids{0, 0}, one{1};
+    ReplayStore store(layout, capacities, task_ids, 0, false), twin(layout, capacities, task_ids, 0, false);
+    Random random(0);
+    Parts successor = random.values(layout.parts);
+    for (const std::size_t count : {1, 16, 17, 18, 51, 70}) {
+      Rows rows(layout, count);
+      for (std::size_t i = 0; i < count; ++i) {
+        Transition transition{successor, {Values(1)}, 0.5f, i % 17 == 16, i % 11 == 10, successor};
+        if (i % 5 == 2) transition.observation[1] = random.values(layout.parts[1].field);
+        std::ranges::fill(transition.successor[0], static_cast<std::byte>(i + count));
+        successor = transition.successor;
+        rows.set(i, transition);
+        Rows row(layout, 1);
+        row.set(0, transition);
+        twin.add(one, row.columns());
+      }
+      store.extend(1, rows.columns());
+      const Ids names = store.indices();
+      Batch batch(layout, names.size()), expected = batch;
+      store.read(names, {3, 0.9, {}, {}}, batch.columns());
+      twin.read(names, {3, 0.9, {}, {}}, expected.columns());
+      check(names == twin.indices() && batch == expected, "an extend is many adds");
+    }
+  }
 }
 
 /// What was gathered ahead is void once other content with the same numbers takes its place.
@@ -100,26 +130,58 @@ void refusals_change_nothing(std::uint64_t seed) {
   walk.check_unchanged("streams must lie in", add({streams}, one));
   walk.check_unchanged("streams must lie in", add({0, -1}, two));
   walk.check_unchanged("streams must differ, got 0 twice", add({0, 0}, two));
-  walk.check_unchanged("observations must hold", add({0}, two));
-  walk.check_unchanged("observations must hold", [&] { walk.store->add(Rows(walk.layout, 99).columns()); });
-  one.fields[0].pop_back();
-  walk.check_unchanged(walk.layout.fields[0].name + " must hold", add({0}, one));
+  const std::string first = walk.layout.parts[0].field.name + " must hold";
+  walk.check_unchanged(first, add({0}, two));
+  walk.check_unchanged(first, [&] { walk.store->add(Rows(walk.layout, 99).columns()); });
+  const auto short_by_one = [&](const std::string& words, const auto& column) {
+    Rows rows(walk.layout, 1);
+    column(rows).pop_back();
+    walk.check_unchanged(words, add({0}, rows));
+    if (rows.successors[0].empty()) return;  // which extend takes for none given
+    walk.check_unchanged(words, [&] { walk.store->extend(0, rows.columns()); });
+  };
+  short_by_one(walk.layout.fields[0].name + " must hold", [](Rows& rows) -> auto& { return rows.fields[0]; });
+  for (std::size_t p = 0; p < walk.layout.parts.size(); ++p) {
+    const std::string& name = walk.layout.parts[p].field.name;
+    short_by_one(name + " must hold", [p](Rows& rows) -> auto& { return rows.observations[p]; });
+    short_by_one("as " + name, [p](Rows& rows) -> auto& { return rows.successors[p]; });
+  }
+  short_by_one("terminated must hold", [](Rows& rows) -> auto& { return rows.terminated; });
+  short_by_one("truncated must hold", [](Rows& rows) -> auto& { return rows.truncated; });
+  for (const std::int64_t stream : {streams, std::int64_t{-1}}) {
+    const std::string words = "stream must lie in 0.." + to_string(streams - 1);
+    walk.check_unchanged<std::out_of_range>(words, [&] { walk.store->extend(stream, one.columns()); });
+    walk.check_unchanged<std::out_of_range>(words, [&] { (void)walk.store->discard_episode(stream); });
+  }
+  walk.check_unchanged("streams must differ", [&] { walk.store->reset(Ids{0, 0}); });
+  walk.check_unchanged("streams must lie in", [&] { walk.store->reset(Ids{0, streams}); });
   const auto sample = [&](const Request& request, std::size_t batch_size, std::size_t rows) {
     return [&, request, batch_size, rows] {
       walk.store->sample(request, 1, batch_size, Batch(walk.layout, rows).columns());
     };
   };
-  walk.check_unchanged("observations must hold", sample({1, 1.0, {}, {}}, 1, 2));
+  walk.check_unchanged(first, sample({1, 1.0, {}, {}}, 1, 2));
   walk.check_unchanged("batch_size must lie in", sample({1, 1.0, {}, {}}, 0, 0));
   walk.check_unchanged("transitions stored", sample({1, 1.0, {}, {}}, 999, 999));
   walk.check_unchanged("tasks must lie in", sample({1, 1.0, {tasks}, {}}, 1, 1));
   walk.check_unchanged("tasks must differ", sample({1, 1.0, {0, 0}, {}}, 1, 1));
   walk.check_unchanged("weights must hold one share", sample({1, 1.0, {0}, {1.0, 1.0}}, 1, 1));
-  const auto read = [&](std::int64_t name) {
-    walk.store->read({&name, 1}, {1, 1.0, {}, {}}, Batch(walk.layout, 1).columns());
+  const auto read = [&](const Ids& names, const auto& column) {
+    return [&, names, column] {
+      Batch batch(walk.layout, 1);
+      column(batch).pop_back();
+      walk.store->read(names, {1, 1.0, {}, {}}, batch.columns());
+    };
   };
-  check_refuses<std::out_of_range>([&] { read(-1); }, "index -1 is of no transition");
-  check_refuses<std::out_of_range>([&] { read(99 * streams); }, "is of no transition");
+  const Ids name{walk.store->indices()[0]};
+  walk.check_unchanged("steps must hold", read(name, [](Batch& batch) -> auto& { return batch.steps; }));
+  walk.check_unchanged("indices must hold", read(name, [](Batch& batch) -> auto& { return batch.indices; }));
+  walk.check_unchanged("terminated must hold",
+                       read(name, [](Batch& batch) -> auto& { return batch.terminated; }));
+  walk.check_unchanged("truncated must hold",
+                       read(name, [](Batch& batch) -> auto& { return batch.truncated; }));
+  walk.check_unchanged("must hold",
+                       read(name, [](Batch& batch) -> auto& { return batch.next_observations.back(); }));
   walk.step();
 }
 
@@ -138,6 +200,8 @@ void unusable_arguments_are_refused() {
   check_refuses(make({1, 1}, {0}), "none is 1");
   check_refuses(make({1}, {0}, 0), "stack must be at least 1");
   check_refuses(make({1 << 29}, {0}), "rows, and a store has at most");
+  check_refuses([&] { Layout(std::vector<Part>{}, {kByte}); }, "1 to 16 parts, got 0");
+  check_refuses([&] { Layout(std::vector(17, Part{observation, 1}), {kByte}); }, "1 to 16 parts, got 17");
   check_refuses([&] { Layout(observation, {}, 1); }, "1 to 16 fields");
   check_refuses([&] { Layout(observation, std::vector(17, kByte), 1); }, "1 to 16 fields");
   check_refuses([&] { Layout(observation, {{"action", 0, 1, Kind::integer}}, 1); }, "action must have 1 to");
@@ -184,23 +248,33 @@ void not_finite_values_are_found() {
 }
 
 /// A transition of one stream with one value that is not finite, in each of its columns in turn.
-void not_finite_values_are_refused(const Floats& floats, std::size_t items) {
-  const Field observation{"observation", items * floats.item, floats.item, floats.kind};
-  const Layout layout(observation, {kByte, {"extra", observation.bytes, floats.item, floats.kind}}, 1);
+void not_finite_values_are_refused(const Floats& floats, std::size_t items, std::size_t parts) {
+  const Field observation{"observations", items * floats.item, floats.item, floats.kind};
+  std::vector<Part> all{{observation, 1}};
+  if (parts == 2) {  // one has a gap before the other, whatever the item
+    all = {{{"part1", 3 * floats.item, floats.item, floats.kind}, 1},
+           {{"byte", 1, 1, Kind::integer}, 2},
+           {{"part2", observation.bytes, floats.item, floats.kind}, 3}};
+  }
+  const Layout layout(all, {kByte, {"extra", observation.bytes, floats.item, floats.kind}});
   const Ids capacities{3}, task_ids{0, 0};
   ReplayStore store(layout, capacities, task_ids, 0, false), lenient(layout, capacities, task_ids, 0, true);
   Rows clean(layout, 2);
   Rows rows = clean;
-  const auto refused = [&](const char* name, auto& column, std::size_t i, const auto& value) {
+  const auto refused = [&](const std::string& name, auto& column, std::size_t i, const auto& value) {
     std::memcpy(&column[column.size() / 2 + i], &value, sizeof(value));
-    check_refuses([&] { store.add(rows.columns()); },
-                  name + std::string(" of stream 1 (task 0) must be finite"));
+    check_refuses([&] { store.add(rows.columns()); }, name + " of stream 1 (task 0) must be finite");
+    check_refuses([&] { store.extend(0, rows.columns()); }, " in row 1 of stream 0 (task 0) must be finite");
     lenient.add(rows.columns());
     rows = clean;
   };
   const auto refused_bits = [&](std::size_t i, const auto& value) {
-    refused("observations", rows.observations, i, value);
-    refused("successors", rows.successors, i, value);
+    for (std::size_t p = 0; p < layout.parts.size(); ++p) {
+      const Field& field = layout.parts[p].field;
+      if (field.kind == Kind::integer || i >= field.bytes) continue;
+      refused(field.name, rows.observations[p], i, value);
+      refused(parts == 1 ? "successors" : "successors of " + field.name, rows.successors[p], i, value);
+    }
     refused("extra", rows.fields[1], i, value);
   };
   for (int round = 0; round < 4; ++round) {
@@ -221,12 +295,15 @@ int run() {
   try {
     agrees_with_a_list(60);
     grows_past_one_block_of_side_slots();
+    an_extend_of_megabytes_is_many_adds();
     replaced_content_is_gathered_anew();
     for (std::uint64_t seed = 0; seed < 10; ++seed) refusals_change_nothing(seed);
     unusable_arguments_are_refused();
     not_finite_values_are_found();
     for (const Floats& floats : kFloats) {
-      for (const std::size_t items : {1, 3, 8, 16, 19}) not_finite_values_are_refused(floats, items);
+      for (const std::size_t items : {1, 3, 8, 16, 19}) {
+        for (const std::size_t parts : {1, 2}) not_finite_values_are_refused(floats, items, parts);
+      }
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "failed: %s\n", error.what());

@@ -1,6 +1,6 @@
-// One writer, two samplers, who set priorities, and a saver at work on one ReplayStore, for builds with
-// sanitizers (make sanitize). Every transition can be checked by itself, since all of it follows from the
-// number in its observation.
+// One writer, three samplers and a saver at work on one ReplayStore, for builds with sanitizers (make
+// sanitize). Every transition can be checked by itself, since all of it follows from the number in its
+// observation.
 #include <atomic>
 #include <cstdio>
 #include <cstring>
@@ -81,25 +81,25 @@ std::uint32_t observation_at(const Values& column, std::size_t i) {
 
 void put_transition(Rows& rows, std::size_t i, std::size_t stream, std::uint64_t sequence) {
   const std::uint32_t number = number_of(stream, sequence);
-  put_observation(rows.observations, i, number);
+  put_observation(rows.observations[0], i, number);
   std::memcpy(&rows.fields[0][i * sizeof(std::int64_t)], &kTasks[stream], sizeof(std::int64_t));
   std::memset(&rows.fields[1][i * 3], static_cast<int>(number % 251), 3);
   rows.rewards[i] = static_cast<float>(number);
   rows.terminated[i] = terminated(number);
   rows.truncated[i] = truncated(number);
-  put_observation(rows.successors, i, number + 1);
+  put_observation(rows.successors[0], i, number + 1);
 }
 
 /// Checks row `i` of a batch and returns its number.
 std::uint32_t check_transition(const Batch& batch, std::size_t i, const Request& request) {
   const std::size_t newest = (i + 1) * kStack - 1;
-  const std::uint32_t number = observation_at(batch.observations, newest);
+  const std::uint32_t number = observation_at(batch.observations[0], newest);
   const std::uint32_t before = number % kEpisode == 0 ? number : number - 1;
-  check(observation_at(batch.observations, newest - 1) == before, "older frames belong to the episode");
-  const std::uint32_t steps = observation_at(batch.next_observations, newest) - number;
+  check(observation_at(batch.observations[0], newest - 1) == before, "older frames belong to the episode");
+  const std::uint32_t steps = observation_at(batch.next_observations[0], newest) - number;
   check(number % kEpisode + steps <= length(number), "no step leads out of an episode");
   check(steps >= 1 && steps <= request.powers.size(), "as many steps are summed as were asked for, or fewer");
-  check(observation_at(batch.next_observations, newest - 1) == number + steps - 1,
+  check(observation_at(batch.next_observations[0], newest - 1) == number + steps - 1,
         "frames follow each other");
 
   float reward = static_cast<float>(number);
@@ -109,6 +109,14 @@ std::uint32_t check_transition(const Batch& batch, std::size_t i, const Request&
   check(batch.rewards[i] == reward, "rewards are those of the steps");
   const float mask = terminated(number + steps - 1) ? 0.0f : request.powers[steps - 1];
   check(batch.masks[i] == mask, "the mask is that of the last step");
+  check((batch.terminated[i] != 0) == terminated(number + steps - 1) &&
+            (batch.truncated[i] != 0) == truncated(number + steps - 1),
+        "ends are those of the last step");
+  check(batch.steps[i] == steps, "as many steps are told as were summed");
+  const std::size_t stream = number / kApart;
+  check(batch.indices[i] % static_cast<std::int64_t>(kTasks.size()) == static_cast<std::int64_t>(stream) &&
+            number_of(stream, static_cast<std::uint64_t>(batch.indices[i]) / kTasks.size()) == number,
+        "a transition has its own name");
 
   std::int64_t action;
   std::memcpy(&action, &batch.fields[0][i * sizeof(action)], sizeof(action));
@@ -123,18 +131,20 @@ std::uint32_t check_transition(const Batch& batch, std::size_t i, const Request&
 /// A store, who works on it, and what they count.
 class Stress {
  public:
-  Stress() : store_(kLayout, kCapacities, kTasks, 1, false, 0.6) {
+  Stress() : store_(kLayout, kCapacities, kTasks, 1, false) {
     for (int step = 0; step < 40; ++step) add();
   }
 
   void run() {
-    std::future<void> workers[] = {work(&Stress::sample), work(&Stress::sample_ahead), work(&Stress::save)};
+    std::future<void> workers[] = {work(&Stress::sample), work(&Stress::sample_ahead),
+                                   work(&Stress::sample_sequences), work(&Stress::sample_sequences),
+                                   work(&Stress::save)};
     std::future<void> writer = std::async(std::launch::async, [this] {
       while (working_ > 0 && adds_ < kAdds) add();
     });
     for (auto& worker : workers) worker.get();
     writer.get();
-    check(store_.draws() == 3 * kSamples, "each batch counts once");
+    check(store_.draws() == 5 * kSamples, "each batch counts once");
     std::printf(
         "%zu adds beside %zu samples, of which %zu elements changed while they were ahead, and %zu saves\n",
         adds_, 2 * kSamples, changed_, kSaves);
@@ -150,8 +160,18 @@ class Stress {
     });
   }
 
-  /// One transition for all streams, or for some of them.
+  /// One transition for all streams, or for some of them, or many for one.
   void add() {
+    if (adds_ % 16 == 7) {
+      const std::size_t s = adds_ / 16 % kTasks.size();
+      Rows rows(kLayout, adds_ % 5 * 9);
+      for (std::size_t i = 0; i < rows.rewards.size(); ++i) {
+        put_transition(rows, i, s, counts_[s]++);
+      }
+      store_.extend(static_cast<std::int64_t>(s), rows.columns());
+      ++adds_;
+      return;
+    }
     Ids ids;
     for (std::size_t s = 0; s < kTasks.size(); ++s) {
       if (adds_ % 4 != 0 || (adds_ / 4 + s) % 3 != 0) ids.push_back(static_cast<std::int64_t>(s));
@@ -174,38 +194,52 @@ class Stress {
   }
 
   void sample() {
+    Batch batch(kLayout, 24);
     for (std::size_t k = 0; k < kSamples; ++k) {
       const Request& request = requests_[k % std::size(requests_)];
-      Batch batch(kLayout, 24, request.beta.has_value());
       store_.sample(request, 1, 24, batch.columns());
       check_batch(batch, request);
-      prioritize(batch);
     }
   }
 
   void sample_ahead() {
+    Batch batch(kLayout, 2 * 16);
     Ahead ahead;
     for (std::size_t k = 0; k < kSamples; ++k) {
       const Request& request = requests_[k % std::size(requests_)];
-      Batch batch(kLayout, 2 * 16, request.beta.has_value());
       store_.gather_ahead(request, store_.draws(), 2, 16, batch.columns(), ahead);
       check_batch(batch, request);
       if (k % 8 == 0) std::this_thread::yield();
       changed_ += store_.settle(request, 2, 16, batch.columns(), ahead);
       check_batch(batch, request);
-      prioritize(batch);
     }
   }
 
-  /// Some of them have been replaced since.
-  void prioritize(const Batch& batch) {
-    for (const float weight : batch.weights) check(weight > 0.0f && weight <= 1.0f, "weights are at most 1");
-    if (batch.weights.empty()) return;
-    check(store_.set_priorities(batch.indices, batch.weights) <= batch.indices.size(), "each is set once");
+  /// Reads by their names what is still there of sequences.
+  void sample_sequences() {
+    constexpr std::size_t kLength = 4;
+    Batch batch(kLayout, 3 * kLength);
+    for (std::size_t k = 0; k < kSamples; ++k) {
+      const Sequences made = store_.sequences(3, kLength);
+      try {
+        store_.read(made.indices, requests_[0], batch.columns());
+      } catch (const std::out_of_range&) {
+        ++replaced_;
+        continue;
+      }
+      check(batch.indices == made.indices, "transitions are those that were named");
+      for (std::size_t i = 0; i < made.indices.size(); ++i) {
+        const std::uint32_t number = check_transition(batch, i, requests_[0]);
+        if (i % kLength == 0) continue;
+        const std::uint32_t before = observation_at(batch.observations[0], i * kStack - 1);
+        check(number == following(before), "a sequence is of transitions that followed each other");
+        check((made.starts[i] != 0) == (number % kEpisode == 0), "a sequence tells where episodes begin");
+      }
+    }
   }
 
   void save() {
-    ReplayStore same(kLayout, kCapacities, kTasks, 0, false, 0.6);
+    ReplayStore same(kLayout, kCapacities, kTasks, 0, false);
     ReplayStore smaller(kLayout, Ids{9, 50, 1}, kTasks, 0, false);
     ReplayStore larger(kLayout, Ids{90, 99, 70}, kTasks, 0, false);
     ReplayStore* const stores[] = {&same, &smaller, &larger};
@@ -225,29 +259,47 @@ class Stress {
       check(sizes[s] == std::min<std::int64_t>(content.size[s], capacities[s]), "a load keeps what fits");
       for (std::int64_t age = 0; age < sizes[s]; ++age) {
         const std::uint64_t sequence = content.count[s] - static_cast<std::uint64_t>(sizes[s] - age);
-        const auto name = static_cast<std::int64_t>(sequence * kTasks.size() + s);
-        loaded.read({&name, 1}, requests_[0], one.columns());
+        const Ids name{static_cast<std::int64_t>(sequence * kTasks.size() + s)};
+        loaded.read(name, requests_[0], one.columns());
         check(check_transition(one, 0, requests_[0]) == number_of(s, sequence), "a load keeps the order");
       }
     }
   }
 
-  const Request requests_[4] = {{3, kDiscount, {}, {}},
-                                {1, kDiscount, {2, 0}, {}},
-                                {5, kDiscount, {}, {1, 0, 2}},
-                                {2, kDiscount, {}, {}, 0.4}};
+  const Request requests_[3] = {
+      {3, kDiscount, {}, {}}, {1, kDiscount, {2, 0}, {}}, {5, kDiscount, {}, {1, 0, 2}}};
   ReplayStore store_;
   std::atomic<int> working_ = 0;
   std::size_t adds_ = 0;                                                           // of the writer
   std::vector<std::uint64_t> counts_ = std::vector<std::uint64_t>(kTasks.size());  // of the writer
+  std::atomic<std::size_t> replaced_ = 0;                                          // of sequences
   std::size_t changed_ = 0;                                                        // of the sampler ahead
 };
+
+/// Two that draw at the same time get batches of different numbers.
+void nobody_draws_what_another_has_drawn() {
+  const Layout layout({"observation", 1, 1, Kind::integer}, {{"action", 1, 1, Kind::integer}}, 1);
+  const Ids capacities{10'000}, task_ids{0};
+  ReplayStore store(layout, capacities, task_ids, 0, false);
+  store.extend(0, Rows(layout, 10'000).columns());
+  const auto draw = [&store] {
+    std::vector<Ids> drawn;
+    for (std::size_t k = 0; k < kSamples; ++k) drawn.push_back(store.sequences(8, 2).indices);
+    return drawn;
+  };
+  auto other = std::async(std::launch::async, draw);
+  std::vector<Ids> drawn = draw();
+  std::ranges::copy(other.get(), std::back_inserter(drawn));
+  std::ranges::sort(drawn);
+  check(std::ranges::adjacent_find(drawn) == drawn.end(), "no two batches of sequences are the same");
+}
 
 }  // namespace
 }  // namespace brc::test
 
 int main() {
   try {
+    brc::test::nobody_draws_what_another_has_drawn();
     brc::test::Stress().run();
   } catch (const std::exception& error) {
     std::fprintf(stderr, "failed: %s\n", error.what());
