@@ -135,7 +135,8 @@ def test_an_update_is_so_many_launches(kernel_device: str, tasks: int, most: int
     optimizer's step is left out, since it is there where more than one program is."""
     learner, counts = agent(tasks, kernel_device, precision="bf16"), []
     for updates in (1, 2):
-        slots = [*next(batches(updates, tasks, kernel_device)), torch.ones(tasks, device=kernel_device)]
+        data = next(batches(updates, tasks, kernel_device)).columns
+        slots = [*data, torch.ones(tasks, device=kernel_device)]
         with kernels.use("triton"), torch.no_grad():
             learner.updates.function(*slots)
             with Tape() as tape:
