@@ -188,9 +188,9 @@ def keep_busy(device: str) -> None:
 
 
 COPIES: dict[str, Callable[[Batch, str], Sequence[Tensor]]] = {
-    "batch": lambda batch, device: batch.to(device),
-    "update": lambda batch, device: batch.update(1).to(device),
-    "columns": lambda batch, device: [x.to(device, non_blocking=True) for x in batch],
+    "batch": lambda batch, device: batch.to(device).tensors(),
+    "update": lambda batch, device: batch.update(1).to(device).tensors(),
+    "columns": lambda batch, device: [x.to(device, non_blocking=True) for x in batch.tensors()],
     "part": lambda batch, device: [batch.task_ids[1].to(device, non_blocking=True)],
     "other dtype": lambda batch, device: [batch.rewards.to(device, torch.float64, non_blocking=True)],
 }
@@ -223,9 +223,9 @@ def test_a_batch_on_the_cpu_is_there_when_it_is_returned(gpu: str) -> None:
     there = buffer.sample(100, 40).to(gpu)
     for round_ in range(10):
         keep_busy(gpu)
-        for column in there:
+        for column in there.columns:
             column.fill_(round_)
-        assert all(bool((column == round_).all()) for column in there.to("cpu"))
+        assert all(bool((column == round_).all()) for column in there.to("cpu").columns)
 
 
 @pytest.mark.gpu
