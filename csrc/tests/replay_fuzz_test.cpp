@@ -48,6 +48,7 @@ class Fuzz {
     for (std::uint32_t segments = 1 + random_.below(3); segments > 0; --segments) {
       for (std::uint32_t times = random_.below(20); times > 0; --times) walk_.add();
       if (random_.one_in(3)) walk_.reset();
+      if (walk_.alpha && random_.one_in(2)) walk_.prioritize();
       walk_.saves.write(*walk_.store, false);
     }
     original_.content = walk_.saves.content;
@@ -60,8 +61,9 @@ class Fuzz {
     if (random_.one_in(2)) {
       for (std::int64_t& capacity : walk_.capacities) capacity = random_.of({1, 2, 3, 8, 30});
     }
-    victim_ =
-        std::make_unique<ReplayStore>(walk_.layout, walk_.capacities, walk_.task_ids, 5, random_.one_in(2));
+    alpha_ = random_.one_in(4) ? std::optional(0.5) : walk_.alpha;
+    victim_ = std::make_unique<ReplayStore>(walk_.layout, walk_.capacities, walk_.task_ids, 5,
+                                            random_.one_in(2), alpha_);
   }
 
   /// Whether files changed in a few places were loaded.
@@ -111,6 +113,13 @@ class Fuzz {
       Batch batch(walk_.layout, std::min<std::size_t>(size, 9));
       victim_->sample({2, 0.9, {}, {}}, 1, batch.rewards.size(), batch.columns());
       (void)victim_->sequences(3, 1);
+      if (alpha_) {
+        victim_->set_priorities(Ids{victim_->indices().back()}, std::vector{1.5f});
+        Batch weighted(walk_.layout, batch.rewards.size(), true);
+        victim_->sample({2, 0.9, {}, {}, 0.5}, 1, weighted.rewards.size(), weighted.columns());
+        for (const float weight : weighted.weights)
+          check(weight > 0.0f && weight <= 1.0f, "weights are at most 1");
+      }
     }
     Saves saves;
     saves.write(*victim_, true);
@@ -202,10 +211,19 @@ class Fuzz {
         content.phase[s] = content.size[s];
     }
   }
+  /// One of the priorities, which are the last of a file.
+  void change_priority(Segment& segment) {
+    constexpr float values[] = {0.0f, -1.0f, 2.0f, 1e38f, INFINITY, NAN};
+    const std::uint64_t bytes = segment.table.priorities * sizeof(float);
+    if (bytes == 0 || bytes > segment.bytes.size()) return;
+    const std::size_t at = random_.below(static_cast<std::uint32_t>(segment.table.priorities));
+    std::memcpy(&segment.bytes[segment.bytes.size() - bytes + at * sizeof(float)], &values[random_.below(6)],
+                sizeof(float));
+  }
   void change(Files& files) {
     Content& content = files.content;
     std::vector<Segment>& segments = files.segments;
-    const std::uint32_t kind = random_.below(18);
+    const std::uint32_t kind = random_.below(19);
     if (kind < 3 || segments.empty()) {
       if (!content.count.empty()) change_together(files);
       return;
@@ -246,6 +264,9 @@ class Fuzz {
         return;
       case 15:
         return std::swap(segments[at], segments[0]);
+      case 16:
+        if (random_.one_in(3)) return change(table.priorities);
+        return change_priority(segments[at]);
       default:
         return change(segments[at].bytes);
     }
@@ -254,6 +275,7 @@ class Fuzz {
   Random random_;
   Walk walk_;
   Files original_;
+  std::optional<double> alpha_;  // of the victim
   std::unique_ptr<ReplayStore> victim_;
 };
 

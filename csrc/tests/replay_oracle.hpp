@@ -7,8 +7,11 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -55,6 +58,7 @@ struct Transition {
   bool terminated, truncated;
   Parts successor;
   bool starts = true;  // does not go on from the transition before it
+  float priority = 1.0f;
 };
 
 /// M transitions to add. Each column is as long as it must be: a sanitizer sees whoever reads further.
@@ -73,7 +77,7 @@ struct Rows {
     put(successors, i, transition.successor);
   }
   [[nodiscard]] TransitionColumns columns() const {
-    TransitionColumns columns{{}, {}, rewards, terminated, truncated, {}};
+    TransitionColumns columns{{}, {}, rewards, terminated, truncated, {}, {}};
     std::ranges::copy(observations, columns.observations.begin());
     std::ranges::copy(fields, columns.fields.begin());
     std::ranges::copy(successors, columns.successors.begin());
@@ -88,20 +92,22 @@ struct Rows {
 
 /// B sampled transitions.
 struct Batch {
-  Batch(const Layout& layout, std::size_t count)
+  Batch(const Layout& layout, std::size_t count, bool weighted = false)
       : rewards(count),
         masks(count),
         task_ids(count),
         terminated(count, 7),
         truncated(count, 7),
         steps(count),
-        indices(count) {
+        indices(count),
+        weights(weighted ? count : 0) {
     for (const Part& part : layout.parts) observations.emplace_back(count * part.stack * part.field.bytes);
     next_observations = observations;
     for (const Field& field : layout.fields) fields.emplace_back(count * field.bytes);
   }
   [[nodiscard]] BatchColumns columns() {
-    BatchColumns columns{{}, {}, rewards, masks, {}, task_ids, terminated, truncated, steps, indices};
+    BatchColumns columns{{},         {},        rewards, masks,   {},     task_ids,
+                         terminated, truncated, steps,   indices, weights};
     std::ranges::copy(observations, columns.observations.begin());
     std::ranges::copy(fields, columns.fields.begin());
     std::ranges::copy(next_observations, columns.next_observations.begin());
@@ -115,6 +121,7 @@ struct Batch {
   Ids task_ids;
   std::vector<unsigned char> terminated, truncated;
   Ids steps, indices;
+  std::vector<float> weights;
 };
 
 /// A file without a name, gone when it is closed.
@@ -271,6 +278,7 @@ class List {
     transition.starts = stream.all.empty() || stream.ends(stream.all.size() - 1) ||
                         stream.all.back().successor != transition.observation;
     stream.left = false;
+    transition.priority = largest;
     stream.all.push_back(std::move(transition));
     stream.size = std::min(stream.size + 1, stream.capacity);
     stream.kept = std::min(stream.kept + 1, stream.capacity + layout_.stack - 1);
@@ -279,6 +287,13 @@ class List {
 
   void clear() {
     for (Stream& stream : streams) stream = {stream.task, stream.capacity};
+    largest = 1.0f;
+  }
+  void clear(const Ids& ids) {
+    for (const std::int64_t id : ids) {
+      Stream& stream = streams[static_cast<std::size_t>(id)];
+      stream = {stream.task, stream.capacity};
+    }
   }
   std::size_t discard_episode(std::size_t s) {
     Stream& stream = streams[s];
@@ -362,12 +377,24 @@ class List {
       if (!request.weights.empty() && request.weights[i] > 0.0 && of_task == 0) return false;
       stored += of_task;
     }
-    return batch_size <= stored;
+    return batch_size <= stored && (!request.beta || std::ranges::any_of(powers(), std::identity{}));
+  }
+
+  /// Whether the transition of a name is still stored; then it has another priority now.
+  bool prioritize(std::int64_t name, float priority) {
+    const auto number = static_cast<std::size_t>(name);
+    Stream& stream = streams[number % streams.size()];
+    const std::size_t t = number / streams.size();
+    if (t < stream.oldest()) return false;
+    stream.all[t].priority = priority;
+    largest = std::max(largest, priority);
+    return true;
   }
 
   /// Batch number `draw`, drawn as ReplayIndex says.
   void sample(const Request& request, std::uint64_t seed, std::uint64_t draw, std::size_t first,
               std::size_t batch_size, Batch& out) const {
+    if (request.beta) return sample_by_priority(request, seed, draw, first, batch_size, out);
     const double offset = word(seed, draw, 0xFFFFFFFF, 0, 0) / 4294967296.0;
     const Groups groups = groups_of(request);
     for (std::size_t i = 0; i < batch_size; ++i) {
@@ -416,12 +443,16 @@ class List {
   }
 
   std::vector<Stream> streams;
+  double alpha = 0.0;
+  float largest = 1.0f;  // priority since the list was empty
 
  private:
   static constexpr std::size_t kEmpty = SIZE_MAX;
+  // Stream and number of the transition, or kEmpty.
+  using Cells = std::vector<std::pair<std::size_t, std::size_t>>;
   struct Group {
-    double share;                                            // cumulative
-    std::vector<std::pair<std::size_t, std::size_t>> cells;  // stream and number of the transition, or kEmpty
+    double share;  // cumulative
+    Cells cells;
   };
   using Groups = std::vector<Group>;
 
@@ -446,17 +477,57 @@ class List {
     }
     return groups;
   }
-  [[nodiscard]] std::vector<std::pair<std::size_t, std::size_t>> cells_of(const Ids& listed) const {
-    std::vector<std::pair<std::size_t, std::size_t>> cells;
+  /// Appends the first cells of a stream.
+  void put_cells(std::size_t s, std::size_t count, Cells& cells) const {
+    const auto& [task, capacity, size, kept, phase, left, all] = streams[s];
+    for (std::size_t cell = 0; cell < count; ++cell) {
+      const std::size_t back = (phase + 2 * capacity - 1 - cell) % capacity;
+      cells.emplace_back(s, back < size ? all.size() - 1 - back : kEmpty);
+    }
+  }
+  [[nodiscard]] Cells all_cells() const {
+    Cells cells;
+    for (std::size_t s = 0; s < streams.size(); ++s) put_cells(s, streams[s].capacity, cells);
+    return cells;
+  }
+  [[nodiscard]] Cells cells_of(const Ids& listed) const {
+    Cells cells;
     for (std::size_t s = 0; s < streams.size(); ++s) {
-      const auto& [task, capacity, size, kept, phase, left, all] = streams[s];
-      if (size == 0 || (!listed.empty() && std::ranges::find(listed, task) == listed.end())) continue;
-      for (std::size_t cell = 0; cell < std::min(std::bit_ceil(size), capacity); ++cell) {
-        const std::size_t back = (phase + 2 * capacity - 1 - cell) % capacity;
-        cells.emplace_back(s, back < size ? all.size() - 1 - back : kEmpty);
-      }
+      const Stream& stream = streams[s];
+      if (!listed.empty() && std::ranges::find(listed, stream.task) == listed.end()) continue;
+      if (stream.size > 0) put_cells(s, std::min(std::bit_ceil(stream.size), stream.capacity), cells);
     }
     return cells;
+  }
+  /// Of all cells of all streams; zero for those without a transition.
+  [[nodiscard]] std::vector<long double> powers() const {
+    std::vector<long double> powers;
+    for (const auto& [s, t] : all_cells()) {
+      const long double priority = t == kEmpty ? 0.0f : streams[s].all[t].priority;
+      powers.push_back(priority == 0.0L ? 0.0L : std::pow(priority, static_cast<long double>(alpha)));
+    }
+    return powers;
+  }
+  void sample_by_priority(const Request& request, std::uint64_t seed, std::uint64_t draw, std::size_t first,
+                          std::size_t batch_size, Batch& out) const {
+    const Cells cells = all_cells();
+    const auto shares = powers();
+    const long double sum = std::accumulate(shares.begin(), shares.end(), 0.0L);
+    std::vector<long double> weights;
+    for (std::size_t i = 0; i < batch_size; ++i) {
+      const auto number = [&](std::size_t half) {
+        return std::uint64_t{word(seed, draw, static_cast<std::uint32_t>(i / 2), 0, 2 * i + half)};
+      };
+      const std::uint64_t bits = number(0) << 32 | number(1);
+      long double left = static_cast<long double>(bits >> 11) * 0x1p-53L * sum;
+      std::size_t cell = 0;
+      while (shares[cell] == 0.0L || left >= shares[cell]) left -= shares[cell++];
+      put(cells[cell].first, cells[cell].second, request, first + i, out);
+      weights.push_back(std::pow(100.0L * shares[cell] / sum, static_cast<long double>(-*request.beta)));
+    }
+    const long double most = std::ranges::max(weights);
+    for (std::size_t i = 0; i < batch_size; ++i)
+      out.weights[first + i] = static_cast<float>(weights[i] / most);
   }
   /// The `frames` observations of a part up to that of `t`, the first of an episode as often as frames are
   /// missing.

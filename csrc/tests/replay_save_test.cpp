@@ -9,6 +9,7 @@
 #include <functional>
 #include <future>
 #include <memory>
+#include <optional>
 
 #include "replay_oracle.hpp"
 
@@ -89,7 +90,7 @@ void check_same(const Saved& got, const Saved& expected) {
             content(got).draws == content(expected).draws,
         "a save counts what was stored when it began");
   check(table(got).first == table(expected).first && table(got).rows == table(expected).rows &&
-            table(got).head == table(expected).head,
+            table(got).head == table(expected).head && table(got).priorities == table(expected).priorities,
         "a save holds the rows that were stored when it began");
   check(table(got).side == table(expected).side, "and the successors that were kept aside then");
   check(table(got).bytes == got.bytes.size() && table(got).checksums == table(expected).checksums,
@@ -101,7 +102,12 @@ void check_same(const Saved& got, const Saved& expected) {
 class Pair {
  public:
   explicit Pair(std::uint64_t seed)
-      : random_(seed), layout_(make_layout()), capacities_(make_capacities()), store_(make()), twin_(make()) {
+      : random_(seed),
+        alpha_(seed % 2 == 0 ? std::optional(0.6) : std::nullopt),
+        layout_(make_layout()),
+        capacities_(make_capacities()),
+        store_(make()),
+        twin_(make()) {
     for (std::int64_t s = 0; s < streams(); ++s) task_numbers_.push_back(0);
     for (std::uint32_t s = 0; s < capacities_.size(); ++s) extend(s, random_.below(6));
   }
@@ -122,6 +128,7 @@ class Pair {
     std::uint32_t block = 0;
     const Saved got = save_slowly(*store_, from, [&] {
       ++block;
+      prioritize();
       if (burst == 0) add();
       if (block != burst) return;
       for (std::uint32_t s = 0; s < capacities_.size(); ++s) extend(s, 7);
@@ -156,7 +163,7 @@ class Pair {
   [[nodiscard]] std::unique_ptr<ReplayStore> make() const {
     Ids tasks(capacities_.size());
     for (std::size_t s = 0; s < tasks.size(); ++s) tasks[s] = static_cast<std::int64_t>(s);
-    return std::make_unique<ReplayStore>(layout_, capacities_, tasks, 3, false);
+    return std::make_unique<ReplayStore>(layout_, capacities_, tasks, 3, false, alpha_);
   }
 
   [[nodiscard]] Parts observation(std::uint32_t number) const {
@@ -201,6 +208,15 @@ class Pair {
     for (ReplayStore* store : {store_.get(), twin_.get()}) store->add(ids, rows.columns());
   }
 
+  /// Other priorities than the save holds, if there are any.
+  void prioritize() {
+    if (!alpha_) return;
+    const Ids names = store_->indices();
+    std::vector<float> priorities;
+    for (const std::int64_t name : names) priorities.push_back(static_cast<float>((name + ++shift_) % 7));
+    for (ReplayStore* store : {store_.get(), twin_.get()}) store->set_priorities(names, priorities);
+  }
+
   [[nodiscard]] Batch read(const ReplayStore& store, const Ids& names, const Request& request) const {
     Batch batch(layout_, names.size());
     store.read(names, request, batch.columns());
@@ -218,9 +234,11 @@ class Pair {
   }
 
   Random random_;
+  const std::optional<double> alpha_;
   const Layout layout_;
   const Ids capacities_;
   std::uint32_t next_ = 0;                   // number of an observation
+  std::int64_t shift_ = 0;                   // of priorities
   std::vector<std::uint32_t> task_numbers_;  // [N] where the last transition of a stream led
   std::unique_ptr<ReplayStore> store_, twin_;
 };

@@ -166,6 +166,29 @@ void refusals_change_nothing(std::uint64_t seed) {
   walk.check_unchanged("tasks must lie in", sample({1, 1.0, {tasks}, {}}, 1, 1));
   walk.check_unchanged("tasks must differ", sample({1, 1.0, {0, 0}, {}}, 1, 1));
   walk.check_unchanged("weights must hold one share", sample({1, 1.0, {0}, {1.0, 1.0}}, 1, 1));
+  const auto prioritize = [&](const Ids& names, const std::vector<float>& priorities) {
+    return [&, names, priorities] { walk.store->set_priorities(names, priorities); };
+  };
+  const std::int64_t known = walk.store->indices()[0];
+  if (walk.alpha) {
+    walk.check_unchanged("weights must hold", [&] {
+      walk.store->sample({1, 1.0, {}, {}, 0.5}, 1, 1, Batch(walk.layout, 1).columns());
+    });
+    walk.check_unchanged("priorities must hold", prioritize({known}, {}));
+    for (const float value : {-1.0f, INFINITY, NAN}) {
+      walk.check_unchanged("priorities must be finite and not negative",
+                           prioritize({known, known}, {9.0f, value}));
+    }
+    for (const std::int64_t none : {std::int64_t{-1}, 99 * streams}) {
+      walk.check_unchanged<std::out_of_range>("of no transition that was added",
+                                              prioritize({known, none}, {9.0f, 9.0f}));
+    }
+  } else {
+    walk.check_unchanged("made with alpha", prioritize({known}, {1.0f}));
+    walk.check_unchanged("made with alpha", [&] {
+      walk.store->sample({1, 1.0, {}, {}, 0.5}, 1, 1, Batch(walk.layout, 1, true).columns());
+    });
+  }
   const auto read = [&](const Ids& names, const auto& column) {
     return [&, names, column] {
       Batch batch(walk.layout, 1);
@@ -209,6 +232,8 @@ void unusable_arguments_are_refused() {
   check_refuses([] { Request(1, 1.5, {}, {}); }, "discount must lie in");
   check_refuses([] { Request(1, 1.0, {}, {-1.0}); }, "not negative");
   check_refuses([] { Request(1, 1.0, {}, {0.0}); }, "positive, finite sum");
+  check_refuses([] { Request(1, 1.0, {}, {}, 1.5); }, "beta must lie in");
+  check_refuses([] { Request(1, 1.0, {0}, {}, 0.5); }, "leave out tasks and weights");
 }
 
 using Bits = std::vector<std::uint32_t>;

@@ -1,6 +1,6 @@
-// One writer, three samplers and a saver at work on one ReplayStore, for builds with sanitizers (make
-// sanitize). Every transition can be checked by itself, since all of it follows from the number in its
-// observation.
+// One writer, four samplers, of whom two set priorities, and a saver at work on one ReplayStore, for builds
+// with sanitizers (make sanitize). Every transition can be checked by itself, since all of it follows from
+// the number in its observation.
 #include <atomic>
 #include <cstdio>
 #include <cstring>
@@ -131,7 +131,7 @@ std::uint32_t check_transition(const Batch& batch, std::size_t i, const Request&
 /// A store, who works on it, and what they count.
 class Stress {
  public:
-  Stress() : store_(kLayout, kCapacities, kTasks, 1, false) {
+  Stress() : store_(kLayout, kCapacities, kTasks, 1, false, 0.6) {
     for (int step = 0; step < 40; ++step) add();
   }
 
@@ -194,25 +194,34 @@ class Stress {
   }
 
   void sample() {
-    Batch batch(kLayout, 24);
     for (std::size_t k = 0; k < kSamples; ++k) {
       const Request& request = requests_[k % std::size(requests_)];
+      Batch batch(kLayout, 24, request.beta.has_value());
       store_.sample(request, 1, 24, batch.columns());
       check_batch(batch, request);
+      prioritize(batch);
     }
   }
 
   void sample_ahead() {
-    Batch batch(kLayout, 2 * 16);
     Ahead ahead;
     for (std::size_t k = 0; k < kSamples; ++k) {
       const Request& request = requests_[k % std::size(requests_)];
+      Batch batch(kLayout, 2 * 16, request.beta.has_value());
       store_.gather_ahead(request, store_.draws(), 2, 16, batch.columns(), ahead);
       check_batch(batch, request);
       if (k % 8 == 0) std::this_thread::yield();
       changed_ += store_.settle(request, 2, 16, batch.columns(), ahead);
       check_batch(batch, request);
+      prioritize(batch);
     }
+  }
+
+  /// Some of them have been replaced since.
+  void prioritize(const Batch& batch) {
+    for (const float weight : batch.weights) check(weight > 0.0f && weight <= 1.0f, "weights are at most 1");
+    if (batch.weights.empty()) return;
+    check(store_.set_priorities(batch.indices, batch.weights) <= batch.indices.size(), "each is set once");
   }
 
   /// Reads by their names what is still there of sequences.
@@ -239,7 +248,7 @@ class Stress {
   }
 
   void save() {
-    ReplayStore same(kLayout, kCapacities, kTasks, 0, false);
+    ReplayStore same(kLayout, kCapacities, kTasks, 0, false, 0.6);
     ReplayStore smaller(kLayout, Ids{9, 50, 1}, kTasks, 0, false);
     ReplayStore larger(kLayout, Ids{90, 99, 70}, kTasks, 0, false);
     ReplayStore* const stores[] = {&same, &smaller, &larger};
@@ -266,8 +275,10 @@ class Stress {
     }
   }
 
-  const Request requests_[3] = {
-      {3, kDiscount, {}, {}}, {1, kDiscount, {2, 0}, {}}, {5, kDiscount, {}, {1, 0, 2}}};
+  const Request requests_[4] = {{3, kDiscount, {}, {}},
+                                {1, kDiscount, {2, 0}, {}},
+                                {5, kDiscount, {}, {1, 0, 2}},
+                                {2, kDiscount, {}, {}, 0.4}};
   ReplayStore store_;
   std::atomic<int> working_ = 0;
   std::size_t adds_ = 0;                                                           // of the writer

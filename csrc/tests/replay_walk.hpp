@@ -15,8 +15,9 @@ namespace brc::test {
 /// A device index, and what a GPU would keep for it.
 class Device {
  public:
-  Device(const Layout& layout, const Ids& capacities, const Ids& task_ids, std::uint64_t seed)
-      : index(capacities, task_ids, static_cast<std::int64_t>(layout.stack), seed),
+  Device(const Layout& layout, const Ids& capacities, const Ids& task_ids, std::uint64_t seed,
+         std::optional<double> alpha = std::nullopt)
+      : index(capacities, task_ids, static_cast<std::int64_t>(layout.stack), seed, alpha),
         layout_(layout),
         rows_(index.index().rows(), Values(layout.link)) {}
 
@@ -86,8 +87,8 @@ class Device {
           observations(total * layout.stack),
           successors(total * layout.stack) {}
     [[nodiscard]] PlanColumns columns(Batch& out) {
-      return {steps,          observations,  successors, out.masks,  out.task_ids,
-              out.terminated, out.truncated, out.steps,  out.indices};
+      return {steps,          observations,  successors, out.masks,   out.task_ids,
+              out.terminated, out.truncated, out.steps,  out.indices, out.weights};
     }
     Ids steps, observations, successors;
   };
@@ -158,16 +159,19 @@ class Walk {
       }
     }
     late_task = 1 + random.below(3);
+    constexpr double alphas[] = {0.0, 0.6, 1.0, 2.5};
+    if (random.one_in(2)) alpha = alphas[random.below(4)];
     resize();
     list.emplace(layout, capacities, task_ids);
+    list->alpha = alpha.value_or(0.0);
     twin = make();
-    device = std::make_unique<Device>(layout, capacities, task_ids, seed);
+    device = std::make_unique<Device>(layout, capacities, task_ids, seed, alpha);
   }
 
   void step() {
-    const Request request = random.request(capacities.size());
+    const Request request = any_request();
     const std::size_t num_batches = 1 + random.below(2), batch_size = 1 + random.below(13);
-    Batch batch(layout, num_batches * batch_size);
+    Batch batch(layout, num_batches * batch_size, request.beta.has_value());
     Ahead ahead;
     if (list->serves(request, batch_size)) {
       store->gather_ahead(request, store->draws(), num_batches, batch_size, batch.columns(), ahead);
@@ -177,6 +181,7 @@ class Walk {
     if (random.one_in(6)) reset();
     if (random.one_in(8)) discard_episode();
     if (random.one_in(30)) clear();
+    if (alpha && random.one_in(2)) prioritize();
     if (random.one_in(5)) save();
     if (random.one_in(8) && reload()) ahead = {};
     if (random.one_in(8)) exchange();
@@ -219,22 +224,30 @@ class Walk {
     const std::uint32_t ring = store->index().streams()[s].ring;
     const std::uint32_t count = random.one_in(2) ? random.below(5) : random.below(2 * std::min(ring, 40u));
     Rows rows(layout, count);
+    std::vector<unsigned char> starts(random.one_in(2) ? count : 0);
+    const Ids id{static_cast<std::int64_t>(s)};
     for (std::uint32_t i = 0; i < count; ++i) {
       Transition transition = any(s);
       rows.set(i, transition);
+      if (!starts.empty() && (starts[i] = random.one_in(5))) list->reset(id);
       list->add(s, std::move(transition));
     }
-    const Ids id{static_cast<std::int64_t>(s)};
+    TransitionColumns columns = rows.columns();
+    columns.starts = starts;
     if (count > 0 && random.one_in(3)) {
       const std::uint32_t bad = random.below(count);
       const float right = std::exchange(rows.rewards[bad], INFINITY);
-      check_refuses([&] { store->extend(id[0], rows.columns()); }, "rewards in row " + to_string(bad));
+      check_refuses([&] { store->extend(id[0], columns); }, "rewards in row " + to_string(bad));
       rows.rewards[bad] = right;
     }
-    store->extend(id[0], rows.columns());
+    check(store->extend(id[0], columns) == count, "an extend counts what it stored");
     for (std::uint32_t i = 0; i < count; ++i) {
       Rows one(layout, 1);
       one.set(0, list->streams[s].all[list->streams[s].all.size() - count + i]);
+      if (!starts.empty() && starts[i] != 0) {
+        twin->reset(id);
+        device->reset(id);
+      }
       twin->add(id, one.columns());
       device->add(id, one);
     }
@@ -258,12 +271,48 @@ class Walk {
     taken_back = true;
   }
 
+  /// All streams, or some of them, which a device takes over.
   void clear() {
+    taken_back = true;
+    if (random.one_in(2)) {
+      const Ids ids = some_streams();
+      list->clear(ids);
+      store->clear(ids);
+      twin->clear(ids);
+      device->take(*twin);
+      return;
+    }
     list->clear();
     store->clear();
     twin->clear();
     device->index.clear();
-    taken_back = true;
+  }
+
+  /// Sets some priorities, of transitions that may be stored no more; now and then all of them to zero.
+  void prioritize() {
+    Ids names;
+    std::vector<float> priorities;
+    const bool all = random.one_in(10);
+    for (std::size_t s = 0; s < task_ids.size(); ++s) {
+      for (std::size_t t = 0; t < list->streams[s].all.size(); ++t) {
+        if (!all && !random.one_in(3)) continue;
+        const std::uint32_t place = random.below(1 + static_cast<std::uint32_t>(names.size()));
+        names.insert(names.begin() + place, list->name(s, t));
+        const float small = static_cast<float>(random.below(1000)) / 999.0f;
+        priorities.insert(priorities.begin() + place,
+                          all || random.one_in(5) ? 0.0f : std::exp(4.0f * small));
+      }
+    }
+    for (std::uint32_t times = random.below(3); times > 0 && !names.empty(); --times) {
+      names.push_back(names.front());  // the last of several holds
+      priorities.push_back(static_cast<float>(times) / 3.0f);
+    }
+    std::size_t stored = 0;
+    for (std::size_t i = 0; i < names.size(); ++i) stored += list->prioritize(names[i], priorities[i]);
+    check(store->set_priorities(names, priorities) == stored, "what is not stored any more is left out");
+    check(twin->set_priorities(names, priorities) == stored &&
+              device->index.set_priorities(names, priorities) == stored,
+          "all set the same priorities");
   }
 
   /// Every transition, over one and over several steps; sizes and the successors kept aside.
@@ -356,10 +405,11 @@ class Walk {
 
   void check_draws(const Request& request, std::size_t num_batches, std::size_t batch_size, Batch& batch,
                    Ahead& ahead) {
-    Batch other(layout, num_batches * batch_size), expected = other;
+    Batch other(layout, num_batches * batch_size, request.beta.has_value()), expected = other;
     if (!list->serves(request, batch_size)) {
-      check_refuses([&] { store->sample(request, num_batches, batch_size, batch.columns()); }, "stored");
-      check_refuses([&] { device->sample(request, num_batches, batch_size, other); }, "stored");
+      const char* words = batch_size <= store->size() && request.beta ? "every priority is zero" : "stored";
+      check_refuses([&] { store->sample(request, num_batches, batch_size, batch.columns()); }, words);
+      check_refuses([&] { device->sample(request, num_batches, batch_size, other); }, words);
       return;
     }
     for (std::size_t u = 0; u < num_batches; ++u) {
@@ -367,7 +417,7 @@ class Walk {
     }
     const std::size_t changed = store->settle(request, num_batches, batch_size, batch.columns(), ahead);
     check(changed <= num_batches * batch_size, "only elements of the batch are gathered anew");
-    check(batch == expected, "a batch is drawn as documented, ahead or not");
+    check_drawn(batch, expected);
     twin->sample(request, num_batches, batch_size, other.columns());
     check(other == expected, "what is gathered ahead and settled is what would be sampled");
     device->sample(request, num_batches, batch_size, other);
@@ -380,6 +430,16 @@ class Walk {
           "nothing has changed");
     check(other == expected && store->draws() == twin->draws() && store->draws() == device->index.draws(),
           "each batch counts once");
+  }
+
+  /// Weights need not be those of the list to the last bit; they are taken over from the batch.
+  static void check_drawn(const Batch& batch, Batch& expected) {
+    for (std::size_t i = 0; i < expected.weights.size(); ++i) {
+      check(std::abs(batch.weights[i] - expected.weights[i]) <= 1e-6f * expected.weights[i],
+            "importance weights follow from the shares");
+    }
+    expected.weights = batch.weights;
+    check(batch == expected, "a batch is drawn as documented, ahead or not");
   }
 
   void save() {
@@ -401,7 +461,7 @@ class Walk {
     list->recapacitate(capacities);
     taken_back = false;
     check(store->draws() == saves.content.draws && store->seed() == seed, "draws go on after a load");
-    device = std::make_unique<Device>(layout, capacities, task_ids, 0);
+    device = std::make_unique<Device>(layout, capacities, task_ids, 0, alpha);
     device->take(*store);
     twin = make();
     device->give(*twin);
@@ -442,6 +502,12 @@ class Walk {
     transition.reward = (static_cast<float>(random.below(2001)) - 1000.0f) / 7.0f * scales[random.below(3)];
     return transition;
   }
+  /// Where there are priorities, mostly by these.
+  [[nodiscard]] Request any_request() {
+    if (!alpha || random.one_in(3)) return random.request(capacities.size());
+    constexpr double betas[] = {0.0, 0.4, 1.0};
+    return {1 + random.below(5), 0.9, {}, {}, betas[random.below(3)]};
+  }
   [[nodiscard]] std::size_t any_stream() { return random.below(static_cast<std::uint32_t>(task_ids.size())); }
   /// In any order.
   [[nodiscard]] Ids some_streams() {
@@ -456,13 +522,14 @@ class Walk {
   [[nodiscard]] bool waits(std::size_t s) const { return task_ids[s] == late_task && adds < 15; }
 
   [[nodiscard]] std::unique_ptr<ReplayStore> make() const {
-    return std::make_unique<ReplayStore>(layout, capacities, task_ids, seed, false);
+    return std::make_unique<ReplayStore>(layout, capacities, task_ids, seed, false, alpha);
   }
 
   Random random;
   std::uint64_t seed;
   Layout layout;
   Ids task_ids, capacities;
+  std::optional<double> alpha;
   std::int64_t late_task;  // no transitions at first, if there is such a task
   int adds = 0;
   bool taken_back = false;  // since the last save, which nothing can go on from then
