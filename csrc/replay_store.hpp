@@ -57,8 +57,9 @@ class Saved;
 /// sample is one of those stored when it is drawn. Loads, adoptions and saves wait for each other. No method
 /// calls back into its caller.
 ///
-/// Failure: a method that throws leaves the store as it was, except for load, which says so.
-/// std::invalid_argument and std::out_of_range name the rule that was broken, OutOfMemory the numbers.
+/// Failure: a method that throws leaves the store as it was, except for load and extend, which say so; a
+/// sample may have filled part of `out`. std::invalid_argument and std::out_of_range name the rule that was
+/// broken, OutOfMemory the numbers.
 class ReplayStore {
  public:
   /// Arguments as in ReplayIndex; `allow_not_finite` keeps NaN and infinity instead of refusing them. O(N),
@@ -72,8 +73,9 @@ class ReplayStore {
   void add(const TransitionColumns& columns) { add(all_streams_, columns); }
 
   /// Appends many transitions to a stream, one after the other, and returns their number. What is not finite
-  /// is refused before anything is stored. Others may come in between after every megabyte or so. An episode
-  /// begins where an observation is not the last successor, and where `starts` says so.
+  /// is refused before anything is stored. Others may come in between after every slice of a megabyte or so;
+  /// one that runs out of memory leaves those before stored. An episode begins where an observation is not
+  /// the last successor, and where `starts` says so.
   ///
   /// Without successors, an action led to the next observation, or nowhere where it terminated: its own
   /// observation stands in. Where the next one is of another episode or not there, the transition is left
