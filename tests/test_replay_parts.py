@@ -167,7 +167,6 @@ def test_a_data_set_with_a_fault_is_refused_whole() -> None:
 
 @pytest.mark.parametrize("kind", [ReplayBuffer, DEVICE])
 def test_a_transition_keeps_its_name_until_it_is_replaced(kind: Any) -> None:
-    feed = filled(8, (0, 1, 0), steps=3)
     buffer = kind(8, 3, 2, task_ids=[0, 1, 0], seed=3)
     feed = Feed(8, (0, 1, 0), seed=3)
     more(feed, 7, buffer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -22,7 +23,7 @@ from .request import Requests
 FEWEST = 512  # transitions of which most may be jumps before anybody is told
 
 
-class Buffer:
+class Buffer(ABC):
     """Streams of transitions, of tasks; `_store` counts them."""
 
     _store: _core.ReplayStore | _core.DeviceIndex
@@ -88,10 +89,8 @@ class Buffer:
         Raises:
             IndexError: one was never added, or has been replaced since.
         """
-        names = checked("indices", indices, "[...]", np.shape(indices), "int64") if np.ndim(indices) else None
-        if names is None:
-            names = np.array(integer("indices", indices), np.int64)
-        return self._read(np.ascontiguousarray(names.reshape(-1)), names.shape)
+        names, shape = _on_host("indices", indices, "int64")
+        return self._read(names.reshape(-1), shape)
 
     def all(self) -> Batch:
         """Every transition stored, [len(self), ...], in the order of `indices()` and in fresh memory."""
@@ -139,7 +138,7 @@ class Buffer:
         )
 
     def clear(self) -> None:
-        """Forget every transition. The draws go on."""
+        """Forget every transition. The draws go on. Waits for a save that is under way."""
         with self._saving:
             self._saved = None  # names of transitions begin anew: files name others
             self._store.clear()
@@ -147,7 +146,8 @@ class Buffer:
     def discard_episode(self, stream: int) -> int:
         """Take the newest episode of a stream back, over or not, for example one that a fault has spoiled.
 
-        Returns how many transitions that were. What they had replaced is gone.
+        Returns how many transitions that were. What they had replaced is gone. Waits for a save that is under
+        way.
 
         Raises:
             IndexError: no such stream.
@@ -157,8 +157,9 @@ class Buffer:
             self._saved = None  # later transitions get the names of these, which files hold
             return self._store.discard_episode(number)
 
+    @abstractmethod
     def _read(self, indices: NDArray[np.int64], shape: tuple[int, ...]) -> Batch:
-        raise NotImplementedError
+        """The transitions of these names [M], as columns of this leading shape."""
 
     def update_priorities(self, indices: Array, priorities: Array) -> int:
         """Sets the priorities of transitions by what a batch told, for example by the errors of its values.

@@ -209,9 +209,7 @@ class ReplayBuffer(Buffer):
     ) -> tuple[Any, Any, Any, Any, Any, Any]:
         """M transitions as the compiled store takes them, `following` each other without successors."""
         schema = self.schema
-        fields = {"actions": actions, **(extras or {})}
-        if fields.keys() != schema.fields.keys():
-            raise ValueError(f"extras must hold {sorted(schema.extras)}, got {sorted(extras or {})}")
+        fields = schema.named(actions, extras)
 
         def observed(name: str, values: Values) -> list[Array]:
             parts = zip(schema.parts.items(), schema.split(name, values), strict=True)
@@ -303,7 +301,8 @@ class ReplayBuffer(Buffer):
         """Tell that these streams (all where it is None) begin another episode with their next transition.
 
         Needed only where an episode is left before its end and the next one may begin with the very
-        observation that the last transition led to: any other is recognised.
+        observation that the last transition led to: any other is recognised. Waits for a save that is under
+        way.
         """
         ids = self._streams if streams is None else checked("streams", streams, "[M]", (-1,), "int64")
         with self._saving:

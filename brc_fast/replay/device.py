@@ -127,9 +127,7 @@ class DeviceReplayBuffer(Buffer):
         """As ReplayBuffer.add; arguments may lie on any device."""
         ids = self._streams if streams is None else self._host_streams(streams)
         m, schema = len(ids), self.schema
-        given = {"actions": actions, **(extras or {})}
-        if given.keys() != schema.fields.keys():
-            raise ValueError(f"extras must hold {sorted(schema.extras)}, got {sorted(extras or {})}")
+        given = schema.named(actions, extras)
         seen = self._observed("observations", observations, m)
         led = self._observed("successors", successors, m)
         values = {

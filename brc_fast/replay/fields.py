@@ -136,6 +136,13 @@ class Schema:
         """Those beside the observation, in the order of a row."""
         return {"actions": self.action, **self.extras}
 
+    def named(self, actions: Array, extras: Mapping[str, Array] | None) -> dict[str, Array]:
+        """Arguments of `add` by the names of `fields`; ValueError for other extras."""
+        values = {"actions": actions, **(extras or {})}
+        if values.keys() != self.fields.keys():
+            raise ValueError(f"extras must hold {sorted(self.extras)}, got {sorted(extras or {})}")
+        return values
+
     def layout(self) -> _core.Layout:
         parts = [(native(name, part), part.stack) for name, part in self.parts.items()]
         return _core.Layout(parts, [native(name, field) for name, field in self.fields.items()])
