@@ -65,6 +65,8 @@ py::array_t<T> to_array(const std::vector<T>& values) {
 
 // ---- Adding
 
+constexpr std::size_t kSmallAdd = std::size_t{1} << 20;  // bytes of rows
+
 /// A store and what its observations and actions must look like.
 class BoundStore {
  public:
@@ -101,12 +103,7 @@ class BoundStore {
     columns.terminated = {static_cast<const unsigned char*>(data[3]), rows};
     columns.truncated = {static_cast<const unsigned char*>(data[4]), rows};
     columns.successors[0] = {static_cast<const std::byte*>(data[5]), rows * frame};
-    const py::gil_scoped_release released;
-    if (all) {
-      store.add(columns);
-    } else {
-      store.add({ids, rows}, columns);
-    }
+    append(all ? store.all_streams() : std::span(ids, rows), columns);
     return true;
   }
 
@@ -115,9 +112,7 @@ class BoundStore {
            const Arrays& successors) {
     const brc::TransitionColumns columns =
         columns_of(observations, fields, rewards, terminated, truncated, successors);
-    const auto ids = in(streams);
-    const py::gil_scoped_release released;
-    store.add(ids, columns);
+    append(in(streams), columns);
   }
 
   std::size_t extend(std::int64_t stream, const Arrays& observations, const Arrays& fields,
@@ -133,6 +128,14 @@ class BoundStore {
   ReplayStore store;
 
  private:
+  /// Keeps the GIL where this takes microseconds: whoever gives it up beside threads that sample gets it back
+  /// only when the system has time for one more thread, milliseconds later.
+  void append(std::span<const std::int64_t> ids, const brc::TransitionColumns& columns) {
+    if (ids.size() * store.layout().stride <= kSmallAdd && store.add_if_first(ids, columns)) return;
+    const py::gil_scoped_release released;
+    store.add(ids, columns);
+  }
+
   brc::TransitionColumns columns_of(const Arrays& observations, const Arrays& fields,
                                     const Array<float>& rewards, const Array<bool>& terminated,
                                     const Array<bool>& truncated, const Arrays& successors) const {

@@ -254,6 +254,17 @@ Bytes ReplayStore::joined(const Columns<Bytes>& parts, std::size_t first, std::s
 
 void ReplayStore::add(std::span<const std::int64_t> ids, const TransitionColumns& columns) {
   const std::unique_lock lock(mutex_);
+  append(ids, columns);
+}
+
+bool ReplayStore::add_if_first(std::span<const std::int64_t> ids, const TransitionColumns& columns) {
+  if (!mutex_.lock_if_first()) return false;
+  const std::unique_lock lock(mutex_, std::adopt_lock);
+  append(ids, columns);
+  return true;
+}
+
+void ReplayStore::append(std::span<const std::int64_t> ids, const TransitionColumns& columns) {
   if (ids.data() != all_streams_.data()) {
     given_.assign(ids.begin(), ids.end());
     ids = given_;

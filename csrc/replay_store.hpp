@@ -71,6 +71,9 @@ class ReplayStore {
   /// other lengths, unknown or repeated streams, and floats that are not finite. O(M bytes of a transition).
   void add(std::span<const std::int64_t> streams, const TransitionColumns& columns);
   void add(const TransitionColumns& columns) { add(all_streams_, columns); }
+  /// As add, but waits for no other writer, only for readers, which take a slice of a megabyte or so at once:
+  /// false, and nothing is stored, where there is one.
+  bool add_if_first(std::span<const std::int64_t> streams, const TransitionColumns& columns);
 
   /// Appends many transitions to a stream, one after the other, and returns their number. What is not finite
   /// is refused before anything is stored. Others may come in between after every slice of a megabyte or so;
@@ -148,6 +151,8 @@ class ReplayStore {
   [[nodiscard]] std::uint32_t link(std::size_t row) const noexcept { return index_.link(row); }
 
   [[nodiscard]] const Layout& layout() const noexcept { return layout_; }
+  /// 0..N-1.
+  [[nodiscard]] std::span<const std::int64_t> all_streams() const noexcept { return all_streams_; }
   [[nodiscard]] std::size_t num_streams() const noexcept { return all_streams_.size(); }
   /// [N] transitions stored in each stream, and how many fit. O(N).
   [[nodiscard]] std::vector<std::int64_t> sizes() const;
@@ -183,6 +188,8 @@ class ReplayStore {
   void set_draws(std::uint64_t draws) noexcept { draws_ = draws; }
 
  private:
+  /// add, in a turn of its own.
+  void append(std::span<const std::int64_t> streams, const TransitionColumns& columns);
   /// Puts the parts of observations side by side in `memory`, where there are several.
   [[nodiscard]] Bytes joined(const Columns<Bytes>& parts, std::size_t first, std::size_t count,
                              std::vector<std::byte>& memory) const;

@@ -10,6 +10,7 @@
 #include <future>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <shared_mutex>
 #include <stdexcept>
 #include <string>
@@ -29,11 +30,12 @@ void wait_until(const std::function<bool()>& holds) {
 
 /// Readers have the numbers from 0 on, and writers those after them.
 using Turns = std::vector<std::size_t>;
+constexpr std::uint64_t kPlaces = 64;                   // for everybody
 using Queue = std::pair<std::uint64_t, std::uint64_t>;  // of writers and readers
 
 /// Everybody takes turn after turn as fast as the lock lets them.
 Turns turns_of_a_crowd(std::size_t readers, std::size_t writers, std::size_t turns_each) {
-  FairLock lock;
+  FairLock lock(kPlaces);
   std::mutex mutex;  // guards turns
   Turns turns;
   std::atomic<bool> over = false;
@@ -93,7 +95,7 @@ void everybody_gets_a_turn_in_each_round(std::size_t readers, std::size_t writer
 
 /// Those who come while one is in get their turns by kind and in order; a `writer` is in, or a reader.
 void who_comes_first_is_served_first(bool writer, const std::vector<bool>& writes) {
-  FairLock lock;
+  FairLock lock(kPlaces);
   std::mutex mutex;  // guards turns
   Turns turns;
   const auto taken = [&] {
@@ -149,6 +151,58 @@ void who_comes_first_is_served_first(bool writer, const std::vector<bool>& write
   check(turns == expected, "a reader waits for one writer, and a writer for those that came before it");
 }
 
+/// With fewer places than readers, those are in who came first, and a writer comes before those who wait.
+void places_are_taken_in_order(std::size_t places, std::size_t readers) {
+  FairLock lock(places);
+  std::mutex mutex;  // guards turns
+  Turns turns;
+  const auto taken = [&] {
+    const std::lock_guard own(mutex);
+    return turns.size();
+  };
+  const auto take = [&](std::size_t who) {
+    const std::lock_guard own(mutex);
+    turns.push_back(who);
+  };
+  std::vector<std::promise<void>> leave(readers);
+  std::vector<std::future<void>> others;
+  const auto come = [&](std::size_t who) {
+    others.push_back(std::async(std::launch::async, [&, who, left = leave[who].get_future()] {
+      const std::shared_lock reading(lock);
+      take(who);
+      left.wait();
+    }));
+  };
+  for (std::size_t who = 0; who < readers; ++who) {
+    come(who);
+    const std::size_t in = std::min(who + 1, places);
+    wait_until([&] { return taken() == in && lock.queued() == Queue{0, who + 1 - in}; });
+  }
+  for (std::size_t who = 0; who + 1 < readers - places; ++who) {
+    leave[who].set_value();
+    wait_until([&] { return taken() == places + who + 1; });
+    check(lock.queued() == Queue{0, readers - places - who - 1}, "a place that is left goes to one reader");
+  }
+  const std::size_t last = readers - 1;
+  others.push_back(std::async(std::launch::async, [&] {
+    check(lock.lock_if_first(), "who is first gets in");
+    check(taken() == last, "and waits for the readers that are in");
+    take(readers);
+    check(!lock.lock_if_first(), "nobody is first beside a writer");
+    lock.unlock();
+  }));
+  wait_until([&] { return lock.queued() == Queue{1, 1}; });
+  check(!lock.lock_if_first(), "nobody is first who comes after a writer that waits");
+  for (std::size_t who = 0; who < readers; ++who) {
+    if (who + 1 >= readers - places) leave[who].set_value();
+  }
+  for (auto& other : others) other.get();
+  Turns expected(readers - 1);
+  std::iota(expected.begin(), expected.end(), 0);
+  expected.insert(expected.end(), {readers, last});
+  check(turns == expected, "readers are in in the order in which they come, a writer before those who wait");
+}
+
 int run() {
   try {
     for (unsigned kinds = 0; kinds < 64; ++kinds) {  // of six that come
@@ -159,6 +213,10 @@ int run() {
     for (const auto& [readers, writers] :
          std::initializer_list<std::pair<std::size_t, std::size_t>>{{4, 1}, {1, 4}, {3, 3}, {1, 1}}) {
       everybody_gets_a_turn_in_each_round(readers, writers);
+    }
+    for (const auto& [places, readers] :
+         std::initializer_list<std::pair<std::size_t, std::size_t>>{{1, 2}, {1, 5}, {2, 3}, {2, 6}, {3, 7}}) {
+      places_are_taken_in_order(places, readers);
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "failed: %s\n", error.what());
