@@ -292,6 +292,20 @@ class ReplayBuffer(Buffer):
             self._newest = lease.batch
         return lease.batch
 
+    def peek(self, draw: int, batch_size: int, weights: Sequence[float] | str | None = None) -> Batch:
+        """The batch [B, ...] that `sample` would give as draw number `draw`, in 0..2**64-1, of what is stored
+        now, in fresh memory. It counts as none: later samples are as if it had not been looked at.
+
+        Arguments and errors are those of `sample`.
+        """
+        if not 0 <= integer("draw", draw) < 2**64:
+            raise ValueError(f"draw must lie in 0..2**64-1, got {draw}")
+        size = Size.of(batch_size, None)
+        request = self._requests(1, None, None, weights)
+        lease = self._arena.lease(size, fresh=True)
+        self._store.gather_ahead(request, draw, *size[:2], lease.views, lease.slot, _core.Ahead())
+        return lease.batch
+
     def _read(self, indices: NDArray[np.int64], shape: tuple[int, ...]) -> Batch:
         lease = self._arena.lease(Size(1, indices.size, shape), fresh=True)
         self._store.read(indices, self._requests.plain, lease.views, lease.slot)
