@@ -260,6 +260,9 @@ class TrainConfig:
     """Environments per task that play them; as many as episodes when not given."""
     report_every: int = 2_000
     """Environment steps per task between rows of training metrics."""
+    analysis_every: int | None = None
+    """Environment steps per task between rows that compare tasks: similarity of their gradients, spread of
+    TD errors, gradient norms and entropies (brc_fast.analysis); none when not given."""
     checkpoint_every: int = 100_000
     """Environment steps per task between checkpoints; one is always written at the end, and on a signal."""
     overwrite: bool = False
@@ -279,7 +282,7 @@ class TrainConfig:
         _require(self, "0 or more", self.random_steps >= 0, "random_steps")
         _require(self, "in [0, 2**64)", 0 <= self.seed < 2**64, "seed")
         _require(self, "0 or more", self.policy_lag >= 0, "policy_lag")
-        for name in ("batch_size", "threads", "eval_envs"):
+        for name in ("batch_size", "threads", "eval_envs", "analysis_every"):
             _require(self, "positive", getattr(self, name) is None or getattr(self, name) > 0, name)
         _require(self, "at most 1024", self.threads is None or self.threads <= 1024, "threads")
         _limited(self, LARGEST, "num_envs", "eval_episodes", "updates_per_step")

@@ -18,6 +18,7 @@ LAYERS = (
     {"errors", "config", "batch", "spec", "published", "disk"},
     {"learner", "nn", "replay", "envs"},
     {"agents"},
+    {"analysis"},
     {"runs"},
     {"command"},
     {"__main__"},

@@ -27,7 +27,7 @@ from brc_fast.runs.plot import Group, Metric, Reference
 Parsed = TypeVar("Parsed")
 Modules = tyro.conf.UseAppendAction[tuple[str, ...]]
 CHANGEABLE = (  # when a run is resumed: how long, what is told of it, and what computes it
-    *("steps", "report_every", "checkpoint_every"),
+    *("steps", "report_every", "analysis_every", "checkpoint_every"),
     *("eval_every", "eval_episodes", "eval_envs", "eval_sampled"),
     *("device", "threads", "precision", "graphs", "recompute"),
     *("env.processes", "env.restarts", "env.step_seconds"),

@@ -101,14 +101,14 @@ class EpisodeTracker:
 
 class Stopwatch:
     """Seconds of the parts of a turn: acting, the environments, storing, sampling (or waiting for a batch
-    that is being prefetched), and the updates, which on a GPU are timed there; those of evaluations and
-    checkpoints between turns; and how much each did.
+    that is being prefetched), and the updates, which on a GPU are timed there; those of evaluations, analyses
+    and checkpoints between turns; and how much each did.
 
     Attributes:
         total: seconds of the run so far, over all its resumes.
     """
 
-    PARTS = ("act", "environment", "store", "sample", "update", "evaluation", "checkpoint")
+    PARTS = ("act", "environment", "store", "sample", "update", "evaluation", "analysis", "checkpoint")
 
     def __init__(self) -> None:
         self._started = time.perf_counter()

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from brc_fast import envs
+from brc_fast import analysis, envs
 from brc_fast.agents.brc import BRC
 from brc_fast.agents.memory import plan_least, plan_run, require_fit, table
 from brc_fast.agents.normalizer import RewardNormalizer
@@ -28,6 +28,7 @@ from brc_fast.envs.base import (
     step_seen,
     tasks_with_success,
 )
+from brc_fast.errors import InputError
 from brc_fast.learner.finite import require_finite
 from brc_fast.learner.precision import cores
 from brc_fast.replay import ReplayBuffer
@@ -39,7 +40,10 @@ from .interrupt import Stopped, StopRequest
 from .metrics import EpisodeTracker, MetricsWriter, Stopwatch, read_rows
 
 Report = Callable[[int, dict[str, float]], None]
-REPORT, EVALUATION = "train/updates", "eval/return_mean"  # kinds of rows, by what each of them has
+# kinds of rows, by what each of them has
+REPORT, EVALUATION, ANALYSIS = "train/updates", "eval/return_mean", "analysis/gradient_similarity"
+ANALYSED = 256  # transitions of each task that are looked at
+FIRST_ANALYSIS = 2**63  # number of a draw that no training reaches
 log = logging.getLogger(__name__)
 
 
@@ -57,6 +61,8 @@ class Trainer:
         quiet: bool = False,
     ) -> None:
         self.config = config
+        if config.analysis_every is not None and len(config.tasks) < 2:
+            raise InputError("analysis_every compares tasks with each other, got one task: leave it out")
         require_fit(plan_least(config, device))
         made = partial(envs.make, config.tasks, seed=config.seed, quiet=quiet, **vars(config.env))
         self.env, self.eval_env = map(made, (config.num_envs, config.eval_envs or config.eval_episodes))
@@ -186,6 +192,20 @@ class Trainer:
         row["time/evaluation_seconds"] = self.watch.lap("evaluation")
         return row | {"time/total_seconds": self.watch.total}
 
+    def analyse(self) -> dict[str, Tensor | float]:
+        """How the tasks pull at the critic, by transitions drawn beside those of updates and by noise that
+        depends on the seed and the step alone."""
+        self.join()
+        self.watch.start()
+        tasks = len(self.names)
+        rows = min(ANALYSED, len(self.replay) // tasks)
+        batch = self.replay.peek(FIRST_ANALYSIS + self.steps, rows * tasks, weights="equal")
+        seed = int(np.random.SeedSequence([self.config.seed, self.steps, 1]).generate_state(1)[0])
+        signals = analysis.task_signals(self.agent, batch, self.scale(), seed=seed)
+        row: dict[str, Tensor | float] = {**signals.row(self.names)}
+        row["time/analysis_seconds"] = self.watch.lap("analysis")
+        return row | {"time/total_seconds": self.watch.total}
+
     def row(self) -> dict[str, Tensor | float]:
         """Returns since the last row, scales, and the newest update's losses."""
         self.join()
@@ -230,8 +250,11 @@ class Trainer:
 
     def due_rows(self) -> list[str]:
         """The kinds of rows, in their order, that a run with these settings writes at the newest step."""
-        every = {REPORT: self.config.report_every, EVALUATION: self.config.eval_every}
-        return [kind for kind in every if self.due(self.config.steps, every[kind])]
+        config = self.config
+        every = {REPORT: config.report_every, EVALUATION: config.eval_every}
+        if config.analysis_every is not None and self.updates and self.replay.size_per_task.all():
+            every[ANALYSIS] = config.analysis_every
+        return [kind for kind in every if self.due(config.steps, every[kind])]
 
     def missing_rows(self, folder: RunFolder) -> list[str]:
         """Those of them that the folder lacks."""
@@ -255,12 +278,15 @@ class Trainer:
                 except Exception:
                     self.episodes.load_state_dict(counted)  # for the row that is written after a resume
                     raise
+            elif kind == ANALYSIS:
+                row = metrics.write(self.steps, self.analyse())
             else:
                 row = metrics.write(self.steps, {**self.evaluate(stop.check)})
             self.rows.append(self.steps)
             if kind == EVALUATION:
                 self.keep_best(folder, row)
-            report(self.steps, row)
+            if kind != ANALYSIS:
+                report(self.steps, row)
 
     def due(self, *every: int) -> bool:
         """Whether the newest step of the vector reached a multiple of one of these environment steps."""
