@@ -74,13 +74,16 @@ def chosen(impl: str | None) -> str:
 
 
 def observed(*tensors: Tensor) -> bool:
-    """Whether a compiler, torch.func, forward-mode AD, a dispatch mode or a tensor subclass watches."""
+    """Whether a compiler, a tracer, torch.func, forward-mode AD, a dispatch mode or a tensor subclass
+    watches."""
     return _transformed() or watched(*tensors)
 
 
 def watched(*tensors: Tensor) -> bool:
-    """Whether a compiler, a dispatch mode or a tensor subclass sees what is called."""
+    """Whether a compiler, a tracer, a dispatch mode or a tensor subclass sees what is called."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > _transparent.modes:
+        return True
+    if torch._C._get_tracing_state() is not None:
         return True
     for tensor in tensors:  # noqa: SIM110 - half the time of any(..)
         if type(tensor) not in PLAIN:
@@ -145,10 +148,13 @@ def takes_kernels(impl: str | None, *tensors: Tensor, dtypes: Sequence[torch.dty
 
 
 def _transformed() -> bool:
-    """Inside of torch.func's transforms or of forward-mode AD, which the twins serve in full."""
+    """Inside of torch.func's transforms, of forward-mode AD or of torch.jit's tracer, which the twins serve in
+    full."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return True
+    return torch._C._get_tracing_state() is not None
 
 
 class Launch(NamedTuple):
