@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from brc_fast import Critic, CriticConfig
+from brc_fast import ActorConfig, Critic, CriticConfig
 from brc_fast.nn.modules import Actor
 
 CONFIG = CriticConfig(width=16, num_atoms=21, embedding_size=4, v_max=5.0)
@@ -39,6 +40,7 @@ def test_a_trace_computes_what_the_critic_does_for_other_inputs_and_batches(how:
         warnings.simplefilter("ignore")  # of sizes that are constants
         traced = torch.jit.trace(module, given)
         torch.testing.assert_close(traced(*other), module(*other), rtol=1e-4, atol=1e-5)
+    torch.jit.save(traced, io.BytesIO())  # which Python functions of a graph do not let it
     assert "brc_fast::" not in str(traced.inlined_graph)  # it runs where this package is not
     if graded:
         traced(*other).sum().backward()
@@ -50,13 +52,12 @@ def test_a_trace_computes_what_the_critic_does_for_other_inputs_and_batches(how:
 
 
 def test_a_traced_policy_computes_what_the_policy_does() -> None:
-    from brc_fast.config import ActorConfig
-
     tasks = Critic(5, 2, config=CONFIG).conditioning
     actor = Actor(5, 2, ActorConfig(width=16), tasks)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(actor, (torch.randn(8, 5),))
+        torch.jit.save(traced, io.BytesIO())
         seen = torch.randn(3, 5)
         for mine, wanted in zip(traced(seen), actor(seen), strict=True):
             torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
