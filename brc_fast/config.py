@@ -210,6 +210,31 @@ class EnvConfig:
 
 
 @dataclass(frozen=True)
+class TransferConfig:
+    """How the agent of another run (`--from RUN`) is taken to new tasks."""
+
+    start: str = "mean"
+    """What new tasks begin as, in what tells tasks apart: the mean of the old tasks, an old task by its name,
+    or nearest, the old task whose policy has the best return in a trial on the new one."""
+    freeze: int = 0
+    """Environment steps per task, after the random ones, in which the body's weights stay as they were, but
+    for those of new columns; output layers and what tells tasks apart learn from the first."""
+    optimizer: Literal["kept", "fresh"] = "kept"
+    """Moments and step count: kept, by name, or fresh."""
+    keep_tasks: bool = False
+    """Go on training the old tasks, beside the new ones."""
+    replay: bool = True
+    """With keep_tasks: keep the old tasks' replay too. Each task then has the same share of a batch."""
+    checkpoint: str = "last"
+    """Of the old run: last, best (of its evaluations), or a step. Replay and reward scales are the last's."""
+
+    def __post_init__(self) -> None:
+        _require(self, "0 or more", self.freeze >= 0, "freeze")
+        if not self.replay and not self.keep_tasks:
+            raise InputError("transfer.replay is of the old tasks, which only transfer.keep_tasks keeps")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run: `brc-fast train TASK... [settings]`."""
 
@@ -267,17 +292,24 @@ class TrainConfig:
     """Environment steps per task between checkpoints; one is always written at the end, and on a signal."""
     overwrite: bool = False
     """Replace the run that the folder holds."""
+    from_run: str | None = None
+    """Folder of a run whose agent is taken to these tasks, `--from RUN`: its networks, which are then the
+    defaults of critic.* and actor.* and cannot change."""
     critic: CriticConfig = CriticConfig()
     actor: ActorConfig = ActorConfig()
     learning: LearningConfig = LearningConfig()
     env: EnvConfig = EnvConfig()
+    transfer: TransferConfig = TransferConfig()
 
     def __post_init__(self) -> None:
         _positive(self, "num_envs", "steps", "updates_per_step", "replay_capacity", "eval_every")
         _positive(self, "eval_episodes", "report_every", "checkpoint_every")
         if self.critic.loss == "mse" and not self.reward_scale:
             _only_with(self.critic, "loss", "categorical", "v_max")
-        if self.critic.conditioning == "heads" and len(self.tasks) == 1:
+        for name, value in vars(self.transfer).items() if self.from_run is None else ():
+            if value != getattr(TransferConfig, name):
+                raise InputError(f"transfer.{name} is a setting of --from RUN alone: name the run with --from")
+        if self.critic.conditioning == "heads" and len(self.tasks) == 1 and not self.transfer.keep_tasks:
             raise InputError("conditioning heads needs several tasks, got one: with one task use embedding")
         _require(self, "0 or more", self.random_steps >= 0, "random_steps")
         _require(self, "in [0, 2**64)", 0 <= self.seed < 2**64, "seed")

@@ -307,8 +307,17 @@ class Agent:
         sizes, settings = self.settings()
         settings["graphs"] = self.updates.reason != OFF
         state = {name: value.clone() for name, value in self.state_dict().items()}
-        rates = {name: (part.learning_rate, part.tau) for name, part in self.optimizers().items()}
-        return self._restored, (sizes, settings, state, rates)
+        return self._restored, (sizes, settings, state, self.rates())
+
+    def rates(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Learning rates and tau of the optimizers, which may be set at any time."""
+        return {name: (part.learning_rate, part.tau) for name, part in self.optimizers().items()}
+
+    def set_rates(self, rates: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Take those of another agent."""
+        for name, optimizer in self.optimizers().items():
+            optimizer.learning_rate.copy_(rates[name][0])
+            optimizer.tau.copy_(rates[name][1])
 
     @classmethod
     def _restored(
@@ -321,9 +330,7 @@ class Agent:
         """The inverse of `__reduce__`."""
         agent = cls(*sizes, **settings)
         agent._take(agent._named(state))
-        for name, optimizer in agent.optimizers().items():
-            optimizer.learning_rate.copy_(rates[name][0])
-            optimizer.tau.copy_(rates[name][1])
+        agent.set_rates(rates)
         return agent
 
     def normal(self, *shape: int) -> Tensor:

@@ -7,10 +7,10 @@ Source: Nauman et al. 2025, "Bigger, Regularized, Categorical", arXiv:2505.23150
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -31,6 +31,9 @@ from brc_fast.spec import Field, Spec
 from .base import Agent, Metrics, TemperatureStep
 from .plans import Plans, Sample
 from .policy import Acting
+
+if TYPE_CHECKING:
+    from .transfer import Taken
 
 METRICS = kernels.reference.METRICS
 CRITIC_NORM, ACTOR_NORM = (METRICS.index(f"{name}_gradient_norm") for name in ("critic", "actor"))
@@ -82,6 +85,7 @@ class BRC(Acting, Agent):
 
     METRICS = METRICS
     FOLLOWED = ("critic", "target_critic", "actor", "temperature")
+    _taken: Taken | None = None  # sizes of the agent that this one was made of
 
     def __init__(
         self,
@@ -391,6 +395,54 @@ class BRC(Acting, Agent):
         entropy: both are one launch."""
         optimizer = self.temperature_optimizer
         return TemperatureStep(self.target_entropy, optimizer.grad[:1], optimizer.scalar())
+
+    def add_tasks(
+        self,
+        number: int = 1,
+        *,
+        start: int | Sequence[int] | None = None,
+        keep: bool = True,
+        observation_size: int | None = None,
+        action_size: int | None = None,
+        privileged_size: int | None = None,
+        optimizer: Literal["kept", "fresh"] = "kept",
+        seed: int = 0,
+    ) -> BRC:
+        """A new agent that knows what this one does, and has `number` more tasks, T .. T + number - 1. This
+        one stays as it is: graphs and optimizers hold its memory. On old tasks both act and value alike.
+
+            agent = agent.add_tasks(2, start=0)
+
+        Args:
+            start: the old task, one for all or one for each, that new ones begin as; the mean of all old ones
+                when not given.
+            keep: False leaves the old tasks out: the new ones are 0 .. number - 1.
+            observation_size, action_size, privileged_size: of the widest task; this agent's when not given.
+                Old columns keep their weights, further ones begin with weight zero, further actions as in
+                a new agent (brc_fast.agents.transfer).
+            optimizer: moments and step counts kept, by name, or fresh. Learning rates and tau are this
+                agent's.
+            seed: of what is drawn anew, and of the new agent's noise.
+        Raises:
+            ValueError for tasks that there are not, and with `keep` for sizes below this agent's.
+        """
+        from .transfer import grown
+
+        sizes = observation_size, action_size, privileged_size
+        return grown(self, number, sizes, start=start, keep=keep, optimizer=optimizer, seed=seed)
+
+    def freeze_body(self, frozen: bool = True) -> None:
+        """Of an agent that `add_tasks` gave: let only output layers, what tells tasks apart and further
+        columns learn from now on; the rest stays as it is until `freeze_body(False)`. Copies are not frozen.
+
+        Raises:
+            ValueError for an agent that was made in another way.
+        """
+        from .transfer import freeze_body
+
+        if self._taken is None:
+            raise ValueError("freeze_body is for agents that add_tasks gave: this one has nothing to keep")
+        freeze_body(self, self._taken if frozen else None)
 
     def settings(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         sizes = self.observation_size, self.action_size, self.num_tasks

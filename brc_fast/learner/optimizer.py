@@ -49,7 +49,7 @@ class FlatAdamW:
         self.tau = self.flat.new_full((), tau or 0.0)
         self.target = None if tau is None else networks.master[rows:].view(-1)
         self.target_low = None if tau is None or low is None else low[rows:].view(-1)
-
+        self._frozen: Tensor | None = None
         self._made = True
 
     @torch.no_grad()
@@ -75,6 +75,26 @@ class FlatAdamW:
         Args:
             norm: 0-d, receives the gradient's.
         """
+        if self._frozen is None:
+            self._step(norm)
+            return
+        frozen, kept = self._frozen, self.flat.clone()
+        target = None if self.target is None else self.target.clone()
+        self._step(norm)
+        torch.where(frozen, kept, self.flat, out=self.flat)
+        if target is not None and self.target is not None:
+            torch.where(frozen, torch.lerp(target, kept, self.tau), self.target, out=self.target)
+        for low, master in ((self.low, self.flat), (self.target_low, self.target)):
+            if low is not None and master is not None:
+                low.copy_(master)
+
+    def freeze(self, frozen: Tensor | None) -> None:
+        """From now on steps leave parameters as they are where `frozen` [E, P], bool, is true; None frees
+        all. Their moments go on, so that the first step after has warm ones, and the target goes on towards
+        them. Whoever holds a graph of `step` has to make it anew."""
+        vars(self)["_frozen"] = None if frozen is None else frozen.reshape(-1)
+
+    def _step(self, norm: Tensor | None) -> None:
         kernels.adamw_(
             self.flat,
             self.grad,

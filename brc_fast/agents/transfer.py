@@ -1,0 +1,347 @@
+"""A trained agent, taken to new tasks: what it knows goes over by name, what is new begins without effect.
+
+    observations, actions  column i of the old inputs is column i of the new ones; further columns of the
+                           critic and the policy have the weight zero, so that old values and actions stay
+    policy's outputs       action i of the old policy is action i of the new one; further actions are as in a
+                           new agent
+    tasks                  a task's row of the embedding, column of the one-hot code, or output layers: an old
+                           task's own, or for a new task the mean of some old ones
+    one task alone         has no such row: its part of the first layer's product goes into that one's bias
+    statistics             of observations go over with the tasks that go on; new ones begin theirs
+
+Moments go over as their parameters do. What is new has a first moment of zero, and the mean of its old
+neighbours' second moments: with zeros its first hundred steps would be up to six times too long, for the step
+count, and with it Adam's bias correction, goes on too.
+
+Dims: E members, I inputs, K outputs, T tasks.   Source: our own reading of Nauman et al. 2025, section on
+transfer, whose code is not public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from brc_fast.config import TrainConfig
+from brc_fast.errors import InputError
+from brc_fast.kernels.stages import Stages, copies_input
+from brc_fast.learner.flat import FlatNetworks
+from brc_fast.learner.graphs import OFF
+from brc_fast.learner.layout import BODY
+from brc_fast.learner.optimizer import FlatAdamW
+from brc_fast.nn.conditioning import OneHot
+from brc_fast.nn.modules import Actor, Critic
+
+from .brc import BRC
+
+NETWORKS = ("critic", "target_critic", "actor")
+OPTIMIZERS = {"critic_optimizer": "critic", "actor_optimizer": "actor"}
+VALUE, MEAN, SQUARE = "value", "exp_avg", "exp_avg_sq"  # a parameter, and its moments
+LEAST = 1e-6  # of the length of a mean of rows: a shorter one has no direction
+
+
+class Source(NamedTuple):
+    """What a task begins as: the mean of these old tasks; `goes_on`: it is the one old task that there is."""
+
+    tasks: tuple[int, ...]
+    goes_on: bool = False
+
+
+class Taken(NamedTuple):
+    """Sizes of the agent that was taken over."""
+
+    observation: int
+    privileged: int
+    action: int
+    tasks: int
+
+    @classmethod
+    def of(cls, agent: BRC) -> Taken:
+        return cls(agent.observation_size, agent.privileged_size, agent.action_size, agent.num_tasks)
+
+
+class Columns(NamedTuple):
+    """Where observations, privileged ones, actions and task columns of a network's inputs begin and end."""
+
+    parts: tuple[slice, ...]
+
+    @classmethod
+    def of(cls, sizes: Taken, task_columns: int, *, critic: bool) -> Columns:
+        parts, start = [], 0
+        for size in (sizes.observation, *((sizes.privileged, sizes.action) if critic else ()), task_columns):
+            parts.append(slice(start, start + size))
+            start += size
+        return cls(tuple(parts))
+
+
+def require_alike(config: TrainConfig, old: TrainConfig) -> None:
+    """InputError, by name, where a run's networks are not those of the run whose agent it takes."""
+    for section in ("critic", "actor"):
+        mine, theirs = getattr(config, section), getattr(old, section)
+        for name, value in vars(theirs).items():
+            if getattr(mine, name) != value:
+                raise InputError(
+                    f"{section}.{name} of the agent of {config.from_run} is {value}, and cannot become "
+                    f"{getattr(mine, name)}: leave it out"
+                )
+    if config.normalize_observations != old.normalize_observations:
+        told = "normalizes" if old.normalize_observations else "does not normalize"
+        raise InputError(f"the agent of {config.from_run} {told} observations, and that cannot change")
+
+
+def grown(
+    agent: BRC,
+    number: int,
+    sizes: tuple[int | None, int | None, int | None],
+    *,
+    start: int | Sequence[int] | None,
+    keep: bool,
+    optimizer: Literal["kept", "fresh"],
+    seed: int,
+) -> BRC:
+    """`BRC.add_tasks`, where its arguments are described; sizes: of observation, action, privileged."""
+    if number < 1:
+        raise ValueError(f"number must be positive, got {number}")
+    if optimizer not in ("kept", "fresh"):
+        raise ValueError(f"optimizer must be kept or fresh, got {optimizer!r}")
+    least = {name: getattr(agent, name) for name in ("observation_size", "action_size", "privileged_size")}
+    wanted = dict(zip(least, sizes, strict=True))
+    widths = {name: least[name] if size is None else size for name, size in wanted.items()}
+    for name, size in widths.items():
+        if keep and size < least[name]:
+            raise ValueError(f"{name} must be at least the {least[name]} of the old tasks, got {size}")
+    everything = tuple(range(agent.num_tasks))
+    starts = [start] * number if start is None or isinstance(start, int) else list(start)
+    if len(starts) != number:
+        raise ValueError(f"start must name {number} old tasks, one for each new one, got {len(starts)}")
+    for task in starts:
+        if task is not None and task not in everything:
+            raise ValueError(f"start must be an old task in [0, T) = [0, {agent.num_tasks}), got {task}")
+    sources = [Source((task,), goes_on=True) for task in everything if keep]
+    sources += [Source(everything if task is None else (task,)) for task in starts]
+    settings = agent.settings()[1] | {"seed": seed, "graphs": agent.updates.reason != OFF}
+    observation, action, settings["privileged_size"] = widths.values()
+    new = type(agent)(observation, action, len(sources), **settings)
+    agent.updates.join()
+    take_over(new, agent, sources, optimizer)
+    new.set_rates(agent.rates())
+    new._taken = Taken.of(agent)
+    return new
+
+
+def take_over(agent: BRC, old: BRC, sources: Sequence[Source], optimizer: str = "kept") -> None:
+    """Give a new agent what an old one knows; both have the same networks but for inputs, outputs and tasks.
+
+    Args:
+        sources: of each of the new agent's tasks. optimizer: kept, or fresh.
+    Raises:
+        InputError for a body that norms or adds its input, where its columns change.
+    """
+    weights = torch.zeros(len(sources), old.num_tasks)
+    for task, source in enumerate(sources):
+        weights[task, list(source.tasks)] = 1.0 / len(source.tasks)
+    goes_on = torch.tensor([float(source.goes_on) for source in sources])[:, None]
+    theirs = {name: value.detach().to(agent.device) for name, value in old.state_dict().items()}
+    state = {name: value.detach().clone() for name, value in agent.state_dict().items()}
+    for name in NETWORKS:
+        table = "target_critic" if name == "target_critic" else "critic"
+        move = _Move(agent, old, name, weights, goes_on)
+        state |= move.network(f"{name}/", state, theirs, VALUE)
+        move.fold(state, theirs, f"{name}/{BODY}", _table(old, theirs, table))
+    state["temperature/log_alpha"] = theirs["temperature/log_alpha"]
+    if optimizer == "kept":
+        for name, network in OPTIMIZERS.items():
+            move = _Move(agent, old, network, weights, goes_on)
+            for moment in (MEAN, SQUARE):
+                state |= move.network(f"{name}/{moment}/", state, theirs, moment)
+            state[f"{name}/step"] = theirs[f"{name}/step"]
+        state |= {key: value for key, value in theirs.items() if key.startswith("temperature_optimizer/")}
+    if agent.observations is not None and old.observations is not None:
+        _statistics(state, theirs, agent, old, sources)
+    agent.load_state_dict({name: value.to(state[name].dtype) for name, value in state.items()})
+
+
+def freeze_body(agent: BRC, taken: Taken | None) -> None:
+    """Let only these learn from now on: what tells tasks apart, output layers, and columns that an agent of
+    the sizes `taken` did not have. None: everything.
+
+    With one task, where an agent of several was taken over, the first layer's bias stands for what told tasks
+    apart.
+    """
+    agent.updates.join()
+    pairs: list[tuple[str, FlatNetworks, FlatAdamW]] = [
+        ("critic", agent.critics, agent.critic_optimizer),
+        ("actor", agent.actors, agent.actor_optimizer),
+    ]
+    for name, networks, optimizer in pairs:
+        optimizer.freeze(None if taken is None else _frozen(agent, taken, name, networks))
+    agent.updates.forget()
+
+
+def _frozen(agent: BRC, taken: Taken, network: str, networks: FlatNetworks) -> Tensor:
+    """Which of a network's parameters stay, [E, P]."""
+    rows = torch.zeros_like(networks.grad, dtype=torch.bool)
+    module = getattr(agent, network)
+    readers, head = _readers(module.body.stages), module.body.stages[-1].name
+    tasks = agent.critic.conditioning
+    columns = Columns.of(Taken.of(agent), tasks.columns, critic=network == "critic").parts
+    before = (taken.observation, *((taken.privileged, taken.action) if network == "critic" else ()))
+    for name, view in networks.named(rows).items():
+        stage, _, own = name.removeprefix(BODY).rpartition(".")
+        if not name.startswith(BODY) or stage == head:
+            continue
+        view.fill_(True)
+        if stage not in readers:
+            continue
+        if own == "kernel":
+            for part, size in zip(columns, before, strict=False):
+                view[:, min(part.start + size, part.stop) : part.stop] = False
+            if isinstance(tasks, OneHot) or taken.tasks == 1:
+                view[:, columns[-1]] = False
+        elif own == "bias" and agent.num_tasks == 1 and taken.tasks > 1:
+            view.fill_(False)
+    return rows
+
+
+def _readers(stages: Stages) -> list[str]:
+    """Names of the stages that multiply the input."""
+    return [stage.name for stage in stages if stage.reads == 0 and stage.product]
+
+
+def _table(old: BRC, theirs: dict[str, Tensor], critic: str) -> Tensor | None:
+    """What goes into the inputs for each old task, each row divided by its norm."""
+    table = theirs.get(f"{critic}/embedding", old.critic.table)
+    return None if table is None else table.detach() / _length(table.detach(), old.critic.embedding_norm)
+
+
+def _length(rows: Tensor, norm: str) -> Tensor:
+    return torch.linalg.vector_norm(rows, 1 if norm == "l1" else 2, -1, keepdim=True)
+
+
+class _Move:
+    """From one network of the old agent to that of the new one, parameters and moments alike.
+
+    Args:
+        weights: [T, old T], of the old tasks in what each task begins as. goes_on: [T, 1], 1 or 0.
+    """
+
+    def __init__(self, agent: BRC, old: BRC, network: str, weights: Tensor, goes_on: Tensor) -> None:
+        self.module: Critic | Actor = getattr(agent, network)
+        stages = self.module.body.stages
+        self.readers, self.head = _readers(stages), stages[-1].name
+        if copies_input(stages) and self.module.body.inputs != getattr(old, network).body.inputs:
+            raise InputError(
+                "a body that norms or adds its input cannot be taken to inputs of another width: "
+                f"it has {getattr(old, network).body.inputs}, and the new tasks {self.module.body.inputs}"
+            )
+        critic = network != "actor"
+        self.tasks, self.old_tasks = agent.critic.conditioning, old.critic.conditioning
+        self.mine = Columns.of(Taken.of(agent), self.tasks.columns, critic=critic).parts
+        self.theirs = Columns.of(Taken.of(old), self.old_tasks.columns, critic=critic).parts
+        halves = (1, agent.loss.outputs, old.loss.outputs) if critic else (2, agent.action_size, old.action_size)
+        self.parts, self.size, self.old_size = halves
+        self.weights, self.goes_on, self.norm = weights, goes_on, agent.critic.embedding_norm
+        self.alone = agent.num_tasks == 1 and self.old_tasks.columns > 0
+
+    def network(
+        self, prefix: str, state: dict[str, Tensor], theirs: dict[str, Tensor], kind: str
+    ) -> dict[str, Tensor]:
+        """The new network's entries under a prefix; `state` has what they are in a new agent."""
+        names = [name for name, _ in self.module.named_parameters()]
+        return {
+            prefix + name: self.parameter(name, state[prefix + name], theirs.get(prefix + name), kind)
+            for name in names
+        }
+
+    def parameter(self, name: str, new: Tensor, old: Tensor | None, kind: str) -> Tensor:
+        """A parameter or a moment of it, from what it is in a new agent and what it was in the old one."""
+        if old is None:  # an embedding, where there was one task
+            return new
+        old = old.to(new.dtype)
+        if name == "embedding":
+            return self._rows(new, old, kind)
+        stage, _, own = name.removeprefix(BODY).rpartition(".")
+        if own == "kernel" and stage in self.readers:
+            old = self._inputs(old, kind)
+        return self._outputs(new, old, kind) if stage == self.head else old
+
+    def fold(
+        self, state: dict[str, Tensor], theirs: dict[str, Tensor], prefix: str, table: Tensor | None
+    ) -> None:
+        """Where one task is left, what its row of the table (or the mean of such) adds to the first layer."""
+        if not self.alone or table is None:
+            return
+        row = self.weights.to(table) @ table
+        if not isinstance(self.old_tasks, OneHot) and _length(row, self.norm) >= LEAST:
+            row = row / _length(row, self.norm)
+        for stage in self.readers:
+            if f"{prefix}{stage}.bias" not in state:
+                raise InputError(f"stage {stage} of the body has no bias, which one task alone would need")
+            added = row @ theirs[f"{prefix}{stage}.kernel"][:, self.theirs[-1]]  # [E, 1, H]
+            state[f"{prefix}{stage}.bias"] = state[f"{prefix}{stage}.bias"] + added[:, 0]
+
+    def _mixing(self, like: Tensor, kind: str) -> Tensor:
+        """[T, old T], of parameters and second moments, or of first moments, which only old tasks have."""
+        return (self.weights * self.goes_on if kind == MEAN else self.weights).to(like)
+
+    def _rows(self, new: Tensor, old: Tensor, kind: str) -> Tensor:
+        """Of the embedding [T, D]. A mean is that of directions, as long as the rows are on average."""
+        mixed = self._mixing(old, kind) @ old
+        if kind != VALUE:
+            return mixed
+        length, weights = _length(old, self.norm), self.weights.to(old)
+        mean = weights @ (old / length)
+        short = _length(mean, self.norm)
+        means = torch.where(short < LEAST, new, mean / short.clamp_min(LEAST) * (weights @ length))
+        return torch.where(weights.amax(-1, keepdim=True) == 1, mixed, means)
+
+    def _inputs(self, old: Tensor, kind: str) -> Tensor:
+        """Rows of a kernel [E, I, H], one for each input."""
+        fill = old.mean(-2, keepdim=True) if kind == SQUARE else torch.zeros_like(old[:, :1])
+        out = fill.repeat(1, self.mine[-1].stop, 1)
+        for mine, theirs in zip(self.mine[:-1], self.theirs[:-1], strict=True):
+            size = min(mine.stop - mine.start, theirs.stop - theirs.start)
+            out[:, mine.start : mine.start + size] = old[:, theirs.start : theirs.start + size]
+        mine, theirs = self.mine[-1], self.theirs[-1]
+        if self.tasks.columns and self.old_tasks.columns:
+            rows = old[:, theirs]
+            out[:, mine] = self._mixing(old, kind) @ rows if isinstance(self.tasks, OneHot) else rows
+        return out
+
+    def _outputs(self, new: Tensor, old: Tensor, kind: str) -> Tensor:
+        """Columns of the head [E, .., heads * K]."""
+        out = new.clone().unflatten(-1, (self.tasks.heads, self.parts, self.size))
+        was = old.unflatten(-1, (self.old_tasks.heads, self.parts, self.old_size))
+        size = min(self.size, self.old_size)
+        mixed = was[..., :size]
+        if self.old_tasks.heads > 1:
+            mixed = torch.einsum("ts,...spk->...tpk", self._mixing(old, kind), mixed)
+        out[..., :size] = mixed
+        if kind == SQUARE:
+            out[..., size:] = mixed.mean(-1, keepdim=True)
+        return out.flatten(-3)
+
+
+def _statistics(
+    state: dict[str, Tensor], theirs: dict[str, Tensor], agent: BRC, old: BRC, sources: Sequence[Source]
+) -> None:
+    """Of observations: those of tasks that go on, whose further columns have been zero so far."""
+    mine, before = (
+        Columns.of(Taken.of(each), 0, critic=True).parts[:2] for each in (agent, old)
+    )
+    for task, source in enumerate(sources):
+        if not source.goes_on:
+            continue
+        (number,) = source.tasks
+        state["observations/count"][task] = theirs["observations/count"][number]
+        if not theirs["observations/count"][number] > 0:
+            continue
+        for name in ("mean", "variance"):
+            row, was = state[f"observations/{name}"][task], theirs[f"observations/{name}"][number]
+            row.zero_()
+            for part, old_part in zip(mine, before, strict=True):
+                size = min(part.stop - part.start, old_part.stop - old_part.start)
+                row[part.start : part.start + size] = was[old_part.start : old_part.start + size]
