@@ -75,6 +75,8 @@ def plan_memory(config: TrainConfig, spec: Spec, device: str) -> MemoryPlan:
         (agent.actors, agent.actor_optimizer),
     ):
         state += bytes_of(networks.master, networks.low, networks.grad)
+        if config.transfer.freeze:  # which parameters stay, and what they and their target were
+            state += bytes_of(networks.master) + networks.grad.numel()
         state += bytes_of(optimizer.exp_avg, optimizer.exp_avg_sq)
     modules = agent.critic, agent.actor
     parameters = sum(p.numel() for module in modules for p in module.parameters())

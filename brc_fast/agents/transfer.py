@@ -20,12 +20,15 @@ transfer, whose code is not public.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from brc_fast.config import TrainConfig
+from brc_fast.batch import Batch
+from brc_fast.config import TrainConfig, require_known
 from brc_fast.errors import InputError
 from brc_fast.kernels.stages import Stages, copies_input
 from brc_fast.learner.flat import FlatNetworks
@@ -39,6 +42,7 @@ from .brc import BRC
 
 NETWORKS = ("critic", "target_critic", "actor")
 OPTIMIZERS = {"critic_optimizer": "critic", "actor_optimizer": "actor"}
+MEAN_START, NEAREST = "mean", "nearest"  # of transfer.start, beside names of tasks
 VALUE, MEAN, SQUARE = "value", "exp_avg", "exp_avg_sq"  # a parameter, and its moments
 LEAST = 1e-6  # of the length of a mean of rows: a shorter one has no direction
 
@@ -51,34 +55,35 @@ class Source(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """Sizes of the agent that was taken over."""
+    """Numbers of columns by which an agent's inputs are made, such as those of one that was taken over."""
 
     observation: int
     privileged: int
     action: int
-    tasks: int
+    task: int
 
     @classmethod
     def of(cls, agent: BRC) -> Taken:
-        return cls(agent.observation_size, agent.privileged_size, agent.action_size, agent.num_tasks)
+        sizes = agent.observation_size, agent.privileged_size, agent.action_size
+        return cls(*sizes, agent.critic.conditioning.columns)
 
-
-class Columns(NamedTuple):
-    """Where observations, privileged ones, actions and task columns of a network's inputs begin and end."""
-
-    parts: tuple[slice, ...]
-
-    @classmethod
-    def of(cls, sizes: Taken, task_columns: int, *, critic: bool) -> Columns:
-        parts, start = [], 0
-        for size in (sizes.observation, *((sizes.privileged, sizes.action) if critic else ()), task_columns):
-            parts.append(slice(start, start + size))
-            start += size
-        return cls(tuple(parts))
+    def columns(self, network: str) -> list[slice]:
+        """Of the inputs of a critic or the actor, part by part; those of the task come last."""
+        critic = network != "actor"
+        ends = [*accumulate((self.observation, *((self.privileged, self.action) if critic else ()), self.task))]
+        return [slice(start, end) for start, end in pairwise([0, *ends])]
 
 
 def require_alike(config: TrainConfig, old: TrainConfig) -> None:
-    """InputError, by name, where a run's networks are not those of the run whose agent it takes."""
+    """InputError, by name, where a run's networks are not those of the run whose agent it takes, or where it
+    begins new tasks as one that this does not have."""
+    start = config.transfer.start
+    require_known("transfer.start", start, (MEAN_START, NEAREST, *old.tasks))
+    if old.critic.conditioning == "none" and start != MEAN_START:
+        raise InputError(
+            f"transfer.start {start} has no meaning for the agent of {config.from_run}, which does not tell "
+            "tasks apart (conditioning none)"
+        )
     for section in ("critic", "actor"):
         mine, theirs = getattr(config, section), getattr(old, section)
         for name, value in vars(theirs).items():
@@ -164,12 +169,29 @@ def take_over(agent: BRC, old: BRC, sources: Sequence[Source], optimizer: str = 
     agent.load_state_dict({name: value.to(state[name].dtype) for name, value in state.items()})
 
 
+def widened(batch: Batch, taken: Taken, sizes: Taken) -> Batch:
+    """Transitions [M, ..] of an agent of the sizes `taken` as one of other sizes has them, column by column."""
+
+    def placed(x: Tensor, parts: Sequence[tuple[int, int]]) -> Tensor:
+        old = x.split([before for before, _ in parts], -1)
+        return torch.cat(
+            [pad(each, (0, size - before)) for each, (before, size) in zip(old, parts, strict=True)], -1
+        )
+
+    seen = (taken.observation, sizes.observation), (taken.privileged, sizes.privileged)
+    return batch._replace(
+        observations=placed(batch.observations, seen),
+        next_observations=placed(batch.next_observations, seen),
+        actions=placed(batch.actions, [(taken.action, sizes.action)]),
+    )
+
+
 def freeze_body(agent: BRC, taken: Taken | None) -> None:
     """Let only these learn from now on: what tells tasks apart, output layers, and columns that an agent of
     the sizes `taken` did not have. None: everything.
 
-    With one task, where an agent of several was taken over, the first layer's bias stands for what told tasks
-    apart.
+    Where the old agent had columns for its tasks, and this one, of one task, has none, the first layer's bias
+    stands for them.
     """
     agent.updates.join()
     pairs: list[tuple[str, FlatNetworks, FlatAdamW]] = [
@@ -187,8 +209,8 @@ def _frozen(agent: BRC, taken: Taken, network: str, networks: FlatNetworks) -> T
     module = getattr(agent, network)
     readers, head = _readers(module.body.stages), module.body.stages[-1].name
     tasks = agent.critic.conditioning
-    columns = Columns.of(Taken.of(agent), tasks.columns, critic=network == "critic").parts
-    before = (taken.observation, *((taken.privileged, taken.action) if network == "critic" else ()))
+    pairs = list(zip(Taken.of(agent).columns(network), taken.columns(network), strict=True))
+    own_tasks = isinstance(tasks, OneHot) or not taken.task  # else the embedding itself learns
     for name, view in networks.named(rows).items():
         stage, _, own = name.removeprefix(BODY).rpartition(".")
         if not name.startswith(BODY) or stage == head:
@@ -197,13 +219,17 @@ def _frozen(agent: BRC, taken: Taken, network: str, networks: FlatNetworks) -> T
         if stage not in readers:
             continue
         if own == "kernel":
-            for part, size in zip(columns, before, strict=False):
-                view[:, min(part.start + size, part.stop) : part.stop] = False
-            if isinstance(tasks, OneHot) or taken.tasks == 1:
-                view[:, columns[-1]] = False
-        elif own == "bias" and agent.num_tasks == 1 and taken.tasks > 1:
+            for mine, theirs in pairs[:-1]:
+                view[:, mine][:, _size(theirs) :] = False
+            if own_tasks:
+                view[:, pairs[-1][0]] = False
+        elif own == "bias" and taken.task and not tasks.columns:
             view.fill_(False)
     return rows
+
+
+def _size(part: slice) -> int:
+    return int(part.stop - part.start)
 
 
 def _readers(stages: Stages) -> list[str]:
@@ -239,12 +265,11 @@ class _Move:
             )
         critic = network != "actor"
         self.tasks, self.old_tasks = agent.critic.conditioning, old.critic.conditioning
-        self.mine = Columns.of(Taken.of(agent), self.tasks.columns, critic=critic).parts
-        self.theirs = Columns.of(Taken.of(old), self.old_tasks.columns, critic=critic).parts
+        self.mine, self.theirs = (Taken.of(each).columns(network) for each in (agent, old))
         halves = (1, agent.loss.outputs, old.loss.outputs) if critic else (2, agent.action_size, old.action_size)
         self.parts, self.size, self.old_size = halves
         self.weights, self.goes_on, self.norm = weights, goes_on, agent.critic.embedding_norm
-        self.alone = agent.num_tasks == 1 and self.old_tasks.columns > 0
+        self.alone = not self.tasks.columns and self.old_tasks.columns > 0
 
     def network(
         self, prefix: str, state: dict[str, Tensor], theirs: dict[str, Tensor], kind: str
@@ -303,8 +328,8 @@ class _Move:
         fill = old.mean(-2, keepdim=True) if kind == SQUARE else torch.zeros_like(old[:, :1])
         out = fill.repeat(1, self.mine[-1].stop, 1)
         for mine, theirs in zip(self.mine[:-1], self.theirs[:-1], strict=True):
-            size = min(mine.stop - mine.start, theirs.stop - theirs.start)
-            out[:, mine.start : mine.start + size] = old[:, theirs.start : theirs.start + size]
+            size = min(_size(mine), _size(theirs))
+            out[:, mine][:, :size] = old[:, theirs][:, :size]
         mine, theirs = self.mine[-1], self.theirs[-1]
         if self.tasks.columns and self.old_tasks.columns:
             rows = old[:, theirs]
@@ -329,9 +354,7 @@ def _statistics(
     state: dict[str, Tensor], theirs: dict[str, Tensor], agent: BRC, old: BRC, sources: Sequence[Source]
 ) -> None:
     """Of observations: those of tasks that go on, whose further columns have been zero so far."""
-    mine, before = (
-        Columns.of(Taken.of(each), 0, critic=True).parts[:2] for each in (agent, old)
-    )
+    mine, before = (Taken.of(each).columns("critic")[:2] for each in (agent, old))
     for task, source in enumerate(sources):
         if not source.goes_on:
             continue
@@ -343,5 +366,5 @@ def _statistics(
             row, was = state[f"observations/{name}"][task], theirs[f"observations/{name}"][number]
             row.zero_()
             for part, old_part in zip(mine, before, strict=True):
-                size = min(part.stop - part.start, old_part.stop - old_part.start)
-                row[part.start : part.start + size] = was[old_part.start : old_part.start + size]
+                size = min(_size(part), _size(old_part))
+                row[part][:size] = was[old_part][:size]

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 import tyro
 
+from brc_fast.agents.transfer import require_alike
 from brc_fast.config import TrainConfig, flat, from_dict, preset
 from brc_fast.disk import LONGEST, opened, read_json
 from brc_fast.envs import expand
@@ -57,6 +58,9 @@ class TrainArguments(TrainConfig):
     """Go on from the newest checkpoint of this run folder; "auto": of the folder that the other settings
     name, or start there. Only length, intervals, evaluations, the device, with how it computes, and the
     environments' processes may change."""
+    from_run: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Folder of a run whose agent is taken to these tasks: its networks, which are then the defaults of
+    critic.* and actor.* and cannot change."""
     config: str | None = None
     """File of settings, TOML or a run's config.json (without its run and overwrite); the command line comes
     after it."""
@@ -201,6 +205,8 @@ def parse_train(words: Sequence[str]) -> Start:
     """A run's settings, which are those of the command line over the file's over the kept run's or, for a new
     one, the device's defaults; and its folder."""
     resume, device, file = (option(words, name) for name in ("resume", "device", "config"))
+    if option(words, "from") is not None and resume not in (None, "auto"):
+        raise InputError("--from begins a run and --resume goes on with one: leave one of them out")
     modules = (*options(words, "allow-module"), *filter(None, map(module_of, words)))  # tasks the user names
     given = read_settings(Path(file)) if file is not None else {}
     device = device or given.get("device")
@@ -221,15 +227,52 @@ def parse_train(words: Sequence[str]) -> Start:
     if not config.tasks:
         raise InputError("name at least one task, such as mjx/CartpoleSwingup; all names: brc-fast envs")
     folder = RunFolder(config.run or default_run(config, default))
-    if resume is None or not (folder.path / "config.json").exists():
-        return Start(config, folder, False, config.overwrite, quiet)
-    kept = settings_of(folder, modules)
-    if not folder.steps():  # killed before its first checkpoint
-        return Start(config, folder, False, True, quiet)
+    kept = None
+    if resume is not None and (folder.path / "config.json").exists():
+        kept = settings_of(folder, modules)
+    if kept is None or not folder.steps():  # killed before its first checkpoint
+        if config.from_run is not None:
+            old = RunFolder(config.from_run)
+            own = networks_of(old, config, default, modules)
+            config = with_old_tasks(_parsed(words, own, file, given)[0], old.config())
+        return Start(config, folder, False, config.overwrite or kept is not None, quiet)
     folder.require_size(kept)
+    tasks = config.tasks
     config, quiet = _parsed(words, kept, file, given)
+    if config.from_run is not None and config.transfer.keep_tasks and set(tasks) <= set(kept.tasks):
+        config = replace(config, tasks=kept.tasks)  # of which the command names the new ones
     config = replace(config, run=kept.run, overwrite=kept.overwrite)
     return Start(refuse_changes(config, kept), folder, True, False, quiet)
+
+
+def networks_of(
+    old: RunFolder, config: TrainConfig, default: TrainConfig, modules: Sequence[str]
+) -> TrainConfig:
+    """The defaults of a run that takes the agent of another one; InputError where that has none."""
+    old.require_plain()
+    kept = old.config()
+    old.choose(config.transfer.checkpoint)
+    if config.transfer.keep_tasks:
+        old.choose()  # which has their replay and reward scales
+        old.require_foreign_code(kept.tasks, modules)
+    same = {name: getattr(kept, name) for name in ("critic", "actor", "normalize_observations")}
+    return replace(default, **same)
+
+
+def with_old_tasks(config: TrainConfig, old: TrainConfig) -> TrainConfig:
+    """The settings of a run that takes an agent, with the old tasks before the new ones where they are kept;
+    InputError for what the agent does not allow."""
+    require_alike(config, old)
+    there = [task for task in config.tasks if task in old.tasks]
+    new = tuple(task for task in config.tasks if task not in old.tasks)
+    if there and not config.transfer.keep_tasks:
+        raise InputError(
+            f"{config.from_run} has {there[0]} already: name new tasks, and add --transfer.keep-tasks to go on "
+            "with all the old ones"
+        )
+    if not new:
+        raise InputError(f"{config.from_run} has {', '.join(there)} already: name at least one new task")
+    return replace(config, tasks=(*old.tasks, *new)) if config.transfer.keep_tasks else config
 
 
 def _parsed(
@@ -299,6 +342,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     if path.suffix != ".toml":  # a run's own, with what is no setting of another
         values = {name: value for name, value in values.items() if name not in (*PLACES, "written")}
     named = dict(_leaves(values))
+    if "from" in named:
+        named["from_run"] = named.pop("from")
     for name in PLACES:
         if name in named:
             raise InputError(f"{path}: {name} is for the command line alone, --{name}")

@@ -34,6 +34,7 @@ MOST_THREADS = 4  # by default; with more a learner was not measured
 USAGE = f"""brc-fast {__version__}: BRC value learning, made fast
 
   brc-fast train TASK...          train one agent on one or several tasks (--help lists every setting)
+  brc-fast train TASK... --from RUN   take the agent of a run to new tasks
   brc-fast train --resume RUN     go on from the newest checkpoint of a run
   brc-fast evaluate RUN...        returns, successes and scores of one or several runs' policies
   brc-fast video RUN              an episode of a run's policy as GIF or MP4
@@ -147,7 +148,10 @@ def train(words: list[str]) -> int:
     about = {"command": join(["brc-fast", "train", *words]), "device": device}
     trainer = Trainer(config, device, say, quiet)
     successes = all(score_unit(task) == "success" for task in config.tasks)
-    with contextlib.closing(trainer.env), contextlib.closing(trainer.eval_env), folder.claim():
+    with contextlib.closing(trainer.env), contextlib.closing(trainer.eval_env), contextlib.ExitStack() as claim:
+        if not resumes:
+            trainer.take_over()  # before the folder is made, or replaced, which may be that of the other run
+        claim.enter_context(folder.claim())
         if not resumes:
             # again: another run may have begun there meanwhile
             folder.refuse_existing(replaces and (config.overwrite or not folder.steps()))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from brc_fast.batch import Batch
 from brc_fast.spec import integer
 
+from . import files
 from .fields import Schema
 
 if TYPE_CHECKING:
@@ -27,7 +30,29 @@ class Part(NamedTuple):
     end: int
 
 
-def transfer(saved: ReplayBuffer, buffer: ReplayBuffer, tasks: Mapping[int, int]) -> None:
+Change = Callable[[Batch], Batch]
+
+
+def load_changed(
+    folder: Path, sizes: tuple[int, int], buffer: ReplayBuffer, tasks: Mapping[int, int], change: Change
+) -> None:
+    """`buffer.load(folder, tasks=tasks)` of a replay with vectors of other sizes, O and A.
+
+    change: makes transitions [M, ..] of those sizes such as this buffer takes. ValueError as `load`.
+    """
+    theirs = files.saved_schema(Schema.of(1, *sizes, None, (0,)), folder, previous=False)
+    known = require_tasks(tasks, theirs, buffer.schema)
+    saved = type(buffer)(theirs.capacities, *sizes, task_ids=theirs.task_ids)
+    saved.load(folder)
+    transfer(saved, buffer, known, change)
+
+
+def transfer(
+    saved: ReplayBuffer,
+    buffer: ReplayBuffer,
+    tasks: Mapping[int, int],
+    change: Change = lambda batch: batch,
+) -> None:
     """Replace what `buffer` holds of the tasks that `tasks` maps to by what `saved` holds of those mapped."""
     own, theirs = buffer.schema.task_ids, saved.schema.task_ids
     sizes, capacities = saved._store.sizes(), buffer._store.capacities()
@@ -40,7 +65,7 @@ def transfer(saved: ReplayBuffer, buffer: ReplayBuffer, tasks: Mapping[int, int]
         for stream, parts in zip(streams.tolist(), plan, strict=True):
             for part in parts:
                 offset = offsets[sources[part.stream]]
-                copy(saved, names[offset + part.first : offset + part.end], buffer, stream)
+                copy(saved, names[offset + part.first : offset + part.end], buffer, stream, change)
         buffer._store.reset(streams)
 
 
@@ -93,7 +118,9 @@ def newest(sizes: Sequence[int], room: int) -> list[int]:
     return kept
 
 
-def copy(saved: ReplayBuffer, names: NDArray[np.int64], buffer: ReplayBuffer, stream: int) -> None:
+def copy(
+    saved: ReplayBuffer, names: NDArray[np.int64], buffer: ReplayBuffer, stream: int, change: Change
+) -> None:
     """Append the transitions of these names, which followed each other, to a stream; the first begins an
     episode."""
     schema = buffer.schema
@@ -103,7 +130,7 @@ def copy(saved: ReplayBuffer, names: NDArray[np.int64], buffer: ReplayBuffer, st
     )
     for first in range(0, len(names), most):
         some = names[first : first + most]
-        batch, starts = saved[some], saved._store.begins(some).view(bool)
+        batch, starts = change(saved[some]), saved._store.begins(some).view(bool)
         starts[0] |= first == 0
         buffer.extend(
             newest_frames(schema, batch.observations),

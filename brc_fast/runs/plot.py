@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,8 @@ def learning_settings(config: TrainConfig) -> dict[str, Any]:
     """What tells experiments apart: "critic.width" -> 256. Of the tasks, those that share an agent."""
     out = {name: value for name, value in flat(config).items() if name not in NEUTRAL}
     out["tasks"] = config.tasks if len(config.tasks) > 1 else ()
+    if config.from_run is not None:  # seeds of one experiment may each begin with that seed's agent
+        out["from_run"] = re.sub(rf"\bseed{config.seed}\b", "seed", config.from_run)
     return out
 
 

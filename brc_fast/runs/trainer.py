@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,16 @@ from brc_fast.agents.brc import BRC
 from brc_fast.agents.memory import plan_least, plan_run, require_fit, table
 from brc_fast.agents.normalizer import RewardNormalizer
 from brc_fast.agents.policy import LaggedPolicy
+from brc_fast.agents.transfer import (
+    MEAN_START,
+    NEAREST,
+    Source,
+    Taken,
+    freeze_body,
+    require_alike,
+    take_over,
+    widened,
+)
 from brc_fast.config import TrainConfig
 from brc_fast.envs.base import (
     Step,
@@ -32,10 +43,11 @@ from brc_fast.errors import InputError
 from brc_fast.learner.finite import require_finite
 from brc_fast.learner.precision import cores
 from brc_fast.replay import ReplayBuffer
+from brc_fast.replay.transfer import load_changed
 
 from .arrays import Arrays, Kind, Kinds, kinds_of, require_kinds
-from .checkpoint import Fits, RunFolder, grouped, prefixed
-from .evaluate import evaluate, summary, worth
+from .checkpoint import REPLAY, Fits, RunFolder, grouped, prefixed
+from .evaluate import evaluate, restore, summary, worth
 from .interrupt import Stopped, StopRequest
 from .metrics import EpisodeTracker, MetricsWriter, Stopwatch, read_rows
 
@@ -60,7 +72,7 @@ class Trainer:
         say: Callable[[str], object] = log.info,
         quiet: bool = False,
     ) -> None:
-        self.config = config
+        self.config, self.say = config, say
         if config.analysis_every is not None and len(config.tasks) < 2:
             raise InputError("analysis_every compares tasks with each other, got one task: leave it out")
         require_fit(plan_least(config, device))
@@ -79,14 +91,20 @@ class Trainer:
         size = self.batch_size, config.updates_per_step
         # a GPU computes by itself while environments step; a CPU needs a thread for it
         beside = self.lagged is not None and device == "cpu"
-        sampled = iter(partial(self.replay.sample, *size), None)
-        self.batches = self.replay.prefetch(*size) if beside or device == "cuda" else sampled
+        # beside the whole replay of old tasks new ones would hardly be drawn
+        self.equal = config.from_run is not None and config.transfer.keep_tasks and config.transfer.replay
+        shares: dict[str, Any] = {"weights": "equal"} if self.equal else {}
+        sampled = iter(partial(self.replay.sample, *size, **shares), None)
+        self.batches = self.replay.prefetch(*size, **shares) if beside or device == "cuda" else sampled
         self.normalizer = RewardNormalizer.from_config(config, ids, self.agent.target_entropy)
         self.episodes = EpisodeTracker(self.names, ids)
         self.task_ids = torch.as_tensor(ids, device=device)
         self.steps, self.updates, self.watch = 0, 0, Stopwatch()
         self.saved: int | None = None  # step of the newest checkpoint
         self.rows: list[int] = []  # steps of the rows of metrics that were written
+        self.taken: Taken | None = None  # sizes of the agent of another run that this one began with
+        self.frozen = False  # that agent's body
+        self.trial: dict[str, float] = {}  # a row of metrics, of the choice of where new tasks begin
         self.best: list[float] = []  # what the best evaluation so far is worth; empty before the first
         self.losses: dict[str, Tensor] = {}
         self.learner = ThreadPoolExecutor(1, "learner") if beside else None
@@ -98,6 +116,82 @@ class Trainer:
         if self.normalizer.entropy == "measured":
             self.entropies = torch.full((len(self.names),), self.agent.target_entropy / 2.0, device=device)
         self.observations: Tensor | None = None  # [N, O + P], what the critic sees before the next step
+
+    def take_over(self) -> None:
+        """Begin with the agent of `from_run`, and for tasks that go on with their reward scale and replay;
+        InputError where that does not fit. A run that is loaded does not need the other one any more."""
+        config, transfer = self.config, self.config.transfer
+        if config.from_run is None:
+            return
+        folder = RunFolder(config.from_run)
+        before = folder.config()
+        require_alike(config, before)
+        going = {task: before.tasks.index(task) for task in self.names if task in before.tasks}
+        if going and not transfer.keep_tasks:
+            raise InputError(f"{folder.path} has {next(iter(going))} already: set transfer.keep_tasks")
+        step, old = restore(folder, "cpu", transfer.checkpoint)
+        self.taken = Taken.of(old)
+        every = tuple(range(len(before.tasks)))
+        given = (before.tasks.index(transfer.start),) if transfer.start in before.tasks else every
+        starts = {task: given for task in self.names if task not in going}
+        if transfer.start == NEAREST and len(every) > 1:
+            starts = self._nearest(old, before.tasks, starts, going)
+        take_over(self.agent, old, self._sources(starts, going), transfer.optimizer)
+        if self.lagged is not None:
+            self.lagged.refresh()
+        for task, tasks in starts.items():
+            told = f"the mean of {len(tasks)} tasks" if len(tasks) > 1 else before.tasks[tasks[0]]
+            self.say(f"{task} begins as {told} of {folder.path}, step {step}")
+        if going:
+            self._keep(folder, before, {old: self.names.index(task) for task, old in going.items()})
+
+    def _sources(self, starts: Mapping[str, tuple[int, ...]], going: Mapping[str, int]) -> list[Source]:
+        return [
+            Source((going[task],), goes_on=True) if task in going else Source(starts[task])
+            for task in self.names
+        ]
+
+    def _nearest(
+        self, old: BRC, names: Sequence[str], starts: Mapping[str, tuple[int, ...]], going: Mapping[str, int]
+    ) -> dict[str, tuple[int, ...]]:
+        """For each new task the old one whose policy, by its mean action, has the best return on it in an
+        episode of every evaluation environment."""
+        seed = int(np.random.SeedSequence([self.config.seed, 0]).generate_state(1)[0])
+        returns = []
+        for number in range(len(names)):
+            tried = dict.fromkeys(starts, (number,))
+            take_over(self.agent, old, self._sources(tried, going))
+            returns.append(evaluate(self.agent, self.eval_env, seed).returns.mean(1))
+        found = {}
+        for task in starts:
+            mine = {name: float(each[self.names.index(task)]) for name, each in zip(names, returns, strict=True)}
+            best = max(mine, key=lambda name: mine[name])
+            found[task] = (names.index(best),)
+            self.trial |= {f"transfer/return/{task}/{name}": value for name, value in mine.items()}
+            self.trial[f"transfer/start/{task}"] = names.index(best)
+            self.say(f"{task}: returns of {', '.join(f'{name} {value:.1f}' for name, value in mine.items())}")
+        return found
+
+    def _keep(self, folder: RunFolder, before: TrainConfig, tasks: Mapping[int, int]) -> None:
+        """Of old tasks, by what they are here, their reward scales and, where it is wanted, their replay."""
+        assert self.taken is not None
+        ids = np.repeat(np.arange(len(before.tasks)), before.num_envs)
+        scales = RewardNormalizer.from_config(before, ids, self.agent.target_entropy)
+        _, parts = folder.load("progress")
+        with folder.fitting():
+            scales.load_state_dict(grouped(parts["progress"], "normalizer"))
+        for old, task in tasks.items():
+            self.normalizer.return_min[task] = scales.return_min[old]
+            self.normalizer.return_max[task] = scales.return_max[old]
+        newest = folder.newest()
+        if not self.equal or newest is None:
+            return
+        sizes = self.taken.observation + self.taken.privileged, self.taken.action
+        change = partial(widened, taken=self.taken, sizes=Taken.of(self.agent))
+        try:
+            load_changed(newest / REPLAY, sizes, self.replay, tasks, change)
+        except ValueError as error:
+            raise InputError(f"{error}; leave it out with --transfer.no-replay") from error
 
     def collect(self) -> None:
         """Act in every environment and store what came of it."""
@@ -142,6 +236,7 @@ class Trainer:
         batches = next(self.batches)
         self.watch.lap("sample")
         self.take()
+        self.freeze()
         with self.agent.updates.queue():
             if self.lagged:
                 self.lagged.refresh()
@@ -155,6 +250,19 @@ class Trainer:
             self.agent.updates.join()
         self.updates += self.config.updates_per_step
         self.watch.add("update", self.agent.updates.seconds(), self.config.updates_per_step)
+
+    def freeze(self) -> None:
+        """Keep the body that was taken over, and give it free when its time has come."""
+        frozen = self.steps < self.config.random_steps + self.config.transfer.freeze
+        if self.taken is not None and frozen != self.frozen:
+            freeze_body(self.agent, self.taken if frozen else None)
+            self.frozen = frozen
+
+    def learns(self) -> bool:
+        """Whether there is enough to learn from."""
+        if self.steps < self.config.random_steps or len(self.replay) < self.batch_size:
+            return False
+        return not self.equal or bool(self.replay.size_per_task.min() > 0)
 
     def take(self) -> None:
         """Wait for the updates that run in a thread beside this one; what they raise is raised every time."""
@@ -222,6 +330,10 @@ class Trainer:
         so. Of a learner that failed or is not finite nothing is saved.
         """
         config = self.config
+        if self.taken is None:
+            self.take_over()
+        if self.trial and not self.steps:
+            metrics.write(0, {**self.trial})
         with StopRequest() as stop:
             try:
                 self.rows = [row["step"] for row in read_rows(folder.metrics)]  # what else it had was told
@@ -232,7 +344,7 @@ class Trainer:
                     stop.check()
                     with self.rescued(folder):
                         self.collect()
-                    if self.steps >= config.random_steps and len(self.replay) >= self.batch_size:
+                    if self.learns():
                         self.learn()
                     rows, saves = self.due_rows(), self.due(config.steps, config.checkpoint_every)
                     if rows or saves or stop:
@@ -322,6 +434,8 @@ class Trainer:
         progress["updates"], progress["rows"] = np.array(self.updates), np.array(self.rows, np.int64)
         if self.entropies is not None:
             progress["entropies"] = self.entropies.cpu().numpy()
+        if self.config.from_run is not None:
+            progress["taken"] = np.array(self.taken or Taken(0, 0, 0, 0), np.int64)
         return progress
 
     def fits(self) -> dict[str, Fits]:
@@ -368,6 +482,11 @@ class Trainer:
             if self.entropies is not None:
                 require_finite("entropies", torch.from_numpy(progress["entropies"]))
                 self.entropies = torch.from_numpy(progress["entropies"]).to(self.agent.device)
+            if self.config.from_run is not None:
+                sizes = progress["taken"].tolist()
+                if min(sizes) < 0:
+                    raise ValueError(f"sizes of the agent taken over must be 0 or more, got {sizes}")
+                self.taken = Taken(*sizes)
             self.observations = start_seen(self.env, self.env.load_state_dict(parts["environments"]))
             begun = torch.from_numpy(np.flatnonzero(~self.env.continues))
             self.count(self.observations.cpu()[begun], begun)
