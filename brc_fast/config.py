@@ -308,7 +308,9 @@ class TrainConfig:
             _only_with(self.critic, "loss", "categorical", "v_max")
         for name, value in vars(self.transfer).items() if self.from_run is None else ():
             if value != getattr(TransferConfig, name):
-                raise InputError(f"transfer.{name} is a setting of --from RUN alone: name the run with --from")
+                raise InputError(
+                    f"transfer.{name} is a setting of --from RUN alone: name the run with --from"
+                )
         if self.critic.conditioning == "heads" and len(self.tasks) == 1 and not self.transfer.keep_tasks:
             remedy = "with one task use embedding"
             if self.from_run is not None:

@@ -70,7 +70,9 @@ class Taken(NamedTuple):
     def columns(self, network: str) -> list[slice]:
         """Of the inputs of a critic or the actor, part by part; those of the task come last."""
         critic = network != "actor"
-        ends = [*accumulate((self.observation, *((self.privileged, self.action) if critic else ()), self.task))]
+        ends = [
+            *accumulate((self.observation, *((self.privileged, self.action) if critic else ()), self.task))
+        ]
         return [slice(start, end) for start, end in pairwise([0, *ends])]
 
 
@@ -170,10 +172,10 @@ def take_over(agent: BRC, old: BRC, sources: Sequence[Source], optimizer: str = 
 
 
 def widened(batch: Batch, taken: Taken, sizes: Taken) -> Batch:
-    """Transitions [M, ..] of an agent of the sizes `taken` as one of other sizes has them, column by column."""
+    """Transitions [M, ..] of an agent of the sizes `taken` as one of more columns has them."""
 
     def placed(x: Tensor, parts: Sequence[tuple[int, int]]) -> Tensor:
-        old = x.split([before for before, _ in parts], -1)
+        old = torch.split(x, [before for before, _ in parts], -1)
         return torch.cat(
             [pad(each, (0, size - before)) for each, (before, size) in zip(old, parts, strict=True)], -1
         )
@@ -240,11 +242,15 @@ def _readers(stages: Stages) -> list[str]:
 def _table(old: BRC, theirs: dict[str, Tensor], critic: str) -> Tensor | None:
     """What goes into the inputs for each old task, each row divided by its norm."""
     table = theirs.get(f"{critic}/embedding", old.critic.table)
-    return None if table is None else table.detach() / _length(table.detach(), old.critic.embedding_norm)
+    if table is None:
+        return None
+    rows: Tensor = table.detach()
+    return rows / _length(rows, old.critic.embedding_norm)
 
 
 def _length(rows: Tensor, norm: str) -> Tensor:
-    return torch.linalg.vector_norm(rows, 1 if norm == "l1" else 2, -1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(rows, 1 if norm == "l1" else 2, -1, keepdim=True)
+    return length
 
 
 class _Move:
@@ -266,7 +272,9 @@ class _Move:
         critic = network != "actor"
         self.tasks, self.old_tasks = agent.critic.conditioning, old.critic.conditioning
         self.mine, self.theirs = (Taken.of(each).columns(network) for each in (agent, old))
-        halves = (1, agent.loss.outputs, old.loss.outputs) if critic else (2, agent.action_size, old.action_size)
+        halves = (
+            (1, agent.loss.outputs, old.loss.outputs) if critic else (2, agent.action_size, old.action_size)
+        )
         self.parts, self.size, self.old_size = halves
         self.weights, self.goes_on, self.norm = weights, goes_on, agent.critic.embedding_norm
         self.alone = not self.tasks.columns and self.old_tasks.columns > 0
@@ -338,8 +346,8 @@ class _Move:
 
     def _outputs(self, new: Tensor, old: Tensor, kind: str) -> Tensor:
         """Columns of the head [E, .., heads * K]."""
-        out = new.clone().unflatten(-1, (self.tasks.heads, self.parts, self.size))
-        was = old.unflatten(-1, (self.old_tasks.heads, self.parts, self.old_size))
+        out = new.clone().view(*new.shape[:-1], self.tasks.heads, self.parts, self.size)
+        was = old.reshape(*old.shape[:-1], self.old_tasks.heads, self.parts, self.old_size)
         size = min(self.size, self.old_size)
         mixed = was[..., :size]
         if self.old_tasks.heads > 1:

@@ -227,22 +227,21 @@ def parse_train(words: Sequence[str]) -> Start:
     if not config.tasks:
         raise InputError("name at least one task, such as mjx/CartpoleSwingup; all names: brc-fast envs")
     folder = RunFolder(config.run or default_run(config, default))
-    kept = None
-    if resume is not None and (folder.path / "config.json").exists():
-        kept = settings_of(folder, modules)
-    if kept is None or not folder.steps():  # killed before its first checkpoint
+    there = resume is not None and (folder.path / "config.json").exists()
+    before = settings_of(folder, modules) if there else None
+    if before is None or not folder.steps():  # killed before its first checkpoint
         if config.from_run is not None:
             old = RunFolder(config.from_run)
             own = networks_of(old, config, default, modules)
             config = with_old_tasks(_parsed(words, own, file, given)[0], old.config())
-        return Start(config, folder, False, config.overwrite or kept is not None, quiet)
-    folder.require_size(kept)
+        return Start(config, folder, False, config.overwrite or there, quiet)
+    folder.require_size(before)
     tasks = config.tasks
-    config, quiet = _parsed(words, kept, file, given)
-    if config.from_run is not None and config.transfer.keep_tasks and set(tasks) <= set(kept.tasks):
-        config = replace(config, tasks=kept.tasks)  # of which the command names the new ones
-    config = replace(config, run=kept.run, overwrite=kept.overwrite)
-    return Start(refuse_changes(config, kept), folder, True, False, quiet)
+    config, quiet = _parsed(words, before, file, given)
+    if config.from_run is not None and config.transfer.keep_tasks and set(tasks) <= set(before.tasks):
+        config = replace(config, tasks=before.tasks)  # of which the command names the new ones
+    config = replace(config, run=before.run, overwrite=before.overwrite)
+    return Start(refuse_changes(config, before), folder, True, False, quiet)
 
 
 def networks_of(
@@ -267,8 +266,8 @@ def with_old_tasks(config: TrainConfig, old: TrainConfig) -> TrainConfig:
     new = tuple(task for task in config.tasks if task not in old.tasks)
     if there and not config.transfer.keep_tasks:
         raise InputError(
-            f"{config.from_run} has {there[0]} already: name new tasks, and add --transfer.keep-tasks to go on "
-            "with all the old ones"
+            f"{config.from_run} has {there[0]} already: name new tasks, and add --transfer.keep-tasks to go "
+            "on with all the old ones"
         )
     if not new:
         raise InputError(f"{config.from_run} has {', '.join(there)} already: name at least one new task")

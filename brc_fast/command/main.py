@@ -148,7 +148,11 @@ def train(words: list[str]) -> int:
     about = {"command": join(["brc-fast", "train", *words]), "device": device}
     trainer = Trainer(config, device, say, quiet)
     successes = all(score_unit(task) == "success" for task in config.tasks)
-    with contextlib.closing(trainer.env), contextlib.closing(trainer.eval_env), contextlib.ExitStack() as claim:
+    with (
+        contextlib.closing(trainer.env),
+        contextlib.closing(trainer.eval_env),
+        contextlib.ExitStack() as claim,
+    ):
         if not resumes:
             trainer.take_over()  # before the folder is made, or replaced, which may be that of the other run
         claim.enter_context(folder.claim())

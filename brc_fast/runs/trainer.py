@@ -21,7 +21,6 @@ from brc_fast.agents.memory import plan_least, plan_run, require_fit, table
 from brc_fast.agents.normalizer import RewardNormalizer
 from brc_fast.agents.policy import LaggedPolicy
 from brc_fast.agents.transfer import (
-    MEAN_START,
     NEAREST,
     Source,
     Taken,
@@ -162,9 +161,11 @@ class Trainer:
             tried = dict.fromkeys(starts, (number,))
             take_over(self.agent, old, self._sources(tried, going))
             returns.append(evaluate(self.agent, self.eval_env, seed).returns.mean(1))
-        found = {}
+        found: dict[str, tuple[int, ...]] = {}
         for task in starts:
-            mine = {name: float(each[self.names.index(task)]) for name, each in zip(names, returns, strict=True)}
+            mine = {
+                name: float(each[self.names.index(task)]) for name, each in zip(names, returns, strict=True)
+            }
             best = max(mine, key=lambda name: mine[name])
             found[task] = (names.index(best),)
             self.trial |= {f"transfer/return/{task}/{name}": value for name, value in mine.items()}
