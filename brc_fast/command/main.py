@@ -39,6 +39,7 @@ USAGE = f"""brc-fast {__version__}: BRC value learning, made fast
   brc-fast evaluate RUN...        returns, successes and scores of one or several runs' policies
   brc-fast video RUN              an episode of a run's policy as GIF or MP4
   brc-fast plot RUN...            learning curves as PNG or SVG
+  brc-fast study [NAME]           the paper's claims, at the size of this machine; without a name: which there are
   brc-fast envs [SUITE]           names of tasks and suites
   brc-fast doctor                 versions, devices, what is missing and how to get it
 
@@ -74,6 +75,7 @@ def command(words: list[str]) -> int:
         "envs": envs,
         "doctor": doctor,
         "video": video,
+        "study": study,
     }
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -383,6 +385,17 @@ def plot(words: list[str]) -> int:
     draw(folders, output, metric=arguments.metric, group=arguments.group, reference=arguments.reference)
     print(output)
     return 0
+
+
+def study(words: list[str]) -> int:
+    """Make the runs of a study, and report what they found."""
+    try:
+        import matplotlib  # noqa: F401  (a picture ends the study: too late to find it missing)
+
+        from .study import study as run
+    except ImportError as error:
+        raise MissingExtraError("brc-fast study", "train") from error
+    return run(words)
 
 
 def envs(words: list[str]) -> int:

@@ -306,16 +306,16 @@ def draw(
                 style = {"color": COLOURS[index % len(COLOURS)], "linewidth": 1.8 if large else 1.2}
                 if large and len(found.steps) <= 25:
                     style |= {"marker": MARKERS[index % len(MARKERS)], "markersize": 3.5}
-                legend.setdefault(each.entry(), _curve(panel, found, unit, style))
+                legend.setdefault(each.entry(), draw_curve(panel, found, unit, style))
                 dashed |= not found.complete.all()
         if behind and (found := line(behind, group)):
             style = {"color": GREY, "linewidth": 1.6 if large else 1.0, "zorder": 1.5}
-            legend.setdefault(behind.entry(), _curve(panel, found, unit, style))
+            legend.setdefault(behind.entry(), draw_curve(panel, found, unit, style))
         title = _drawable(_title(group, family))
         size, room = (10, 70 if len(panels) == 1 else 34) if large else (7.5, 24)  # letters at that size
         size *= min(1, room / max(1, len(title)))
         panel.set_title(title, fontsize=size, loc="left", pad=5 if large else 3, **LITERAL)
-        _frame(panel, metric, last_step / unit, large)
+        draw_frame(panel, metric, last_step / unit, large)
     figure.supxlabel(f"environment steps per task ({unit_name})", fontsize=9)
     figure.supylabel(AXIS[metric], fontsize=9)
     repeated = any(each.entry() != each.label for each in (*shown, *([behind] if behind else [])))
@@ -323,14 +323,14 @@ def draw(
     captions += ["dashed: not every seed has got there"] * dashed
     captions += ["published: 25k steps per point (inferred)"] * (behind is not None)
     if len(legend) > 1 or captions:
-        _legend(figure, legend, captions)
+        draw_legend(figure, legend, captions)
 
 
 def _last_step(shown: Sequence[Experiment]) -> int:
     return max(steps[-1] for each in shown for run in each.runs for steps, _ in run.values())
 
 
-def _legend(figure: Any, entries: Mapping[str, Any], captions: Sequence[str]) -> None:
+def draw_legend(figure: Any, entries: Mapping[str, Any], captions: Sequence[str]) -> None:
     """Above the panels, under its captions; the figure grows by it."""
     letters = int(14 * figure.get_figwidth())
     columns = max(1, min(len(entries), letters // (max(map(len, entries)) + 8)))
@@ -380,7 +380,7 @@ def _panels(figure: Any, count: int, large_first: bool) -> list[Any]:
     return first + panels
 
 
-def _curve(panel: Any, found: Line, unit: float, style: dict[str, Any]) -> Any:
+def draw_curve(panel: Any, found: Line, unit: float, style: dict[str, Any]) -> Any:
     """Line and band; dashed where some runs are missing. Returns the line, for the legend."""
     steps = found.steps / unit
     band = {"color": style["color"], "alpha": 0.16, "linewidth": 0, "zorder": style.get("zorder", 2) - 0.5}
@@ -391,7 +391,7 @@ def _curve(panel: Any, found: Line, unit: float, style: dict[str, Any]) -> Any:
     return handle
 
 
-def _frame(panel: Any, metric: Metric, longest: float, large: bool) -> None:
+def draw_frame(panel: Any, metric: Metric, longest: float, large: bool) -> None:
     panel.set_xlim(0, longest * 1.02)
     if metric == "success":
         panel.set_ylim(-0.03, 1.03)
