@@ -21,6 +21,9 @@ from brc_fast.spec import Spec
 
 MEMORY = "free memory"
 SLOT, PROCESS = 20_000, 30_000_000  # bytes of an environment in this process, and in one of its own, at least
+ARM = (
+    30_000_000  # and of a MetaWorld task in EnvPool: 88 environments of 8 tasks take 3.2 GB, with the process
+)
 LIBRARIES = 2**30  # CUDA's context, cuBLAS' workspaces, compiled kernels: about this much, not computed
 
 
@@ -180,6 +183,8 @@ def environments(name: str, config: TrainConfig, each: int, remedy: str) -> Need
 def _slot(task: str, each: int, processes: bool | None) -> int:
     """Bytes of one environment, about what gym/Pendulum-v1 takes: others take more."""
     backend = task.partition("/")[0]
+    if task.startswith(("metaworld/", "envpool/MetaWorld/")):
+        return ARM
     if processes is None:
         processes = backend in ("dmc", "humanoidbench") and each > 1
     return PROCESS if processes and backend in ("gym", "dmc", "humanoidbench") else SLOT

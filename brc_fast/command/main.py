@@ -39,7 +39,7 @@ USAGE = f"""brc-fast {__version__}: BRC value learning, made fast
   brc-fast evaluate RUN...        returns, successes and scores of one or several runs' policies
   brc-fast video RUN              an episode of a run's policy as GIF or MP4
   brc-fast plot RUN...            learning curves as PNG or SVG
-  brc-fast study [NAME]           the paper's claims, at the size of this machine; without a name: which there are
+  brc-fast study [NAME]           the paper's claims at a size of your machine; without a name, a list
   brc-fast envs [SUITE]           names of tasks and suites
   brc-fast doctor                 versions, devices, what is missing and how to get it
 

@@ -16,7 +16,7 @@ from brc_fast.config import TrainConfig, preset
 from brc_fast.disk import require_replaceable
 from brc_fast.errors import InputError
 from brc_fast.learner.precision import cores
-from brc_fast.runs.checkpoint import write_text
+from brc_fast.runs.checkpoint import RunFolder, write_text
 from brc_fast.runs.studies.execute import Executor, prepare, read_manifest, require_memory
 from brc_fast.runs.studies.named import named
 from brc_fast.runs.studies.named import table as names
@@ -89,9 +89,10 @@ def study(words: Sequence[str]) -> int:
         configs = [_config(run, device, wanted.name) for run in runs]
         gpus = torch.cuda.device_count() if device == "cuda" else 0
         workers = given.workers or gpus or cores()
-        workers = require_memory(configs, workers, device, given.workers is not None)
-        manifest = prepare(root, wanted, runs)
-        stopped = Executor(root, device, workers, gpus, _say).execute(runs)
+        workers = require_memory(configs, workers, device, gpus, given.workers is not None)
+        with RunFolder(root).claim():
+            manifest = prepare(root, wanted, runs)
+            stopped = Executor(root, device, workers, gpus, _say).execute(runs)
     found = cells(root, manifest)
     told = report(root, manifest, found)
     write_text(save, json.dumps(told, indent=1) + "\n")
@@ -105,8 +106,7 @@ def study(words: Sequence[str]) -> int:
         print(f"{len(told['unfinished'])} of {len(manifest['runs'])} runs are not finished")
     if stopped is not None:
         return 128 + stopped
-    failed = told["failed"].keys() & {run.name for run in runs}
-    return FAILED if failed and not given.finished else 0
+    return FAILED if told["failed"].keys() & {run.name for run in runs} else 0
 
 
 def _study(given: StudyArguments) -> Study:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -22,11 +23,17 @@ from brc_fast.disk import opened, read_json
 from brc_fast.errors import InputError
 from brc_fast.runs.checkpoint import RunFolder, write_text
 from brc_fast.runs.interrupt import StopRequest
+from brc_fast.runs.metrics import read_rows
 
 from .study import Run, Study
 
+EVALUATION = "eval/return_mean"  # which a row has that is of an evaluation
 MANIFEST, FORMAT = "study.json", 1
-TOLD = ("analysis_every",)  # settings that change what is told of a run, and nothing of what it learns
+TOLD = (
+    "analysis_every",
+    "checkpoint_every",
+    "report_every",
+)  # settings that change nothing of what is learned
 TAIL = 2**16  # bytes of a log that are looked through for its last line
 POLL = 0.05  # seconds
 PATIENCE = 600.0  # seconds that a run may take to save
@@ -34,7 +41,7 @@ PROCESS = 400_000_000  # bytes of Python, torch and a simulator in a process, at
 
 
 class Status(NamedTuple):
-    """How far a run is: finished, failed (told: its error's line), interrupted (at a checkpoint) or missing."""
+    """How far a run is: finished, failed (told: its error), interrupted (at a checkpoint) or missing."""
 
     kind: str
     told: str = ""
@@ -42,16 +49,21 @@ class Status(NamedTuple):
 
 def status(root: Path, run: Run) -> Status:
     """From the run's folder, and where that is not finished from the record of its last end."""
-    steps = RunFolder(root / run.name).steps()
-    if steps and steps[-1] >= run.steps:
+    folder = RunFolder(root / run.name)
+    steps = folder.steps()
+    if steps and steps[-1] >= run.steps and _evaluated(folder, steps[-1]):
         return Status("finished")
     if error := record(root, run).get("error"):
         return Status("failed", str(error))
     return Status("interrupted", f"at step {steps[-1]}") if steps else Status("missing")
 
 
+def _evaluated(folder: RunFolder, step: int) -> bool:
+    return any(row["step"] == step and EVALUATION in row for row in read_rows(folder.metrics))
+
+
 def record(root: Path, run: Run) -> dict[str, Any]:
-    """What was noted when processes of the run ended: wall and CPU seconds of all of them, machine, commit."""
+    """What was noted when processes of the run ended: wall and CPU seconds of all, machine, commit."""
     try:
         found = read_json(_beside(root, run, ".json"))
     except (OSError, ValueError):
@@ -105,37 +117,36 @@ def prepare(root: Path, study: Study, runs: Sequence[Run]) -> dict[str, Any]:
 
 def _require_same(root: Path, before: Run, run: Run) -> None:
     old, new = ({**vars(each), **each.settings, "settings": None} for each in (before, run))
-    for name in sorted(old.keys() | new.keys() - {*TOLD}):
-        if name not in TOLD and old.get(name) != new.get(name):
+    for name in ("steps", *sorted((old.keys() | new.keys()) - {*TOLD})):
+        if old.get(name) != new.get(name):
             raise InputError(
                 f"{root} holds a study of another configuration: in {run.name} {name} was {old.get(name)} "
                 f"and now is {new.get(name)}; name another folder with --runs"
             )
 
 
-def require_memory(configs: Sequence[TrainConfig], workers: int, device: str, given: bool) -> int:
-    """The number of runs at once that fit, at most `workers`; InputError where a number that was `given`, or
-    even one run, does not. Of the runs the largest count."""
-    needs = sorted((_need(config, device) for config in configs), reverse=True)
-    total = 0
-    for fits, need in enumerate(needs[:workers]):
-        total += need
-        if total > available("cpu") and (given or not fits):
-            told = f"runs take at least {total / 1e9:.1f} GB" if fits else f"a run takes {total / 1e9:.1f} GB"
-            number = f"{fits + 1} of {workers} " if fits else ""
-            remedy = f"--workers {fits}" if fits else "a machine with more memory"
-            raise InputError(
-                f"the memory is too little: {number}{told}, and there are {available('cpu') / 1e9:.1f} GB; "
-                f"take {remedy}"
-            )
-        if total > available("cpu"):
-            return fits
+def require_memory(configs: Sequence[TrainConfig], workers: int, device: str, gpus: int, given: bool) -> int:
+    """How many runs fit at once, at most `workers`; the largest are looked at. InputError where a number of
+    workers that was `given`, or even one run, does not fit."""
+    rooms = {"cpu": available("cpu")} | ({device: gpus * available(device)} if device != "cpu" else {})
+    for place, room in rooms.items():
+        needs = sorted((_need(config, device, place) for config in configs), reverse=True)[:workers]
+        sums = list(itertools.accumulate(needs))
+        fits = sum(each <= room for each in sums)
+        if fits == len(sums):
+            continue
+        if given or not fits:
+            told = f"{len(sums)} runs at once take at least {sums[-1] / 1e9:.1f} GB of {place} memory"
+            remedy = f"--workers {fits}" if fits else "a machine with more, or a smaller study"
+            raise InputError(f"{told}, and {room / 1e9:.1f} GB are free: take {remedy}")
+        workers = fits
     return workers
 
 
-def _need(config: TrainConfig, device: str) -> int:
-    """Bytes of the host that a run takes at least."""
-    return PROCESS + sum(need.size for need in plan_least(config, device) if need.device == "cpu")
+def _need(config: TrainConfig, device: str, place: str) -> int:
+    """Bytes of `place` that a run on `device` takes at least."""
+    host = PROCESS if place == "cpu" else 0
+    return host + sum(need.size for need in plan_least(config, device) if need.device == place)
 
 
 class Child(NamedTuple):
@@ -261,7 +272,9 @@ class Executor:
         about: dict[str, Any] = {**seconds, "machine": machine(self.device), "commit": commit()}
         about["command"] = ["brc-fast", "train", *run.words(self.root, self.device)]
         with contextlib.suppress(OSError):  # of a full disk the run itself has told
-            write_text(_beside(self.root, run, ".json"), json.dumps({**about, "error": error}, indent=1) + "\n")
+            write_text(
+                _beside(self.root, run, ".json"), json.dumps({**about, "error": error}, indent=1) + "\n"
+            )
 
 
 def _last_line(log: Path, place: int) -> str:

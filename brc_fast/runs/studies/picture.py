@@ -6,12 +6,13 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from brc_fast.disk import replace_file
 from brc_fast.errors import MissingExtraError
+from brc_fast.published import Mode
 from brc_fast.runs.plot import (
     AXIS,
     COLOURS,
@@ -27,7 +28,7 @@ from brc_fast.runs.plot import (
 
 from .results import REACHED, Cell, median_step, published_line, signal_line
 
-PUBLISHED = {"multi_task": "-", "single_task": ":"}  # their lines
+PUBLISHED: dict[Mode, str] = {"multi_task": "-", "single_task": ":"}  # their lines
 MANY = 12  # tasks of which each has a panel
 ACROSS = 5  # panels of tasks in a row
 
@@ -43,7 +44,8 @@ def draw(found: Sequence[Cell], manifest: Mapping[str, Any], output: Path) -> No
     seeds = sorted({len(cell.seeds) for cell in shown})
     told = "1 seed" if seeds == [1] else f"{'-'.join(map(str, sorted({seeds[0], seeds[-1]})))} seeds"
     captions = [f"{manifest['study']}: {manifest['about']}" if manifest["about"] else manifest["study"]]
-    captions += [f"interquartile mean over tasks and {told}; band or bar: 95% stratified bootstrap interval"]
+    statistic = {"iqm": "interquartile mean (ring: mean)", "mean": "mean"}[manifest["statistic"]]
+    captions += [f"{statistic} over tasks and {told}; band or bar: 95% stratified bootstrap interval"]
     if manifest["drawing"] == "sizes":
         legend = _sizes(figure, shown, manifest)
     elif len({cell.group for cell in shown}) > 1:
@@ -62,11 +64,13 @@ def _style(place: int, large: bool) -> dict[str, Any]:
     return style | ({"marker": MARKERS[place % len(MARKERS)], "markersize": 3.5} if large else {})
 
 
-def _behind(tasks: Sequence[str], metric: Metric, until: float) -> dict[str, tuple[Line, str]]:
+def _behind(
+    tasks: Sequence[str], metric: Metric, until: float, statistic: str
+) -> dict[str, tuple[Line, str]]:
     """Published lines of these tasks, with how they are drawn."""
     found = {}
     for mode, style in PUBLISHED.items():
-        line = published_line(tasks, metric, mode, until)  # type: ignore[arg-type]
+        line = published_line(tasks, metric, mode, until, statistic)
         if line is not None:
             found[f"published BRC, {mode.replace('_', '-')}"] = line, style
     return found
@@ -83,6 +87,7 @@ def _name(panel: Any, title: str, size: float) -> None:
 def _curves(figure: Any, shown: Sequence[Cell], manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Scores over all tasks by steps, figures of the variants, signals, and a small panel for each task."""
     metric: Metric = manifest["metric"]
+    statistic: str = manifest["statistic"]
     tasks = shown[0].tasks
     single = len(tasks) > 1 and all(list(cell.tasks) == list(tasks) for cell in shown)
     small = list(tasks) if single and len(tasks) <= MANY else []
@@ -98,12 +103,14 @@ def _curves(figure: Any, shown: Sequence[Cell], manifest: Mapping[str, Any]) -> 
     unit, unit_name = _unit(last)
     axis = f"environment steps per task ({unit_name})"
     legend: dict[str, Any] = {}
-    behind = _behind(tasks, metric, last)
+    behind = _behind(tasks, metric, last, statistic)
 
     def curves(panel: Any, of: Sequence[str] | None, large: bool) -> None:
         for place, cell in enumerate(shown):
-            legend.setdefault(cell.variant, draw_curve(panel, cell.line(of), unit, _style(place, large)))
-        for name, (line, dash) in (behind if of is None else _behind(of, metric, last)).items():
+            legend.setdefault(
+                cell.variant, draw_curve(panel, cell.line(statistic, of), unit, _style(place, large))
+            )
+        for name, (line, dash) in (behind if of is None else _behind(of, metric, last, statistic)).items():
             style = {"color": GREY, "linewidth": 1.6 if large else 1.0, "zorder": 1.5, "linestyle": dash}
             style |= {"marker": "."} if len(line.steps) == 1 else {}
             legend.setdefault(name, draw_curve(panel, line, unit, style))
@@ -120,7 +127,7 @@ def _curves(figure: Any, shown: Sequence[Cell], manifest: Mapping[str, Any]) -> 
             _reached(panel, shown, level, last, unit, unit_name, metric)
     else:
         panel = figure.add_subplot(first[1])
-        _figures(panel, shown, manifest["last"], metric, behind)
+        _figures(panel, shown, manifest, behind)
         _name(panel, f"at {last / unit:g} {unit_name} of steps", 10)
     for place, name in enumerate(signals):
         panel = figure.add_subplot(first[1 + dots + place])
@@ -138,11 +145,19 @@ def _curves(figure: Any, shown: Sequence[Cell], manifest: Mapping[str, Any]) -> 
         for place, task in enumerate(small):
             panel = figure.add_subplot(grid[place // ACROSS, place % ACROSS])
             curves(panel, [task], False)
-            _name(panel, task, 7.5)
+            _name(panel, task.removeprefix("metaworld/").removesuffix("-v3"), 7.5)
     return legend
 
 
-def _bars(panel: Any, names: Sequence[str], rows: Sequence[tuple[float, float, float] | None], metric: Metric) -> None:
+class Bar(NamedTuple):
+    """A value with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def _bars(panel: Any, names: Sequence[str], rows: Sequence[Bar | None], metric: Metric) -> None:
     """Values with their intervals, one under the other; published ones are grey, None is left out."""
     index = 0
     for place, (name, row) in enumerate(zip(names, rows, strict=True)):
@@ -154,7 +169,8 @@ def _bars(panel: Any, names: Sequence[str], rows: Sequence[tuple[float, float, f
             continue
         value, low, high = row
         if math.isfinite(low):
-            panel.plot([low, high], [place, place], color=colour, linewidth=2.2, alpha=0.45, solid_capstyle="butt")
+            style = {"linewidth": 2.2, "alpha": 0.45, "solid_capstyle": "butt"}
+            panel.plot([low, high], [place, place], color=colour, **style)
         panel.plot([value], [place], marker=marker, color=colour, markersize=5, linestyle="none")
     panel.set_yticks(range(len(names)), names)
     panel.set_ylim(len(names) - 0.4, -0.6)
@@ -168,30 +184,42 @@ def _bars(panel: Any, names: Sequence[str], rows: Sequence[tuple[float, float, f
 
 
 def _figures(
-    panel: Any, shown: Sequence[Cell], last: int, metric: Metric, behind: Mapping[str, tuple[Line, str]]
+    panel: Any, shown: Sequence[Cell], manifest: Mapping[str, Any], behind: Mapping[str, tuple[Line, str]]
 ) -> None:
-    """The IQM of every variant at the end, and of the published curves there."""
-    rows: list[tuple[float, float, float] | None] = [tuple(cell.final(last)["iqm"]) for cell in shown]  # type: ignore[misc]
+    """The score of every variant at the end, with the mean as a ring, and of the published curves there."""
+    metric: Metric = manifest["metric"]
+    final = [cell.final(manifest["last"]) for cell in shown]
+    rows: list[Bar | None] = [Bar(*each[manifest["statistic"]]) for each in final]
     names = [cell.variant for cell in shown]
     for name, (line, _) in behind.items():
-        names.append(f"{name.replace(' BRC, ', ', ')}{'' if line.steps[-1] == shown[0].steps[-1] else f' ({line.steps[-1]:,.0f})'}")
-        rows.append((float(line.mean[-1]), float(line.low[-1]), float(line.high[-1])))
+        early = "" if line.steps[-1] == shown[0].steps[-1] else f"\nat {line.steps[-1]:,.0f}"
+        names.append(f"{name.replace(' BRC, ', ',' + chr(10))}{early}")
+        rows.append(Bar(float(line.mean[-1]), float(line.low[-1]), float(line.high[-1])))
     _bars(panel, names, rows, metric)
+    if manifest["statistic"] != "mean":
+        for place, each in enumerate(final):
+            _ring(panel, each["mean"].value, place)
     panel.set_xlabel(AXIS[metric], fontsize=8)
+
+
+def _ring(panel: Any, value: float, place: int) -> None:
+    style = {"marker": "o", "markersize": 6, "fillstyle": "none", "linestyle": "none"}
+    panel.plot([value], [place], color=COLOURS[place % len(COLOURS)], markeredgewidth=0.9, **style)
 
 
 def _reached(
     panel: Any, shown: Sequence[Cell], level: float, last: float, unit: float, unit_name: str, metric: Metric
 ) -> None:
-    """Steps to a level; a variant whose median run does not get there is at the right edge, hollow."""
-    rows: list[tuple[float, float, float] | None] = []
+    """Steps to a level, of the median run; a bar that leaves the panel has no end."""
+    rows: list[Bar | None] = []
     for place, cell in enumerate(shown):
         found = median_step(cell.reached(level))
         values = [last * 1.08 if each is None else float(each) for each in found]
-        rows.append(None if found[0] is None else (values[0] / unit, values[1] / unit, values[2] / unit))
+        rows.append(None if found[0] is None else Bar(*(value / unit for value in values)))
         if found[0] is None:
-            text = "never" if found[1] is None else f"mostly never (from {found[1] / unit:g})"
-            panel.text(last / unit, place, text, ha="right", va="center", fontsize=8, color=COLOURS[place % len(COLOURS)])
+            text = "not reached" if found[1] is None else f"not reached by most (from {found[1] / unit:g})"
+            style = {"ha": "right", "va": "center", "fontsize": 8, "color": COLOURS[place % len(COLOURS)]}
+            panel.text(last / unit, place, text, **style)
     _bars(panel, [cell.variant for cell in shown], rows, "return")
     panel.set_xlim(0, 1.1 * last / unit)
     panel.set_xlabel(f"steps per task ({unit_name})", fontsize=8)
@@ -199,7 +227,7 @@ def _reached(
 
 
 def _sizes(figure: Any, shown: Sequence[Cell], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores by the critic's parameters: a panel for one agent with all tasks, and one for an agent per task."""
+    """Scores by the critics' parameters: a panel for one agent of all tasks, one for an agent per task."""
     metric: Metric = manifest["metric"]
     kinds = [alone for alone in (False, True) if any(cell.alone == alone for cell in shown)]
     figure.set_size_inches(4.2 * len(kinds) + 0.3, 3.4)
@@ -214,7 +242,7 @@ def _sizes(figure: Any, shown: Sequence[Cell], manifest: Mapping[str, Any]) -> d
             points = sorted(cells.get(alone, ()), key=lambda cell: cell.parameters)
             if not points:
                 continue
-            found = np.array([cell.final(manifest["last"])["iqm"] for cell in points])
+            found = np.array([cell.final(manifest["last"])[manifest["statistic"]] for cell in points])
             value, low, high = np.where(np.isnan(found), found[:, :1], found).T
             sizes = np.array([cell.parameters for cell in points], float)
             line = Line(sizes, value, low, high, np.ones(len(sizes), bool))
@@ -237,9 +265,9 @@ def _groups(figure: Any, shown: Sequence[Cell], manifest: Mapping[str, Any]) -> 
     figure.set_size_inches(1.2 + 2.3 * len(groups), 1.2 + 0.28 * len(variants))
     panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
     for panel, group in zip(panels, groups, strict=True):
-        found = {cell.variant: cell.final(manifest["last"])["iqm"] for cell in shown if cell.group == group}
-        rows = [tuple(found[name]) if name in found else None for name in variants]
-        _bars(panel, variants, rows, metric)  # type: ignore[arg-type]
+        cells = {cell.variant: cell for cell in shown if cell.group == group}
+        found = {name: cell.final(manifest["last"])[manifest["statistic"]] for name, cell in cells.items()}
+        _bars(panel, variants, [Bar(*found[name]) if name in found else None for name in variants], metric)
         panel.locator_params(axis="x", nbins=4)
         panel.set_xlabel(AXIS[metric], fontsize=8)
         _name(panel, group, 10)

@@ -7,6 +7,7 @@ interval of a bootstrap that draws seeds anew for each task (Agarwal et al. 2021
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from brc_fast.runs.scores import COVERAGE, RESAMPLES, Estimate, aggregate
 from .execute import record, status, totals
 from .study import Run
 
+STATISTICS = ("iqm", "mean")
 REACHED = (0.5, 0.8)  # of the score's scale: the steps to get there are told
 
 
@@ -46,14 +48,10 @@ class Cell:
     shown: bool
     alone: bool
 
-    def line(self, tasks: Sequence[str] | None = None) -> Line:
-        """IQM over these tasks, by default all, at every step, with its interval."""
+    def line(self, statistic: str, tasks: Sequence[str] | None = None) -> Line:
+        """A statistic over these tasks, by default all, at every step, with its interval."""
         places = [self.tasks.index(task) for task in (tasks or self.tasks)]
-        found = np.array([aggregate(each[places])["iqm"] for each in self.scores])
-        mean, low, high = found.T
-        single = np.isnan(low)  # of one seed there is no interval
-        bounds = np.where(single, mean, low), np.where(single, mean, high)
-        return Line(self.steps, mean, *bounds, np.ones(len(self.steps), bool))
+        return statistic_line(self.steps, self.scores[:, places], statistic)
 
     def final(self, last: int) -> dict[str, Estimate]:
         """Statistics of the runs' figures, the means of their last evaluations."""
@@ -65,6 +63,13 @@ class Cell:
         return [first_step(self.steps, values, level) for values in self.scores.mean(1).T]
 
 
+def statistic_line(steps: Array, scores: NDArray[np.float64], statistic: str) -> Line:
+    """Of scores [P, T, S] at every step [P]; of one seed the interval is the value itself."""
+    value, low, high = np.array([aggregate(each)[statistic] for each in scores]).T
+    low, high = (np.where(np.isnan(bound), value, bound) for bound in (low, high))
+    return Line(steps, value, low, high, np.ones(len(steps), bool))
+
+
 def first_step(steps: Array, values: Array, level: float) -> int | None:
     """The first step at which a curve [P] is at the level or above; None where it never is."""
     above = np.flatnonzero(values >= level)
@@ -72,8 +77,8 @@ def first_step(steps: Array, values: Array, level: float) -> int | None:
 
 
 def median_step(steps: Sequence[int | None]) -> list[int | None]:
-    """Median over seeds with the bounds of its 95% bootstrap interval. Never is later than any step: with None
-    a bound says that the level need not be reached. Of two middle values the later one counts."""
+    """Median over seeds with the bounds of its 95% bootstrap interval. None, never, is later than any step;
+    of two middle values the later one counts."""
     values = np.array([math.inf if step is None else step for step in steps])
     rng = np.random.default_rng(0)
     drawn = values[rng.integers(len(values), size=(RESAMPLES, len(values)))]
@@ -107,7 +112,7 @@ def _cell(root: Path, manifest: Mapping[str, Any], runs: Sequence[Run]) -> Cell 
     seeds = sorted({run.seed for run in kept})
     steps = sorted(set.intersection(*(set(steps) for steps, _ in curves.values())))
     values = [[curves[task, seed] for seed in seeds] for task in tasks]
-    scores = np.array([[[dict(zip(*each, strict=True))[step] for each in row] for row in values] for step in steps])
+    scores = np.array([[_at(steps, each) for each in row] for row in values]).transpose(2, 0, 1)
     signals = {name: [_signal(root, run, name) for run in kept] for name in manifest["signals"]}
     signals = {name: found for name, found in signals.items() if all(steps for steps, _ in found)}
     first = kept[0]
@@ -126,6 +131,12 @@ def _cell(root: Path, manifest: Mapping[str, Any], runs: Sequence[Run]) -> Cell 
     )
 
 
+def _at(steps: Sequence[int], series: Series) -> list[float]:
+    """The values of a curve at these of its steps."""
+    values = dict(zip(*series, strict=True))
+    return [values[step] for step in steps]
+
+
 def _signal(root: Path, run: Run, name: str) -> Series:
     rows = [row for row in read_rows(RunFolder(root / run.name).metrics) if row.get(name) is not None]
     return [row["step"] for row in rows], [float(row[name]) for row in rows]
@@ -134,7 +145,7 @@ def _signal(root: Path, run: Run, name: str) -> Series:
 def signal_line(series: Sequence[Series]) -> Line:
     """Mean over seeds at the steps that all have, with the interval of its bootstrap."""
     shared = sorted(set.intersection(*(set(steps) for steps, _ in series)))
-    values = np.array([[dict(zip(*each, strict=True))[step] for step in shared] for each in series])  # [S, P]
+    values = np.array([_at(shared, each) for each in series])  # [S, P]
     rng = np.random.default_rng(0)
     drawn = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
     low, high = np.quantile(drawn, ((1 - COVERAGE) / 2, (1 + COVERAGE) / 2), axis=0)
@@ -150,30 +161,36 @@ def parameters(folder: RunFolder) -> int:
     return sum(math.prod(kind.shape) for name, kind in kinds.items() if name.startswith("critic/"))
 
 
-def published_line(tasks: Sequence[str], metric: Metric, mode: published.Mode, until: float) -> Line | None:
-    """IQM of the published runs over the same tasks, up to a step; None where a task has no curve, or none in
-    this metric."""
-    curves = [published.curve(task, mode) for task in tasks]
-    steps = None if None in curves else curves[0].steps  # type: ignore[union-attr]
-    if steps is None or metric not in ("normalized", published.score_unit(tasks[0])):
+def published_scores(
+    tasks: Sequence[str], metric: Metric, mode: published.Mode, until: float
+) -> tuple[Array, NDArray[np.float64]] | None:
+    """Steps [P] and scores [P, T, S] of the published runs of the same tasks, up to a step; None where a task
+    has no curve, or none in this metric or on a known axis."""
+    curves = [each for task in tasks if (each := published.curve(task, mode)) is not None]
+    if len(curves) < len(tasks) or len({each.suite for each in curves}) > 1:
         return None
-    found = [curve for curve in curves if curve is not None]
-    if any(curve.suite != found[0].suite for curve in found) or metric == "normalized" and found[0].suite != "metaworld":
+    steps = curves[0].steps
+    if steps is None or published.score_unit(tasks[0]) != metric or steps[0] > until:
         return None
     kept = steps <= until
-    if not kept.any():
-        return None
-    scores = np.stack([curve.scores[:, kept] for curve in found])  # [T, S, P]
-    lines = np.array([aggregate(scores[..., point])["iqm"] for point in range(scores.shape[-1])])
-    return Line(steps[kept].astype(float), *lines.T, np.ones(int(kept.sum()), bool))
+    return steps[kept].astype(np.float64), np.stack([each.scores[:, kept].T for each in curves], axis=1)
+
+
+def published_line(
+    tasks: Sequence[str], metric: Metric, mode: published.Mode, until: float, statistic: str
+) -> Line | None:
+    """A statistic of `published_scores`."""
+    found = published_scores(tasks, metric, mode, until)
+    return None if found is None else statistic_line(*found, statistic)
 
 
 def report(root: Path, manifest: Mapping[str, Any], found: Sequence[Cell]) -> dict[str, Any]:
-    """All that was found, as JSON: scores as [value, low, high], low and high null where there is one seed."""
+    """All that was found, as JSON: scores are [value, low, high], the bounds null where there is one seed."""
     runs = list(manifest["runs"].values())
     ended = {run.name: status(root, run) for run in runs}
-    out: dict[str, Any] = {name: manifest[name] for name in ("study", "about", "metric")}
-    out["figure"] = f"mean of the last {manifest['last']} evaluations" if manifest["last"] > 1 else "last evaluation"
+    out: dict[str, Any] = {name: manifest[name] for name in ("study", "about", "metric", "statistic")}
+    last = manifest["last"]
+    out["figure"] = f"mean of the last {last} evaluations" if last > 1 else "last evaluation"
     out["results"] = [_result(cell, manifest) for cell in found]
     out["published"] = _published(manifest, found)
     out["failed"] = {name: each.told for name, each in ended.items() if each.kind == "failed"}
@@ -217,7 +234,7 @@ def _result(cell: Cell, manifest: Mapping[str, Any]) -> dict[str, Any]:
     out |= {"settings": dict(cell.runs[0].settings), "critic_parameters": cell.parameters}
     out |= {name: _estimate(each) for name, each in cell.final(manifest["last"]).items()}
     out["by_task"] = {task: values.tolist() for task, values in zip(cell.tasks, final, strict=True)}
-    out["curve"] = _line(cell.line())
+    out["curve"] = {name: _line(cell.line(name)) for name in STATISTICS}
     out["curves"] = {
         task: [[round(x, 6) for x in seed] for seed in cell.scores[:, place].T.tolist()]
         for place, task in enumerate(cell.tasks)
@@ -234,15 +251,18 @@ def _result(cell: Cell, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _published(manifest: Mapping[str, Any], found: Sequence[Cell]) -> list[dict[str, Any]]:
     """Curves of the same tasks, to the step that ours reach."""
+    metric: Metric = manifest["metric"]
+    modes: tuple[published.Mode, ...] = ("multi_task", "single_task")
     out: list[dict[str, Any]] = []
     for tasks, until in dict.fromkeys((tuple(cell.tasks), cell.steps[-1]) for cell in found if cell.shown):
-        for mode in ("multi_task", "single_task"):
-            line = published_line(tasks, manifest["metric"], mode, until)  # type: ignore[arg-type]
-            if line is not None:
-                curves = {task: published.curve(task, mode) for task in tasks}  # type: ignore[arg-type]
-                at = len(line.steps)
-                means = {task: each.mean[:at].tolist() for task, each in curves.items() if each is not None}
-                out.append({"mode": mode, "tasks": list(tasks), "curve": _line(line), "by_task": means})
+        for mode in modes:
+            if (told := published_scores(tasks, metric, mode, until)) is None:
+                continue
+            steps, scores = told
+            lines = {name: _line(statistic_line(steps, scores, name)) for name in STATISTICS}
+            means = {task: scores[:, place].mean(1).tolist() for place, task in enumerate(tasks)}
+            seeds = scores.shape[-1]
+            out.append({"mode": mode, "tasks": tasks, "seeds": seeds, "curve": lines, "by_task": means})
     return out
 
 
@@ -254,20 +274,19 @@ def table(told: Mapping[str, Any]) -> str:
         seeds = f"{len(each['seeds'])} seed{'s' * (len(each['seeds']) != 1)}"
         row = [name, _bounds(each["iqm"]), _number(each["mean"][0]), seeds, f"{each['steps']:,} steps"]
         if "steps_to" in each:
-            row += [f"{float(k):.0%} at {_steps(v['median'])}" for k, v in each["steps_to"].items()]
+            row += [f"{float(k):.0%}: {_steps(v['median'])}" for k, v in each["steps_to"].items()]
         rows.append(row)
     for each in told["published"]:
-        last = each["curve"]["values"][-1]
-        step = each["curve"]["steps"][-1]
-        mean = float(np.mean([values[-1] for values in each["by_task"].values()]))
-        mode = each["mode"].replace("_", "-")
-        rows.append([f"published BRC, {mode}", _bounds(last), _number(mean), "", f"{step:,} steps"])
+        iqm, mean = (each["curve"][name]["values"][-1] for name in STATISTICS)
+        step, seeds = each["curve"]["iqm"]["steps"][-1], f"{each['seeds']} seeds"
+        name = f"published BRC, {each['mode'].replace('_', '-')}"
+        rows.append([name, _bounds(iqm), _number(mean[0]), seeds, f"{step:,} steps"])
     if not rows:
         return "no variant has a seed of which all runs are finished"
     head = ["variant", f"IQM of {told['metric']}, 95% interval", "mean"]
-    widths = [max(len(row[place]) for row in [head, *rows] if place < len(row)) for place in range(len(max(rows, key=len)))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in [head, *rows]]
-    return "\n".join(lines)
+    columns = itertools.zip_longest(head, *rows, fillvalue="")
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
 
 
 def _number(value: float) -> str:
@@ -281,5 +300,5 @@ def _bounds(values: Sequence[float | None]) -> str:
 
 
 def _steps(values: Sequence[int | None]) -> str:
-    told = ["never" if each is None else f"{each:,}" for each in values]
+    told = ["not reached" if each is None else f"{each:,}" for each in values]
     return told[0] if len(set(told)) == 1 else f"{told[0]} [{told[1]}, {told[2]}]"

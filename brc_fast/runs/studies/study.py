@@ -104,6 +104,7 @@ class Study:
     variants: Mapping[str, Variant]
     settings: Settings = field(default_factory=dict)  # of all variants
     metric: Metric = "return"
+    statistic: Literal["iqm", "mean"] = "iqm"  # of the picture; the JSON has both
     last: int = 1  # evaluations that the figure of a run is the mean of
     evaluations: int = 10  # of a run
     drawing: Drawing = "curves"
@@ -125,7 +126,11 @@ class Study:
             require_known("only", name, self.variants)
         chosen = set(only or self.variants)
         chosen |= {source for name in chosen if (source := self.variants[name].source)}
-        return [run for seed in range(seeds) for run in self._of_seed(seed) if run.variant in chosen]
+        found = [run for seed in range(seeds) for run in self._of_seed(seed) if run.variant in chosen]
+        names = [run.name for run in found]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise InputError(f"two runs would have the folder {twice}: name variants and tasks otherwise")
+        return found
 
     def _of_seed(self, seed: int) -> Iterator[Run]:
         for name, variant in self.variants.items():
@@ -151,7 +156,7 @@ class Study:
     def manifest(self, runs: Iterable[Run]) -> dict[str, Any]:
         """What study.json keeps of it: all that a report needs besides the runs' own folders."""
         told = {"study": self.name, "about": self.about, "metric": self.metric, "last": self.last}
-        told |= {"drawing": self.drawing, "signals": list(self.signals)}
+        told |= {"statistic": self.statistic, "drawing": self.drawing, "signals": list(self.signals)}
         return {**told, "runs": {run.name: dataclasses.asdict(run) for run in runs}}
 
 
@@ -215,7 +220,7 @@ def _study(name: str, given: dict[str, Any], steps: int | None, tasks: Sequence[
         if value < 1:
             raise InputError(f"{key} must be positive, got {value}")
     settings = named_settings(given.get("settings", {}))
-    return Study(name, given.get("about", ""), {"": group}, variants, settings, metric, **more)
+    return Study(name, given.get("about", ""), {"": group}, variants, settings, metric=metric, **more)
 
 
 def _require_kinds(where: str, table: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
