@@ -145,8 +145,9 @@ class Study:
                 if not variant.alone:
                     yield each
                     continue
+                settings.pop("analysis_every", None)  # there is nothing to compare in an agent of one task
                 for task in tasks:
-                    yield dataclasses.replace(each, tasks=(task,), alone=True)
+                    yield dataclasses.replace(each, tasks=(task,), settings=settings, alone=True)
 
     def _settings(self, steps: int) -> dict[str, Any]:
         every = max(1, steps // self.evaluations)
