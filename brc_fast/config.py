@@ -217,8 +217,8 @@ class TransferConfig:
     """What new tasks begin as, in what tells tasks apart: the mean of the old tasks, an old task by its name,
     or nearest, the old task whose policy has the best return in a trial on the new one."""
     freeze: int = 0
-    """Environment steps per task, after the random ones, in which the body's weights stay as they were, but
-    for those of new columns; output layers and what tells tasks apart learn from the first."""
+    """Environment steps per task, from the first that learns, in which the body's weights stay as they were,
+    but for those of new columns; output layers and what tells tasks apart learn."""
     optimizer: Literal["kept", "fresh"] = "kept"
     """Moments and step count: kept, by name, or fresh."""
     keep_tasks: bool = False
@@ -267,7 +267,8 @@ class TrainConfig:
     steps: int = 1_000_000
     """Length of the run in environment steps per task, summed over its environments."""
     random_steps: int = 5_000
-    """Environment steps per task with uniform random actions before learning starts. BRC: 5000."""
+    """Environment steps per task before learning starts, with uniform random actions or, of an agent that was
+    taken from another run, its own. BRC: 5000."""
     updates_per_step: int = 2
     """Updates after each step of the vector, that is per num_envs transitions of every task. BRC: 2, with
     one environment."""

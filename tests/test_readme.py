@@ -48,7 +48,7 @@ def test_the_examples_of_training_run_one_after_the_other(
 ) -> None:
     require("gym")
     monkeypatch.chdir(tmp_path)
-    train, policy = examples("docs/training.md")
+    train, policy, transfer = examples("docs/training.md")
     run(
         train,
         **{
@@ -57,6 +57,7 @@ def test_the_examples_of_training_run_one_after_the_other(
         },
     )
     assert run(policy)["actions"].shape == (1, 1)
+    assert run(transfer)["grown"].num_tasks == 3
 
 
 def test_the_readme_is_short_and_its_pictures_and_files_exist() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -443,6 +444,16 @@ def test_a_policy_that_lags_begins_as_the_agent_that_was_taken(old: Path) -> Non
     trainer = begun(old, (NEW, WIDE), policy_lag=2)
     assert torch.equal(trainer.lagged.table, trainer.agent.critic.embedding)
     assert all(map(torch.equal, trainer.lagged.actor.parameters(), trainer.agent.actor.parameters()))
+
+
+def test_the_policy_that_was_taken_acts_from_the_first_step(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = begun(old, (NEW, WIDE))
+    monkeypatch.setattr(trainer.env, "reset_tensors", lambda seed: torch.ones(8, 5))
+    expected = copy.deepcopy(trainer.agent).act(torch.ones(8, 5), trainer.task_ids)
+    trainer.collect()
+    assert torch.equal(trainer.replay.all().actions, expected)
 
 
 def test_old_tasks_that_are_kept_go_on_with_their_scale(old: Path) -> None:

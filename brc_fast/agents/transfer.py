@@ -10,11 +10,11 @@
     statistics             of observations go over with the tasks that go on; new ones begin theirs
 
 Moments go over as their parameters do. What is new has a first moment of zero, and the mean of its old
-neighbours' second moments: with zeros its first hundred steps would be up to six times too long, for the step
-count, and with it Adam's bias correction, goes on too.
+neighbours' second moments: the step count goes on too, so that Adam corrects no bias any more, and with zeros
+the first hundred steps of what is new would be 3 to 6.6 times as long as those of a new agent.
 
-Dims: E members, I inputs, K outputs, T tasks.   Source: our own reading of Nauman et al. 2025, section on
-transfer, whose code is not public.
+Dims: E members, I inputs, K outputs, T tasks.   Source: our reading of figure 2 of Nauman et al. 2025, the
+code of which is not public.
 """
 
 from __future__ import annotations

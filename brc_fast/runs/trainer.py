@@ -123,6 +123,7 @@ class Trainer:
         if config.from_run is None:
             return
         folder = RunFolder(config.from_run)
+        folder.require_plain()
         before = folder.config()
         require_alike(config, before)
         going = {task: before.tasks.index(task) for task in self.names if task in before.tasks}
@@ -200,7 +201,7 @@ class Trainer:
             self.observations = start_seen(self.env, self.env.reset_tensors(self.config.seed))
             self.count(self.observations, torch.arange(self.env.num_envs))
         seen = self.observations.to(self.agent.device)
-        random = self.steps < self.config.random_steps
+        random = self.taken is None and self.steps < self.config.random_steps
         policy = self.lagged or self.agent
         self.watch.start()
         sensed = self.agent.sensed(seen)
