@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ class StudyArguments:
     """Where the runs' learners are; at the scale tiny on the CPU."""
     workers: int | None = None
     """Runs at once: as many as there are cores, or GPUs, when not given."""
+    budget: float | None = None
+    """Seconds after which the runs are saved and stopped; the same command goes on."""
     finished: bool = False
     """Make no run, and report what there is."""
     save: str | None = None
@@ -67,8 +70,9 @@ def study(words: Sequence[str]) -> int:
         print(names())
         return 0
     given = parse(StudyArguments, words, "study")
-    for name, value in (("seeds", given.seeds), ("workers", given.workers), ("steps", given.steps)):
-        if value is not None and value < 1:
+    for name in ("seeds", "workers", "steps", "budget"):
+        value = getattr(given, name)
+        if value is not None and not value > 0:
             raise InputError(f"{name} must be positive, got {value}")
     wanted = _study(given)
     root = Path(given.runs) / wanted.name
@@ -92,7 +96,8 @@ def study(words: Sequence[str]) -> int:
         workers = require_memory(configs, workers, device, gpus, given.workers is not None)
         with RunFolder(root).claim():
             manifest = prepare(root, wanted, runs)
-            stopped = Executor(root, device, workers, gpus, _say).execute(runs)
+            seconds = math.inf if given.budget is None else given.budget
+            stopped = Executor(root, device, workers, gpus, seconds=seconds, say=_say).execute(runs)
     found = cells(root, manifest)
     told = report(root, manifest, found)
     write_text(save, json.dumps(told, indent=1) + "\n")

@@ -333,7 +333,7 @@ def _last_step(shown: Sequence[Experiment]) -> int:
 def draw_legend(figure: Any, entries: Mapping[str, Any], captions: Sequence[str]) -> None:
     """Above the panels, under its captions; the figure grows by it."""
     letters = int(14 * figure.get_figwidth())
-    columns = max(1, min(len(entries), letters // (max(map(len, entries)) + 8)))
+    columns = max(1, min(len(entries), letters // (max(map(len, entries), default=0) + 8)))
     title = "; ".join(captions)
     title = title if len(title) < letters else "\n".join(captions)
     rows = math.ceil(len(entries) / columns) + title.count("\n") + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -164,13 +165,24 @@ class Executor:
     Args:
         root: the study's folder.
         device: "cpu", where each run has one thread, or "cuda", where each sees one of `gpus` GPUs.
-        say: takes a line for each run that begins or ends.
+        seconds: after which the runs are stopped, saved.
+        say: takes a line for each run that ends.
+        program: what the words of `brc-fast train` are given to.
     """
 
     def __init__(
-        self, root: Path, device: str, workers: int, gpus: int = 0, say: Callable[[str], object] = print
+        self,
+        root: Path,
+        device: str,
+        workers: int,
+        gpus: int = 0,
+        *,
+        seconds: float = math.inf,
+        say: Callable[[str], object] = print,
+        program: Sequence[str] = (sys.executable, "-m", "brc_fast", "train"),
     ) -> None:
-        self.root, self.device, self.workers, self.gpus, self.say = root, device, workers, gpus, say
+        self.root, self.device, self.workers, self.gpus = root, device, workers, gpus
+        self.end, self.say, self.program = time.monotonic() + seconds, say, program
         self.children: list[Child] = []
         self.ended = 0
 
@@ -187,7 +199,7 @@ class Executor:
             self.say(f"{self.ended} of {total} runs are finished already")
         with StopRequest() as stop:
             try:
-                while (waiting or self.children) and not stop:
+                while (waiting or self.children) and not stop and time.monotonic() < self.end:
                     for child in self.reap():
                         self.ended += 1
                         ended = status(self.root, child.run)
@@ -219,14 +231,14 @@ class Executor:
                 for child in self.children:  # a second signal
                     child.process.kill()
                     child.process.wait()
-        return stop.signal if waiting or stop else None
+        return stop.signal
 
     def begin(self, run: Run) -> None:
         """Start a run's process. It has a process group of its own: a Ctrl-C in the terminal reaches it once,
         from here."""
         log = _beside(self.root, run, ".log")
         fresh = not RunFolder(self.root / run.name).steps()
-        words = [sys.executable, "-m", "brc_fast", "train", *run.words(self.root, self.device, fresh)]
+        words = [*self.program, *run.words(self.root, self.device, fresh)]
         gpu = None
         environment = dict(os.environ)
         if self.device == "cpu":

@@ -12,7 +12,7 @@ import numpy as np
 
 from brc_fast.disk import replace_file
 from brc_fast.errors import MissingExtraError
-from brc_fast.published import Mode
+from brc_fast.published import STEPS_PER_POINT, Mode
 from brc_fast.runs.plot import (
     AXIS,
     COLOURS,
@@ -28,7 +28,16 @@ from brc_fast.runs.plot import (
 
 from .results import REACHED, Cell, median_step, published_line, signal_line
 
-PUBLISHED: dict[Mode, str] = {"multi_task": "-", "single_task": ":"}  # their lines
+PUBLISHED: dict[Mode, dict[str, Any]] = {  # how they are drawn
+    "multi_task": {"linestyle": "-", "marker": ".", "markersize": 6},
+    "single_task": {"linestyle": ":", "marker": "x", "markersize": 4},
+}
+TITLES = {
+    "analysis/spread_td_error": "TD errors, spread over tasks",
+    "analysis/spread_gradient_norm": "gradient norms, spread over tasks",
+    "analysis/spread_entropy": "entropies, spread over tasks",
+    "analysis/gradient_similarity": "cosine similarity of task gradients",
+}
 MANY = 12  # tasks of which each has a panel
 ACROSS = 5  # panels of tasks in a row
 
@@ -44,7 +53,7 @@ def draw(found: Sequence[Cell], manifest: Mapping[str, Any], output: Path) -> No
     seeds = sorted({len(cell.seeds) for cell in shown})
     told = "1 seed" if seeds == [1] else f"{'-'.join(map(str, sorted({seeds[0], seeds[-1]})))} seeds"
     captions = [f"{manifest['study']}: {manifest['about']}" if manifest["about"] else manifest["study"]]
-    statistic = {"iqm": "interquartile mean (ring: mean)", "mean": "mean"}[manifest["statistic"]]
+    statistic = {"iqm": "interquartile mean", "mean": "mean"}[manifest["statistic"]]
     captions += [f"{statistic} over tasks and {told}; band or bar: 95% stratified bootstrap interval"]
     if manifest["drawing"] == "sizes":
         legend = _sizes(figure, shown, manifest)
@@ -52,6 +61,7 @@ def draw(found: Sequence[Cell], manifest: Mapping[str, Any], output: Path) -> No
         legend = _groups(figure, shown, manifest)
     else:
         legend = _curves(figure, shown, manifest)
+        captions += ["ring: mean"] * (manifest["drawing"] == "curves" and manifest["statistic"] != "mean")
     captions += ["published: 25k steps per point (inferred)"] * any("published" in name for name in legend)
     draw_legend(figure, legend, captions)
     drawn = io.BytesIO()
@@ -65,14 +75,14 @@ def _style(place: int, large: bool) -> dict[str, Any]:
 
 
 def _behind(
-    tasks: Sequence[str], metric: Metric, until: float, statistic: str
-) -> dict[str, tuple[Line, str]]:
+    tasks: Sequence[str], manifest: Mapping[str, Any], until: float
+) -> dict[str, tuple[Line, dict[str, Any]]]:
     """Published lines of these tasks, with how they are drawn."""
     found = {}
     for mode, style in PUBLISHED.items():
-        line = published_line(tasks, metric, mode, until, statistic)
+        line = published_line(tasks, manifest["metric"], mode, until, manifest["statistic"])
         if line is not None:
-            found[f"published BRC, {mode.replace('_', '-')}"] = line, style
+            found[f"published BRC, {mode.replace('_', '-')}"] = line, {"color": GREY, "zorder": 1.5, **style}
     return found
 
 
@@ -103,21 +113,20 @@ def _curves(figure: Any, shown: Sequence[Cell], manifest: Mapping[str, Any]) -> 
     unit, unit_name = _unit(last)
     axis = f"environment steps per task ({unit_name})"
     legend: dict[str, Any] = {}
-    behind = _behind(tasks, metric, last, statistic)
+    drawn = math.ceil(last / STEPS_PER_POINT) * STEPS_PER_POINT  # the point after ours ends the line
 
-    def curves(panel: Any, of: Sequence[str] | None, large: bool) -> None:
+    def curves(panel: Any, of: Sequence[str], large: bool) -> None:
         for place, cell in enumerate(shown):
             legend.setdefault(
                 cell.variant, draw_curve(panel, cell.line(statistic, of), unit, _style(place, large))
             )
-        for name, (line, dash) in (behind if of is None else _behind(of, metric, last, statistic)).items():
-            style = {"color": GREY, "linewidth": 1.6 if large else 1.0, "zorder": 1.5, "linestyle": dash}
-            style |= {"marker": "."} if len(line.steps) == 1 else {}
+        for name, (line, style) in _behind(of, manifest, drawn).items():
+            style["linewidth"] = 1.6 if large else 1.0
             legend.setdefault(name, draw_curve(panel, line, unit, style))
         draw_frame(panel, metric, last / unit, large)
 
     panel = figure.add_subplot(first[0])
-    curves(panel, None, True)
+    curves(panel, tasks, True)
     panel.set_xlabel(axis, fontsize=8)
     panel.set_ylabel(AXIS[metric], fontsize=8)
     _name(panel, f"{len(tasks)} tasks" if len(tasks) > 1 else tasks[0], 10)
@@ -127,8 +136,8 @@ def _curves(figure: Any, shown: Sequence[Cell], manifest: Mapping[str, Any]) -> 
             _reached(panel, shown, level, last, unit, unit_name, metric)
     else:
         panel = figure.add_subplot(first[1])
-        _figures(panel, shown, manifest, behind)
-        _name(panel, f"at {last / unit:g} {unit_name} of steps", 10)
+        _figures(panel, shown, manifest, _behind(tasks, manifest, last))
+        _name(panel, f"at {last:,.0f} steps", 10)
     for place, name in enumerate(signals):
         panel = figure.add_subplot(first[1 + dots + place])
         for index, cell in enumerate(shown):
@@ -139,7 +148,7 @@ def _curves(figure: Any, shown: Sequence[Cell], manifest: Mapping[str, Any]) -> 
             panel.set_ylim(auto=True)
             panel.autoscale(axis="y")
         panel.set_xlabel(axis, fontsize=8)
-        _name(panel, name.removeprefix("analysis/").replace("_", " "), 10)
+        _name(panel, TITLES.get(name, name), 10)
     if rows:
         grid = outer[1].subgridspec(rows, ACROSS)
         for place, task in enumerate(small):
@@ -184,7 +193,7 @@ def _bars(panel: Any, names: Sequence[str], rows: Sequence[Bar | None], metric: 
 
 
 def _figures(
-    panel: Any, shown: Sequence[Cell], manifest: Mapping[str, Any], behind: Mapping[str, tuple[Line, str]]
+    panel: Any, shown: Sequence[Cell], manifest: Mapping[str, Any], behind: Mapping[str, tuple[Line, Any]]
 ) -> None:
     """The score of every variant at the end, with the mean as a ring, and of the published curves there."""
     metric: Metric = manifest["metric"]
@@ -192,8 +201,8 @@ def _figures(
     rows: list[Bar | None] = [Bar(*each[manifest["statistic"]]) for each in final]
     names = [cell.variant for cell in shown]
     for name, (line, _) in behind.items():
-        early = "" if line.steps[-1] == shown[0].steps[-1] else f"\nat {line.steps[-1]:,.0f}"
-        names.append(f"{name.replace(' BRC, ', ',' + chr(10))}{early}")
+        early = "" if line.steps[-1] == shown[0].steps[-1] else f" at {line.steps[-1] / 1000:g}k"
+        names.append(f"published,\n{name.rpartition(' ')[2]}{early}")
         rows.append(Bar(float(line.mean[-1]), float(line.low[-1]), float(line.high[-1])))
     _bars(panel, names, rows, metric)
     if manifest["statistic"] != "mean":
@@ -228,6 +237,8 @@ def _reached(
 
 def _sizes(figure: Any, shown: Sequence[Cell], manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Scores by the critics' parameters: a panel for one agent of all tasks, one for an agent per task."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
     metric: Metric = manifest["metric"]
     kinds = [alone for alone in (False, True) if any(cell.alone == alone for cell in shown)]
     figure.set_size_inches(4.2 * len(kinds) + 0.3, 3.4)
@@ -249,8 +260,11 @@ def _sizes(figure: Any, shown: Sequence[Cell], manifest: Mapping[str, Any]) -> d
             legend.setdefault(name, draw_curve(panel, line, 1.0, _style(place, True)))
         draw_frame(panel, metric, 1.0, True)
         panel.set_xscale("log")
-        panel.set_xlim(auto=True)
-        panel.autoscale(axis="x")
+        of = [cell.parameters for cell in shown]
+        panel.set_xlim(min(of) / 1.3, max(of) * 1.3)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xlabel("parameters of the critics", fontsize=8)
         _name(panel, "one agent per task" if alone else "one agent for all tasks", 10)
     panels[0].set_ylabel(AXIS[metric], fontsize=8)

@@ -229,7 +229,8 @@ def _line(line: Line) -> dict[str, Any]:
 
 def _result(cell: Cell, manifest: Mapping[str, Any]) -> dict[str, Any]:
     final = cell.scores[-manifest["last"] :].mean(0)
-    out: dict[str, Any] = {"variant": cell.variant, "group": cell.group, "one_agent_per_task": cell.alone}
+    out: dict[str, Any] = {"variant": cell.variant, "group": cell.group, "shown": cell.shown}
+    out["one_agent_per_task"] = cell.alone
     out |= {"seeds": list(cell.seeds), "tasks": list(cell.tasks), "steps": int(cell.steps[-1])}
     out |= {"settings": dict(cell.runs[0].settings), "critic_parameters": cell.parameters}
     out |= {name: _estimate(each) for name, each in cell.final(manifest["last"]).items()}
@@ -271,6 +272,7 @@ def table(told: Mapping[str, Any]) -> str:
     rows = []
     for each in told["results"]:
         name = "-".join(filter(None, (each["variant"], each["group"])))
+        name += "" if each["shown"] else f" ({len(each['tasks'])} other tasks)"
         seeds = f"{len(each['seeds'])} seed{'s' * (len(each['seeds']) != 1)}"
         row = [name, _bounds(each["iqm"]), _number(each["mean"][0]), seeds, f"{each['steps']:,} steps"]
         if "steps_to" in each:
