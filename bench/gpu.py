@@ -2,7 +2,8 @@
 
     python bench/gpu.py [--parts build limits test kernels update ...] [--budget SECONDS] [--dry]
 
-Builds the package into .site, measures the machine's limits, runs `pytest -m gpu`, then the benchmarks, and
+Builds the package into .site, measures the machine's limits, runs `pytest -m gpu`, then the benchmarks, then
+the studies of docs/studies.md at the scale small, which go on where an earlier call's budget ended them, and
 writes bench/results/gpu-<part>.json. Each part is a process of its own: what breaks one, or the GPU's state
 in it, does not reach the others. None takes more than nine minutes, its start included; what it had measured
 until then stays. What is not installed is skipped with its reason. `--dry` runs the same on the CPU at tiny
@@ -28,6 +29,7 @@ from harness import RESULTS, ROOT, Parser, seconds, write
 
 END = 540.0  # seconds after which a part is stopped
 DRY_SECONDS = 4.0
+STUDY = "study-"  # how the parts begin that are one
 
 
 class Part(NamedTuple):
@@ -57,6 +59,10 @@ PARTS = {  # what matters most first
         "--device cpu --tasks mjx/CartpoleSwingup --num-envs 4",
     ),
     "train": Part("mujoco_playground", 60.0, "--device cuda", "--device cpu"),
+    **{
+        f"{STUDY}{name}": Part("envpool", 420.0, "--scale small", "--scale tiny --steps 200")
+        for name in ("loss", "headline", "metaworld", "conditioning", "transfer", "scaling")
+    },
 }
 
 
@@ -83,6 +89,11 @@ def command(part: str, seconds: float, dry: bool, path: Path) -> list[str]:
             words += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
         return [sys.executable, "-P", "-c", code, *words, *files]
     options = PARTS[part].dry if dry else PARTS[part].gpu
+    if part.startswith(STUDY):
+        folder = ROOT / "build" / ("gpu-dry-studies" if dry else "gpu-studies")
+        words = ["study", part.removeprefix(STUDY), *options.split(), "--runs", str(folder)]
+        words += ["--budget", f"{seconds:g}", "--save", str(path)]
+        return [sys.executable, "-P", "-m", "brc_fast", *words]
     words = [*options.split(), "--budget", f"{seconds:g}", "--save", str(path.with_suffix(""))]
     return [sys.executable, str(ROOT / f"bench/bench_{part}.py"), *words]
 

@@ -39,13 +39,30 @@ def test_no_part_takes_more_than_nine_minutes_and_a_budget_replaces_its_own(
 def test_every_command_is_a_script_with_options_that_it_knows(dry: bool, tmp_path: Path) -> None:
     for part in gpu.PARTS:
         command = gpu.command(part, 7.0, dry, tmp_path / f"gpu-{part}.json")
-        if part in ("build", "test"):
+        if part in ("build", "test") or part.startswith(gpu.STUDY):
             continue
         _, script, *words = command
         assert Path(script).is_file()
         told = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True).stdout
         assert all(word in told for word in words if word.startswith("--")), (part, words)
         assert words[-4:] == ["--budget", "7", "--save", str(tmp_path / f"gpu-{part}")]
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_every_study_is_one_that_exists_with_options_that_it_knows(dry: bool, tmp_path: Path) -> None:
+    require("train")
+    from brc_fast.command.arguments import parse
+    from brc_fast.command.study import StudyArguments
+    from brc_fast.runs.studies.named import STUDIES
+
+    parts = [part for part in gpu.PARTS if part.startswith(gpu.STUDY)]
+    assert {part.removeprefix(gpu.STUDY) for part in parts} == STUDIES.keys() - {"defaults"}
+    for part in parts:
+        *_, module, command = (words := gpu.command(part, 7.0, dry, tmp_path / f"{part}.json"))[:5]
+        assert (module, command) == ("brc_fast", "study")
+        given = parse(StudyArguments, words[5:], "study")
+        assert (given.study, given.budget) == (part.removeprefix(gpu.STUDY), 7.0)
+        assert given.scale == ("tiny" if dry else "small")
 
 
 @pytest.mark.exhaustive

@@ -48,6 +48,8 @@ RUNS_UNDER = {
     "brc_fast/runs/metrics.py": ("train",),
     "brc_fast/runs/plot.py": ("train",),
     "brc_fast/command/progress.py": ("train",),
+    "brc_fast/command/study.py": ("train",),
+    "brc_fast/runs/studies/picture.py": ("train",),
     "brc_fast/runs/video.py": ("video",),
     "brc_fast/runs/weights_and_biases.py": ("wandb",),
 }

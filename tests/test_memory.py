@@ -249,6 +249,7 @@ def test_the_least_plan_asks_for_no_more_than_the_plan() -> None:
         ({"replay_capacity": 10**8}, "the replay does not fit: .* lower --replay-capacity$"),
         ({"num_envs": 2**20}, "the environments do not fit: .* lower --num-envs$"),
         ({"eval_envs": 2**20}, "the evaluation does not fit: .* lower --eval-envs"),
+        ({"tasks": ("metaworld/reach-v3",), "eval_envs": 200}, "the evaluation does not fit: .*6.00 GB"),
         ({"critic": CriticConfig(width=2**17)}, "the learner does not fit: .* lower --critic.width or"),
     ],
 )

@@ -330,6 +330,28 @@ def test_a_signal_or_a_spent_budget_ends_the_runs_saved_and_a_later_call_goes_on
     assert record(root, runs[0])["wall_seconds"] > 0.1, "of both processes"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not hear of its parent's end")
+def test_runs_are_saved_when_the_study_itself_is_killed(tmp_path: Path, program: list[str]) -> None:
+    root = tmp_path / "s"
+    runs = study(slow=Variant()).runs(1)
+    prepare(root, study(slow=Variant()), runs)
+    pid = os.fork()
+    if not pid:
+        try:
+            Executor(root, "cpu", 1, program=program, say=lambda _: None).execute(runs)
+        finally:
+            os._exit(0)
+    end = time.monotonic() + 20.0
+    while not (root / "events").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    while [what for what, *_ in events(root)] != ["begins", "stopped"]:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def interrupt_once(file: Path) -> None:
     while not (file.exists() and file.read_text().endswith("\n")):
         time.sleep(0.02)

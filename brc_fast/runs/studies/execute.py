@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import math
@@ -37,6 +38,8 @@ TOLD = (
 )  # settings that change nothing of what is learned
 TAIL = 2**16  # bytes of a log that are looked through for its last line
 POLL = 0.05  # seconds
+TRAIN = (sys.executable, *["-P"] * sys.flags.safe_path, "-m", "brc_fast", "train")
+PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux
 PATIENCE = 600.0  # seconds that a run may take to save
 PROCESS = 400_000_000  # bytes of Python, torch and a simulator in a process, at least, measured
 
@@ -179,7 +182,7 @@ class Executor:
         *,
         seconds: float = math.inf,
         say: Callable[[str], object] = print,
-        program: Sequence[str] = (sys.executable, "-m", "brc_fast", "train"),
+        program: Sequence[str] = TRAIN,
     ) -> None:
         self.root, self.device, self.workers, self.gpus = root, device, workers, gpus
         self.end, self.say, self.program = time.monotonic() + seconds, say, program
@@ -234,8 +237,8 @@ class Executor:
         return stop.signal
 
     def begin(self, run: Run) -> None:
-        """Start a run's process. It has a process group of its own: a Ctrl-C in the terminal reaches it once,
-        from here."""
+        """Start a run's process. It has a session of its own: a Ctrl-C in the terminal reaches it once, from
+        here."""
         log = _beside(self.root, run, ".log")
         fresh = not RunFolder(self.root / run.name).steps()
         words = [*self.program, *run.words(self.root, self.device, fresh)]
@@ -257,6 +260,7 @@ class Executor:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         self.children.append(Child(process, run, time.monotonic(), log, place, gpu))
 
@@ -287,6 +291,15 @@ class Executor:
             write_text(
                 _beside(self.root, run, ".json"), json.dumps({**about, "error": error}, indent=1) + "\n"
             )
+
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+    """Let this process save and end when the one that started it is killed."""
+    if _libc is not None:
+        _libc.prctl(PARENT_DEATH, int(signal.SIGTERM))
 
 
 def _last_line(log: Path, place: int) -> str:
