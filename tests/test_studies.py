@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -151,6 +152,19 @@ def test_a_toml_file_is_a_study(tmp_path: Path) -> None:
     assert (narrow.steps, narrow.settings["eval_every"], wide.steps) == (40, 20, 20)
     assert after.source == "wide-seed0"
     assert from_toml(file, steps=10, tasks=[REACH]).runs(1)[0].tasks == (REACH,)
+
+
+def test_the_document_s_study_is_one_and_its_tables_name_what_there_is(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "studies.md").read_text()
+    (tmp_path / "mine.toml").write_text(text.split("```toml\n")[1].split("```")[0])
+    mine = from_toml(tmp_path / "mine.toml")
+    assert {run.variant for run in mine.runs(1)} == {"narrow", "wide", "single", "moved"}
+    assert mine.metric == "success"
+    for name, scale in itertools.product(STUDIES, SCALES):
+        assert f"| `{name}` |" in text
+        assert f"`{scale}`" in text
+    for name in ("headline", "loss", "conditioning", "transfer"):
+        assert all(f"`{variant}`" in text for variant in STUDIES[name].variants(SCALES["tiny"]))
 
 
 @pytest.mark.parametrize(
