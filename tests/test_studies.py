@@ -251,6 +251,13 @@ def test_every_run_of_every_study_has_settings_that_train_takes_and_its_study_s_
                 )
 
 
+def test_other_tasks_are_told_in_their_own_metric() -> None:
+    assert named("loss").metric == "success"
+    other = named("loss", tasks=["gym/Pendulum-v1"], steps=120)
+    assert other.metric == "return"
+    assert {(run.tasks, run.steps) for run in other.runs(1)} == {(("gym/Pendulum-v1",), 120)}
+
+
 def test_held_out_tasks_are_none_of_those_learned_before() -> None:
     for scale in SCALES:
         runs = {run.variant: run for run in named("transfer", scale).runs(1)}
@@ -334,7 +341,7 @@ def test_a_signal_or_a_spent_budget_ends_the_runs_saved_and_a_later_call_goes_on
     waits = threading.Thread(target=interrupt_once, args=(root / "events",))
     if why == "signal":
         waits.start()
-    seconds = 0.5 if why == "budget" else 60.0
+    seconds = 3.0 if why == "budget" else 60.0
     run_it = Executor(root, "cpu", 1, seconds=seconds, program=program, say=lambda _: None).execute
     assert run_it(runs) == (signal.SIGINT if why == "signal" else None)
     assert [what for what, *_ in events(root)] == ["begins", "stopped"]

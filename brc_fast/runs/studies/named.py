@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from brc_fast.config import TrainConfig, flat, preset, require_known
 from brc_fast.envs import expand, list_tasks
 
-from .study import Drawing, Group, Settings, Study, Variant
+from .study import Drawing, Group, Settings, Study, Variant, metric_of
 
 RATE = "learning.learning_rate"
 SPREADS = ("analysis/spread_td_error", "analysis/spread_gradient_norm", "analysis/spread_entropy")
@@ -205,7 +205,7 @@ def named(name: str, scale: str = "tiny", steps: int | None = None, tasks: Seque
         {"": group},
         variants,
         settings,
-        metric="success",
+        metric=metric_of(group.tasks),
         # the published table is of means
         statistic="mean" if name == "metaworld" else "iqm",
         evaluations=evaluations,

@@ -51,7 +51,7 @@ class Cell:
     def line(self, statistic: str, tasks: Sequence[str] | None = None) -> Line:
         """A statistic over these tasks, by default all, at every step, with its interval."""
         places = [self.tasks.index(task) for task in (tasks or self.tasks)]
-        return statistic_line(self.steps, self.scores[:, places], statistic)
+        return lines(self.steps, self.scores[:, places])[statistic]
 
     def final(self, last: int) -> dict[str, Estimate]:
         """Statistics of the runs' figures, the means of their last evaluations."""
@@ -63,11 +63,14 @@ class Cell:
         return [first_step(self.steps, values, level) for values in self.scores.mean(1).T]
 
 
-def statistic_line(steps: Array, scores: NDArray[np.float64], statistic: str) -> Line:
-    """Of scores [P, T, S] at every step [P]; of one seed the interval is the value itself."""
-    value, low, high = np.array([aggregate(each)[statistic] for each in scores]).T
-    low, high = (np.where(np.isnan(bound), value, bound) for bound in (low, high))
-    return Line(steps, value, low, high, np.ones(len(steps), bool))
+def lines(steps: Array, scores: NDArray[np.float64]) -> dict[str, Line]:
+    """The STATISTICS of scores [P, T, S] at every step [P]; of one seed the interval is the value itself."""
+    found, out = [aggregate(each) for each in scores], {}
+    for name in STATISTICS:
+        value, low, high = np.array([each[name] for each in found]).T
+        low, high = (np.where(np.isnan(bound), value, bound) for bound in (low, high))
+        out[name] = Line(steps, value, low, high, np.ones(len(steps), bool))
+    return out
 
 
 def first_step(steps: Array, values: Array, level: float) -> int | None:
@@ -181,7 +184,7 @@ def published_line(
 ) -> Line | None:
     """A statistic of `published_scores`."""
     found = published_scores(tasks, metric, mode, until)
-    return None if found is None else statistic_line(*found, statistic)
+    return None if found is None else lines(*found)[statistic]
 
 
 def report(root: Path, manifest: Mapping[str, Any], found: Sequence[Cell]) -> dict[str, Any]:
@@ -235,7 +238,7 @@ def _result(cell: Cell, manifest: Mapping[str, Any]) -> dict[str, Any]:
     out |= {"settings": dict(cell.runs[0].settings), "critic_parameters": cell.parameters}
     out |= {name: _estimate(each) for name, each in cell.final(manifest["last"]).items()}
     out["by_task"] = {task: values.tolist() for task, values in zip(cell.tasks, final, strict=True)}
-    out["curve"] = {name: _line(cell.line(name)) for name in STATISTICS}
+    out["curve"] = {name: _line(line) for name, line in lines(cell.steps, cell.scores).items()}
     out["curves"] = {
         task: [[round(x, 6) for x in seed] for seed in cell.scores[:, place].T.tolist()]
         for place, task in enumerate(cell.tasks)
@@ -260,10 +263,10 @@ def _published(manifest: Mapping[str, Any], found: Sequence[Cell]) -> list[dict[
             if (told := published_scores(tasks, metric, mode, until)) is None:
                 continue
             steps, scores = told
-            lines = {name: _line(statistic_line(steps, scores, name)) for name in STATISTICS}
+            drawn = {name: _line(line) for name, line in lines(steps, scores).items()}
             means = {task: scores[:, place].mean(1).tolist() for place, task in enumerate(tasks)}
             seeds = scores.shape[-1]
-            out.append({"mode": mode, "tasks": tasks, "seeds": seeds, "curve": lines, "by_task": means})
+            out.append({"mode": mode, "tasks": tasks, "seeds": seeds, "curve": drawn, "by_task": means})
     return out
 
 

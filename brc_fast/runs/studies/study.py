@@ -161,6 +161,11 @@ class Study:
         return {**told, "runs": {run.name: dataclasses.asdict(run) for run in runs}}
 
 
+def metric_of(tasks: Sequence[str]) -> Metric:
+    """What the published scores of these tasks are; where they differ, or there are none, the return."""
+    return "success" if all(score_unit(task) == "success" for task in tasks) else "return"
+
+
 def require_name(what: str, name: str) -> None:
     if not NAME.fullmatch(name):
         raise InputError(f"{what} must be named by letters, digits, '.', '+' and '-', got {name!r:.80}")
@@ -213,8 +218,7 @@ def _study(name: str, given: dict[str, Any], steps: int | None, tasks: Sequence[
     if steps is None and "steps" not in given:
         raise InputError("it has no steps: add a line such as steps = 30_000")
     group = Group(chosen, given["steps"] if steps is None else steps)
-    successes = all(score_unit(task) == "success" for task in group.tasks)
-    metric = given.get("metric", "success" if successes else "return")
+    metric = given.get("metric", metric_of(group.tasks))
     require_known("metric", metric, ("return", "success", "normalized"))
     more = {key: given[key] for key in ("last", "evaluations") if key in given}
     for key, value in more.items():
