@@ -471,9 +471,9 @@ def test_the_report_has_the_interquartile_mean_over_tasks_and_seeds(
         assert curve["steps"] == [25, 50, 75, 100]
         first = [rate(run, task, 25) for run in runs if run.variant == variant for task in run.tasks]
         assert curve["values"][0][0] == pytest.approx(interquartile_mean(first), abs=1e-6)
-    # a: 0.425, 0.475 and 0.625 at step 75, and 0.125 more at 100
-    assert found["a"]["steps_to"]["0.5"]["seeds"] == [100, 100, 75]
-    assert found["a"]["steps_to"]["0.5"]["median"] == [100, 75, 100]
+    # a: 0.3, 0.35 and 0.5 at step 50, and 0.125 more at every further one
+    assert found["a"]["steps_to"]["0.5"]["seeds"] == [100, 100, 50]
+    assert found["a"]["steps_to"]["0.5"]["median"] == [100, 50, 100]
     assert found["a"]["steps_to"]["0.8"] == {"seeds": [None] * 3, "median": [None] * 3}
     assert found["b"]["critic_parameters"] == 1000
     assert found["b"]["signals"]["analysis/gradient_similarity"]["values"][0] == [0.1, 0.0, 0.2]
