@@ -495,6 +495,10 @@ def test_the_json_and_the_picture_come_from_the_folders_alone(
     assert found["commits"] == ["abc"]
     assert (found["wall_seconds"], found["cpu_seconds"]) == (18.0, 13.5)
     assert found["runs"]["b-seed2"]["state"] == "finished"
+    command = found["runs"]["b-seed2"]["command"]
+    assert command[:4] == ["brc-fast", "train", REACH, PUSH]
+    assert {"--run=mine-tiny/b-seed2", "--batch-size=8"} <= {*command}
+    assert str(tmp_path) not in json.dumps(found), "nothing of where it was run"
     assert not found["unfinished"]
     drawn = (tmp_path / "o.svg").read_text()
     assert all(

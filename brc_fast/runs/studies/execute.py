@@ -286,7 +286,6 @@ class Executor:
         seconds = {"wall_seconds": round(before.get("wall_seconds", 0.0) + wall, 1)}
         seconds["cpu_seconds"] = round(before.get("cpu_seconds", 0.0) + cpu, 1)
         about: dict[str, Any] = {**seconds, "machine": machine(self.device), "commit": commit()}
-        about["command"] = ["brc-fast", "train", *run.words(self.root, self.device)]
         with contextlib.suppress(OSError):  # of a full disk the run itself has told
             write_text(
                 _beside(self.root, run, ".json"), json.dumps({**about, "error": error}, indent=1) + "\n"

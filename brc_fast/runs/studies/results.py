@@ -25,7 +25,7 @@ from brc_fast.runs.metrics import read_rows
 from brc_fast.runs.plot import Array, Line, Metric, Series, evaluations
 from brc_fast.runs.scores import COVERAGE, RESAMPLES, Estimate, aggregate
 
-from .execute import record, status, totals
+from .execute import Status, record, status, totals
 from .study import Run
 
 STATISTICS = ("iqm", "mean")
@@ -202,12 +202,16 @@ def report(root: Path, manifest: Mapping[str, Any], found: Sequence[Cell]) -> di
     out["machines"] = _different(each.get("machine") for each in records.values())
     out["commits"] = _different(each.get("commit") for each in records.values())
     out |= totals(root, runs)
-    out["runs"] = {
-        name: {"state": ended[name].kind}
-        | {key: told.get(key) for key in ("wall_seconds", "cpu_seconds", "commit", "command")}
-        for name, told in records.items()
-    }
+    out["runs"] = {run.name: _told(run, ended[run.name], records[run.name], root) for run in runs}
     return out
+
+
+def _told(run: Run, ended: Status, noted: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """State, cost and origin of a run; its folder is told from the one that holds the study's."""
+    device = "cuda" if "gpu" in noted.get("machine", {}) else "cpu"
+    known = {key: noted.get(key) for key in ("wall_seconds", "cpu_seconds", "commit")}
+    words = run.words(Path(root.name), device)
+    return {"state": ended.kind, **known, "command": ["brc-fast", "train", *words]}
 
 
 def _different(values: Any) -> list[Any]:
