@@ -17,7 +17,7 @@ from brc_fast import kernels
 from brc_fast.agents.brc import BRC
 from brc_fast.batch import Batch, require_shape
 from brc_fast.learner.precision import products
-from brc_fast.nn.losses import Backup
+from brc_fast.nn.losses import Backup, reduced
 from brc_fast.nn.modules import Critic
 
 __all__ = ["Signals", "Similarity", "gradient_similarity", "task_signals"]
@@ -37,8 +37,8 @@ class Signals(NamedTuple):
 
     similarity:     of the gradients
     td_error:       [T], mean over members and rows of |Q - (r + discount * mask * (Q' - alpha log pi))|, with
-                    Q' the mean of the target's members (reduction "min": the lowest), in units of the scaled
-                    return; nothing is clipped to the support
+                    Q' the mean of the target's members (reduction "min": the lowest, "own": each its own), in
+                    units of the scaled return; nothing is clipped to the support
     gradient_norm:  [T], L2 norm of the task's gradient
     entropy:        [T], mean over members and rows of the predicted distribution's, in nats; None with a loss
                     that has no distribution
@@ -152,9 +152,7 @@ def _signals(agent: BRC, batch: Batch, reward_scale: Tensor | None, seed: int) -
 def _td_error(agent: BRC, out: Tensor, next_out: Tensor, backup: Backup) -> Tensor:
     """0-d: see `Signals`."""
     values, members = (agent.loss.values(x, agent.atoms) for x in (out, next_out))
-    lowest = agent.critic_config.reduction == "min"
-    next_values = members.amin(0) if lowest else members.mean(0)
-    soft = next_values - backup.alpha * backup.next_log_probs
+    soft = reduced(members, agent.critic_config.reduction) - backup.alpha * backup.next_log_probs
     return (values - (backup.rewards + backup.discounts * soft)).abs().mean()
 
 

@@ -81,28 +81,44 @@ class CriticConfig:
     depth: int = 2  # residual blocks, or layers of an mlp. BRC
     members: int = 2  # E, networks with their own weights. BRC
     num_atoms: int = 101  # K, atoms of the return distribution. BRC
-    v_max: float = 10.0  # the support is [-v_max, v_max], in units of the scaled return. BRC
+    v_max: float = 10.0  # the support is [v_min, v_max], in units of the scaled return. BRC
+    v_min: float | None = None  # -v_max where it is not given. BRC
+    ends: Literal["atoms", "edges"] = "atoms"  # on v_min and v_max: atoms (BRC), or edges of bins around them
     embedding_size: int = 32  # D, task embedding, only with several tasks. BRC
     embedding_norm: Literal["l2", "l1"] = "l2"  # l2: BRC's code; l1: reported of its paper
     body: str = "bronet"  # bronet, simba or mlp. BRC: bronet
     loss: str = "categorical"  # categorical or mse, which has no distribution. BRC: categorical
-    reduction: Literal["mean", "min"] = "mean"  # of the members' values, in targets and for the actor. BRC
+    reduction: Literal["mean", "min", "own"] = "mean"  # of members' values; own: each has its target. BRC
     conditioning: str = "embedding"  # of tasks: embedding, heads, one_hot or none. BRC: embedding
 
     def __post_init__(self) -> None:
         for name, known in (("body", BODIES), ("loss", LOSSES), ("conditioning", CONDITIONINGS)):
             require_known(name, getattr(self, name), known)
-        require_known("reduction", self.reduction, ("mean", "min"))
+        require_known("reduction", self.reduction, ("mean", "min", "own"))
+        require_known("ends", self.ends, ("atoms", "edges"))
         if self.loss == "mse":
-            _only_with(self, "loss", "categorical", "num_atoms")
+            _only_with(self, "loss", "categorical", "num_atoms", "v_min", "ends")
         if self.conditioning != "embedding":
             _only_with(self, "conditioning", "embedding", "embedding_size", "embedding_norm")
-        _positive(self, "width", "members", "v_max", "embedding_size")
+        _positive(self, "width", "members", "embedding_size")
+        _finite(self, "v_max")
+        if self.v_min is None:
+            _positive(self, "v_max")
+        else:
+            _finite(self, "v_min")
+            if not self.v_min < self.v_max:
+                raise InputError(f"v_min must be below v_max, got {self.v_min} and {self.v_max}")
         _require(self, "0 or more", self.depth >= 0, "depth")
         _require(self, "at least 2", self.num_atoms >= 2, "num_atoms")
         _limited(self, LARGEST, "width", "num_atoms", "embedding_size")
         _limited(self, MOST_NETWORKS, "depth", "members")
-        _finite(self, "v_max")
+
+    @property
+    def support(self) -> tuple[float, float]:
+        """The first and the last atom."""
+        low, high = -self.v_max if self.v_min is None else self.v_min, self.v_max
+        half_a_bin = (high - low) / self.num_atoms / 2 if self.ends == "edges" else 0.0
+        return low + half_a_bin, high - half_a_bin
 
 
 @dataclass(frozen=True)
@@ -307,6 +323,11 @@ class TrainConfig:
         _positive(self, "eval_episodes", "report_every", "checkpoint_every")
         if self.critic.loss == "mse" and not self.reward_scale:
             _only_with(self.critic, "loss", "categorical", "v_max")
+        if self.reward_scale and self.critic.v_min not in (None, -self.critic.v_max):
+            raise InputError(
+                f"reward_scale fits returns into [-v_max, v_max], and v_min is {self.critic.v_min}: leave v_min"
+                " out, or give --no-reward-scale"
+            )
         for name, value in vars(self.transfer).items() if self.from_run is None else ():
             if value != getattr(TransferConfig, name):
                 raise InputError(

@@ -37,8 +37,16 @@ ALLOWED = [
 ]
 
 
-def learner(body: str, loss: str, reduction: Any, how: str, tasks: int, **options: Any) -> BRC:
-    sizes = {} if loss == "mse" else {"num_atoms": ATOMS}
+def learner(
+    body: str,
+    loss: str,
+    reduction: Any,
+    how: str,
+    tasks: int,
+    support: dict[str, Any] | None = None,
+    **options: Any,
+) -> BRC:
+    sizes = {} if loss == "mse" else {"num_atoms": ATOMS, **(support or {})}
     size = {"embedding_size": 4} if how == "embedding" else {}
     return BRC(
         OBSERVED,
@@ -105,7 +113,12 @@ class Plain:
             for name, p in getattr(of, net).named_parameters()
         }
         self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.p.items()}
-        self.z = None if of.atoms is None else torch.linspace(-10, 10, ATOMS, dtype=torch.float64)
+        self.low, self.high = self.config.v_min, self.config.v_max
+        self.low = -self.high if self.low is None else self.low
+        if self.config.ends == "edges":  # middles of bins
+            half = (self.high - self.low) / (2 * ATOMS)
+            self.low, self.high = self.low + half, self.high - half
+        self.z = None if of.atoms is None else torch.linspace(self.low, self.high, ATOMS, dtype=torch.float64)
         self.steps = 0
 
     def network(self, net: str, parts: list[Tensor], ids: Tensor, outs: int) -> Tensor:
@@ -148,7 +161,8 @@ class Plain:
                 self.p[name] -= rule.learning_rate * change
 
     def update(self, batch: Batch, next_noise: Tensor, noise: Tensor) -> None:
-        rule, ids, least = self.of.learning, batch.task_ids, self.config.reduction == "min"
+        rule, ids, how = self.of.learning, batch.task_ids, self.config.reduction
+        least, own = how == "min", how == "own"
         self.steps += 1
         alpha = self.p["temperature/log_alpha"].exp().detach()
         with torch.no_grad():
@@ -156,15 +170,16 @@ class Plain:
             next_out, next_q = self.q("target_critic", batch.next_observations, actions, ids)
             discount = rule.discount * batch.masks
             if self.z is None:
-                q = next_q.amin(0) if least else next_q.mean(0)
+                q = next_q if own else next_q.amin(0) if least else next_q.mean(0)
                 target = batch.rewards + discount * (q - alpha * log_probs)
             else:
                 probs = next_out.softmax(-1)
-                probs = probs[next_q.argmin(0), torch.arange(ROWS)] if least else probs.mean(0)
+                if not own:
+                    probs = probs[next_q.argmin(0), torch.arange(ROWS)] if least else probs.mean(0)
                 y = self.z - (alpha * log_probs)[:, None]
-                y = (batch.rewards[:, None] + discount[:, None] * y).clamp(-10, 10)
-                share = 1 - (y[:, :, None] - self.z).abs() / (20 / (ATOMS - 1))
-                target = (probs[:, :, None] * share.clamp(min=0)).sum(1)
+                y = (batch.rewards[:, None] + discount[:, None] * y).clamp(self.low, self.high)
+                share = 1 - (y[:, :, None] - self.z).abs() / ((self.high - self.low) / (ATOMS - 1))
+                target = (probs[..., None] * share.clamp(min=0)).sum(-2)
         out, q = self.q("critic", batch.observations, batch.actions, ids)
         if self.z is None:
             loss = (q - target).square().mean(-1).sum()
@@ -187,8 +202,56 @@ class Plain:
 def test_three_updates_are_those_of_autograd(
     body: str, loss: str, reduction: str, how: str, tasks: int
 ) -> None:
-    agent = learner(body, loss, reduction, how, tasks, dtype=torch.float64)
-    plain, (data, noise) = Plain(agent), batches(3, tasks)
+    assert_updates_are_those_of_autograd(learner(body, loss, reduction, how, tasks, dtype=torch.float64))
+
+
+SUPPORTS = [
+    ("own", "categorical", {}),
+    ("own", "mse", {}),
+    ("mean", "categorical", {"v_min": -1.0, "v_max": 4.0}),
+    ("min", "categorical", {"v_min": -2.5, "v_max": 0.0}),
+    ("own", "categorical", {"v_min": 0.5, "v_max": 1.5, "ends": "edges"}),
+    ("mean", "categorical", {"v_max": 2.0, "ends": "edges"}),
+]
+
+
+@pytest.mark.parametrize("how", ["embedding", "heads"])
+@pytest.mark.parametrize(("reduction", "loss", "support"), SUPPORTS)
+def test_three_updates_with_another_support_or_target_are_those_of_autograd(
+    reduction: str, loss: str, support: dict[str, Any], how: str
+) -> None:
+    """Rewards of size 1: much of a target's mass is clipped."""
+    assert_updates_are_those_of_autograd(
+        learner("bronet", loss, reduction, how, 3, support, dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize(("reduction", "loss", "support"), SUPPORTS)
+def test_compiled_passes_know_other_supports_and_targets(
+    reduction: str, loss: str, support: dict[str, Any]
+) -> None:
+    """float32 on a CPU, also what is replayed, against float64."""
+    fast, slow = (
+        learner("bronet", loss, reduction, "embedding", 3, support, dtype=dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    slow.load_state_dict(fast.state_dict())
+    data, noise = batches(3, 3)
+    few = data.map(lambda x: x.float() if x.is_floating_point() else x)
+    wanted = slow.update(data, noise)
+    got = fast.update(few, Noise(*(x.float() for x in noise)))
+    for name in ("critic_loss", "critic_gradient_norm", "q_mean"):
+        assert got[name].item() == pytest.approx(wanted[name].item(), rel=2e-4, abs=2e-4), name
+    state = slow.state_dict()
+    for name, value in fast.state_dict().items():
+        if name.startswith("critic/"):
+            torch.testing.assert_close(value.double(), state[name].double(), rtol=1e-3, atol=1e-3, msg=name)
+    for _ in range(3):
+        assert all(value.isfinite() for value in fast.update(few).values())
+
+
+def assert_updates_are_those_of_autograd(agent: BRC) -> None:
+    plain, (data, noise) = Plain(agent), batches(3, agent.num_tasks)
     start = {name: p.detach().clone() for name, p in plain.p.items()}
     agent.update(data, noise)
     for update in range(3):
@@ -242,10 +305,18 @@ def test_the_critic_alone_has_the_gradient_of_its_loss(body: str, loss: str, how
         assert (own_grad - grad).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize(("body", "loss", "how"), list(itertools.product(BODY, LOSS, TASKS)))
-def test_an_update_is_what_a_cuda_graph_can_hold(body: str, loss: str, how: str) -> None:
+@pytest.mark.parametrize(
+    ("body", "loss", "how", "reduction", "support"),
+    [
+        *((*each, "min", {}) for each in itertools.product(BODY, LOSS, TASKS)),
+        *(("bronet", loss, "embedding", reduction, support) for reduction, loss, support in SUPPORTS),
+    ],
+)
+def test_an_update_is_what_a_cuda_graph_can_hold(
+    body: str, loss: str, how: str, reduction: str, support: dict[str, Any]
+) -> None:
     """Nothing waits for the device, and every call is the same operations on the same memory."""
-    agent = learner(body, loss, "min", how, 3)
+    agent = learner(body, loss, reduction, how, 3, support)
     data, _ = batches(2, 3, torch.float32)
     slots, seen = [*data.columns, torch.ones(3)], []
     with kernels.use("reference"), torch.no_grad():
@@ -264,7 +335,13 @@ def test_an_update_is_what_a_cuda_graph_can_hold(body: str, loss: str, how: str)
         ({"body": "simbaa"}, ("body", "simba, ", "'simbaa'")),
         ({"loss": "mes"}, ("loss", "mse, categorical", "'mes'")),
         ({"conditioning": "onehot"}, ("conditioning", "one_hot, ", "'onehot'")),
-        ({"reduction": "max"}, ("reduction", "mean", "min")),
+        ({"reduction": "max"}, ("reduction", "mean", "min", "own")),
+        ({"ends": "bins"}, ("ends", "atoms", "edges")),
+        ({"v_min": 10.0}, ("v_min", "below v_max", "10.0")),
+        ({"v_min": 3.0, "v_max": 2.0}, ("v_min", "below v_max", "3.0", "2.0")),
+        ({"v_min": float("nan")}, ("v_min", "finite")),
+        ({"v_max": -1.0}, ("v_max", "positive")),
+        ({"loss": "mse", "v_min": 0.0}, ("v_min", "categorical", "mse")),
         ({"loss": "mse", "num_atoms": 51}, ("num_atoms", "categorical", "mse")),
         ({"conditioning": "heads", "embedding_size": 8}, ("embedding_size", "embedding", "heads")),
     ],
@@ -292,6 +369,10 @@ def test_a_support_without_a_scale_or_a_distribution_is_refused() -> None:
     with pytest.raises(InputError, match="v_max"):
         TrainConfig(critic=CriticConfig(loss="mse", v_max=5.0), reward_scale=False)
     TrainConfig(critic=CriticConfig(loss="mse", v_max=5.0))  # the scale of rewards has a use for it
+    with pytest.raises(InputError, match=r"reward_scale .* v_min is 0.0: .*--no-reward-scale"):
+        TrainConfig(critic=CriticConfig(v_min=0.0))
+    TrainConfig(critic=CriticConfig(v_min=0.0), reward_scale=False)
+    TrainConfig(critic=CriticConfig(v_min=-10.0))
 
 
 def test_the_target_of_a_categorical_critic_is_refused_where_there_is_none() -> None:
@@ -301,9 +382,12 @@ def test_the_target_of_a_categorical_critic_is_refused_where_there_is_none() -> 
         agent.critic_target(data.update(0), noise.next_action[0])
 
 
-@pytest.mark.parametrize("reduction", ["mean", "min"])
-def test_the_target_is_the_distribution_that_the_update_regresses_on(reduction: str) -> None:
-    agent = learner("bronet", "categorical", reduction, "embedding", 3, dtype=torch.float64)
+@pytest.mark.parametrize("support", [{}, {"v_min": -1.0, "v_max": 4.0}])
+@pytest.mark.parametrize("reduction", ["mean", "min", "own"])
+def test_the_target_is_the_distribution_that_the_update_regresses_on(
+    reduction: str, support: dict[str, Any]
+) -> None:
+    agent = learner("bronet", "categorical", reduction, "embedding", 3, support, dtype=torch.float64)
     data, noise = batches(1, 3)
     batch = data.update(0)
     target = agent.critic_target(batch, noise.next_action[0])

@@ -52,7 +52,7 @@ class CriticTarget(NamedTuple):
     next_actions: Tensor  # [B, A]
     next_log_probs: Tensor  # [B]
     next_logits: Tensor  # [E, B, K]
-    probs: Tensor  # [B, K]
+    probs: Tensor  # [B, K]; with reduction "own" [E, B, K]
 
 
 class BRC(Acting, Agent):
@@ -307,10 +307,10 @@ class BRC(Acting, Agent):
     @torch.no_grad()
     def critic_target(self, batch: Batch, noise: Tensor) -> CriticTarget:
         """Soft categorical Bellman target; probabilities are averaged over members (with reduction "min" they
-        are those of the member with the lowest value).
+        are those of the member with the lowest value, with "own" each member has its own).
 
         a'     ~ pi(.|s'),   p = mean_e softmax(Q'_e(s', a'))
-        y_k    = clip(r + discount * mask * (z_k - alpha * log pi(a'|s')), -v_max, v_max)
+        y_k    = clip(r + discount * mask * (z_k - alpha * log pi(a'|s')), v_min, v_max)
         target = project(p, from y, onto z)
         """
         if self.atoms is None or not isinstance(self.loss, Categorical):
@@ -322,15 +322,8 @@ class BRC(Acting, Agent):
         )
         seen = self.normalized(batch.next_observations, batch.task_ids)
         next_logits = self.target_critic(seen, next_actions, batch.task_ids)
-        probs = kernels.categorical_target(
-            self.loss.target(next_logits, self.atoms),
-            batch.rewards,
-            self.learning.discount * batch.masks,
-            next_log_probs,
-            self.alpha,
-            self.atoms,
-            self.v_max,
-        )
+        backup = Backup(batch.rewards, self.learning.discount * batch.masks, next_log_probs, self.alpha)
+        probs = self.loss.target(next_logits, backup, self.atoms)
         return CriticTarget(next_actions, next_log_probs, next_logits, probs)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ Dims: E members, B rows, K outputs of a member.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +68,12 @@ class CriticLoss(Protocol):
         """Losses, and the gradient of scale * their sum, [E, B, columns], zero beyond the outputs."""
         ...
 
+    def regression(
+        self, out: Tensor, values: Tensor, support: Tensor | None, encoding: str | None, sigma: float | None
+    ) -> Tensor:
+        """Losses [E, B] towards values [B] or [E, B], with gradients; see `Critic.regression_loss`."""
+        ...
+
     def policy_and_gradient(
         self, out: Tensor, support: Tensor | None, *, columns: int
     ) -> tuple[Tensor, Tensor]:
@@ -80,25 +86,62 @@ class Categorical:
     """Cross-entropy of a categorical distribution of the return, projected onto the support.
 
     The target's probabilities are averaged over its members; with reduction="min" they are those of the
-    member with the lowest value. Source: Nauman et al. 2025, arXiv:2505.23150.
+    member with the lowest value, and with "own" each member has those of its own target.
+    Source: Nauman et al. 2025, arXiv:2505.23150; of "min", Seo et al. 2025, arXiv:2505.22642.
     """
 
     def __init__(self, config: CriticConfig) -> None:
-        self.outputs, self.v_max, self.reduction = config.num_atoms, config.v_max, config.reduction
+        self.outputs, self.reduction = config.num_atoms, config.reduction
+        self.low, self.high = config.support
+        self.middle, self.half = (self.low + self.high) / 2, (self.high - self.low) / 2
+        self.edges = None if config.ends == "atoms" else 2 * self.half / (self.outputs - 1)  # width of a bin
 
     def support(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-        return torch.linspace(-self.v_max, self.v_max, self.outputs, device=device, dtype=dtype)
+        return torch.linspace(self.low, self.high, self.outputs, device=device, dtype=dtype)
 
     def values(self, out: Tensor, support: Tensor | None) -> Tensor:
         assert support is not None
         return kernels.expected_value(out, support)
 
-    def target(self, next_out: Tensor, support: Tensor) -> Tensor:
+    def _members(self, next_out: Tensor, support: Tensor) -> Tensor:
         """Logits of the members [E', B, K] whose mean distribution is the target's."""
-        if self.reduction == "mean":
+        if self.reduction != "min":
             return next_out
         lowest = self.values(next_out, support).argmin(0)
         return next_out.gather(0, lowest[None, :, None].expand(1, *next_out.shape[1:]))
+
+    def _target(self, next_out: Tensor, backup: Backup, support: Tensor) -> tuple[Any, ...]:
+        """What makes the target, as kernels take it: of a support around 0.
+
+            y - m = r + (s - 1) m + s (z - m - alpha log pi),   m its middle
+
+        With reduction "own" rows are those of all members, one after the other.
+        """
+        rewards, discounts, log_probs, alpha = backup
+        if self.middle:
+            rewards = rewards + (discounts - 1.0) * self.middle
+            like: dict[str, Any] = {"device": support.device, "dtype": support.dtype}
+            support = torch.linspace(-self.half, self.half, self.outputs, **like)
+        logits = self._members(next_out, support)
+        if self.reduction == "own":
+            logits = _as_rows(logits)
+            rewards, discounts, log_probs = (x.repeat(len(next_out)) for x in (rewards, discounts, log_probs))
+        return logits, rewards, discounts, log_probs, alpha, support, self.half
+
+    def target(self, next_out: Tensor, backup: Backup, support: Tensor) -> Tensor:
+        """Probabilities [B, K] that the outputs regress on; with reduction "own" [E, B, K]."""
+        probs = kernels.categorical_target(*self._target(next_out, backup, support))
+        return probs.view(next_out.shape) if self.reduction == "own" else probs
+
+    def clipped_share(self, next_out: Tensor, backup: Backup, support: Tensor) -> Tensor:
+        """Mass of the target that lies beyond the support before it is clipped, [B]; "own": [E, B]."""
+        wide = torch.promote_types(next_out.dtype, torch.float32)
+        probs = self._members(next_out, support).to(wide).softmax(-1)
+        probs = probs if self.reduction == "own" else probs.mean(0)
+        rewards, discounts, log_probs, alpha = backup
+        y = torch.addcmul(rewards[:, None], discounts[:, None], support - (alpha * log_probs)[:, None])
+        slack = 1e-6 * self.half  # rounding is no clip
+        return (probs * ((y < self.low - slack) | (y > self.high + slack))).sum(-1)
 
     def bellman(
         self,
@@ -108,8 +151,9 @@ class Categorical:
         support: Tensor | None,
     ) -> Tensor:
         assert support is not None
-        target = self.target(next_out, support)
-        return kernels.categorical_bellman_loss(out, target, *backup, support, self.v_max)
+        rows = _as_rows(out) if self.reduction == "own" else out
+        losses = kernels.categorical_bellman_loss(rows, *self._target(next_out, backup, support))
+        return losses.view(out.shape[:-1])
 
     def bellman_and_gradient(
         self,
@@ -122,25 +166,53 @@ class Categorical:
         columns: int,
     ) -> tuple[Tensor, Tensor]:
         assert support is not None
-        given = *backup, support, self.v_max
-        target = self.target(next_out, support)
-        return kernels.categorical_bellman_loss_and_gradient(
-            out, target, *given, scale=scale, columns=columns
+        rows = _as_rows(out) if self.reduction == "own" else out
+        losses, dout = kernels.categorical_bellman_loss_and_gradient(
+            rows, *self._target(next_out, backup, support), scale=scale, columns=columns
         )
+        return losses.view(out.shape[:-1]), dout.view(*out.shape[:-1], columns)
+
+    def regression(
+        self, out: Tensor, values: Tensor, support: Tensor | None, encoding: str | None, sigma: float | None
+    ) -> Tensor:
+        if encoding not in (None, "two_hot", "hl_gauss"):
+            raise ValueError(f"encoding must be two_hot or hl_gauss, got {encoding!r}")
+        if encoding != "hl_gauss":
+            if sigma is not None:
+                raise ValueError("sigma is of the encoding hl_gauss alone")
+            return kernels.two_hot_cross_entropy(out, values - self.middle, self.half)
+        sigma = 0.75 * 2 * self.half / (self.outputs - 1) if sigma is None else sigma
+        if self.edges is None:
+            return kernels.hl_gauss_cross_entropy(out, values - self.middle, self.half, sigma)
+        if not 0.0 < sigma < float("inf"):
+            raise ValueError(f"sigma must be positive and finite, got {sigma}")
+        target = self._in_bins(values, sigma)
+        shared = target.dim() < out.dim()
+        losses = kernels.categorical_cross_entropy(out if shared else _as_rows(out), target.flatten(0, -2))
+        return losses.view(out.shape[:-1])
+
+    def _in_bins(self, values: Tensor, sigma: float) -> Tensor:
+        """A normal's mass [.., K] in K bins between the ends of the support, over that in all of them."""
+        assert self.edges is not None
+        low, high = self.low - self.edges / 2, self.high + self.edges / 2
+        edges = torch.linspace(low, high, self.outputs + 1, dtype=torch.float64, device=values.device)
+        values = values.detach().double().clamp(low, high).unsqueeze(-1)
+        below = torch.special.ndtr((edges - values) / sigma)
+        return below.diff() / (below[..., -1:] - below[..., :1])
 
     def policy_and_gradient(
         self, out: Tensor, support: Tensor | None, *, columns: int
     ) -> tuple[Tensor, Tensor]:
         assert support is not None
         members, rows = out.shape[:2]
-        shared = members if self.reduction == "mean" else 1
-        scale = -1.0 / (shared * rows)
+        lowest = self.reduction == "min"
+        scale = -1.0 / ((1 if lowest else members) * rows)
         q, dout = kernels.expected_value_and_gradient(out, support, scale=scale, columns=columns)
-        return (q, dout) if self.reduction == "mean" else _lowest(q, dout)
+        return _lowest(q, dout) if lowest else (q, dout)
 
 
 class MeanSquared:
-    """Squared error of a value, against the mean or the minimum of the target's members.
+    """Squared error of a value, against the mean or the minimum of the target's members, or each its own.
 
     Sources: Haarnoja et al. 2018, arXiv:1812.05905; of the minimum, Fujimoto et al. 2018, arXiv:1802.09477.
     """
@@ -162,7 +234,7 @@ class MeanSquared:
     ) -> Tensor:
         wide = torch.promote_types(out.dtype, torch.float32)
         members = next_out.squeeze(-1).to(wide)
-        next_q = members.mean(0) if self.reduction == "mean" else members.amin(0)
+        next_q = reduced(members, self.reduction)
         rewards, discounts, next_log_probs, alpha = backup
         return out.squeeze(-1).to(wide) - (rewards + discounts * (next_q - alpha * next_log_probs))
 
@@ -190,14 +262,35 @@ class MeanSquared:
         dout[..., 0] = 2.0 * scale * error
         return error.square(), dout
 
+    def regression(
+        self, out: Tensor, values: Tensor, support: Tensor | None, encoding: str | None, sigma: float | None
+    ) -> Tensor:
+        if encoding is not None or sigma is not None:
+            raise ValueError(f"encoding {encoding} and sigma {sigma} are of the loss categorical, not of mse")
+        wide = torch.promote_types(out.dtype, torch.float32)
+        return (out.squeeze(-1).to(wide) - values.detach()).square()
+
     def policy_and_gradient(
         self, out: Tensor, support: Tensor | None, *, columns: int
     ) -> tuple[Tensor, Tensor]:
         members, rows = out.shape[:2]
         dout = out.new_zeros(members, rows, columns)
-        dout[..., 0].fill_(-1.0 / ((members if self.reduction == "mean" else 1) * rows))
+        lowest = self.reduction == "min"
+        dout[..., 0].fill_(-1.0 / ((1 if lowest else members) * rows))
         q = out.squeeze(-1)
-        return (q, dout) if self.reduction == "mean" else _lowest(q, dout)
+        return _lowest(q, dout) if lowest else (q, dout)
+
+
+def reduced(members: Tensor, reduction: str) -> Tensor:
+    """The target's value [B] of those of its members [E, B], which "own" leaves as they are."""
+    if reduction == "own":
+        return members
+    return members.mean(0) if reduction == "mean" else members.amin(0)
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """[E, B, K] as the rows of one member, [1, E * B, K]."""
+    return x.reshape(1, -1, x.shape[-1])
 
 
 def _lowest(q: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
