@@ -304,6 +304,17 @@ _pack_op = Op("pack_inputs", _pack, _pack_fake, _keep, _gradients)
 _pack_into_op = InPlaceOp("pack_inputs_into", _pack_into, ("out",))
 
 
+def check_ids(ids: Tensor, count: int, name: str = "task_ids", letter: str = "T") -> None:
+    """IndexError for integers outside [0, count), where they are on the host and in a plain call: a GPU would
+    have to be waited for."""
+    if not ids.is_cpu or observed(ids) or native.recording() or not ids.numel():
+        return
+    low, high = (int(x) for x in ids.aminmax())
+    if low < 0 or high >= count:
+        wrong = low if low < 0 else high
+        raise IndexError(f"{name} must be in [0, {letter}) = [0, {count}), got {wrong}")
+
+
 def _check_embedding(table: Tensor, task_ids: Tensor, norm: str) -> None:
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
@@ -337,11 +348,12 @@ def normalized_embedding(
         [.., D] of the dtype of the table, which gets its gradient.
     Raises:
         ValueError for another norm, shape or device, TypeError for ids of another dtype, IndexError on a CPU
-        for an id of T or more.
+        for an id outside.
     Source: Nauman et al. 2025, arXiv:2505.23150.
     """
     _check_embedding(table, task_ids, norm)
     if not takes_kernels(impl, table):
+        check_ids(task_ids, len(table))
         return reference.normalized_embedding(table, task_ids, norm)
     out: Tensor = _pack_op(None, None, table, task_ids, norm, table.shape[1], table.dtype)
     return out
@@ -374,7 +386,7 @@ def normalized_embedding_backward(
         [T, D] of the dtype of the table, or out.
     Raises:
         ValueError for another norm, shape, device or for gaps in out, TypeError for ids or an out of another
-        dtype, IndexError on a CPU for an id of T or more.
+        dtype, IndexError on a CPU for an id outside.
     Source: Nauman et al. 2025, arXiv:2505.23150.
     """
     _check_embedding(table, task_ids, norm)
@@ -390,6 +402,7 @@ def normalized_embedding_backward(
             return _compiled_gradient(
                 grad, table, task_ids, norm, torch.empty_like(table) if out is None else out
             )
+        check_ids(task_ids, len(table))
         with torch.no_grad():
             return reference.normalized_embedding_backward(grad, table, task_ids, norm, out=out)
     if out is None:
@@ -430,7 +443,7 @@ def pack_inputs(
     Raises:
         ValueError for shapes, a width, a norm or devices that do not fit, TypeError for ids of another dtype
         or a result of a dtype that is none of float32, bfloat16, float16 and float64, or not that of out,
-        IndexError on a CPU for an id of T or more, RuntimeError for an out where a gradient is wanted.
+        IndexError on a CPU for an id outside, RuntimeError for an out where a gradient is wanted.
     Source: Nauman et al. 2025, arXiv:2505.23150.
     """
     if not observations.dim():
@@ -470,6 +483,8 @@ def pack_inputs(
         if _compiled_takes(impl, parts, task_ids if table is not None else None, made):
             place = observations.new_empty(*rows, full, dtype=made) if out is None else out
             return _compiled_pack(observations, actions, table, task_ids, norm, place)
+        if table is not None and task_ids is not None:
+            check_ids(task_ids, len(table))
         return reference.pack_inputs(
             observations, actions, table, task_ids, norm, width=width, dtype=dtype, out=out
         )

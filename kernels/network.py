@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import reference
 from .runtime import native
-from .runtime.dispatch import chosen, observed, takes_kernels
+from .runtime.dispatch import casts, chosen, observed, takes_kernels
 from .runtime.library import Op
 from .runtime.twins import twin
 from .stages import (
@@ -274,7 +274,7 @@ _transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _serves_cpu(impl: str | None, *tensors: Tensor) -> bool:
     """Whether a CPU's compiled passes do it: in a plain call, or compiled by torch.compile. What is exported
     has to run without this package, and torch.func wants the twin."""
-    if chosen(impl) != "auto" or torch.is_autocast_enabled("cpu") or not native.serves(*tensors):
+    if chosen(impl) != "auto" or casts("cpu") or not native.serves(*tensors):
         return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting() and not _transformed()
@@ -310,7 +310,7 @@ def network(
         wanted = f"[B, I] or [N, B, I] with N = {networks}, I = {inputs}"
         raise ValueError(f"x must have shape {wanted}, got {list(x.shape)}")
     given, kind = [parameters[name] for name in names_of(stages)], x.device.type
-    kernels, cast = takes_kernels(impl, x, *given), torch.is_autocast_enabled(kind)
+    kernels, cast = takes_kernels(impl, x, *given), casts(kind)
     if kernels and cast:
         dtype = torch.get_autocast_dtype(kind)
         x, given = x.to(dtype), [p.to(dtype) if p.dim() == 3 else p for p in given]

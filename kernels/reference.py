@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .runtime.dispatch import casts
+
 if TYPE_CHECKING:
     from .stages import Stage
 
@@ -262,7 +264,7 @@ def categorical_bellman_loss_and_gradient(
 
 def _mean(probs: Tensor, atoms: Tensor) -> Tensor:
     """[.., K] -> [..]; autocast would compute the product of matrices in fewer bits."""
-    if torch.is_autocast_enabled(probs.device.type):
+    if casts(probs.device.type):
         return (probs * atoms).sum(-1)
     return probs @ atoms
 

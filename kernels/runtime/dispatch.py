@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "INTERPRETED",
     "Launch",
+    "casts",
     "chosen",
     "launch",
     "observed",
@@ -115,6 +116,11 @@ def unwatched() -> bool:
     return not watched() and _recorder is None and _watcher is None
 
 
+def casts(device: str) -> bool:
+    """Whether autocast is on for this type of device; it does not know meta."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def takes_kernels(impl: str | None, *tensors: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> bool:
     """Whether an op on these tensors, whose kernels take these dtypes, runs them (True) or its twin (False).
 
@@ -148,8 +154,7 @@ def takes_kernels(impl: str | None, *tensors: Tensor, dtypes: Sequence[torch.dty
 
 
 def _transformed() -> bool:
-    """Inside of torch.func's transforms, of forward-mode AD or of torch.jit's tracer, which the twins serve in
-    full."""
+    """Inside of torch.func's transforms, forward-mode AD or torch.jit's tracer, which the twins serve."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
