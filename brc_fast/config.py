@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from .errors import InputError
 
 Precision = Literal["fp32", "tf32", "bf16"]
+Reduction = Literal["mean", "min", "own"]
 LARGEST = 2**20  # size of a network, or number of environments or updates; beyond, bytes would overflow
 MOST_NETWORKS = 1_000  # of an ensemble, and blocks of a network: each is an object of its own
 BODIES = ["bronet", "simba", "mlp"]  # names of bodies; nn.bodies has the networks
@@ -88,13 +89,13 @@ class CriticConfig:
     embedding_norm: Literal["l2", "l1"] = "l2"  # l2: BRC's code; l1: reported of its paper
     body: str = "bronet"  # bronet, simba or mlp. BRC: bronet
     loss: str = "categorical"  # categorical or mse, which has no distribution. BRC: categorical
-    reduction: Literal["mean", "min", "own"] = "mean"  # of members' values; own: each has its target. BRC
+    reduction: Reduction = "mean"  # of members' values; own: each has its target. BRC
     conditioning: str = "embedding"  # of tasks: embedding, heads, one_hot or none. BRC: embedding
 
     def __post_init__(self) -> None:
         for name, known in (("body", BODIES), ("loss", LOSSES), ("conditioning", CONDITIONINGS)):
             require_known(name, getattr(self, name), known)
-        require_known("reduction", self.reduction, ("mean", "min", "own"))
+        require_known("reduction", self.reduction, get_args(Reduction))
         require_known("ends", self.ends, ("atoms", "edges"))
         if self.loss == "mse":
             _only_with(self, "loss", "categorical", "num_atoms", "v_min", "ends")
@@ -325,8 +326,8 @@ class TrainConfig:
             _only_with(self.critic, "loss", "categorical", "v_max")
         if self.reward_scale and self.critic.v_min not in (None, -self.critic.v_max):
             raise InputError(
-                f"reward_scale fits returns into [-v_max, v_max], and v_min is {self.critic.v_min}: leave v_min"
-                " out, or give --no-reward-scale"
+                f"reward_scale fits returns into [-v_max, v_max], got v_min {self.critic.v_min}: leave it "
+                "out, or give --no-reward-scale"
             )
         for name, value in vars(self.transfer).items() if self.from_run is None else ():
             if value != getattr(TransferConfig, name):

@@ -369,7 +369,7 @@ def test_a_support_without_a_scale_or_a_distribution_is_refused() -> None:
     with pytest.raises(InputError, match="v_max"):
         TrainConfig(critic=CriticConfig(loss="mse", v_max=5.0), reward_scale=False)
     TrainConfig(critic=CriticConfig(loss="mse", v_max=5.0))  # the scale of rewards has a use for it
-    with pytest.raises(InputError, match=r"reward_scale .* v_min is 0.0: .*--no-reward-scale"):
+    with pytest.raises(InputError, match=r"reward_scale .* got v_min 0.0: .*--no-reward-scale"):
         TrainConfig(critic=CriticConfig(v_min=0.0))
     TrainConfig(critic=CriticConfig(v_min=0.0), reward_scale=False)
     TrainConfig(critic=CriticConfig(v_min=-10.0))

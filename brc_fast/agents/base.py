@@ -32,6 +32,7 @@ SETTINGS = {
 }
 
 
+ATOMS = "/atoms"  # what the state of a categorical critic calls its support
 LARGEST_GENERATOR = 2**14  # bytes of the state of one, on any device; torch's on a CPU has 5056
 
 
@@ -239,6 +240,13 @@ class Agent:
             require_finite(f"agent state {key}", values)
             if ("/exp_avg_sq/" in key or key.endswith("_optimizer/step")) and (values < 0).any():
                 raise ValueError(f"agent state {key} must be 0 or more, got {values.min():g}")
+            critic = getattr(self, key.removesuffix(ATOMS), None) if key.endswith(ATOMS) else None
+            if critic is not None and not critic.fits(values):
+                low, high = critic.config.support
+                raise ValueError(
+                    f"agent state {key} must go from {low:g} to {high:g}, the support, got {values[0]:g} to "
+                    f"{values[-1]:g}: make the agent with the v_min and v_max of the state"
+                )
         self._take(state)
 
     def _named(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -247,6 +255,8 @@ class Agent:
         mine = self.state_dict()
         for name, optimizer in self.optimizers().items():
             state = optimizer.with_named_moments(state, f"{name}/")
+        older = {key: value for key, value in mine.items() if key.endswith(ATOMS)}  # do not say their support
+        state = {**older, **state}
         for key in sorted(mine.keys() | state.keys()):
             if key not in state or key not in mine:
                 told = "lacks" if key in mine else "has an unknown entry"

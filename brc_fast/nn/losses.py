@@ -94,7 +94,8 @@ class Categorical:
         self.outputs, self.reduction = config.num_atoms, config.reduction
         self.low, self.high = config.support
         self.middle, self.half = (self.low + self.high) / 2, (self.high - self.low) / 2
-        self.edges = None if config.ends == "atoms" else 2 * self.half / (self.outputs - 1)  # width of a bin
+        self.bin = 2 * self.half / (self.outputs - 1)
+        self.edges = config.ends == "edges"
 
     def support(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
         return torch.linspace(self.low, self.high, self.outputs, device=device, dtype=dtype)
@@ -181,8 +182,8 @@ class Categorical:
             if sigma is not None:
                 raise ValueError("sigma is of the encoding hl_gauss alone")
             return kernels.two_hot_cross_entropy(out, values - self.middle, self.half)
-        sigma = 0.75 * 2 * self.half / (self.outputs - 1) if sigma is None else sigma
-        if self.edges is None:
+        sigma = 0.75 * self.bin if sigma is None else sigma
+        if not self.edges:
             return kernels.hl_gauss_cross_entropy(out, values - self.middle, self.half, sigma)
         if not 0.0 < sigma < float("inf"):
             raise ValueError(f"sigma must be positive and finite, got {sigma}")
@@ -193,12 +194,12 @@ class Categorical:
 
     def _in_bins(self, values: Tensor, sigma: float) -> Tensor:
         """A normal's mass [.., K] in K bins between the ends of the support, over that in all of them."""
-        assert self.edges is not None
-        low, high = self.low - self.edges / 2, self.high + self.edges / 2
+        low, high = self.low - self.bin / 2, self.high + self.bin / 2
         edges = torch.linspace(low, high, self.outputs + 1, dtype=torch.float64, device=values.device)
         values = values.detach().double().clamp(low, high).unsqueeze(-1)
         below = torch.special.ndtr((edges - values) / sigma)
-        return below.diff() / (below[..., -1:] - below[..., :1])
+        masses: Tensor = below.diff() / (below[..., -1:] - below[..., :1])
+        return masses
 
     def policy_and_gradient(
         self, out: Tensor, support: Tensor | None, *, columns: int
