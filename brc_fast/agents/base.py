@@ -223,7 +223,8 @@ class Agent:
         self.first_bad.require_finite()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that changes, by name: parameters, targets, moments, step counts, noise."""
+        """Everything that changes, by name: parameters, targets, moments, step counts, noise; and the
+        support of a categorical critic, which does not, so that another is told."""
         state: dict[str, Tensor] = {"generator": self.generator.get_state()}
         for name, part in self.parts().items():
             state |= {f"{name}/{key}": value for key, value in part.state_dict().items()}
@@ -233,7 +234,7 @@ class Agent:
         """Go on from a `state_dict`; ValueError names the first entry that does not fit.
 
         From another kind of device comes a generator's state of another size: that seeds the noise anew.
-        States of checkpoints in format 2 are taken too.
+        States of checkpoints in format 2, and those that do not say their support, are taken too.
         """
         state = self._named(state)
         for key, values in state.items():
