@@ -263,7 +263,7 @@ def test_the_regression_of_a_plain_value_is_its_squared_error_and_others_are_ref
 
 
 def test_numbers_that_other_libraries_publish() -> None:
-    """Two-hot of a support -300..300 (MuZero's), clipped supports, and the projection of dopamine's paper."""
+    """Two-hot of MuZero's support -300..300, of one that is not symmetric, and C51's projection."""
 
     def masses(values: list[float], **config: Any) -> list[list[float]]:
         """Read off losses: a logit of log 2 more moves the cross-entropy by its mass."""
@@ -537,6 +537,34 @@ def test_an_agents_state_of_another_support_is_refused_and_an_older_one_taken() 
     for one in (mine, theirs):
         one.update(batches(1, 8))
     assert torch.equal(mine.critic.body.head.kernel, theirs.critic.body.head.kernel)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "own"])
+def test_an_agent_tells_how_much_of_its_targets_the_support_clips(reduction: Any) -> None:
+    config = CriticConfig(width=24, num_atoms=21, embedding_size=4, v_max=1.0, reduction=reduction)
+    subject = agent(2, critic=config, dtype=torch.float64)
+    before = {name: value.clone() for name, value in subject.state_dict().items()}
+    batch = batches(1, 16, 2, dtype=torch.float64).update(0)
+    scale = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    noise = torch.randn(16, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    actions, log_probs = kernels.reference.tanh_gaussian(
+        *subject.policy(batch.next_observations, batch.task_ids), noise
+    )
+    out = subject.target_critic(batch.next_observations, actions, batch.task_ids).detach()
+    probs, atoms, alpha = out.softmax(-1), atoms_of(config), subject.alpha.item()
+    total = 0.0
+    for e, b in itertools.product(range(2), range(16)):
+        reward = (batch.rewards[b] / scale[batch.task_ids[b]]).item()
+        for p, atom in zip(probs[e, b].tolist(), atoms, strict=True):
+            y = reward + 0.99 * batch.masks[b].item() * (atom - alpha * log_probs[b].item())
+            total += p / 32 if not -1.0 <= y <= 1.0 else 0.0
+    share = subject.clipped_share(batch, scale, seed=3)
+    assert 0.05 < total < 0.95
+    assert share.item() == pytest.approx(total, rel=1e-9)
+    assert all(torch.equal(value, before[name]) for name, value in subject.state_dict().items())
+    plain = agent(critic=CriticConfig(width=24, loss="mse"))
+    with pytest.raises(ValueError, match="loss mse has none"):
+        plain.clipped_share(batches(1, 4).update(0))
 
 
 # -- wrappers

@@ -67,6 +67,7 @@ def test_a_run_folder_holds_settings_metrics_checkpoints_and_a_curve(toy: dict, 
     assert [row["step"] for row in reports] == [60 * i for i in range(1, 11)]
     assert reports[-1]["train/updates"] == (600 - 80) // 4 + 1
     assert {"train/critic_loss", "train/return/toy/One", "time/updates_per_second"} <= reports[-1].keys()
+    assert all(0.0 <= row["train/clipped_share"] <= 1.0 for row in reports[1:])
     assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((run / "config.json").read_text())["critic"]["width"] == 16
     assert RunFolder(run).steps() == [400, 600]

@@ -327,6 +327,34 @@ class BRC(Acting, Agent):
         return CriticTarget(next_actions, next_log_probs, next_logits, probs)
 
     @torch.no_grad()
+    def clipped_share(self, batch: Batch, reward_scale: Tensor | None = None, *, seed: int = 0) -> Tensor:
+        """Share of the target's mass that the ends of the support clip, 0-d, over a batch [B, ...] with raw
+        rewards; see `Critic.clipped_share`. The agent stays as it is, its noise included.
+
+        Args:
+            reward_scale: [T], as for `update`. seed: of the noise of the next actions.
+        Raises:
+            ValueError with the loss mse, which has no support.
+        """
+        batch = batch.to(self.device)
+        scale = self._unscaled if reward_scale is None else reward_scale
+        generator = Generator(self.device).manual_seed(seed)
+        mean, raw_log_std = self.policy(self.sensed(batch.next_observations), batch.task_ids)
+        noise = torch.empty_like(mean).normal_(generator=generator)
+        next_actions, next_log_probs = kernels.tanh_gaussian(mean, raw_log_std, noise)
+        share: Tensor = self.critic.clipped_share(
+            self.target_critic,
+            batch.rewards / (scale if self.num_tasks == 1 else scale[batch.task_ids]),
+            self.learning.discount * batch.masks,
+            self.normalized(batch.next_observations, batch.task_ids),
+            next_actions,
+            next_log_probs=next_log_probs,
+            temperature=self.alpha,
+            task_ids=batch.task_ids,
+        )
+        return share.mean()
+
+    @torch.no_grad()
     def update_critic(
         self,
         batch: Batch,

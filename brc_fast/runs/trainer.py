@@ -310,19 +310,25 @@ class Trainer:
         tasks = len(self.names)
         rows = min(ANALYSED, len(self.replay) // tasks)
         batch = self.replay.peek(FIRST_ANALYSIS + self.steps, rows * tasks, weights="equal")
-        seed = int(np.random.SeedSequence([self.config.seed, self.steps, 1]).generate_state(1)[0])
-        signals = analysis.task_signals(self.agent, batch, self.scale(), seed=seed)
+        signals = analysis.task_signals(self.agent, batch, self.scale(), seed=self.analysis_seed())
         row: dict[str, Tensor | float] = {**signals.row(self.names)}
         row["time/analysis_seconds"] = self.watch.lap("analysis")
         return row | {"time/total_seconds": self.watch.total}
 
+    def analysis_seed(self) -> int:
+        """Of noise that is of no update."""
+        return int(np.random.SeedSequence([self.config.seed, self.steps, 1]).generate_state(1)[0])
+
     def row(self) -> dict[str, Tensor | float]:
-        """Returns since the last row, scales, and the newest update's losses."""
+        """Returns since the last row, scales, the newest update's losses, and how much the support clips."""
         self.join()
         scale, told = self.scale(), tasks_with_success(self.env)
         out: dict[str, Tensor | float] = {"train/updates": self.updates, **self.episodes.row(told)}
         for task, (name, dropped) in enumerate(zip(self.names, self.env.nan_count, strict=True)):
             out |= {f"train/reward_scale/{name}": scale[task], f"train/dropped/{name}": int(dropped)}
+        if self.updates and self.agent.atoms is not None:
+            batch = self.replay.peek(FIRST_ANALYSIS + self.steps, self.batch_size)
+            out["train/clipped_share"] = self.agent.clipped_share(batch, scale, seed=self.analysis_seed())
         return out | {f"train/{name}": value for name, value in self.losses.items()}
 
     def run(self, folder: RunFolder, metrics: MetricsWriter, report: Report) -> signal.Signals | None:
