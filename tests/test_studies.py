@@ -302,6 +302,28 @@ def test_finished_runs_are_skipped_and_failed_ones_do_not_stop_the_others(
     assert begun == ["wrong-seed0", "right-seed0", "wrong-seed0"], "what failed is tried again"
 
 
+def test_what_a_study_beside_has_made_is_not_made_again(tmp_path: Path, program: list[str]) -> None:
+    there, here, lines = tmp_path / "there", tmp_path / "here", list[str]()
+    theirs = study(big=Variant({"batch_size": 64, "analysis_every": 10}), small=Variant({"batch_size": 32}))
+    make(there, theirs, theirs.runs(1), rate)
+    mine = study(
+        same=Variant({"batch_size": 64, "report_every": 7}),
+        other=Variant({"batch_size": 65}),
+        unlike=Variant({"batch_size": 32, "analysis_every": 10}),  # of which the other has no rows
+        after=Variant({"batch_size": 64}, source="same"),
+    )
+    runs = mine.runs(2)
+    prepare(here, mine, runs)
+    Executor(here, "cpu", 1, program=program, say=lines.append).execute(runs)
+    begun = {name for what, name, *_ in events(here) if what == "begins"}
+    assert begun == {run.name for run in runs} - {"same-seed0"}
+    assert "same-seed0: taken from there/big-seed0" in lines
+    assert (here / "same-seed0" / "metrics.jsonl").read_text() == (
+        there / "big-seed0" / "metrics.jsonl"
+    ).read_text()
+    assert told(here / "same-seed0.json") == told(there / "big-seed0.json")
+
+
 def test_as_many_run_at_once_as_there_are_workers_and_each_gpu_has_its_own(
     tmp_path: Path, program: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

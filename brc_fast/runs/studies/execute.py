@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,34 @@ def _require_same(root: Path, before: Run, run: Run) -> None:
             )
 
 
+def adopt(root: Path, run: Run) -> Path | None:
+    """Copy a finished run of another study beside this one that has the same tasks, settings and seed, with
+    its record; returns where it was, or None where there is none."""
+    if run.source is not None:
+        return None
+    for manifest in sorted(root.parent.glob(f"*/{MANIFEST}")):
+        other = manifest.parent
+        if other == root:
+            continue
+        with contextlib.suppress(InputError):
+            for each in read_manifest(other)["runs"].values():
+                if _learns_the_same(run, each) and status(other, each).kind == "finished":
+                    made = _beside(root, run, ".part")
+                    shutil.rmtree(made, ignore_errors=True)
+                    shutil.copytree(other / each.name, made)
+                    write_text(_beside(root, run, ".json"), json.dumps(record(other, each), indent=1) + "\n")
+                    made.rename(root / run.name)
+                    return other / each.name
+    return None
+
+
+def _learns_the_same(run: Run, other: Run) -> bool:
+    """Whether another run has all that this one would have."""
+    mine, theirs = ({k: v for k, v in each.settings.items() if k not in TOLD} for each in (run, other))
+    analysed = run.settings.get("analysis_every") in (None, other.settings.get("analysis_every"))
+    return analysed and (run.seed, run.tasks, mine, None) == (other.seed, other.tasks, theirs, other.source)
+
+
 def require_memory(configs: Sequence[TrainConfig], workers: int, device: str, gpus: int, given: bool) -> int:
     """How many runs fit at once, at most `workers`; the largest are looked at. InputError where a number of
     workers that was `given`, or even one run, does not fit."""
@@ -196,6 +225,10 @@ class Executor:
         A signal (StopRequest) lets the running processes save and end, and is returned.
         """
         waiting = [run for run in runs if status(self.root, run).kind != "finished"]
+        for run in list(waiting):
+            if status(self.root, run).kind == "missing" and (found := adopt(self.root, run)) is not None:
+                waiting.remove(run)
+                self.say(f"{run.name}: taken from {found.parent.name}/{found.name}")
         unmade = {run.name for run in waiting}
         self.ended, total = len(runs) - len(waiting), len(runs)
         if self.ended:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from brc_fast.config import TrainConfig, flat, preset, require_known
+from brc_fast.config import flat, preset, require_known
 from brc_fast.envs import expand, list_tasks
 
 from .study import Drawing, Group, Settings, Study, Variant, metric_of
@@ -196,7 +196,7 @@ def named(name: str, scale: str = "tiny", steps: int | None = None, tasks: Seque
         # what is learned before is none of the new tasks
         learned = tuple(task for task in variants["pretrain"].tasks or () if task not in expand(tasks))
         variants["pretrain"] = dataclasses.replace(variants["pretrain"], tasks=learned)
-    if claim.signals and "analysis_every" in flat(TrainConfig()):
+    if claim.signals:
         settings["analysis_every"] = max(1, (steps or taken) // evaluations)
     group = Group(tuple(tasks) or chosen, steps or taken)
     return Study(
