@@ -509,9 +509,13 @@ def test_weights_of_another_support_are_refused_by_name() -> None:
         before = copy.deepcopy(critic.state_dict())
         with pytest.raises(RuntimeError, match=r"atoms: these weights have another support .*v_min, v_max"):
             critic.load_state_dict(theirs.state_dict())
-        assert torch.equal(critic.atoms, before["atoms"])
+        for name, value in critic.state_dict().items():
+            assert torch.equal(value, before[name]), name
         with pytest.raises(RuntimeError, match=r"critic\.atoms: these weights"):
             nn.ModuleDict({"critic": critic}).load_state_dict(nn.ModuleDict({"critic": theirs}).state_dict())
+    for odd in (torch.empty(0), torch.zeros(21), torch.zeros(2, 3), torch.full((21,), math.nan)):
+        with pytest.raises(RuntimeError, match="atoms: these weights have another support"):
+            critic.load_state_dict({**critic.state_dict(), "atoms": odd})
     older = {
         name: value for name, value in Critic(5, 2, config=CONFIG).state_dict().items() if name != "atoms"
     }

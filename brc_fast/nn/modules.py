@@ -287,18 +287,20 @@ class Critic(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Weights of another support are refused; older ones, which do not say theirs, are taken."""
+        """Weights of another support are refused before any is taken; older ones do not say theirs."""
         name = f"{prefix}atoms"
         if self.atoms is None:
             if name in state_dict:
-                error_msgs.append(f"{name}: they are of a distribution, and this critic's loss is mse")
+                raise RuntimeError(f"{name}: they are of a distribution, and this critic's loss is mse")
         else:
-            if name in state_dict and not self.fits(state_dict[name]):
-                theirs = state_dict[name]
+            theirs = state_dict.get(name)
+            if theirs is not None and not self.fits(theirs):
                 low, high = self.config.support
-                told = f"{len(theirs)} from {theirs[0]:g} to {theirs[-1]:g}" if theirs.dim() else "no support"
                 mine = f"{len(self.atoms)} from {low:g} to {high:g}"
-                error_msgs.append(
+                told = f"{theirs.numel()}"
+                if theirs.numel():
+                    told += f" from {theirs.min():g} to {theirs.max():g}"
+                raise RuntimeError(
                     f"{name}: these weights have another support (v_min, v_max, num_atoms, ends), {told}, "
                     f"and this critic has {mine}"
                 )
