@@ -304,17 +304,6 @@ _pack_op = Op("pack_inputs", _pack, _pack_fake, _keep, _gradients)
 _pack_into_op = InPlaceOp("pack_inputs_into", _pack_into, ("out",))
 
 
-def check_ids(ids: Tensor, count: int, name: str = "task_ids", letter: str = "T") -> None:
-    """IndexError for integers outside [0, count), where they are on the host and in a plain call: a GPU would
-    have to be waited for."""
-    if not ids.is_cpu or observed(ids) or native.recording() or not ids.numel():
-        return
-    low, high = (int(x) for x in ids.aminmax())
-    if low < 0 or high >= count:
-        wrong = low if low < 0 else high
-        raise IndexError(f"{name} must be in [0, {letter}) = [0, {count}), got {wrong}")
-
-
 def _check_embedding(table: Tensor, task_ids: Tensor, norm: str) -> None:
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
@@ -353,7 +342,7 @@ def normalized_embedding(
     """
     _check_embedding(table, task_ids, norm)
     if not takes_kernels(impl, table):
-        check_ids(task_ids, len(table))
+        native.check_ids(task_ids, len(table))
         return reference.normalized_embedding(table, task_ids, norm)
     out: Tensor = _pack_op(None, None, table, task_ids, norm, table.shape[1], table.dtype)
     return out
@@ -402,7 +391,7 @@ def normalized_embedding_backward(
             return _compiled_gradient(
                 grad, table, task_ids, norm, torch.empty_like(table) if out is None else out
             )
-        check_ids(task_ids, len(table))
+        native.check_ids(task_ids, len(table))
         with torch.no_grad():
             return reference.normalized_embedding_backward(grad, table, task_ids, norm, out=out)
     if out is None:
@@ -484,7 +473,7 @@ def pack_inputs(
             place = observations.new_empty(*rows, full, dtype=made) if out is None else out
             return _compiled_pack(observations, actions, table, task_ids, norm, place)
         if table is not None and task_ids is not None:
-            check_ids(task_ids, len(table))
+            native.check_ids(task_ids, len(table))
         return reference.pack_inputs(
             observations, actions, table, task_ids, norm, width=width, dtype=dtype, out=out
         )

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from brc_fast import kernels
 from brc_fast.config import ActorConfig, CriticConfig, Reduction
-from brc_fast.kernels.inputs import check_ids
+from brc_fast.kernels.runtime.native import check_ids
 from brc_fast.kernels.stages import Stages, check_stages, names_of, shapes_of
 from brc_fast.spec import Discrete
 

@@ -18,6 +18,7 @@ __all__ = [
     "LOW",
     "built",
     "changed",
+    "check_ids",
     "compiled",
     "noted",
     "number",
@@ -70,6 +71,17 @@ def built() -> bool:
 def recording() -> bool:
     """Whether this thread's calls are put into a host graph, which reads no numbers of tensors."""
     return compiled is not None and compiled.recording()
+
+
+def check_ids(ids: Tensor, count: int, name: str = "task_ids", letter: str = "T") -> None:
+    """IndexError for integers outside [0, count), where they are on the host and in a plain call: a GPU would
+    have to be waited for."""
+    if not ids.is_cpu or observed(ids) or recording() or not ids.numel():
+        return
+    low, high = (int(x) for x in ids.aminmax())
+    if low < 0 or high >= count:
+        wrong = low if low < 0 else high
+        raise IndexError(f"{name} must be in [0, {letter}) = [0, {count}), got {wrong}")
 
 
 def number(x: Tensor | float) -> tuple[int, float]:
