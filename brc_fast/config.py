@@ -334,11 +334,6 @@ class TrainConfig:
                 raise InputError(
                     f"transfer.{name} is a setting of --from RUN alone: name the run with --from"
                 )
-        if self.critic.conditioning == "heads" and len(self.tasks) == 1 and not self.transfer.keep_tasks:
-            remedy = "with one task use embedding"
-            if self.from_run is not None:
-                remedy = "name several new ones, or add --transfer.keep-tasks"
-            raise InputError(f"conditioning heads needs several tasks, got one: {remedy}")
         _require(self, "0 or more", self.random_steps >= 0, "random_steps")
         _require(self, "in [0, 2**64)", 0 <= self.seed < 2**64, "seed")
         _require(self, "0 or more", self.policy_lag >= 0, "policy_lag")

@@ -25,8 +25,10 @@ from brc_fast import (
     config,
     kernels,
 )
+from brc_fast.command.arguments import parse_train
 from brc_fast.config import BODIES, TrainConfig
 from brc_fast.nn import bodies, conditioning, losses
+from brc_fast.runs.trainer import Trainer
 
 OBSERVED, ACTIONS, ROWS, ATOMS = 5, 3, 12, 11
 BODY, LOSS, TASKS = BODIES, ("categorical", "mse"), ("embedding", "heads", "one_hot", "none")
@@ -357,10 +359,11 @@ def test_an_output_layer_per_task_needs_several_tasks() -> None:
     for make in (
         lambda: Critic(3, 1, 1, heads),
         lambda: BRC(3, 1, critic=heads),
-        lambda: TrainConfig(tasks=("gym/Pendulum-v1",), critic=heads),
+        lambda: Trainer(TrainConfig(tasks=("gym/Pendulum-v1",), critic=heads), "cpu"),
     ):
         with pytest.raises(InputError, match="heads needs several tasks"):
             make()
+    assert len(parse_train(["metaworld/mt10", "--critic.conditioning", "heads"]).config.tasks) == 10
     with pytest.raises(ValueError, match="task_ids"):
         Critic(3, 1, 2, heads)(torch.zeros(4, 3), torch.zeros(4, 1))
 

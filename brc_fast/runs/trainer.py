@@ -72,8 +72,8 @@ class Trainer:
         quiet: bool = False,
     ) -> None:
         self.config, self.say = config, say
-        if config.analysis_every is not None and len(config.tasks) < 2:
-            raise InputError("analysis_every compares tasks with each other, got one task: leave it out")
+        if len(config.tasks) == 1:  # TrainConfig's tasks may be suites
+            self._require_several(config)
         require_fit(plan_least(config, device))
         made = partial(envs.make, config.tasks, seed=config.seed, quiet=quiet, **vars(config.env))
         self.env, self.eval_env = map(made, (config.num_envs, config.eval_envs or config.eval_episodes))
@@ -115,6 +115,16 @@ class Trainer:
         if self.normalizer.entropy == "measured":
             self.entropies = torch.full((len(self.names),), self.agent.target_entropy / 2.0, device=device)
         self.observations: Tensor | None = None  # [N, O + P], what the critic sees before the next step
+
+    def _require_several(self, config: TrainConfig) -> None:
+        """InputError for settings that one task leaves without a meaning."""
+        if config.analysis_every is not None:
+            raise InputError("analysis_every compares tasks with each other, got one task: leave it out")
+        if config.critic.conditioning == "heads":
+            remedy = "with one task use embedding"
+            if config.from_run is not None:
+                remedy = "name several new ones, or add --transfer.keep-tasks"
+            raise InputError(f"conditioning heads needs several tasks, got one: {remedy}")
 
     def take_over(self) -> None:
         """Begin with the agent of `from_run`, and for tasks that go on with their reward scale and replay;
