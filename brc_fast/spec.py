@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike
 
 from brc_fast.errors import InputError
 
+WIDEST = 1e18  # bound of an action: its square is finite in float32
 NAMES = ("float32", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool")
 # torch's dtype, and numpy's of the same bytes: numpy has no bfloat16
 DTYPES: dict[str, tuple[torch.dtype, np.dtype[Any]]] = {
@@ -168,6 +169,81 @@ class Discrete:
 
     def __str__(self) -> str:
         return f"one of {self.n} discrete choices"
+
+
+@dataclass(frozen=True)
+class Native:
+    """One task as its own environment has it, before vectors are padded and actions scaled to [-1, 1].
+
+        Native("gym/Pendulum-v1", (("observation", (3,)),), (-2.0,), (2.0,))
+
+    task:         its name
+    observation:  names and shapes of the parts that an observation is made of, in the order in which the
+                  policy sees them, flattened, in one vector
+    low, high:    bounds of each number of an action
+    """
+
+    task: str
+    observation: tuple[tuple[str, tuple[int, ...]], ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @classmethod
+    def plain(cls, task: str, observation_size: int, action_size: int) -> Native:
+        """One vector seen, actions in [-1, 1]."""
+        ones = (1.0,) * action_size
+        return cls(task, (("observation", (observation_size,)),), tuple(-x for x in ones), ones)
+
+    @property
+    def observation_size(self) -> int:
+        return sum(prod(shape) for _, shape in self.observation)
+
+    @property
+    def action_size(self) -> int:
+        return len(self.low)
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON."""
+        seen = [[name, list(shape)] for name, shape in self.observation]
+        return {"task": self.task, "observation": seen, "low": list(self.low), "high": list(self.high)}
+
+    @classmethod
+    def of(cls, told: Any) -> Native:
+        """Of what `describe` gave; ValueError, in one line, for anything else."""
+        names = {"task", "observation", "low", "high"}
+        if not isinstance(told, dict) or told.keys() != names:
+            raise ValueError(f"a task must have {', '.join(sorted(names))}, got {told!r:.60}")
+        task, seen, low, high = (told[name] for name in ("task", "observation", "low", "high"))
+        if not isinstance(task, str):
+            raise ValueError(f"task must be a name, got {task!r:.60}")
+        if not (isinstance(seen, list) and seen and all(map(_is_part, seen))):
+            raise ValueError(f"observation of {task!a:.60} must be [[name, [size, ..]], ..], got {seen!r:.60}")
+        bounds = [low, high]
+        if not all(isinstance(each, list) and all(type(x) in (int, float) for x in each) for each in bounds):
+            raise ValueError(f"low and high of {task!a:.60} must be lists of numbers, got {bounds!r:.60}")
+        if len(low) != len(high) or not low:
+            raise ValueError(
+                f"low and high of {task!a:.60} must have a number for each action, got {len(low)} and {len(high)}"
+            )
+        for number, (least, most) in enumerate(zip(low, high, strict=True)):
+            if not -WIDEST <= least < most <= WIDEST:
+                raise ValueError(
+                    f"action {number} of {task!a:.60} must have low below high, both within {WIDEST:g}, got "
+                    f"{least:g} and {most:g}"
+                )
+        parts = tuple((name, tuple(shape)) for name, shape in seen)
+        found = cls(task, parts, tuple(map(float, low)), tuple(map(float, high)))
+        if len({name for name, _ in parts}) < len(parts) or not 0 < found.observation_size < 2**31:
+            raise ValueError(f"observation of {task!a:.60} must have parts of different names, got {seen!r:.60}")
+        return found
+
+
+def _is_part(part: Any) -> bool:
+    """Whether it is [name, [size, ..]]."""
+    if not (isinstance(part, list) and len(part) == 2 and isinstance(part[0], str)):
+        return False
+    sizes = part[1]
+    return isinstance(sizes, list) and all(type(size) is int and 0 <= size < 2**31 for size in sizes)
 
 
 @dataclass(frozen=True)

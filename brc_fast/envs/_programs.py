@@ -63,6 +63,7 @@ class Sizes(NamedTuple):
     privileged: int  # P, of the widest task; 0 where none has what the critic alone sees
     action: int  # A, of the widest task
     episode_lengths: list[int]  # steps, per task
+    own: list[tuple[int, int]]  # numbers of an observation and of an action, per task
 
 
 class Programs:
@@ -136,6 +137,10 @@ class _Traced:
             max(self._beside(state).shape[1] for _, state in self._template),
             max(self._action_sizes),
             [task.episode_length for task in self._tasks],
+            [
+                (_seen(state).shape[1], size)
+                for (_, state), size in zip(self._template, self._action_sizes, strict=True)
+            ],
         )
         self._actions = jax.ShapeDtypeStruct((len(tasks) * num_envs, self.sizes.action), jnp.float32)
         self._find_carried()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from brc_fast.config import LONGEST_EPISODE
 from brc_fast.errors import InputError
-from brc_fast.spec import Box, Discrete, Field, Spec
+from brc_fast.spec import Box, Discrete, Field, Native, Spec
 
 if TYPE_CHECKING:
     from gymnasium import Space
@@ -174,6 +174,18 @@ def check_start(observations: Tensor, env: VectorEnvironment, when: str = "in th
     return observations
 
 
+def natives_of(env: VectorEnvironment) -> tuple[Native, ...]:
+    """Each task, in the order of their ids, as its own environment has it. Of environments that tell nothing
+    of it, all tasks see vectors and act in [-1, 1] as their `task_spec` says."""
+    told = {}
+    for group in getattr(env, "groups", [env]):
+        spec = group.task_spec
+        sizes = spec.observation.size, spec.action.size
+        told |= {task: Native.plain(task, *sizes) for task in group.task_names}
+        told |= {native.task: native for native in getattr(group, "natives", ())}
+    return tuple(told[task] for task in env.task_names)
+
+
 def tasks_with_success(env: VectorEnvironment) -> NDArray[np.bool_]:
     """[T] whether a task reports successes; among several, one that does not has False in `successes`."""
     groups = getattr(env, "groups", [env])
@@ -236,6 +248,7 @@ class GymnasiumFace:
     - in SAME_STEP mode "final_obs", an object array [N] with the true successor of each ended slot, and
       "final_info", where an ended slot has its "success" and "dropped".
 
+    `natives` has each task as its own environment has it, where that was found out: see `natives_of`.
     Actions may be given as an array, a list or a tensor of numbers; those that are not finite are refused.
     """
 
@@ -243,6 +256,7 @@ class GymnasiumFace:
     task_names: tuple[str, ...]
     task_ids: NDArray[np.int64]
     task_spec: Spec
+    natives: tuple[Native, ...] = ()
     max_episode_steps: int | None
     continues: NDArray[np.bool_]
     successes: Tensor | None = None

@@ -100,6 +100,9 @@ class Pool(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
             raise InputError(f"envpool/{name} must have observations that are arrays of numbers, got {space}")
         check_spaces(f"envpool/{name}", space if is_image(space) else Tuple(boxes), self.single_action_space)
         self._image = is_image(space)
+        self.unflattened = space
+        if self._keys:
+            self.unflattened = Dict([(key, space[key]) for key in self._keys])
         flat = Box(-np.inf, np.inf, (sum(math.prod(box.shape) for box in boxes),), np.float32)
         self.single_observation_space = space if self._image else flat
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -204,7 +207,8 @@ def make_envpool(
         config["max_episode_steps"] = episode_length
     pool = Pool(name, num_envs, render, privileged, **config)
     size, limit = pool.privileged_size, pool.max_episode_steps
-    return VectorAdapter(pool, task, seed, max_episode_steps=limit, privileged_size=size)
+    told: dict[str, Any] = {"privileged_size": size, "unflattened": pool.unflattened}
+    return VectorAdapter(pool, task, seed, max_episode_steps=limit, **told)
 
 
 def list_envpool(backend: str) -> tuple[str, ...]:

@@ -124,7 +124,8 @@ def make_gym(
         with _explained(task):
             return Workers(factory, num_envs, step_seconds) if processes else Here(factory, num_envs)
 
-    return GymAdapter(build, task, seed, probe.max_episode_steps, restarts, probe.privileged_size)
+    limit, own = probe.max_episode_steps, probe.unflattened
+    return GymAdapter(build, task, seed, limit, restarts, probe.privileged_size, own)
 
 
 def list_gym(backend: str) -> tuple[str, ...]:
@@ -467,6 +468,7 @@ class GymAdapter(VectorAdapter):
         max_episode_steps: int | None,
         restarts: int,
         privileged_size: int = 0,
+        unflattened: gymnasium.Space[Any] | None = None,
     ) -> None:
         self._build = build
         self._restarts = self._restarts_left = restarts
@@ -475,7 +477,7 @@ class GymAdapter(VectorAdapter):
         except _Failure as failure:
             raise WorkerError(f"{task} did not start: {failure}; {_HOW_TO_LOOK}") from failure
         sizes: dict[str, Any] = {"max_episode_steps": max_episode_steps, "privileged_size": privileged_size}
-        super().__init__(venv, task, seed, lost_key="lost", **sizes)
+        super().__init__(venv, task, seed, lost_key="lost", unflattened=unflattened, **sizes)
 
     def launch(self, actions: Tensor) -> Any:
         try:

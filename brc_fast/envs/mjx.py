@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from brc_fast.errors import InputError
-from brc_fast.spec import Field, Spec
+from brc_fast.spec import Field, Native, Spec
 
 from . import _jax
 from ._programs import BLOCKS, Slots, Start, programs
-from .base import GymnasiumFace, Seed, Step, check_start
+from .base import STATE, GymnasiumFace, Seed, Step, check_start
 
 _jax.setup()
 
@@ -72,6 +72,8 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
             task_ids=np.repeat(np.arange(len(tasks)), num_envs),
             seed=seed,
         )
+        own = zip(tasks, sizes.own, strict=True)
+        self.natives = tuple(Native(task, ((STATE, (seen,)),), (-1.0,) * size, (1.0,) * size) for task, (seen, size) in own)
         self._limits = np.array(limits, np.int32)
         self._keys = np.zeros((len(tasks), 2), np.uint32)
         self._fills = 0  # calls of the reset program since the keys were set

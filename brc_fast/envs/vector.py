@@ -6,6 +6,7 @@ An image is kept as it is, and discrete actions count from 0.
 from __future__ import annotations
 
 import logging
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from brc_fast.errors import InputError, SimulatorError, WorkerError
-from brc_fast.spec import Box, Discrete, Field, Spec
+from brc_fast.spec import WIDEST, Box, Discrete, Field, Native, Spec
 
 from .base import PRIVILEGED, STATE, GymnasiumFace, Seed, Step, check_start, finite_rows
 
 log = logging.getLogger(__name__)
 
-WIDEST = 1e18  # bound of an action: its square is finite in float32
 # Entries of info: MetaWorld's; Gymnasium-Robotics' and Stable-Baselines3's.
 SUCCESS = ("success", "is_success")
 
@@ -52,6 +52,8 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
                         policy sees the one, and the critic both (`privileged`)
     privileged_size:    numbers at the end of an observation of the space that the critic alone sees; those
                         of "privileged_state" when not given
+    unflattened:        space of what the environment itself calls an observation, where the vector
+                        environment makes one vector of it, with what the critic alone sees or without
 
     A number that is not finite loses its transition where the slot can be reset from outside (mode DISABLED);
     in the other modes it is passed on, for `check_finite` to report. Raises InputError for spaces that do not
@@ -71,6 +73,7 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
         success_keys: Sequence[str] = SUCCESS,
         observation_space: Space[Any] | None = None,
         privileged_size: int | None = None,
+        unflattened: Space[Any] | None = None,
     ) -> None:
         self.venv = venv
         self.max_episode_steps = max_episode_steps
@@ -92,6 +95,8 @@ class VectorAdapter(GymnasiumFace, VectorEnv[NDArray[Any], NDArray[Any], NDArray
         spent = self._mode is AutoresetMode.NEXT_STEP
         spec = spec_of(task, self._space, actions, privileged_size)
         self.declare(spec, np.zeros(venv.num_envs, np.int64), seed, spent)
+        if isinstance(actions, spaces.Box) and not is_image(self._space):
+            self.natives = (native_of(spec, self._space if unflattened is None else unflattened, actions),)
         self.continues[:] = False
         self._set_key(seed)
         self._lost = 0
@@ -407,6 +412,35 @@ def spec_of(
     discrete = isinstance(action_space, spaces.Discrete)
     privileged = Field((privileged_size,)) if privileged_size else None
     return Spec(observation, Discrete(size) if discrete else Box(size), (task,), privileged)
+
+
+def native_of(spec: Spec, observation_space: Space[Any], action_space: spaces.Box) -> Native:
+    """A task of this spec as its own environment has it.
+
+    observation_space: before anything is flattened; what the critic alone sees may be left out of it.
+    """
+    parts = [(".".join(path) or "observation", shape) for path, shape in _named(observation_space)]
+    size, kept = 0, []
+    for name, shape in parts:
+        if size < spec.observation.size:
+            kept.append((name, shape))
+            size += math.prod(shape)
+    if size != spec.observation.size:  # one vector, of which the critic alone sees the end
+        kept = [("observation", (spec.observation.size,))]
+    low, high = (tuple(map(float, bound.flat)) for bound in (action_space.low, action_space.high))
+    return Native(spec.tasks[0], tuple(kept), low, high)
+
+
+def _named(space: Space[Any], *path: str) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Where the arrays of an observation lie, and their shapes, in the order of `leaves`."""
+    if isinstance(space, spaces.Dict):
+        for name, part in space.spaces.items():
+            yield from _named(part, *path, name)
+    elif isinstance(space, spaces.Tuple):
+        for number, part in enumerate(space.spaces):
+            yield from _named(part, *path, str(number))
+    else:
+        yield path, tuple(space.shape or ())
 
 
 def leaves(space: Space[Any], observation: Any) -> Iterator[Any]:

@@ -1,6 +1,7 @@
 """Run folders and checkpoints: safetensors for arrays, JSON for the rest, never pickle.
 
     RUN/config.json                  the settings and, under `written`, by what and when it was written
+    RUN/tasks.json                   each task as its own environment has it (brc_fast.spec.Native)
     RUN/metrics.jsonl                a row per report and per evaluation, each with `step`
     RUN/metrics.jsonl.damaged        lines of it that were none
     RUN/learning_curve.png
@@ -54,6 +55,7 @@ from brc_fast.disk import (
 )
 from brc_fast.envs.suites import is_robot
 from brc_fast.errors import InputError
+from brc_fast.spec import Native
 
 from .arrays import ArrayFile, Arrays, Kinds, checksum_of, write_arrays
 
@@ -81,7 +83,7 @@ class RunFolder:
 
     FILES = (
         *("config.json", "metrics.jsonl", f"metrics.jsonl{DAMAGED}", "learning_curve.png", "evaluation.json"),
-        *("error.txt", "wandb.json"),
+        *("error.txt", "tasks.json", "wandb.json"),
     )
     FOLDERS = ("checkpoints", "best", "tensorboard", "wandb")
     OWN = FILES + FOLDERS
@@ -210,6 +212,29 @@ class RunFolder:
             # an older version wrote it, whose critics saw what the policy sees
             return dataclasses.replace(config, env=dataclasses.replace(config.env, privileged=False))
         return config
+
+    def write_natives(self, natives: Iterable[Native]) -> None:
+        """Keep each task as its own environment has it, in tasks.json."""
+        told = {"format": 1, "tasks": [native.describe() for native in natives]}
+        write_text(self.path / "tasks.json", json.dumps(told, indent=1) + "\n")
+
+    def natives(self) -> dict[str, Native]:
+        """What tasks.json says, by task; nothing where an older version wrote the run. InputError where it is
+        damaged."""
+        file = self.path / "tasks.json"
+        try:
+            told = read_json(file)
+            if not isinstance(told, dict) or not isinstance(told.get("tasks"), list):
+                raise ValueError(f"it must be an object with tasks, got {told!r:.60}")
+            if told.get("format") != 1:
+                raise ValueError(f"its format is {told.get('format')!r:.60}, and this version reads format 1")
+            return {native.task: native for native in map(Native.of, told["tasks"])}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"{file} cannot be read: {error}; without it tasks are asked themselves") from error
 
     def steps(self) -> list[int]:
         """Environment steps per task of the complete checkpoints, oldest first."""

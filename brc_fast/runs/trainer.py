@@ -33,6 +33,7 @@ from brc_fast.config import TrainConfig
 from brc_fast.envs.base import (
     Step,
     check_finite,
+    natives_of,
     require_time_limit,
     start_seen,
     step_seen,
@@ -355,6 +356,7 @@ class Trainer:
         with StopRequest() as stop:
             try:
                 self.rows = [row["step"] for row in read_rows(folder.metrics)]  # what else it had was told
+                folder.write_natives(natives_of(self.env))
                 missing = self.missing_rows(folder)  # an evaluation that was not over, a row on a full disk
                 with self.rescued(folder):
                     self.write_rows(missing, folder, metrics, report, stop)
