@@ -4,6 +4,7 @@ Importing this package loads torch, but neither JAX nor Triton: `brc_fast.envs` 
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from .agents.brc import BRC, Noise
 from .agents.normalizer import RewardNormalizer
@@ -12,6 +13,9 @@ from .config import ActorConfig, CriticConfig, EnvConfig, LearningConfig, TrainC
 from .errors import InputError, MissingExtraError
 from .nn.modules import BroNet, Critic
 from .replay import DeviceReplayBuffer, Field, ReplayBuffer
+
+if TYPE_CHECKING:
+    from .deploy.policy import Policy
 
 try:
     __version__ = version("brc-fast")
@@ -32,8 +36,18 @@ __all__ = [
     "LearningConfig",
     "MissingExtraError",
     "Noise",
+    "Policy",
     "ReplayBuffer",
     "RewardNormalizer",
     "TrainConfig",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Policy, which brings huggingface_hub where that is installed, when it is asked for."""
+    if name == "Policy":
+        from .deploy.policy import Policy
+
+        return Policy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

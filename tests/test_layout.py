@@ -20,6 +20,7 @@ LAYERS = (
     {"agents"},
     {"analysis"},
     {"runs"},
+    {"deploy"},
     {"command"},
     {"__main__"},
 )

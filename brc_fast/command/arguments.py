@@ -135,6 +135,48 @@ class PlotArguments:
     """Published BRC curves to draw behind; auto: of the kind that the runs are, where there are any."""
 
 
+@dataclass(frozen=True)
+class ExportArguments:
+    """The policy of one task as one file for other programs: raw observations in, actions within the task's
+    own bounds out, any number of rows."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of the run."""
+    task: str | None = None
+    """Which of the run's tasks; needed where it learned several."""
+    to: str | None = None
+    """FILE.onnx, or FILE.pt2 for torch.export; RUN/policy-<task>.onnx when not given."""
+    checkpoint: str = "last"
+    """Which checkpoint: last, best (of the evaluations while it trained), or a step."""
+    sample: bool = False
+    """Act as while training: a second input, noise, has standard normals, one for each action."""
+    opset: int | None = None
+    """Of ONNX; 18 when not given."""
+    allow_module: Modules = ()
+    """See brc-fast evaluate --help; asked for only of runs that older versions wrote."""
+
+
+@dataclass(frozen=True)
+class ConvertArguments:
+    """Checkpoints of the authors' code (flax) to a run of ours, and back. What is given chooses the way."""
+
+    source: tyro.conf.Positional[str]
+    """The folder, or one file, of a flax checkpoint; or a run."""
+    to: str
+    """The run to make; or of a run FILE.msgpack, or a folder for a file per network as the authors' code has
+    them."""
+    tasks: tuple[str, ...] = ()
+    """Names of the checkpoint's tasks, in the order of their ids."""
+    v_max: float = 10.0
+    """The critic's support is [-v_max, v_max], which a flax checkpoint does not say."""
+    step: int = 0
+    """Environment steps per task that the checkpoint has learned, which it does not say either."""
+    checkpoint: str = "last"
+    """Of a run: last, best (of the evaluations while it trained), or a step."""
+    overwrite: bool = False
+    """Replace the run that the folder holds."""
+
+
 def parse(kind: type[Parsed], words: Sequence[str], command: str, default: Parsed | None = None) -> Parsed:
     """Settings from the words of the command line; InputError, in one line, for words that do not fit."""
     box = io.StringIO()

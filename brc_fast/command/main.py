@@ -38,6 +38,8 @@ USAGE = f"""brc-fast {__version__}: BRC value learning, made fast
   brc-fast train --resume RUN     go on from the newest checkpoint of a run
   brc-fast evaluate RUN...        returns, successes and scores of one or several runs' policies
   brc-fast video RUN              an episode of a run's policy as GIF or MP4
+  brc-fast export RUN             a policy as ONNX or PT2, for programs without this package
+  brc-fast convert FROM --to TO   the authors' flax checkpoints to runs, and back
   brc-fast plot RUN...            learning curves as PNG or SVG
   brc-fast study [NAME]           the paper's claims at a size of your machine; without a name, a list
   brc-fast envs [SUITE]           names of tasks and suites
@@ -76,6 +78,8 @@ def command(words: list[str]) -> int:
         "doctor": doctor,
         "video": video,
         "study": study,
+        "export": export,
+        "convert": convert,
     }
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -365,6 +369,57 @@ def video(words: list[str]) -> int:
             filming.require_renderer()
         frames, result = filming.film(agent, env, tasks.index(task), arguments.seed, output, settings)
     print(f"{output}: {task} at step {step}, {frames} frames, return {result:.1f}")
+    return 0
+
+
+def export(words: list[str]) -> int:
+    """Write the policy of a run's task as one file."""
+    try:
+        from .arguments import ExportArguments, parse
+    except ImportError as error:
+        raise MissingExtraError("brc-fast export", "train") from error
+    from brc_fast.deploy import export as exporting
+    from brc_fast.deploy.policy import Policy
+
+    arguments = parse(ExportArguments, words, "export")
+    folder = RunFolder(arguments.run)
+    task = Policy.task_of(folder, arguments.task)
+    default = folder.path / f"policy-{task.replace('/', '-').replace(':', '-')}.onnx"
+    output = Path(arguments.to) if arguments.to else default
+    exporting.require_target(output, arguments.opset)
+    policy = Policy.from_run(folder.path, task, arguments.checkpoint, allow_module=arguments.allow_module)
+    try:
+        difference = exporting.export(policy, output, sample=arguments.sample, opset=arguments.opset)
+    except RuntimeError as error:
+        print(f"brc-fast: {task} cannot be exported: {one_line(error)}", file=sys.stderr)
+        return FAILED
+    checked = f"within {difference:.1e} of PyTorch" if difference is not None else (
+        'not checked: onnxruntime is not installed, pip install "brc-fast[onnx]"'
+    )
+    print(f"{output}: {task} at step {policy.config.step}, {output.stat().st_size / 1e3:.1f} kB, {checked}")
+    return 0
+
+
+def convert(words: list[str]) -> int:
+    """A flax checkpoint to a run, or a run to a flax checkpoint."""
+    try:
+        from .arguments import ConvertArguments, parse
+    except ImportError as error:
+        raise MissingExtraError("brc-fast convert", "train") from error
+    try:
+        from brc_fast.runs import convert as converting
+    except ImportError as error:
+        raise MissingExtraError("brc-fast convert", "convert") from error
+    arguments = parse(ConvertArguments, words, "convert")
+    source, target = Path(arguments.source), Path(arguments.to)
+    if (source / "config.json").exists():
+        given = {"--tasks": arguments.tasks, "--step": arguments.step, "--overwrite": arguments.overwrite}
+        if unused := [name for name, value in given.items() if value]:
+            raise InputError(f"{source} is a run, which says {unused[0]} itself: leave it out")
+        print(converting.to_flax(RunFolder(source), target, arguments.checkpoint))
+        return 0
+    settings = {"v_max": arguments.v_max, "step": arguments.step, "overwrite": arguments.overwrite}
+    print(converting.from_flax(source, RunFolder(target), arguments.tasks, **settings))
     return 0
 
 

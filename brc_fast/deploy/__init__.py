@@ -1,0 +1,1 @@
+"""Policies out of training: as a module, as files of other runtimes, on a hub."""
