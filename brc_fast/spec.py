@@ -217,13 +217,16 @@ class Native:
         if not isinstance(task, str):
             raise ValueError(f"task must be a name, got {task!r:.60}")
         if not (isinstance(seen, list) and seen and all(map(_is_part, seen))):
-            raise ValueError(f"observation of {task!a:.60} must be [[name, [size, ..]], ..], got {seen!r:.60}")
+            raise ValueError(
+                f"observation of {task!a:.60} must be [[name, [size, ..]], ..], got {seen!r:.60}"
+            )
         bounds = [low, high]
         if not all(isinstance(each, list) and all(type(x) in (int, float) for x in each) for each in bounds):
             raise ValueError(f"low and high of {task!a:.60} must be lists of numbers, got {bounds!r:.60}")
         if len(low) != len(high) or not low:
             raise ValueError(
-                f"low and high of {task!a:.60} must have a number for each action, got {len(low)} and {len(high)}"
+                f"low and high of {task!a:.60} must have a number for each action, got {len(low)} and "
+                f"{len(high)}"
             )
         for number, (least, most) in enumerate(zip(low, high, strict=True)):
             if not -WIDEST <= least < most <= WIDEST:
@@ -234,7 +237,9 @@ class Native:
         parts = tuple((name, tuple(shape)) for name, shape in seen)
         found = cls(task, parts, tuple(map(float, low)), tuple(map(float, high)))
         if len({name for name, _ in parts}) < len(parts) or not 0 < found.observation_size < 2**31:
-            raise ValueError(f"observation of {task!a:.60} must have parts of different names, got {seen!r:.60}")
+            raise ValueError(
+                f"observation of {task!a:.60} must have parts of different names, got {seen!r:.60}"
+            )
         return found
 
 

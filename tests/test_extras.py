@@ -45,6 +45,8 @@ RUNS_UNDER = {
     "brc_fast/envs/mjx.py": ("mjx",),
     "brc_fast/envs/multitask.py": ("mjx", "gym", "dmc", "envpool", "train"),
     "brc_fast/envs/vector.py": ("mjx", "gym", "dmc", "envpool", "train"),
+    "brc_fast/deploy/export.py": ("onnx",),
+    "brc_fast/runs/convert.py": ("convert",),
     "brc_fast/runs/metrics.py": ("train",),
     "brc_fast/runs/plot.py": ("train",),
     "brc_fast/command/progress.py": ("train",),
@@ -56,6 +58,7 @@ RUNS_UNDER = {
 # Where it is there: torch brings Triton for a GPU, and an environment has brought its simulator.
 IF_THERE = {
     "brc_fast/command/doctor.py": {"jax"},
+    "brc_fast/deploy/policy.py": {"huggingface-hub"},
     "brc_fast/envs/gym.py": {"dm-control", "humanoid-bench"},
     "brc_fast/envs/suites.py": {"gymnasium"},
     "brc_fast/runs/video.py": {"triton", "playground"},
@@ -65,9 +68,10 @@ IF_THERE = {
     "tests/run_kills.py": {"matplotlib", "tensorboard"},  # of tests/test_endings.py, which asks for them
 }
 # Imported, but declared by another distribution, which pip follows.
-BROUGHT_BY = {"ml-dtypes": "jax", "packaging": "pytest"}
-# Declared, but imported by no line of ours: Gymnasium's id of a task names Shimmy; Playground builds on Brax.
-NEVER_IMPORTED = {"brax", "pytest-xdist", "shimmy"}
+BROUGHT_BY = {"flax": "brax", "ml-dtypes": "jax", "packaging": "pytest"}
+# Declared, but imported by no line of ours: Gymnasium's id of a task names Shimmy; Playground builds on Brax,
+# and torch's exporter to ONNX on onnxscript.
+NEVER_IMPORTED = {"brax", "onnxscript", "pytest-xdist", "shimmy"}
 
 
 def names(requirements: Iterable[Requirement]) -> set[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from brc_fast import BRC, ActorConfig, Batch, CriticConfig, LearningConfig, Noise, kernels
+from brc_fast.agents.flax import from_flax
 from brc_fast.agents.normalizer import RewardNormalizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,24 +31,6 @@ def recordings(key: str) -> list[Any]:
     found = [pytest.param(path, id=path.stem) for path in FILES if key in np.load(path).files]
     reason = f"no recording with {key} in {GOLDEN} (set BRC_FAST_SHARED)"
     return found or [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
-
-
-def norm_layer(flax: str, ours: str, dense: str, norm: str) -> dict[str, str]:
-    return {
-        f"{ours}.kernel": f"{flax}/{dense}/kernel",
-        f"{ours}.bias": f"{flax}/{dense}/bias",
-        f"{ours}.norm_weight": f"{flax}/{norm}/scale",
-        f"{ours}.norm_bias": f"{flax}/{norm}/bias",
-    }
-
-
-def body_names(flax: str, depth: int) -> dict[str, str]:
-    names = norm_layer(flax, "body.input", "Dense_0", "LayerNorm_0")
-    for block in range(depth):
-        for layer in range(2):
-            ours = f"body.blocks.{block}.{layer}"
-            names |= norm_layer(f"{flax}/BronetBlock_{block}", ours, f"Dense_{layer}", f"LayerNorm_{layer}")
-    return names
 
 
 class Recording:
@@ -65,22 +48,9 @@ class Recording:
 
     def parameters(self, prefix: str, net: str) -> dict[str, Tensor]:
         """Parameters of one net under `prefix` (init or after/u)."""
-        root = f"{prefix}/{net}"
-        if net == "temp":
-            return {"log_alpha": self.tensor(f"{root}/log_temp")}
-        if net == "actor":
-            names = body_names(f"{root}/BroNet_0", self.meta["depth_actor"])
-            out = {ours: self.tensor(theirs) for ours, theirs in names.items()}
-            for part in ("kernel", "bias"):
-                heads = [self.tensor(f"{root}/Dense_{head}/{part}") for head in range(2)]
-                out[f"body.head.{part}"] = torch.cat(heads, -1)
-            return {name: value[None] for name, value in out.items()}  # our actor is a stack of one
-        flax = f"{root}/q_value_ensemble/q_value_ensemble/critic"
-        names = body_names(flax, self.meta["depth_critic"])
-        names |= {"body.head.kernel": f"{flax}/Dense_1/kernel", "body.head.bias": f"{flax}/Dense_1/bias"}
-        if self.meta["num_tasks"] > 1:
-            names["embedding"] = f"{root}/task_embedding/embeddings/embedding"
-        return {ours: self.tensor(theirs) for ours, theirs in names.items()}
+        root = f"{prefix}/{net}/"
+        arrays = {key.removeprefix(root): self.tensor(key) for key in self.data if key.startswith(root)}
+        return from_flax(net, arrays)
 
     def batch(self, update: int) -> Batch:
         return Batch(**{field: self.tensor(f"batch/{update}/{field}") for field in Batch._fields[:-1]})

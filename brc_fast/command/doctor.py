@@ -23,6 +23,9 @@ OPTIONAL = {
     "envpool": ("envpool",),
     "video": ("imageio-ffmpeg",),
     "wandb": ("wandb",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "hub": ("huggingface-hub",),
+    "convert": ("msgpack",),
 }
 
 

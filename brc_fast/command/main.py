@@ -393,8 +393,10 @@ def export(words: list[str]) -> int:
     except RuntimeError as error:
         print(f"brc-fast: {task} cannot be exported: {one_line(error)}", file=sys.stderr)
         return FAILED
-    checked = f"within {difference:.1e} of PyTorch" if difference is not None else (
-        'not checked: onnxruntime is not installed, pip install "brc-fast[onnx]"'
+    checked = (
+        f"within {difference:.1e} of PyTorch"
+        if difference is not None
+        else ('not checked: onnxruntime is not installed, pip install "brc-fast[onnx]"')
     )
     print(f"{output}: {task} at step {policy.config.step}, {output.stat().st_size / 1e3:.1f} kB, {checked}")
     return 0

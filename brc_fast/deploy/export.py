@@ -58,7 +58,9 @@ def require_target(path: Path, opset: int | None = None) -> None:
     if not path.absolute().parent.is_dir():
         raise InputError(f"there is no folder to write {path} to")
     require_replaceable(path, remedy="name another file with --to")
-    if path.suffix == ".onnx" and any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript")):
+    if path.suffix == ".onnx" and any(
+        importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript")
+    ):
         raise MissingExtraError(f"{path}: export to ONNX", "onnx")
 
 

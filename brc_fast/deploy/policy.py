@@ -1,6 +1,6 @@
 """The policy of one task by itself: an nn.Module from what its environment observes to what it does.
 
-    h = network([(observation - mean) * rate, constants]),   action = low + (high - low) * (1 + tanh(mean h)) / 2
+    mean, raw log-std = network((observation - mean) * rate),   action = low + (high - low) (1 + tanh(mean)) / 2
 
 What is the same for every observation of the task (columns that narrower tasks are padded with, what tells
 tasks apart) is part of the first bias; of output layers the task's own columns are kept. A body that norms
@@ -125,7 +125,11 @@ class PolicyConfig:
                 raise ValueError(f"{name} must be {kind.__name__}, got {told.get(name)!r:.60}")
         task = Native.of(told.get("task"))
         require_known("body", told["body"], bodies.BODIES)
-        limits = {"width": (1, LARGEST), "depth": (0, MOST_NETWORKS), "inputs": (task.observation_size, 2**31)}
+        limits = {
+            "width": (1, LARGEST),
+            "depth": (0, MOST_NETWORKS),
+            "inputs": (task.observation_size, 2**31),
+        }
         for name, (least, most) in {**limits, "step": (0, 2**62)}.items():
             if not least <= told[name] <= most:
                 raise ValueError(f"{name} must be in [{least}, {most}], got {told[name]}")
@@ -216,7 +220,7 @@ class Policy(nn.Module, Hub):  # type: ignore[misc]
             raise ValueError(f"number must be in [0, T) = [0, {agent.num_tasks}), got {number}")
         if sizes[0] > most[0] or sizes[1] > most[1]:
             raise ValueError(
-                f"{task.task} must observe and do at most the [{most[0]}, {most[1]}] numbers of the agent, got "
+                f"{task.task} must observe and do at most as many numbers as the agent, {list(most)}, got "
                 f"{list(sizes)}"
             )
         agent.updates.join()
@@ -246,7 +250,9 @@ class Policy(nn.Module, Hub):  # type: ignore[misc]
             for stage in readers:
                 kernel = state[f"body.{stage.name}.kernel"]
                 state[f"body.{stage.name}.kernel"] = kernel[:, :seen]
-                state[f"body.{stage.name}.bias"] = state[f"body.{stage.name}.bias"] + constants @ kernel[:, seen:]
+                state[f"body.{stage.name}.bias"] = (
+                    state[f"body.{stage.name}.bias"] + constants @ kernel[:, seen:]
+                )
         elif len(constants):
             state["constants"] = constants
         settings = agent.actor_config
@@ -282,7 +288,8 @@ class Policy(nn.Module, Hub):  # type: ignore[misc]
 
         Args:
             observations: a tensor; or what numpy makes an array of, or a dictionary with the parts of
-                `config.task.observation` by name, and then actions are an array too. Cast to the policy's dtype.
+                `config.task.observation` by name, and then actions are an array too. They are cast to the
+                policy's dtype.
             noise: [.., a], standard normals of a sample. sample: draw them, from `generator`, on the policy's
                 device, or torch's own.
         Raises:
@@ -351,7 +358,7 @@ class Policy(nn.Module, Hub):  # type: ignore[misc]
         return (self.low * (1.0 - share) + self.high * share).clamp(self.low, self.high)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """config.json and model.safetensors; the first, written last, has the size and checksum of the other."""
+        """model.safetensors, and then config.json, which has the size and checksum of the other."""
         config, weights = save_directory / CONFIG, save_directory / WEIGHTS
         for path in (config, weights):
             require_replaceable(path)
@@ -438,8 +445,8 @@ def _asked(task: str, settings: dict[str, Any], folder: Path) -> Native:
             return natives_of(env)[0]
     except (InputError, ImportError) as error:
         raise InputError(
-            f"{folder} does not say what {task} observes and does, as an older version wrote it, and the task "
-            f"cannot be made to ask it: {error}"
+            f"{folder} does not say what {task} observes and does, as an older version wrote it, and the "
+            f"task cannot be made to ask it: {error}"
         ) from error
 
 

@@ -73,7 +73,9 @@ class MJXVectorEnv(GymnasiumFace, VectorEnv[NDArray[np.float32], NDArray[np.floa
             seed=seed,
         )
         own = zip(tasks, sizes.own, strict=True)
-        self.natives = tuple(Native(task, ((STATE, (seen,)),), (-1.0,) * size, (1.0,) * size) for task, (seen, size) in own)
+        self.natives = tuple(
+            Native(task, ((STATE, (seen,)),), (-1.0,) * size, (1.0,) * size) for task, (seen, size) in own
+        )
         self._limits = np.array(limits, np.int32)
         self._keys = np.zeros((len(tasks), 2), np.uint32)
         self._fills = 0  # calls of the reset program since the keys were set

@@ -234,7 +234,9 @@ class RunFolder:
         except InputError:
             raise
         except ValueError as error:
-            raise InputError(f"{file} cannot be read: {error}; without it tasks are asked themselves") from error
+            raise InputError(
+                f"{file} cannot be read: {error}; without it tasks are asked themselves"
+            ) from error
 
     def steps(self) -> list[int]:
         """Environment steps per task of the complete checkpoints, oldest first."""
