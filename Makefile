@@ -32,7 +32,7 @@ test: $(STAMP)
 	$(PYTEST) --absent=build/absent.txt -m "not exhaustive" $(ARGS)
 
 $(VENV)/.envs: $(STAMP)
-	$(BIN)/pip install -q -c constraints.txt "brc-fast[dmc,envpool,wandb]"
+	$(BIN)/pip install -q -c constraints.txt "brc-fast[dmc,envpool,wandb,onnx,hub,convert]"
 	@touch $@
 
 ## Tests of the environments with every simulator that can be installed (EnvPool takes 0.9 GB)

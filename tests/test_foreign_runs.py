@@ -137,6 +137,7 @@ def refused(
 
 
 REWRITTEN = ["config.json", "metrics.jsonl", "metrics.jsonl.damaged", "learning_curve.png", "evaluation.json"]
+REWRITTEN.append("tasks.json")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

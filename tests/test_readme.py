@@ -11,6 +11,7 @@ from extras import require
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+DEPLOY = (ROOT / "docs" / "deploy.md").read_text()
 KERNELS = (ROOT / "kernels" / "README.md").read_text()
 
 
@@ -58,6 +59,36 @@ def test_the_examples_of_training_run_one_after_the_other(
     )
     assert run(policy)["actions"].shape == (1, 1)
     assert run(transfer)["grown"].num_tasks == 3
+
+
+def test_the_examples_of_deploying_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require("gym", "train", "onnx", "convert")
+    from brc_fast.command import main as cli
+
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--steps", "40", "--random-steps", "20", "--batch-size", "8", "--eval-episodes", "1"]
+    sizes += [
+        "--critic.width",
+        "16",
+        "--actor.width",
+        "16",
+        "--num-envs",
+        "1",
+        "--eval-every",
+        "40",
+        "--quiet",
+    ]
+    assert cli.main(["train", "gym/Pendulum-v1", "--run", "runs/gym-Pendulum-v1-seed0", *sizes]) == 0
+    step, dictionary, onnx, pt2, folder = examples("docs/deploy.md")
+    names = run(step, **{"range(200)": "range(3)"})
+    exec(compile(dictionary, "example", "exec"), names)
+    for line in re.findall(r"^    brc-fast (export|convert) (.*?)(?:#.*)?$", DEPLOY, re.MULTILINE):
+        if "{" not in line[1]:
+            assert cli.main([line[0], *line[1].split()]) == 0, line
+    for example in (onnx, pt2, folder):
+        run(example)
 
 
 def test_the_readme_is_short_and_its_pictures_and_files_exist() -> None:

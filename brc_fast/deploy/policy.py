@@ -1,6 +1,7 @@
 """The policy of one task by itself: an nn.Module from what its environment observes to what it does.
 
-    mean, raw log-std = network((observation - mean) * rate),   action = low + (high - low) (1 + tanh(mean)) / 2
+    mean, raw log-std = network((observation - mean) * rate)
+    action = low + (high - low) * (1 + tanh(mean)) / 2
 
 What is the same for every observation of the task (columns that narrower tasks are padded with, what tells
 tasks apart) is part of the first bias; of output layers the task's own columns are kept. A body that norms
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 
 from brc_fast import __version__
-from brc_fast.config import LARGEST, MOST_NETWORKS, require_known
+from brc_fast.config import LARGEST, MOST_NETWORKS
 from brc_fast.disk import opened, read_json, replace_file, require_replaceable
 from brc_fast.errors import InputError, MissingExtraError
 from brc_fast.kernels import reference
@@ -124,7 +125,8 @@ class PolicyConfig:
             if type(told.get(name)) is not kind:
                 raise ValueError(f"{name} must be {kind.__name__}, got {told.get(name)!r:.60}")
         task = Native.of(told.get("task"))
-        require_known("body", told["body"], bodies.BODIES)
+        if told["body"] not in bodies.BODIES:
+            raise ValueError(f"body must be one of {', '.join(bodies.BODIES)}, got {told['body']!r:.60}")
         limits = {
             "width": (1, LARGEST),
             "depth": (0, MOST_NETWORKS),
