@@ -43,8 +43,8 @@ def agent(tasks: int = 2, **options: Any) -> BRC:
         p.data += 0.02 * torch.randn(p.shape, generator=generator).to(p.dtype)
     if made.observations is not None:
         for task in range(tasks):
-            rows = observations(64, task) * 3.0 + 1.0
-            rows[:, NARROW.observation_size :] *= task != 1
+            # also of columns that are padding: whatever they hold is what the agent takes off
+            rows = torch.randn(64, OBSERVATION, generator=generator) * 3.0 + 1.0
             made.observations.update(rows, torch.full((64,), task))
     return made
 
@@ -98,7 +98,8 @@ def test_a_policy_acts_as_its_agent_does_in_padded_columns(
     seen, ids = observations(40), torch.ones(40, dtype=torch.int64)
     own = seen[:, : NARROW.observation_size]
     wanted = scaled(single.act(seen, ids, deterministic=True)[:, :2], NARROW)
-    assert (policy(own) - wanted).abs().max() <= 1e-6
+    half = (policy.high - policy.low) / 2.0  # what 1 is scaled to
+    assert ((policy(own) - wanted) / half).abs().max() <= 1e-6
     truth = scaled(double.act(seen.double(), ids, deterministic=True)[:, :2], NARROW)
     exact = copy.deepcopy(policy).double()
     assert (exact(own.double()) - truth).abs().max() <= 2e-7  # of folding, which is rounded to float32 once
@@ -308,6 +309,19 @@ def test_a_dictionary_of_observations_is_told_part_by_part() -> None:
     policy = Policy.of(BRC(8, 2, **agents.SIZES), 0, native)
     parts = {"a.c": sample["a"]["c"], "a.d": sample["a"]["d"], "b": sample["b"]}
     assert np.array_equal(policy(parts), policy(flat))
+
+
+def test_what_the_critic_alone_sees_is_no_part_of_a_policys_observation() -> None:
+    require("gym")
+    from gymnasium import spaces
+
+    from brc_fast.envs.vector import native_of, spec_of
+
+    seen, beside, box = (spaces.Box(-1, 1, (size,)) for size in (3, 5, 2))
+    robot = spaces.Dict([("state", seen), ("privileged_state", beside)])
+    assert native_of(spec_of("a/b", robot, box, 5), robot, box).observation == (("state", (3,)),)
+    flat = spaces.Box(-1, 1, (8,))
+    assert native_of(spec_of("a/b", flat, box, 5), flat, box).observation == (("observation", (3,)),)
 
 
 def test_a_saved_policy_is_the_same_and_of_its_own_kind_of_files(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def to_flax(network: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The arrays of their network, by path, out of the state of our module."""
     numbers = (re.match(r"body\.blocks\.(\d+)\.", name) for name in state)
     depth = max((int(each[1]) + 1 for each in numbers if each), default=0)
-    out = {}
+    out: dict[str, Tensor] = {}
     for name, paths in paths_of(network, depth, "embedding" in state).items():
         value = state[name].squeeze(0) if network == "actor" else state[name]
         out |= dict(zip(paths, value.chunk(len(paths), -1) if len(paths) > 1 else (value,), strict=True))
@@ -115,11 +116,16 @@ def config_of(
         raise InputError(f"the checkpoint has {tasks} tasks: name as many with --tasks, got {given}")
     if seen <= columns:
         raise InputError(f"actor must observe more than the {columns} numbers of a task, got {seen}")
-    sizes = {"width": wide, "depth": blocks("critic", critic), "members": members, "num_atoms": atoms}
-    sizes |= {"embedding_size": columns} if columns else {}
     found = TrainConfig(
         tasks=config.tasks,
-        critic=CriticConfig(**sizes, v_max=config.critic.v_max),
+        critic=CriticConfig(
+            width=wide,
+            depth=blocks("critic", critic),
+            members=members,
+            num_atoms=atoms,
+            v_max=config.critic.v_max,
+            embedding_size=columns or CriticConfig.embedding_size,
+        ),
         actor=ActorConfig(width=width, depth=blocks("actor", actor)),
     )
     return found, seen - columns, action
@@ -147,7 +153,9 @@ def module_of(agent: BRC, network: str) -> dict[str, Tensor]:
 def require_theirs(config: TrainConfig) -> None:
     """InputError for an agent that the authors' networks cannot be."""
     only = {"body": "bronet", "loss": "categorical", "conditioning": "embedding", "embedding_norm": "l2"}
-    told = {f"critic.{name}": (getattr(config.critic, name), value) for name, value in only.items()}
+    told: dict[str, tuple[Any, Any]] = {
+        f"critic.{name}": (getattr(config.critic, name), value) for name, value in only.items()
+    }
     told["actor.body"] = config.actor.body, "bronet"
     told["normalize_observations"] = config.normalize_observations, False
     for name, (found, value) in told.items():

@@ -420,8 +420,8 @@ def convert(words: list[str]) -> int:
             raise InputError(f"{source} is a run, which says {unused[0]} itself: leave it out")
         print(converting.to_flax(RunFolder(source), target, arguments.checkpoint))
         return 0
-    settings = {"v_max": arguments.v_max, "step": arguments.step, "overwrite": arguments.overwrite}
-    print(converting.from_flax(source, RunFolder(target), arguments.tasks, **settings))
+    numbers = arguments.v_max, arguments.step
+    print(converting.from_flax(source, RunFolder(target), arguments.tasks, *numbers, arguments.overwrite))
     return 0
 
 

@@ -91,7 +91,7 @@ def _inputs(policy: Policy, rows: int, sample: bool) -> tuple[Tensor, ...]:
     """Observations, and noise, that are alike in every call."""
     task, draw = policy.config.task, torch.Generator().manual_seed(rows)
     seen = torch.randn(rows, task.observation_size, generator=draw)
-    if policy.mean is not None:  # as the run saw them
+    if policy.mean is not None and policy.rate is not None:  # as the run saw them
         seen = policy.mean.cpu() + seen / policy.rate.cpu()
     noise = torch.randn(rows, task.action_size, generator=draw)
     return (seen, noise) if sample else (seen,)

@@ -138,7 +138,7 @@ class PolicyConfig:
         return cls(task, **{name: told[name] for name in kinds})
 
 
-class Policy(nn.Module, Hub):  # type: ignore[misc]
+class Policy(nn.Module, Hub):
     """Actions of one task, within its own bounds, for its observations as they are.
 
         policy = Policy.from_run("runs/gym-Pendulum-v1-seed0")
@@ -147,6 +147,12 @@ class Policy(nn.Module, Hub):  # type: ignore[misc]
     No padding, normalizing, task id or scaling is left to the caller, and no simulator is needed. Parameters
     are float32 (`.double()` and the like change that) and get no gradient; observations may.
     """
+
+    low: Tensor
+    high: Tensor
+    mean: Tensor | None
+    rate: Tensor | None
+    constants: Tensor | None
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
@@ -341,7 +347,7 @@ class Policy(nn.Module, Hub):  # type: ignore[misc]
             told = f"must have shape [.., {size}], got {list(observations.shape)}"
             raise ValueError(f"observations of {self.config.task.task} {told}")
         x = observations.to(self.low.dtype)
-        if self.mean is not None:
+        if self.mean is not None and self.rate is not None:
             x = (x - self.mean) * self.rate
         if self.constants is not None:
             x = torch.cat([x, self.constants.expand(*x.shape[:-1], -1)], -1)
@@ -357,7 +363,7 @@ class Policy(nn.Module, Hub):  # type: ignore[misc]
         if self.symmetric:
             return actions * self.high
         share = (actions + 1.0) / 2.0
-        return (self.low * (1.0 - share) + self.high * share).clamp(self.low, self.high)
+        return self.low * (1.0 - share) + self.high * share
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """model.safetensors, and then config.json, which has the size and checksum of the other."""

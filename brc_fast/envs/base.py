@@ -177,7 +177,7 @@ def check_start(observations: Tensor, env: VectorEnvironment, when: str = "in th
 def natives_of(env: VectorEnvironment) -> tuple[Native, ...]:
     """Each task, in the order of their ids, as its own environment has it. Of environments that tell nothing
     of it, all tasks see vectors and act in [-1, 1] as their `task_spec` says."""
-    told = {}
+    told: dict[str, Native] = {}
     for group in getattr(env, "groups", [env]):
         spec = group.task_spec
         sizes = spec.observation.size, spec.action.size

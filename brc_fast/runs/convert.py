@@ -126,10 +126,12 @@ def _joined(parts: dict[str, Any], path: str) -> NDArray[Any]:
     """An array that flax has cut in chunks."""
     shape, chunks = parts.get("shape"), parts.get("chunks")
     if parts.keys() == {CHUNKED, "shape", "chunks"} and isinstance(shape, dict) and isinstance(chunks, dict):
+        sizes: list[Any]
+        held: list[Any]
         sizes, held = ([each.get(str(i)) for i in range(len(each))] for each in (shape, chunks))
         whole = all(type(size) is int and size >= 0 for size in sizes)
         if whole and held and all(isinstance(each, np.ndarray) and each.ndim == 1 for each in held):
-            joined = np.concatenate(held)
+            joined: NDArray[Any] = np.concatenate(held)
             if joined.size == math.prod(sizes):
                 return joined.reshape(sizes)
     raise ValueError(f"the chunks of {ascii(path)[1:-1]:.100} must be parts of one array")
@@ -204,7 +206,6 @@ def from_flax(
     source: Path,
     target: RunFolder,
     tasks: Iterable[str],
-    *,
     v_max: float = 10.0,
     step: int = 0,
     overwrite: bool = False,
@@ -227,9 +228,9 @@ def from_flax(
         state = agent.state_dict()
         missing = [name for name in OPTIONAL if name not in networks]
         networks.setdefault("target_critic", networks["critic"])
-        for theirs, arrays in networks.items():
-            ours = flax.from_flax(theirs, arrays)
-            state |= {f"{flax.NETWORKS[theirs]}/{name}": value for name, value in ours.items()}
+        for network, tensors in networks.items():
+            ours = flax.from_flax(network, tensors)
+            state |= {f"{flax.NETWORKS[network]}/{name}": value for name, value in ours.items()}
         agent.load_state_dict(state)
     except ValueError as error:
         raise InputError(f"{source} cannot become a run: {error}") from error
@@ -261,13 +262,13 @@ def to_flax(folder: RunFolder, target: Path, checkpoint: str = "last") -> str:
             f"the authors' critics see what the policy sees, and {folder.path} has {agent.privileged_size} "
             "privileged numbers beside"
         )
-    networks = {name: _arrays(flax.to_flax(name, flax.module_of(agent, name))) for name in flax.NETWORKS}
+    theirs = {name: _arrays(flax.to_flax(name, flax.module_of(agent, name))) for name in flax.NETWORKS}
     if one:
-        everything = {f"{name}/{path}": x for name, arrays in networks.items() for path, x in arrays.items()}
+        everything = {f"{name}/{path}": x for name, arrays in theirs.items() for path, x in arrays.items()}
         replace_file(target, pack(everything))
     else:
         target.mkdir(parents=True, exist_ok=True)
-        for path, arrays in zip(names, networks.values(), strict=True):
+        for path, arrays in zip(names, theirs.values(), strict=True):
             replace_file(path, pack(arrays))
     return f"{target}: the agent of {folder.path} at step {step}"
 
