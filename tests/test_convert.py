@@ -284,6 +284,7 @@ def test_tasks_must_be_as_many_as_the_checkpoint_has(
     words = ["convert", str(tmp_path / "two"), "--to", str(tmp_path / "run")]
     assert_one_line(words, "2 tasks: name as many with --tasks, got none", capsys)
     assert_one_line([*words, "--tasks", "a/b"], "2 tasks: name as many with --tasks, got a/b", capsys)
+    assert_one_line([*words, "--tasks", "a/b", "a/b"], "tasks must differ", capsys)
     (tmp_path / "link").symlink_to(tmp_path / "two")
     assert_one_line(["convert", str(tmp_path / "link"), *words[2:], "--tasks", "a/b", "c/d"], "link", capsys)
     assert_one_line(["convert", str(tmp_path / "nothing"), *words[2:]], "there is no checkpoint", capsys)

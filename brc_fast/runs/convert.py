@@ -218,6 +218,8 @@ def from_flax(
     if not 0 <= step < 10**18:
         raise InputError(f"step must be in [0, 10**18), got {step}")
     given = TrainConfig(tasks=tuple(tasks), critic=CriticConfig(v_max=v_max))
+    if len(set(given.tasks)) < len(given.tasks):
+        raise InputError(f"tasks must differ, got {', '.join(given.tasks)}")
     networks = read_networks(source)
     target.refuse_existing(overwrite)
     try:
