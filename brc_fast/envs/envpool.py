@@ -100,7 +100,7 @@ class Pool(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
             raise InputError(f"envpool/{name} must have observations that are arrays of numbers, got {space}")
         check_spaces(f"envpool/{name}", space if is_image(space) else Tuple(boxes), self.single_action_space)
         self._image = is_image(space)
-        self.unflattened = Dict(zip(self._keys, leaves, strict=True)) if self._keys else space
+        self.unflattened = Dict(list(zip(self._keys, leaves, strict=True))) if self._keys else space
         flat = Box(-np.inf, np.inf, (sum(math.prod(box.shape) for box in boxes),), np.float32)
         self.single_observation_space = space if self._image else flat
         self.observation_space = batch_space(self.single_observation_space, num_envs)
