@@ -140,13 +140,14 @@ def adopt(root: Path, run: Run) -> Path | None:
         if other == root:
             continue
         with contextlib.suppress(InputError):
-            for each in read_manifest(other)["runs"].values():
+            made: dict[str, Run] = read_manifest(other)["runs"]
+            for each in made.values():
                 if _learns_the_same(run, each) and status(other, each).kind == "finished":
-                    made = _beside(root, run, ".part")
-                    shutil.rmtree(made, ignore_errors=True)
-                    shutil.copytree(other / each.name, made)
+                    copy = _beside(root, run, ".part")
+                    shutil.rmtree(copy, ignore_errors=True)
+                    shutil.copytree(other / each.name, copy)
                     write_text(_beside(root, run, ".json"), json.dumps(record(other, each), indent=1) + "\n")
-                    made.rename(root / run.name)
+                    copy.rename(root / run.name)
                     return other / each.name
     return None
 
