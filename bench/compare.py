@@ -157,7 +157,7 @@ def built(revision: str) -> Path:
         shutil.rmtree(begun, ignore_errors=True)
         begun.mkdir(parents=True)
         done(["git", "archive", "-o", archive, commit], "git archive")
-        shutil.unpack_archive(archive, begun, filter="data")
+        done(["tar", "-xf", archive, "-C", begun], "tar")
         archive.unlink()
         words = ["install", "-q", "--no-deps", "--no-build-isolation", "--target", begun / "site", begun]
         done([sys.executable, "-m", "pip", *words], f"building {revision}")

@@ -68,7 +68,7 @@ def test_tasks_of_one_body_call_the_simulator_once_for_all_their_slots(monkeypat
     monkeypatch.setattr(_programs._Kept, "read", lambda self: None)
     programs = _programs.Programs(POLES, "jax", N, False)
     assert set(sizes) == {len(POLES) * N}
-    assert programs.sizes == (5, 0, 1, [1000] * 3)
+    assert programs.sizes == (5, 0, 1, [1000] * 3, [(5, 1)] * 3)
 
 
 def test_tasks_of_one_body_step_as_each_does_alone():

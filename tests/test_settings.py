@@ -53,6 +53,11 @@ def test_a_file_comes_before_the_command_line_and_after_the_defaults(tmp_path: P
     assert parsed("gym/Acrobot-v1", "--config", str(file)).tasks == ("gym/Acrobot-v1",)
 
 
+def test_a_suite_is_several_tasks_to_what_needs_several() -> None:
+    config = parsed("metaworld/mt10", "--critic.conditioning", "heads", "--analysis-every", "1000")
+    assert len(config.tasks) == 10
+
+
 def test_the_documents_example_of_a_file_is_one(tmp_path: Path) -> None:
     document = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
     (example,) = re.findall(r"```toml\n(.*?)```", document, re.DOTALL)

@@ -36,7 +36,8 @@ from brc_fast.runs.studies.study import Group, Run, Study, Variant, from_toml
 
 REACH, PUSH = "metaworld/reach-v3", "metaworld/push-v3"
 
-# Stands for `brc-fast train`: a run "wrong" fails, one "slow" waits for a signal, all others finish.
+# Stands for `brc-fast train`: a run "wrong" fails, one "slow" waits for a signal, each second "pair" lets the one
+# before it go on, all others finish.
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
 options = dict(word[2:].split("=", 1) for word in sys.argv[1:] if "=" in word)
@@ -61,6 +62,12 @@ if folder.name.startswith("wrong"):
     sys.exit(1)
 if folder.name.startswith("slow") and not folder.exists():
     time.sleep(60)
+if folder.name.startswith("pair"):
+    begun = lambda: (folder.parent / "events").read_text().count("begins")
+    wanted, deadline = begun(), time.monotonic() + 60
+    wanted += wanted % 2
+    while begun() < wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
 time.sleep(0.1)
 tell("ends")
 save(int(options["steps"]))
@@ -330,8 +337,9 @@ def test_as_many_run_at_once_as_there_are_workers_and_each_gpu_has_its_own(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr("brc_fast.runs.studies.execute.machine", lambda device: {"gpu": device})
     root = tmp_path / "s"
-    runs = study(a=Variant(), b=Variant(), c=Variant(), d=Variant()).runs(1)
-    prepare(root, study(a=Variant()), runs)
+    mine = study(**{f"pair{number}": Variant() for number in range(4)})
+    runs = mine.runs(1)
+    prepare(root, mine, runs)
     Executor(root, "cuda", 2, 2, program=program, say=lambda _: None).execute(runs)
     found = events(root)
     running = np.cumsum([1 if what == "begins" else -1 for what, *_ in found])
