@@ -36,8 +36,8 @@ from brc_fast.runs.studies.study import Group, Run, Study, Variant, from_toml
 
 REACH, PUSH = "metaworld/reach-v3", "metaworld/push-v3"
 
-# Stands for `brc-fast train`: a run "wrong" fails, one "slow" waits for a signal, each second "pair" lets the one
-# before it go on, all others finish.
+# Stands for `brc-fast train`: a run "wrong" fails, one "slow" waits for a signal, each second "pair" lets the
+# one before it go on, all others finish.
 PROGRAM = """
 import json, os, pathlib, signal, sys, time
 options = dict(word[2:].split("=", 1) for word in sys.argv[1:] if "=" in word)
